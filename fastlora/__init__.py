@@ -1,0 +1,45 @@
+"""fastlora: LoRA in drop-in torch modules, trained, served and merged.
+
+``replace_linear`` puts it into a model, ``save_adapter`` and ``load_adapter`` speak PEFT's files,
+``MultiLoRAModel`` serves many adapters in one batch, ``fastlora.functional`` holds the ops.
+README.md has a tour; ``pip install .`` from a checkout installs it, a bare checkout works as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout the Triton kernels lie beside this package, not inside it: find them there too.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from fastlora import functional
+from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.config import LoRAConfig
+from fastlora.dispatch import backend, use_backend
+from fastlora.inject import Report, replace_linear, report
+from fastlora.merging import disable_adapter, merge_adapter, merge_and_unload, unmerge_adapter
+from fastlora.modules import FastLoRALinear, MultiLoRALinear
+from fastlora.serving import MultiLoRAModel
+
+__all__ = [
+    "FastLoRALinear",
+    "LoRAConfig",
+    "MultiLoRALinear",
+    "MultiLoRAModel",
+    "Report",
+    "adapter_state_dict",
+    "backend",
+    "disable_adapter",
+    "functional",
+    "load_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "replace_linear",
+    "report",
+    "save_adapter",
+    "unmerge_adapter",
+    "use_backend",
+]

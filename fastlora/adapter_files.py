@@ -1,0 +1,187 @@
+"""PEFT's adapter files on disk: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Files are not trusted: safetensors only, the header is read and capped first, and no tensor is read
+before every name and shape in the header is the expected one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastlora.config import LoRAConfig
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# Generous: an adapter of a 1000-layer model has some 10**4 tensors and a header of about 1 MiB.
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 1 << 25
+_MAX_TENSORS = 100_000
+_MAX_BYTES = 1 << 36
+_DTYPES = ("F16", "BF16", "F32", "F64")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+Shape = tuple[int, ...]
+
+
+def check_name(adapter_name: object) -> str:
+    """The name, if it matches ``[A-Za-z0-9._-]{1,128}`` (and is no path such as ``..``)."""
+    if (
+        not isinstance(adapter_name, str)
+        or not _NAME.fullmatch(adapter_name)
+        or not adapter_name.strip(".")
+    ):
+        raise ValueError(
+            f"adapter_name: expected to match [A-Za-z0-9._-]{{1,128}}, got {adapter_name!r}"
+        )
+    return adapter_name
+
+
+def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
+    """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad."""
+    path = _file(directory, CONFIG_NAME)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    try:
+        return LoRAConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
+    """{tensor name without PEFT's prefix: shape}, from the header alone."""
+    path = _file(directory, WEIGHTS_NAME)
+    header = _header(path)
+    shapes = {}
+    for key, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise ValueError(f"{path}: tensor {key!r} has no valid shape")
+        if entry.get("dtype") not in _DTYPES:
+            raise ValueError(
+                f"{path}: tensor {key!r}: expected dtype {'/'.join(_DTYPES)}, got "
+                f"{entry.get('dtype')!r}"
+            )
+        if not key.startswith(PREFIX):
+            raise ValueError(
+                f"{path}: unexpected tensor {key!r}: PEFT's names start with {PREFIX!r}"
+            )
+        shapes[key.removeprefix(PREFIX)] = tuple(shape)
+    return shapes
+
+
+def check_shapes(
+    directory: str | os.PathLike[str], found: Mapping[str, Shape], expected: Mapping[str, Shape]
+) -> None:
+    """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
+    where = Path(directory) / WEIGHTS_NAME
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing or extra:
+        parts = [f"missing {_some(missing)}"] * bool(missing) + [
+            f"unexpected {_some(extra)}"
+        ] * bool(extra)
+        raise ValueError(f"{where}: it does not fit this model and config: {'; '.join(parts)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{where}: {name}: expected shape {shape}, got {found[name]}")
+
+
+def read_tensors(
+    directory: str | os.PathLike[str], expected: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """The tensors of the adapter on the CPU, by name, after ``check_shapes``."""
+    check_shapes(directory, read_shapes(directory), expected)
+    path = _file(directory, WEIGHTS_NAME)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file: {error}") from None
+    # The file may have been exchanged since its header was read.
+    check_shapes(directory, {name: tuple(t.shape) for name, t in tensors.items()}, expected)
+    return tensors
+
+
+def write(
+    directory: str | os.PathLike[str], config: LoRAConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """Writes both files, each in one piece: aside first, then renamed."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"directory: expected a directory, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        PREFIX + name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()
+    }
+    weights, settings = folder / (WEIGHTS_NAME + ".new"), folder / (CONFIG_NAME + ".new")
+    try:
+        save_file(state, weights, metadata={"format": "pt"})
+        settings.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8")
+        weights.replace(folder / WEIGHTS_NAME)
+        settings.replace(folder / CONFIG_NAME)
+    finally:
+        weights.unlink(missing_ok=True)
+        settings.unlink(missing_ok=True)
+
+
+def _file(directory: str | os.PathLike[str], name: str) -> Path:
+    folder = Path(directory)
+    path = folder / name
+    if path.is_file():
+        return path
+    if name == WEIGHTS_NAME and (folder / "adapter_model.bin").exists():
+        raise ValueError(
+            f"{folder}: adapter_model.bin is a pickle, which can run code and is never read; "
+            "convert it where "
+            "you trust it: load it with torch.load(..., weights_only=True) and write it with "
+            "safetensors.torch.save_file as adapter_model.safetensors"
+        )
+    raise FileNotFoundError(f"directory: expected {name} in {folder}")
+
+
+def _header(path: Path) -> dict[str, dict[str, object]]:
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise ValueError(f"{path}: expected safetensors, got a pickle, which is never read")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise ValueError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(
+                f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes, got {length}"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON header: {error}") from None
+    if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
+        raise ValueError(f"{path}: expected a header of at most {_MAX_TENSORS} tensors")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _some(names: set[str]) -> str:
+    first = sorted(names)[:4]
+    return ", ".join(first) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,188 @@
+"""The autograd rules of the ops, one Function each; backward runs on its forward's backend.
+
+Written with ``setup_context`` so that torch.func and torch.compile see through them. Gradients that
+nobody asked for are not computed. Backward is itself not differentiable: trying raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_ops = torch.ops.fastlora
+
+
+class _Gradients(Function):
+    """A backward op whose own derivative is not known: whoever asks for it is told so.
+
+    ``once_differentiable`` would not do: torch.func gets silent zeros from it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise RuntimeError("fastlora: LoRA ops are differentiable once, not twice")
+
+
+def _gradients(op: Any, needs: tuple[bool, ...], *args: Any) -> tuple[Tensor | None, ...]:
+    """The op's gradients at the places that asked for one."""
+    if not any(needs):
+        return (None,) * len(needs)
+    # A compiled graph refuses double backward by itself.
+    twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    grads = iter(_Gradients.apply(op, *args) if twice else op(*args))
+    return tuple(next(grads) if need else None for need in needs)
+
+
+def _matrix(y: Tensor) -> Tensor:
+    return y.flatten(0, -2) if y.dim() > 1 else y.unsqueeze(0)
+
+
+def _written(y: Tensor, rows: Tensor) -> Tensor:
+    """y, once ``rows = _matrix(y)`` was written: copied back where rows could not be a view of y."""
+    view = all(y.stride(i) == y.stride(i + 1) * y.shape[i + 1] for i in range(y.dim() - 2))
+    return y if view else y.copy_(rows.view_as(y))
+
+
+def _vmap_in_place(function: type[Function], info: Any, in_dims: Any, *args: Any) -> Any:
+    """One call for each element of the batch, onto its view of y: torch generates no such rule."""
+    y, h, *rest = args
+    if in_dims[0] is None:
+        raise RuntimeError("vmap: y is written in place, so it must be batched where others are")
+    for i in range(info.batch_size):
+        # h was made like x, which need not be batched where lora_A is.
+        scratch = torch.empty_like(h if in_dims[1] is None else h.select(in_dims[1], i))
+        others = zip(rest, in_dims[2:], strict=True)
+        ours = [a.select(d, i) if isinstance(d, int) else a for a, d in others]
+        function.apply(y.select(in_dims[0], i), scratch, *ours)
+    return y, in_dims[0]
+
+
+class LoRALinear(Function):
+    """(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend) -> (y, h)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _ops.lora_linear(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, lora_A, lora_B, _, *ctx.scalars, seed, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        dy, _ = grad_outputs
+        *saved, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:6]
+        grads = _gradients(
+            _ops.lora_linear_backward, needs,
+            dy, *saved, *ctx.scalars, seed, needs, ctx.backend,
+        )  # fmt: skip
+        return (*grads, None, None, None, None)
+
+
+class LoRAAdd(Function):
+    """(y, h, x, lora_A, lora_B, scaling, p, seed, backend) -> y, written in place; h is filled."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        y, h, x, lora_A, lora_B, *rest = args
+        rows = _matrix(y)
+        _ops.lora_add_(rows, h, x, lora_A, lora_B, None, *rest)
+        return _written(y, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, h, x, lora_A, lora_B, *ctx.scalars, seed, ctx.backend = inputs
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, lora_A, lora_B, h, seed)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, lora_A, lora_B, h, seed = ctx.saved_tensors
+        need_y, _, need_x, need_A, need_B = ctx.needs_input_grad[:5]
+        needs = (need_x, False, False, need_A, need_B, False)
+        dx, _, _, dA, dB, _ = _gradients(
+            _ops.lora_linear_backward, needs,
+            _matrix(dy), x, None, lora_A, lora_B, h, *ctx.scalars, seed, needs, ctx.backend,
+        )  # fmt: skip
+        return (dy if need_y else None, None, dx, dA, dB, None, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_in_place(LoRAAdd, info, in_dims, *args)
+
+
+class MultiLoRALinear(Function):
+    """(x, weight, bias, lora_A, lora_B, order, starts, scalings, ranks, row_scales, backend) -> (y, h)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _ops.multi_lora_linear(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, lora_A, lora_B, *routing, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], *routing)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        dy, _ = grad_outputs
+        needs = ctx.needs_input_grad[:5]
+        grads = _gradients(
+            _ops.multi_lora_linear_backward, needs, dy, *ctx.saved_tensors, needs, ctx.backend
+        )
+        return (*grads, *(None,) * 6)
+
+
+class MultiLoRAAdd(Function):
+    """(y, h, x, lora_A, lora_B, order, starts, scalings, ranks, row_scales, backend) -> y in place."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        y, *rest = args
+        rows = _matrix(y)
+        _ops.multi_lora_add_(rows, *rest)
+        return _written(y, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        y, h, x, lora_A, lora_B, *routing, ctx.backend = inputs
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, lora_A, lora_B, h, *routing)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
+        x, lora_A, lora_B, h, *routing = ctx.saved_tensors
+        need_y, _, need_x, need_A, need_B = ctx.needs_input_grad[:5]
+        needs = (need_x, False, False, need_A, need_B)
+        dx, _, _, dA, dB = _gradients(
+            _ops.multi_lora_linear_backward, needs,
+            _matrix(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
+        )  # fmt: skip
+        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 6)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap_in_place(MultiLoRAAdd, info, in_dims, *args)

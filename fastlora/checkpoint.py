@@ -1,0 +1,159 @@
+"""Saving and loading a model's adapter, in PEFT's files, both ways."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import adapter_files as files
+from fastlora.adapter_files import Shape
+from fastlora.config import LoRAConfig
+from fastlora.inject import Plan, injection, plan, replace_linear
+from fastlora.modules import FastLoRALinear, lora_layers
+from fastlora.wrapping import unwrapped
+
+# PEFT's name of each adapter parameter.
+_KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors (and the biases it trains) under PEFT's names, not copied.
+
+    Raises RuntimeError when the model has no FastLoRALinear or its adapter is merged.
+    """
+    return {files.PREFIX + name: tensor for name, tensor in _tensors(model).items()}
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads too.
+
+    Raises RuntimeError when the model has no adapter or it is merged, ValueError for a bad
+    directory.
+    """
+    tensors = _tensors(model)
+    settings = injection(model).config
+    base = settings.base_model_name_or_path or getattr(
+        getattr(unwrapped(model), "config", None), "name_or_path", None
+    )
+    values = settings.to_dict() | {"base_model_name_or_path": base or None}
+    if settings.all_linear:
+        # As PEFT does: the file names the layers, so that it means the same to every reader.
+        values["target_modules"] = [name for name, _ in lora_layers(model)]
+    files.write(directory, LoRAConfig.from_dict(values), tensors)
+
+
+def load_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, is_trainable: bool = False
+) -> nn.Module:
+    """Loads an adapter that fastlora or PEFT saved into ``model``, in place; returns ``model``.
+
+    Replaces the linears that the adapter's config names, or, where the model has FastLoRALinear
+    layers already, fills exactly those. is_trainable=False freezes the adapter.
+
+    Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
+    wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
+    FileNotFoundError for a missing file; RuntimeError for a merged model.
+    """
+    config = files.read_config(directory)
+    inner = unwrapped(model)
+    existing = dict(lora_layers(inner))
+    chosen = None
+    if existing:
+        _check_existing(existing, config)
+        weights = {name: layer.weight for name, layer in existing.items()}
+    else:
+        chosen = plan(inner, config)
+        weights = {name: linear.weight for name, (linear, _) in chosen.linears.items()}
+    expected = {
+        key: shape
+        for name, weight in weights.items()
+        for key, shape in adapter_shapes(name, weight, config).items()
+    }
+    biases = _biases(inner, config, set(weights))
+    expected |= {key: tuple(bias.shape) for key, bias in biases.items()}
+    tensors = files.read_tensors(directory, expected)
+    _apply(model, config, chosen, tensors, biases, is_trainable)
+    return model
+
+
+def adapter_shapes(name: str, weight: Tensor, config: LoRAConfig) -> dict[str, Shape]:
+    """{tensor name: shape} that an adapter for linear ``name`` of ``weight`` (N, K) consists of."""
+    (N, K), r = weight.shape, config.rank_of(name)
+    shapes: dict[str, Shape] = {
+        f"{name}.{_KEYS['lora_A']}": (r, K),
+        f"{name}.{_KEYS['lora_B']}": (N, r),
+    }
+    if config.lora_bias:
+        shapes[f"{name}.{_KEYS['lora_bias']}"] = (N,)
+    return shapes
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(
+            f"model: {len(merged)} layers are merged ({merged[0]}, …): unmerge_adapter first, or "
+            "save the whole "
+            "model after merge_and_unload"
+        )
+    tensors: dict[str, Tensor] = {
+        f"{name}.{_KEYS[kind]}": parameter
+        for name, layer in layers.items()
+        for kind, parameter in layer.adapter_parameters().items()
+    }
+    return tensors | _biases(unwrapped(model), injection(model).config, set(layers))
+
+
+def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[str, nn.Parameter]:
+    """{PEFT's name: parameter} of the base's biases that belong to the adapter."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if config.bias == "none" or "bias" not in name or last == "lora_bias":
+            continue
+        if owner in replaced:
+            found[f"{owner}.base_layer.{last}"] = parameter
+        elif config.bias == "all":
+            found[name] = parameter
+    return found
+
+
+def _check_existing(layers: dict[str, FastLoRALinear], config: LoRAConfig) -> None:
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{name} is merged: unmerge_adapter before loading another adapter")
+        if layer.r != config.rank_of(name):
+            raise ValueError(
+                f"{name}: the layer has r={layer.r}, the adapter r={config.rank_of(name)}"
+            )
+        if (layer.lora_bias is not None) != config.lora_bias:
+            raise ValueError(f"{name}: lora_bias: the layer and the adapter's config disagree")
+
+
+def _apply(
+    model: nn.Module,
+    config: LoRAConfig,
+    chosen: Plan | None,
+    tensors: dict[str, Tensor],
+    biases: dict[str, nn.Parameter],
+    is_trainable: bool,
+) -> None:
+    if chosen is not None:
+        replace_linear(model, config)
+    with torch.no_grad():
+        for key, bias in biases.items():
+            bias.copy_(tensors[key])
+        for name, layer in lora_layers(model):
+            layer.lora_alpha, layer.use_rslora = config.alpha_of(name), config.use_rslora
+            layer.scaling = config.scaling_of(name)
+            for kind, parameter in layer.adapter_parameters().items():
+                parameter.copy_(tensors[f"{name}.{_KEYS[kind]}"])
+                parameter.requires_grad_(is_trainable)
+    if not is_trainable:
+        for bias in biases.values():
+            bias.requires_grad_(False)

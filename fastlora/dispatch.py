@@ -1,0 +1,89 @@
+"""The only place that chooses a backend.
+
+A backend is a module with one function per op of ``fastlora/ops.py`` that it implements, under the
+op's name. ``choose`` names the backend for an op on a device, ``implementation`` finds its
+function. The choice travels as an argument of the op, so that a backward runs on its forward's
+backend and a compiled graph keeps the one it was traced with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Best first; "torch" implements every op on every device.
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+_MODULES = {"torch": "fastlora.reference"}
+_ABSENT = {
+    "cuda": "this version holds no CUDA kernels",
+    "triton": "this version holds no Triton LoRA kernels (only the dropout mask's twin)",
+    "cpu": "this version holds no native CPU library",
+}
+
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
+_forced = _Forced()
+
+
+def unusable(backend: str, device: torch.device | None = None) -> str | None:
+    """Why ``backend`` cannot run on ``device`` here, or None when it can."""
+    del device
+    return _ABSENT.get(_known(backend))
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend that runs ``op`` on ``device``: the one asked for, else the best usable one."""
+    asked = _forced.name or os.environ.get("FASTLORA_BACKEND") or None
+    if asked is None:
+        return next(name for name in BACKENDS if unusable(name, device) is None)
+    reason = unusable(asked, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
+    return asked
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function that runs ``op`` on ``backend``."""
+    return getattr(importlib.import_module(_MODULES[_known(backend)]), op)
+
+
+def backend(op: str | None = None, device: torch.device | str | None = None) -> str:
+    """The name of the backend that runs ``op`` (default: every op) on ``device`` (default: CPU).
+
+    One of ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"``. Raises RuntimeError when a backend was
+    asked for by name and cannot run here.
+    """
+    return choose(op or "every op", torch.device(device or "cpu"))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run this thread's ops on the backend ``name``; ``FASTLORA_BACKEND`` does so for a process.
+
+    Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
+    """
+    reason = unusable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
+    before, _forced.name = _forced.name, name
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def _known(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name

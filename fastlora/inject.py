@@ -1,0 +1,224 @@
+"""Putting LoRA into a whole model, and saying what was done to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fastlora.config import LoRAConfig
+from fastlora.modules import FastLoRALinear, MultiLoRALinear, lora_layers
+from fastlora.wrapping import unsupported, unwrapped
+
+_RECORD = "_fastlora_injection"
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What ``replace_linear`` was asked for, and what it left alone and why."""
+
+    config: LoRAConfig
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Linears to replace, {first full name: (module, all its names)}, and others skipped, why."""
+
+    linears: dict[str, tuple[nn.Linear, list[str]]]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a model with LoRA; ``str()`` of it is for people.
+
+    replaced: {layer: rank}; skipped: {layer: reason}; trainable and total: parameters; merged:
+    layers whose weight holds the adapter.
+    """
+
+    replaced: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    trainable: int = 0
+    total: int = 0
+    merged: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        ranks = ", ".join(f"r={r}" for r in sorted(set(self.replaced.values())))
+        lines = [
+            f"{len(self.replaced)} layers replaced" + (f" ({ranks})" if ranks else ""),
+            f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.2f} %)",
+            f"{len(self.merged)} layers merged",
+        ]
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True) -> nn.Module:
+    """Replaces in place the linears that ``config`` names by ``FastLoRALinear``; returns ``model``.
+
+    config: ``LoRAConfig`` or ``peft.LoraConfig``. freeze_base: everything but the adapters (and the
+    biases that ``config.bias`` asks for) stops requiring gradients. ``report(model)`` says what was
+    replaced and what was skipped and why.
+
+    Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
+    layer that was named cannot be replaced, or is replaced already.
+    """
+    settings = LoRAConfig.of(config)
+    model = _checked(model)
+    chosen = plan(model, settings)
+    layers = {
+        name: FastLoRALinear._sharing(
+            linear,
+            settings.rank_of(name),
+            lora_alpha=settings.alpha_of(name),
+            lora_dropout=settings.lora_dropout,
+            use_rslora=settings.use_rslora,
+            lora_bias=settings.lora_bias,
+            init_lora_weights=settings.init_lora_weights,
+        )
+        for name, (linear, _) in chosen.linears.items()
+    }
+    for name, layer in layers.items():
+        swap(model, chosen.linears[name][1], layer)
+    setattr(unwrapped(model), _RECORD, Injection(settings, chosen.skipped))
+    if freeze_base:
+        _freeze(unwrapped(model), settings)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What has been done to ``model``: replaced, skipped and why, trainable, merged."""
+    inner = _checked(unwrapped(model))
+    layers = dict(lora_layers(inner))
+    served = {
+        n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
+    }
+    parameters = list(inner.parameters())
+    record: Injection | None = getattr(inner, _RECORD, None)
+    return Report(
+        replaced={name: layer.r for name, layer in layers.items()} | served,
+        skipped=dict(record.skipped) if record else {},
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        merged=tuple(name for name, layer in layers.items() if layer.merged),
+    )
+
+
+def injection(model: nn.Module) -> Injection:
+    """What ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
+    record = getattr(unwrapped(model), _RECORD, None)
+    if record is None:
+        raise RuntimeError("model: expected one that went through fastlora.replace_linear")
+    return record
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+    """Which linears of ``model`` ``config`` names, checked; nothing is changed."""
+    if config.target_modules is None:
+        raise ValueError(
+            "target_modules: expected a list of names, a regular expression or "
+            '"all-linear", got None'
+        )
+    inner = unwrapped(model)
+    # A module reached by two names is one layer, to be replaced under both.
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in inner.named_modules(remove_duplicate=False):
+        if name:
+            names.setdefault(module, []).append(name)
+    linears: dict[str, tuple[nn.Linear, list[str]]] = {}
+    skipped: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    head = _output_embedding(inner)
+    for module, known_as in names.items():
+        first = known_as[0]
+        named = any(config.targets(name) for name in known_as)
+        if not named and not (config.all_linear and isinstance(module, nn.Linear)):
+            continue
+        reason = unsupported(module) or _bypassed(inner, known_as)
+        if any(config.excludes(name) for name in known_as):
+            skipped[first] = "excluded by exclude_modules"
+        elif isinstance(module, (FastLoRALinear, MultiLoRALinear)):
+            refused[first] = str(reason)
+        elif not named and module is head:
+            skipped[first] = 'the output embedding, which "all-linear" leaves out'
+        elif reason is not None:
+            (refused if named else skipped)[first] = reason
+        elif isinstance(module, nn.Linear):
+            linears[first] = (module, known_as)
+    if refused:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(
+            f"target_modules: cannot replace {listed} (name other layers, or use exclude_modules)"
+        )
+    if not linears:
+        raise ValueError(_no_match(inner, config, skipped))
+    return Plan(linears, skipped)
+
+
+def swap(model: nn.Module, names: Iterable[str], layer: nn.Module) -> None:
+    """Puts ``layer`` where ``model`` has a module under each of ``names``."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(unwrapped(model).get_submodule(parent), child, layer)
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(unwrapped(model), nn.Linear):
+        raise ValueError(
+            "model: expected a module that contains linears, got a linear itself: use "
+            "FastLoRALinear.from_linear"
+        )
+    return model
+
+
+def _bypassed(model: nn.Module, names: list[str]) -> str | None:
+    """Why a layer's own forward would not be what its parent runs."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight and never calls it"
+        if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
+            return "nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
+    return None
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    message = f"target_modules: no linear layer matches {config.target_modules!r}"
+    if skipped:
+        message += (
+            f" ({len(skipped)} skipped: {'; '.join(f'{n}: {r}' for n, r in skipped.items())})"
+        )
+    if not linears:
+        return message + "; the model has no nn.Linear"
+    suffixes = sorted({name.rpartition(".")[2] for name in linears})
+    wanted = config.target_modules or ()
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    near = [m for w in wanted for m in difflib.get_close_matches(w, suffixes + linears, cutoff=0.5)]
+    hint = f"; near names: {', '.join(dict.fromkeys(near))}" if near else ""
+    return f"{message}{hint}; its linears end in {', '.join(suffixes)}"
+
+
+def _freeze(model: nn.Module, config: LoRAConfig) -> None:
+    layers = list(lora_layers(model))
+    adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
+    for name, parameter in model.named_parameters():
+        trained = id(parameter) in adapters or (config.bias == "all" and "bias" in name)
+        parameter.requires_grad_(trained)
+    if config.bias == "lora_only":
+        for _, layer in layers:
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)

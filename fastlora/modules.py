@@ -1,0 +1,333 @@
+"""Linear layers with LoRA, to stand where an ``nn.Linear`` stood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from fastlora import config as settings
+from fastlora import functional as F
+from fastlora.receipt import MergeReceipt
+from fastlora.wrapping import adopt, lora_dtype_for, unsupported, unwrapped
+
+_LORA_NAMES = ("lora_A", "lora_B", "lora_bias")
+# FastLoRALinear's attributes that a plain linear does not inherit from it.
+_OWN = frozenset(
+    {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "scaling"}
+    | {"adapter_disabled", "_receipt"}
+)
+
+
+class FastLoRALinear(nn.Linear):
+    """``x @ weight.T + bias + scaling * ((dropout(x) @ lora_A.T) @ lora_B.T + lora_bias)``.
+
+    A subclass of ``nn.Linear`` whose state_dict holds weight, bias, lora_A (r, in_features), lora_B
+    (out_features, r) and, with lora_bias=True, lora_bias (out_features,); a checkpoint of the base
+    alone loads with ``strict=True`` and leaves the adapter as it is. scaling = lora_alpha / r, or /
+    sqrt(r) with use_rslora. init_lora_weights: True (lora_A Kaiming-uniform, lora_B zero),
+    "gaussian" (lora_A normal with standard deviation 1 / r, lora_B zero) or False (lora_B random
+    too, for tests). lora_dtype: the adapter's dtype; None is float32 on a half-precision base, the
+    base's otherwise.
+
+    Raises TypeError or ValueError naming the argument. Names and defaults are PEFT's.
+    """
+
+    holds_lora = True
+    bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    lora_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        init_lora_weights: bool | str = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+    ) -> None:
+        settings.check_rank("r", r)
+        settings.check_number("lora_alpha", lora_alpha)
+        settings.check_dropout(lora_dropout)
+        settings.check_init(init_lora_weights)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.lora_dropout, self.init_lora_weights = float(lora_dropout), init_lora_weights
+        self.scaling = settings.scaling(lora_alpha, r, use_rslora)
+        self.adapter_disabled = False
+        self._receipt: MergeReceipt | None = None
+        self._add_lora(lora_bias, lora_dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, r: int = 8, **options: Any) -> FastLoRALinear:
+        """A layer around ``linear``'s weight and bias, which it freezes; options as in ``__init__``.
+
+        Hooks, training mode and other attributes of ``linear`` come along. Raises TypeError for
+        anything that is not a plain ``nn.Linear`` (see ``unsupported``).
+        """
+        layer = cls._sharing(linear, r, **options)
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        return layer
+
+    @classmethod
+    def _sharing(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        *,
+        lora_bias: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> FastLoRALinear:
+        reason = unsupported(linear)
+        if reason is not None:
+            raise TypeError(f"linear: {reason}")
+        clash = {"bias", "device", "dtype"} & options.keys()
+        if clash:
+            raise TypeError(f"from_linear takes {', '.join(sorted(clash))} from the linear")
+        shape = (linear.in_features, linear.out_features)
+        layer = cls(*shape, r, bias=False, device="meta", dtype=linear.weight.dtype, **options)
+        adopt(layer, linear)
+        layer._add_lora(lora_bias, lora_dtype)
+        return layer
+
+    def _add_lora(self, lora_bias: bool, dtype: torch.dtype | None) -> None:
+        base = self.weight
+        kind = {"device": base.device, "dtype": dtype or lora_dtype_for(base.dtype)}
+        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **kind))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **kind))
+        extra = nn.Parameter(torch.empty(self.out_features, **kind)) if lora_bias else None
+        self.register_parameter("lora_bias", extra)
+        self.reset_lora_parameters()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name: lora_A, lora_B and, where there is one, lora_bias."""
+        found = {name: self._parameters.get(name) for name in _LORA_NAMES}
+        return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Initialises the adapter as ``init_lora_weights`` says."""
+        if self.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., in_features) of the weight's dtype to (..., out_features)."""
+        if self._receipt is not None:
+            self._refuse_training()
+            return nnf.linear(input, self.weight, self.merged_bias())
+        if self.adapter_disabled:
+            return nnf.linear(input, self.weight, self.bias)
+        return F.lora_linear(
+            input,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            bias=self.bias,
+            lora_bias=self.lora_bias,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is in the weight."""
+        return self._receipt is not None
+
+    def merge(self) -> None:
+        """Adds the adapter to the weight in place; ``unmerge`` gives every bit back.
+
+        The bias is left alone: a lora_bias is added to it at each call. Raises RuntimeError when
+        merged already, ValueError when a merged value would not be finite; nothing has changed
+        then.
+        """
+        if self._receipt is not None:
+            raise RuntimeError("the layer is merged already")
+        self._receipt = F.merge_(self.weight, [(self.lora_A, self.lora_B, self.scaling)])
+
+    def unmerge(self) -> None:
+        """Takes the adapter out of the weight again, exactly, or raises and changes nothing."""
+        if self._receipt is None:
+            raise RuntimeError("the layer is not merged")
+        F.unmerge_(self.weight, self._receipt)
+        self._receipt = None
+
+    def merged_bias(self) -> Tensor | None:
+        """The bias with the adapter's own added (out_features,), or None where there is neither."""
+        if self.lora_bias is None:
+            return self.bias
+        own = self.lora_bias * self.scaling
+        return (own if self.bias is None else own + self.bias).to(self.weight.dtype)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` around the weight as it is, with ``merged_bias`` if merged."""
+        bias = self.merged_bias() if self.merged else self.bias
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        adopt(linear, self, without=_OWN)
+        if bias is not None and bias is not self.bias:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return linear
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
+        parts += [f"lora_dropout={self.lora_dropout:g}"] if self.lora_dropout else []
+        flags = ("use_rslora", "merged", "adapter_disabled")
+        return ", ".join(parts + [f"{flag}=True" for flag in flags if getattr(self, flag)])
+
+    def _refuse_training(self) -> None:
+        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+            raise RuntimeError(
+                "the layer is merged, so its adapter would not be trained: unmerge it first, or "
+                "call "
+                "eval() to run it merged"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastLoRALinear:
+        if self._receipt is not None and fn(self.weight.new_empty(0)).dtype != self.weight.dtype:
+            raise RuntimeError("a merged layer cannot change its dtype: unmerge it first")
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._receipt is not None:
+            raise RuntimeError(
+                f"{prefix.rstrip('.') or 'the layer'} is merged: saved now, its adapter would be "
+                "applied "
+                "twice when loaded; unmerge it first, or save what merge_and_unload returns"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if self._receipt is not None:
+            layer = prefix.rstrip(".") or "the layer"
+            error_msgs.append(f"{layer} is merged: unmerge it before loading")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        own = [prefix + name for name in self.adapter_parameters()]
+        if not any(key in state_dict for key in own):
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+
+class MultiLoRALinear(nn.Linear):
+    """A frozen linear and S slots of adapters; each row of x goes through the slot its id names.
+
+    Buffers, not in the state_dict: lora_A (S, R, in_features), lora_B (S, out_features, R),
+    scalings (S,), ranks (S,), zero while a slot is free. ``routing`` gives the rows' ids where the
+    caller of the model cannot pass them to the layer.
+    """
+
+    holds_lora = True
+    lora_A: Tensor
+    lora_B: Tensor
+    scalings: Tensor
+    ranks: Tensor
+    routing: Callable[[Tensor], F.RowGroups] | None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        max_adapters: int,
+        max_rank: int,
+        lora_dtype: torch.dtype | None = None,
+    ) -> MultiLoRALinear:
+        """Shares ``linear``'s weight; lora_dtype None is its dtype. Errors as FastLoRALinear's."""
+        reason = unsupported(linear)
+        if reason is not None:
+            raise TypeError(f"linear: {reason}")
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        adopt(layer, linear)
+        S, R, weight = max_adapters, max_rank, linear.weight
+        zeros = {"device": weight.device, "dtype": lora_dtype or weight.dtype}
+        buffers = {
+            "lora_A": torch.zeros(S, R, layer.in_features, **zeros),
+            "lora_B": torch.zeros(S, layer.out_features, R, **zeros),
+            "scalings": torch.zeros(S, device=weight.device, dtype=torch.float32),
+            "ranks": torch.zeros(S, device=weight.device, dtype=torch.int32),
+        }
+        for name, buffer in buffers.items():
+            layer.register_buffer(name, buffer, persistent=False)
+        layer.routing = None
+        return layer
+
+    def forward(self, input: Tensor, adapter_ids: Tensor | F.RowGroups | None = None) -> Tensor:
+        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,); default: ids from ``routing``."""
+        if adapter_ids is None:
+            if self.routing is None:
+                raise RuntimeError(
+                    "adapter_ids: expected ids or row groups, the layer has no routing"
+                )
+            adapter_ids = self.routing(input)
+        return F.multi_lora_linear(
+            input,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            adapter_ids,
+            self.scalings,
+            bias=self.bias,
+            ranks=self.ranks,
+        )
+
+    @torch.no_grad()
+    def set_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        """Puts an adapter (r, K), (N, r), r at most the slots' rank, into ``slot``."""
+        self.clear_adapter(slot)
+        r = lora_A.shape[0]
+        self.lora_A[slot, :r] = lora_A
+        self.lora_B[slot, :, :r] = lora_B
+        self.scalings[slot] = scaling
+        self.ranks[slot] = r
+
+    @torch.no_grad()
+    def clear_adapter(self, slot: int) -> None:
+        """Frees ``slot``: what it held is zeroed."""
+        for buffer in (self.ranks, self.scalings, self.lora_A, self.lora_B):
+            buffer[slot] = 0
+
+    def extra_repr(self) -> str:
+        S, R = self.lora_A.shape[:2]
+        return f"{super().extra_repr()}, max_adapters={S}, max_rank={R}"
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, FastLoRALinear]]:
+    """(full name, layer) of every FastLoRALinear in ``model``, each once."""
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, FastLoRALinear):
+            yield name, module

@@ -1,0 +1,155 @@
+"""The one list of ops: ``torch.ops.fastlora.*``, their schemas, fakes and vmap rules.
+
+The ops are raw: no argument checks, no autograd (``fastlora.functional`` has both), matrices only.
+The last argument of each is the backend that ``fastlora.dispatch`` chose. In-place ops return
+nothing and name exactly what they write; ``merge_`` returns its receipt, whose size depends on the
+data. No argument has a default, so implementations always receive all of them, by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import dispatch
+
+_ADAPTER = "Tensor lora_A, Tensor lora_B"
+_DROPOUT = "float scaling, float dropout_p, Tensor? seed"
+_GROUPS = "Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? row_scales"
+_LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings"
+
+SCHEMAS = {
+    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, Tensor? lora_bias, {_DROPOUT}, "
+    "str backend) -> (Tensor, Tensor)",
+    "lora_add_": f"(Tensor(a!) y, Tensor(b!) h, Tensor x, {_ADAPTER}, Tensor? lora_bias, {_DROPOUT}, "
+    "str backend) -> ()",
+    "lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, {_DROPOUT}, "
+    "bool[] needs, str backend) -> Tensor[]",
+    "group_rows": "(Tensor ids, int num_slots, str backend) -> (Tensor, Tensor, Tensor)",
+    "multi_lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, {_GROUPS}, "
+    "str backend) -> (Tensor, Tensor)",
+    "multi_lora_add_": f"(Tensor(a!) y, Tensor(b!) h, Tensor x, {_ADAPTER}, {_GROUPS}, "
+    "str backend) -> ()",
+    "multi_lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, {_GROUPS}, "
+    "bool[] needs, str backend) -> Tensor[]",
+    "merge_": f"(Tensor(a!) weight, {_LIST}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "unmerge_": f"(Tensor(a!) weight, {_LIST}, Tensor positions, Tensor bits, Tensor counts, "
+    "Tensor checksums, str backend) -> ()",
+}
+
+
+def _fake_lora_linear(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any) -> Any:
+    M = x.shape[0]
+    return x.new_empty(M, weight.shape[0]), x.new_empty(M, lora_A.shape[-2])
+
+
+def _fake_backward(widths: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    def fake(*args: Any) -> list[Tensor]:
+        *rest, needs, _backend = args
+        return [grad for grad, need in zip(widths(*rest), needs, strict=True) if need]
+
+    return fake
+
+
+def _linear_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, *_: Any
+) -> list[Tensor]:
+    N = dy.shape[1]
+    return [
+        x.new_empty(x.shape),
+        dy.new_empty(N, x.shape[1]),
+        dy.new_empty(N),
+        lora_A.new_empty(lora_A.shape),
+        lora_B.new_empty(lora_B.shape),
+        lora_B.new_empty(N),
+    ]
+
+
+def _multi_gradients(*args: Any) -> list[Tensor]:
+    return _linear_gradients(*args)[:5]
+
+
+def _fake_group_rows(ids: Tensor, num_slots: int, _backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    order = ids.new_empty(ids.shape, dtype=torch.int64)
+    return (
+        ids.new_empty(ids.shape, dtype=torch.int32),
+        order,
+        order.new_empty(num_slots + 1),
+    )
+
+
+def _fake_merge_(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    changed, tiles = context.new_dynamic_size(), context.new_dynamic_size()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return (
+        weight.new_empty(changed, dtype=torch.uint16),
+        weight.new_empty(changed, dtype=bits),
+        torch.empty(tiles, dtype=torch.int32, device="cpu"),
+        weight.new_empty(2, dtype=torch.int64),
+    )
+
+
+def _fake_in_place(*_: Any) -> None:
+    return None
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "lora_linear": _fake_lora_linear,
+    "lora_add_": _fake_in_place,
+    "lora_linear_backward": _fake_backward(_linear_gradients),
+    "group_rows": _fake_group_rows,
+    "multi_lora_linear": _fake_lora_linear,
+    "multi_lora_add_": _fake_in_place,
+    "multi_lora_linear_backward": _fake_backward(_multi_gradients),
+    "merge_": _fake_merge_,
+    "unmerge_": _fake_in_place,
+}
+
+
+def _implementation(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        *operands, backend = args
+        device = operands[0].device.type
+        if torch.is_autocast_enabled(device):
+            # The caller has cast what autocast wants cast; inside, dtypes are as written.
+            with torch.autocast(device, enabled=False):
+                return dispatch.implementation(name, backend)(*operands)
+        return dispatch.implementation(name, backend)(*operands)
+
+    return run
+
+
+def _vmap_rule(name: str) -> Callable[..., Any]:
+    """One call for each element of the batch: right for any mix of batched and shared operands."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        op = getattr(torch.ops.fastlora, name)
+        if name.endswith("_") and (in_dims[0] is None or in_dims[1] is None):
+            raise RuntimeError(f"vmap: {name} is possible only where both y and x are batched")
+        in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))
+        pairs = list(zip(args, in_dims, strict=True))
+        # The dims of a list argument are a list, of None here.
+        results = [
+            op(*(a.select(d, i) if isinstance(d, int) else a for a, d in pairs))
+            for i in range(info.batch_size)
+        ]
+        if name.endswith("_"):
+            return None, None
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        kind = list if isinstance(results[0], list) else tuple
+        return kind(stacked), kind([0] * len(stacked))
+
+    return rule
+
+
+_library = torch.library.Library("fastlora", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlora::{_name}", FAKES[_name], lib=_library)
+    if _name not in ("merge_", "unmerge_"):
+        torch.library.register_vmap(f"fastlora::{_name}", _vmap_rule(_name), lib=_library)
