@@ -55,7 +55,7 @@ def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -97,6 +97,8 @@ def check_shapes(
         parts = [f"missing {_some(missing)}"] * bool(missing) + [
             f"unexpected {_some(extra)}"
         ] * bool(extra)
+        if any(".lora_" not in name for name in extra):
+            parts.append("PEFT leaves base weights out with save_embedding_layers=False")
         raise ValueError(f"{where}: it does not fit this model and config: {'; '.join(parts)}")
     for name, shape in expected.items():
         if found[name] != shape:
@@ -161,8 +163,9 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        start, brace = file.read(8), file.read(1)
+        # A header's length may well begin like a pickle; a pickle has no brace behind it.
+        if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise ValueError(f"{path}: expected safetensors, got a pickle, which is never read")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
@@ -171,10 +174,10 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
             raise ValueError(
                 f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes, got {length}"
             )
-        text = file.read(length)
+        text = brace + file.read(max(0, length - 1))
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON header: {error}") from None
     if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
         raise ValueError(f"{path}: expected a header of at most {_MAX_TENSORS} tensors")

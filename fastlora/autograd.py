@@ -51,23 +51,23 @@ def _matrix(y: Tensor) -> Tensor:
 
 
 def _written(y: Tensor, rows: Tensor) -> Tensor:
-    """y, once ``rows = _matrix(y)`` was written: copied back where rows could not be a view of y."""
+    """y, once ``rows = _matrix(y)`` was written: copied back where rows could be no view of y."""
     view = all(y.stride(i) == y.stride(i + 1) * y.shape[i + 1] for i in range(y.dim() - 2))
     return y if view else y.copy_(rows.view_as(y))
 
 
 def _vmap_in_place(function: type[Function], info: Any, in_dims: Any, *args: Any) -> Any:
     """One call for each element of the batch, onto its view of y: torch generates no such rule."""
-    y, h, *rest = args
     if in_dims[0] is None:
         raise RuntimeError("vmap: y is written in place, so it must be batched where others are")
     for i in range(info.batch_size):
-        # h was made like x, which need not be batched where lora_A is.
-        scratch = torch.empty_like(h if in_dims[1] is None else h.select(in_dims[1], i))
-        others = zip(rest, in_dims[2:], strict=True)
-        ours = [a.select(d, i) if isinstance(d, int) else a for a, d in others]
-        function.apply(y.select(in_dims[0], i), scratch, *ours)
-    return y, in_dims[0]
+        pairs = zip(args, in_dims, strict=True)
+        y, h, *others = (a.select(d, i) if isinstance(d, int) else a for a, d in pairs)
+        # Saved for a gradient of each call; the h that came with them may be saved for another's.
+        own = torch.empty_like(h)
+        function.apply(y, own, *others)
+        h.copy_(own)
+    return args[0], in_dims[0]
 
 
 class LoRALinear(Function):
@@ -131,7 +131,10 @@ class LoRAAdd(Function):
 
 
 class MultiLoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, order, starts, scalings, ranks, row_scales, backend) -> (y, h)."""
+    """(x, weight, bias, lora_A, lora_B, the rows' five, backend) -> (y, h).
+
+    The five say which adapter a row has: order, starts, scalings, ranks, row_scales.
+    """
 
     generate_vmap_rule = True
 
@@ -156,7 +159,7 @@ class MultiLoRALinear(Function):
 
 
 class MultiLoRAAdd(Function):
-    """(y, h, x, lora_A, lora_B, order, starts, scalings, ranks, row_scales, backend) -> y in place."""
+    """(y, h, x, lora_A, lora_B, the rows' five, backend) -> y, written in place; h is filled."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:

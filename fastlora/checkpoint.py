@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastlora import adapter_files as files
 from fastlora.adapter_files import Shape
 from fastlora.config import LoRAConfig
-from fastlora.inject import Plan, injection, plan, replace_linear
+from fastlora.inject import Injection, Plan, injection, plan, remember, replace_linear, report
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.wrapping import unwrapped
 
@@ -50,7 +50,8 @@ def load_adapter(
     """Loads an adapter that fastlora or PEFT saved into ``model``, in place; returns ``model``.
 
     Replaces the linears that the adapter's config names, or, where the model has FastLoRALinear
-    layers already, fills exactly those. is_trainable=False freezes the adapter.
+    layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
+    the adapter.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
@@ -112,9 +113,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[str, nn.Parameter]:
     """{PEFT's name: parameter} of the base's biases that belong to the adapter."""
     found = {}
-    for name, parameter in model.named_parameters():
+    if config.bias == "none":
+        return found
+    # PEFT's files name a bias that is tied with another twice.
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, last = name.rpartition(".")
-        if config.bias == "none" or "bias" not in name or last == "lora_bias":
+        if last != "bias":
             continue
         if owner in replaced:
             found[f"{owner}.base_layer.{last}"] = parameter
@@ -127,6 +131,8 @@ def _check_existing(layers: dict[str, FastLoRALinear], config: LoRAConfig) -> No
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged: unmerge_adapter before loading another adapter")
+        if config.excludes(name) or not (config.all_linear or config.targets(name)):
+            raise ValueError(f"{name}: the layer has LoRA, the adapter's config does not name it")
         if layer.r != config.rank_of(name):
             raise ValueError(
                 f"{name}: the layer has r={layer.r}, the adapter r={config.rank_of(name)}"
@@ -145,15 +151,17 @@ def _apply(
 ) -> None:
     if chosen is not None:
         replace_linear(model, config)
+    else:
+        before = report(model).skipped
+        remember(model, Injection(config, before))
     with torch.no_grad():
         for key, bias in biases.items():
             bias.copy_(tensors[key])
         for name, layer in lora_layers(model):
             layer.lora_alpha, layer.use_rslora = config.alpha_of(name), config.use_rslora
-            layer.scaling = config.scaling_of(name)
+            layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
             for kind, parameter in layer.adapter_parameters().items():
                 parameter.copy_(tensors[f"{name}.{_KEYS[kind]}"])
                 parameter.requires_grad_(is_trainable)
-    if not is_trainable:
-        for bias in biases.values():
-            bias.requires_grad_(False)
+    for bias in biases.values():
+        bias.requires_grad_(is_trainable)

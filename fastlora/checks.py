@@ -17,9 +17,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts as autocast casts a linear's operands (float64 is left alone); no-op outside autocast."""
+    """Casts as autocast casts a linear's operands, float64 left alone; else returns them."""
     _tensor("x", x)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _autocasts(x.device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
@@ -29,7 +29,7 @@ def autocast_to(x: Tensor, y: Tensor) -> Tensor:
     """Under autocast x in y's dtype, which the base layer has chosen."""
     _tensor("x", x)
     _tensor("y", y)
-    return x.to(y.dtype) if torch.is_autocast_enabled(x.device.type) else x
+    return x.to(y.dtype) if _autocasts(x.device) else x
 
 
 def scaling(value: float) -> float:
@@ -170,6 +170,11 @@ def adapters(
         _adapter(lora_A, lora_B, N, K, weight)
         checked.append((lora_A.detach(), lora_B.detach(), scaling(factor)))
     return checked
+
+
+def _autocasts(device: torch.device) -> bool:
+    # torch knows no autocast for meta tensors and raises.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,6 +15,7 @@ _DESCRIPTIVE = frozenset(
     | {"qalora_group_size", "revision", "runtime_config"}
 )
 _BIASES = ("none", "all", "lora_only")
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class LoRAConfig:
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
+        if self.lora_bias and self.init_lora_weights == "gaussian":
+            raise ValueError("init_lora_weights: PEFT reads no 'gaussian' together with lora_bias")
         for key, value in self.rank_pattern.items():
             check_rank(f"rank_pattern[{key!r}]", value)
         for key, value in self.alpha_pattern.items():
@@ -105,9 +109,7 @@ class LoRAConfig:
         if kind not in (None, "LORA"):
             raise ValueError(f"peft_type: expected LORA, got {kind!r}")
         own = {f.name for f in fields(LoRAConfig)}
-        refused = {
-            k: v for k, v in values.items() if k not in own | _DESCRIPTIVE and v not in _EMPTY
-        }
+        refused = {k: v for k, v in values.items() if k not in own | _DESCRIPTIVE and not _empty(v)}
         if refused:
             given = ", ".join(f"{key}={value!r}" for key, value in sorted(refused.items()))
             raise ValueError(f"config: fastlora does not support {given}")
@@ -128,9 +130,6 @@ class LoRAConfig:
         )
 
 
-_EMPTY = (None, False, "", [], {}, ())
-
-
 def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
@@ -145,8 +144,9 @@ def check_rank(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    # Not math.isfinite, which cannot look at an integer beyond float64's range.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number, got {value!s:.40}")
 
 
 def check_dropout(value: object) -> None:
@@ -174,6 +174,11 @@ def _names(field_name: str, value: object) -> str | tuple[str, ...] | None:
     raise TypeError(
         f"{field_name}: expected a list of names or a regular expression, got {value!r}"
     )
+
+
+def _empty(value: object) -> bool:
+    # 0 equals False, but layers_to_transform=0 names a layer.
+    return value is None or value is False or value in ("", [], {}, ())
 
 
 def _regex(field_name: str, pattern: str) -> None:

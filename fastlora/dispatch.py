@@ -9,11 +9,11 @@ backend and a compiled graph keeps the one it was traced with.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,25 +29,29 @@ _ABSENT = {
 }
 
 
-class _Forced(threading.local):
-    name: str | None = None
+class _Asked(threading.local):
+    # What use_backend asked for in this thread, else FASTLORA_BACKEND as the process started.
+    name: str | None = os.environ.get("FASTLORA_BACKEND") or None
 
 
-_forced = _Forced()
+_asked = _Asked()
+_loaded: dict[str, ModuleType] = {}
 
 
-def unusable(backend: str, device: torch.device | None = None) -> str | None:
-    """Why ``backend`` cannot run on ``device`` here, or None when it can."""
-    del device
+def unusable(backend: str) -> str | None:
+    """Why ``backend`` cannot run here, or None when it can."""
     return _ABSENT.get(_known(backend))
 
 
 def choose(op: str, device: torch.device) -> str:
     """The backend that runs ``op`` on ``device``: the one asked for, else the best usable one."""
-    asked = _forced.name or os.environ.get("FASTLORA_BACKEND") or None
+    asked = _asked.name
     if asked is None:
-        return next(name for name in BACKENDS if unusable(name, device) is None)
-    reason = unusable(asked, device)
+        for name in BACKENDS:
+            if unusable(name) is None:
+                return name
+        raise RuntimeError(f"no backend can run {op} on {device}")
+    reason = unusable(asked)
     if reason is not None:
         raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
     return asked
@@ -55,7 +59,10 @@ def choose(op: str, device: torch.device) -> str:
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function that runs ``op`` on ``backend``."""
-    return getattr(importlib.import_module(_MODULES[_known(backend)]), op)
+    module = _loaded.get(backend)
+    if module is None:
+        module = _loaded[backend] = importlib.import_module(_MODULES[_known(backend)])
+    return getattr(module, op)
 
 
 def backend(op: str | None = None, device: torch.device | str | None = None) -> str:
@@ -76,11 +83,11 @@ def use_backend(name: str) -> Iterator[None]:
     reason = unusable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
-    before, _forced.name = _forced.name, name
+    before, _asked.name = _asked.name, name
     try:
         yield
     finally:
-        _forced.name = before
+        _asked.name = before
 
 
 def _known(name: str) -> str:

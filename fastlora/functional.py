@@ -89,7 +89,7 @@ def lora_add_(
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
     rows = _rows(x)
-    h = rows.new_empty(rows.shape[0], lora_A.shape[0])
+    h = _scratch(lora_A.shape[0], rows, lora_A, seed)
     backend = dispatch.choose("lora_add_", x.device)
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
     return LoRAAdd.apply(*args) if _tracked(y, x, lora_A, lora_B) else LoRAAdd.forward(*args)
@@ -151,13 +151,13 @@ def multi_lora_add_(
     ranks: Tensor | None = None,
     row_scales: Tensor | None = None,
 ) -> Tensor:
-    """Adds each row's adapter part to y in place, as ``multi_lora_linear`` defines it; returns y."""
+    """Adds each row's adapter part to y in place, as in ``multi_lora_linear``; returns y."""
     x = checks.autocast_to(x, y)
     checks.multi_added(y, x, lora_A, lora_B, scalings, ranks)
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (groups.order, groups.starts, scalings, ranks, _row_scales(row_scales, x))
     rows = _rows(x)
-    h = rows.new_empty(rows.shape[0], lora_A.shape[1])
+    h = _scratch(lora_A.shape[1], rows, lora_A, groups.order, groups.starts, ranks)
     backend = dispatch.choose("multi_lora_add_", x.device)
     args = (y, h, rows, lora_A, lora_B, *routing, backend)
     tracked = _tracked(y, x, lora_A, lora_B)
@@ -202,6 +202,14 @@ def _dropout(p: float, training: bool, x: Tensor) -> tuple[float, Tensor | None]
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def _scratch(R: int, x: Tensor, *others: Tensor | None) -> Tensor:
+    """An empty h (M, R); under vmap it is batched where anything is that it will be made of."""
+    if not torch._C._are_functorch_transforms_active():
+        return x.new_empty(x.shape[0], R)
+    parts = [t.new_zeros((), dtype=x.dtype) for t in (x, *others) if t is not None]
+    return torch.stack(parts).sum().expand(x.shape[0], R).clone()
 
 
 def _tracked(*tensors: Tensor | None) -> bool:

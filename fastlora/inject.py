@@ -65,11 +65,17 @@ def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True
     replaced and what was skipped and why.
 
     Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
-    layer that was named cannot be replaced, or is replaced already.
+    layer that was named cannot be replaced, or the model has LoRA layers already.
     """
     settings = LoRAConfig.of(config)
     model = _checked(model)
     chosen = plan(model, settings)
+    present = [name for name, _ in lora_layers(model)]
+    if present:
+        raise ValueError(
+            f"model: {len(present)} layers have LoRA already ({present[0]}, …), and one config must "
+            "speak for all: name every layer at once (rank_pattern and alpha_pattern tell them apart)"
+        )
     layers = {
         name: FastLoRALinear._sharing(
             linear,
@@ -84,7 +90,7 @@ def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True
     }
     for name, layer in layers.items():
         swap(model, chosen.linears[name][1], layer)
-    setattr(unwrapped(model), _RECORD, Injection(settings, chosen.skipped))
+    remember(model, Injection(settings, chosen.skipped))
     if freeze_base:
         _freeze(unwrapped(model), settings)
     return model
@@ -92,7 +98,7 @@ def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True
 
 def report(model: nn.Module) -> Report:
     """What has been done to ``model``: replaced, skipped and why, trainable, merged."""
-    inner = _checked(unwrapped(model))
+    inner = unwrapped(model)
     layers = dict(lora_layers(inner))
     served = {
         n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
@@ -114,6 +120,16 @@ def injection(model: nn.Module) -> Injection:
     if record is None:
         raise RuntimeError("model: expected one that went through fastlora.replace_linear")
     return record
+
+
+def remember(model: nn.Module, record: Injection) -> None:
+    """Notes on ``model`` what its LoRA layers are, for ``injection``."""
+    setattr(unwrapped(model), _RECORD, record)
+
+
+def forget(model: nn.Module) -> None:
+    """Takes the note away, where there is one."""
+    vars(unwrapped(model)).pop(_RECORD, None)
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -138,7 +154,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         named = any(config.targets(name) for name in known_as)
         if not named and not (config.all_linear and isinstance(module, nn.Linear)):
             continue
-        reason = unsupported(module) or _bypassed(inner, known_as)
+        reason = _bypassed(inner, known_as) or unsupported(module)
         if any(config.excludes(name) for name in known_as):
             skipped[first] = "excluded by exclude_modules"
         elif isinstance(module, (FastLoRALinear, MultiLoRALinear)):
@@ -216,7 +232,8 @@ def _freeze(model: nn.Module, config: LoRAConfig) -> None:
     layers = list(lora_layers(model))
     adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
     for name, parameter in model.named_parameters():
-        trained = id(parameter) in adapters or (config.bias == "all" and "bias" in name)
+        is_bias = name.rpartition(".")[2] == "bias"
+        trained = id(parameter) in adapters or (config.bias == "all" and is_bias)
         parameter.requires_grad_(trained)
     if config.bias == "lora_only":
         for _, layer in layers:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fastlora.inject import swap
+from fastlora.inject import forget, swap
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.wrapping import unwrapped
 
@@ -30,7 +30,7 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     Raises RuntimeError when a layer is not merged, or its weight was edited since; every layer is
     as before then.
     """
-    _all_or_none(_layers(model, merged=True), FastLoRALinear.unmerge, FastLoRALinear.merge)
+    _unmerge(_layers(model, merged=True))
     return model
 
 
@@ -53,17 +53,21 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             names[module].append(name)
     for layer, linear in plain.items():
         swap(inner, names[layer], linear)
+    forget(inner)
     return model
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block ``model`` computes what its base would; merged layers are unmerged in it."""
+    """Inside the block ``model`` computes what its base would; merged layers are unmerged in it.
+
+    What was merged is merged again at the end, whatever became of the adapter in between.
+    """
     layers = dict(lora_layers(model))
     if not layers:
         raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
-    _all_or_none(merged, FastLoRALinear.unmerge, FastLoRALinear.merge)
+    remerge = _unmerge(merged)
     before = {layer: layer.adapter_disabled for layer in layers.values()}
     for layer in before:
         layer.adapter_disabled = True
@@ -72,7 +76,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, state in before.items():
             layer.adapter_disabled = state
-        _all_or_none(merged, FastLoRALinear.merge, FastLoRALinear.unmerge)
+        _all_or_none(merged, remerge, FastLoRALinear.unmerge)
 
 
 def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
@@ -86,6 +90,17 @@ def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
             f"model: {len(wrong)} layers are {state} ({wrong[0]}, …); nothing was changed"
         )
     return layers
+
+
+def _unmerge(layers: dict[str, FastLoRALinear]) -> Callable[[FastLoRALinear], None]:
+    """Unmerges every layer or none; returns what merges a layer again as it was."""
+    receipts = {layer: layer._receipt for layer in layers.values()}
+
+    def remerge(layer: FastLoRALinear) -> None:
+        layer.remerge(receipts[layer])
+
+    _all_or_none(layers, FastLoRALinear.unmerge, remerge)
+    return remerge
 
 
 def _all_or_none(

@@ -164,12 +164,20 @@ class FastLoRALinear(nn.Linear):
         """Adds the adapter to the weight in place; ``unmerge`` gives every bit back.
 
         The bias is left alone: a lora_bias is added to it at each call. Raises RuntimeError when
-        merged already, ValueError when a merged value would not be finite; nothing has changed
-        then.
+        merged already or disabled, ValueError when a merged value would not be finite; nothing has
+        changed then.
         """
         if self._receipt is not None:
             raise RuntimeError("the layer is merged already")
+        if self.adapter_disabled:
+            raise RuntimeError("the adapter is disabled: merge it outside of disable_adapter")
+        if self.lora_bias is not None and not bool(self.lora_bias.isfinite().all()):
+            raise ValueError("lora_bias: expected finite values")
         self._receipt = F.merge_(self.weight, [(self.lora_A, self.lora_B, self.scaling)])
+
+    def remerge(self, receipt: MergeReceipt) -> None:
+        """Merges what ``receipt`` says was merged once, whatever the adapter is by now."""
+        self._receipt = F.merge_(self.weight, receipt.adapters)
 
     def unmerge(self) -> None:
         """Takes the adapter out of the weight again, exactly, or raises and changes nothing."""
@@ -201,7 +209,8 @@ class FastLoRALinear(nn.Linear):
         return ", ".join(parts + [f"{flag}=True" for flag in flags if getattr(self, flag)])
 
     def _refuse_training(self) -> None:
-        if self.training and torch.is_grad_enabled() and self.lora_A.requires_grad:
+        trained = self.lora_A.requires_grad or self.lora_B.requires_grad
+        if trained and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the layer is merged, so its adapter would not be trained: unmerge it first, or "
                 "call "
@@ -320,6 +329,14 @@ class MultiLoRALinear(nn.Linear):
         """Frees ``slot``: what it held is zeroed."""
         for buffer in (self.ranks, self.scalings, self.lora_A, self.lora_B):
             buffer[slot] = 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        scalings = self.scalings
+        super()._apply(fn, recurse)
+        if self.scalings.dtype != scalings.dtype:
+            # float32 whatever the weights become.
+            self.scalings = scalings.to(self.scalings.device)
+        return self
 
     def extra_repr(self) -> str:
         S, R = self.lora_A.shape[:2]

@@ -8,6 +8,7 @@ data. No argument has a default, so implementations always receive all of them, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,19 +23,19 @@ _GROUPS = "Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? 
 _LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings"
 
 SCHEMAS = {
-    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, Tensor? lora_bias, {_DROPOUT}, "
-    "str backend) -> (Tensor, Tensor)",
-    "lora_add_": f"(Tensor(a!) y, Tensor(b!) h, Tensor x, {_ADAPTER}, Tensor? lora_bias, {_DROPOUT}, "
-    "str backend) -> ()",
-    "lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, {_DROPOUT}, "
-    "bool[] needs, str backend) -> Tensor[]",
+    "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, Tensor? lora_bias, "
+    f"{_DROPOUT}, str backend) -> (Tensor, Tensor)",
+    "lora_add_": f"(Tensor(a!) y, Tensor(b!) h, Tensor x, {_ADAPTER}, Tensor? lora_bias, "
+    f"{_DROPOUT}, str backend) -> ()",
+    "lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, "
+    f"{_DROPOUT}, bool[] needs, str backend) -> Tensor[]",
     "group_rows": "(Tensor ids, int num_slots, str backend) -> (Tensor, Tensor, Tensor)",
     "multi_lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, {_GROUPS}, "
     "str backend) -> (Tensor, Tensor)",
     "multi_lora_add_": f"(Tensor(a!) y, Tensor(b!) h, Tensor x, {_ADAPTER}, {_GROUPS}, "
     "str backend) -> ()",
-    "multi_lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, {_GROUPS}, "
-    "bool[] needs, str backend) -> Tensor[]",
+    "multi_lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, "
+    f"{_GROUPS}, bool[] needs, str backend) -> Tensor[]",
     "merge_": f"(Tensor(a!) weight, {_LIST}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "unmerge_": f"(Tensor(a!) weight, {_LIST}, Tensor positions, Tensor bits, Tensor counts, "
     "Tensor checksums, str backend) -> ()",
@@ -120,7 +121,13 @@ def _implementation(name: str) -> Callable[..., Any]:
                 return dispatch.implementation(name, backend)(*operands)
         return dispatch.implementation(name, backend)(*operands)
 
-    return run
+    def run_as_written(*args: Any) -> Any:
+        # After a graph break torch.compile compiles the frames in here too, and would contract
+        # what must be exact. Without it loaded, asking it not to would load it: seconds.
+        loaded = "torch._dynamo" in sys.modules
+        return torch.compiler.disable(run)(*args) if loaded else run(*args)
+
+    return run_as_written if name in ("merge_", "unmerge_") else run
 
 
 def _vmap_rule(name: str) -> Callable[..., Any]:
@@ -129,7 +136,7 @@ def _vmap_rule(name: str) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         op = getattr(torch.ops.fastlora, name)
         if name.endswith("_") and (in_dims[0] is None or in_dims[1] is None):
-            raise RuntimeError(f"vmap: {name} is possible only where both y and x are batched")
+            raise RuntimeError(f"vmap: {name} needs both y and h batched, which it writes")
         in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))
         pairs = list(zip(args, in_dims, strict=True))
         # The dims of a list argument are a list, of None here.

@@ -6,14 +6,15 @@ are narrowed to x's for the products (the library accumulates in float32), never
 gradients of float32 adapters on a half-precision x are summed in float32 over blocks of rows.
 
 All operands are matrices of any strides: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R),
-h = dropout(x) @ lora_A.T (M, R), which forward leaves for backward. Many adapters: (S, R, K), (S,
-N, R).
+h = dropout(x) @ lora_A.T (M, R), which forward leaves for backward. Many adapters: A (S, R, K) and
+B (S, N, R).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ __all__ = [
     "multi_lora_linear_backward",
     "unmerge_",
 ]
+
+Rows = slice | Tensor
 
 # Elements that are widened or masked at a time. On a CPU the block's float32 copy (1 MiB) should
 # stay in a core's L2 cache; elsewhere few launches matter more (not measured on a GPU).
@@ -94,35 +97,32 @@ def lora_linear_backward(
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias, lora_A, lora_B, lora_bias): those that ``needs`` asks for."""
     need_x, need_weight, need_bias, need_A, need_B, need_lora_bias = needs
-    grads: list[Tensor] = []
-    g = _scaled_product(dy, lora_B, scaling) if need_x or need_A else dy  # [M, R]
-    if need_x:
-        dx = _base_gradient(dy, x, weight)
-        A = lora_A.to(x.dtype)
-        if seed is None:
-            dx.addmm_(g, A)
+    dx = _base_gradient(dy, x, weight) if need_x else None
+    dA = None
+    if need_x or need_A:
+        g = (dy @ lora_B.to(dy.dtype)).mul_(scaling)  # [M, R]
+        if seed is not None:
+            dA = _through_dropout(dx, g, x, lora_A, need_A, dropout_p, seed)
         else:
-            for rows in _row_blocks(x):
-                dx[rows] += dropout.dropped(g[rows] @ A, dropout_p, seed, rows.start)
-        grads.append(dx)
-    if need_weight:
-        grads.append(dy.T @ x)
-    if need_bias:
-        grads.append(dy.sum(0))
-    if need_A:
-        grads.append(_adapter_gradient(g, x, lora_A.dtype, dropout_p, seed))
-    if need_B:
-        grads.append(_adapter_gradient(dy, h * scaling, lora_B.dtype))
-    if need_lora_bias:
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        grads.append(dy.sum(0, dtype=wide).mul_(scaling).to(lora_B.dtype))
-    return grads
+            if dx is not None:
+                dx.addmm_(g, lora_A.to(x.dtype))
+            dA = _adapter_gradient(g, x, lora_A.dtype) if need_A else None
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    grads = [
+        dx,
+        dy.T @ x if need_weight else None,
+        dy.sum(0) if need_bias else None,
+        dA,
+        _adapter_gradient(dy, h * scaling, lora_B.dtype) if need_B else None,
+        dy.sum(0, dtype=wide).mul_(scaling).to(lora_B.dtype) if need_lora_bias else None,
+    ]
+    return [grad for grad in grads if grad is not None]
 
 
 def group_rows(ids: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (T,), order and starts of ``RowGroups``; an id that is out of range never gets further."""
+    """ids (T,), order and starts of ``RowGroups``; an id out of range never gets further."""
     if ids.device.type == "cpu":
-        if ids.numel() and not (-1 <= int(ids.min()) and int(ids.max()) < num_slots):
+        if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= num_slots):
             bad = int(ids[(ids < -1) | (ids >= num_slots)][0])
             raise ValueError(f"adapter_ids: expected ids in [-1, {num_slots}), got {bad}")
     else:
@@ -166,14 +166,10 @@ def multi_lora_add_(
 ) -> None:
     h.zero_()
     for slot, rows, r, scaling in _groups(order, starts, scalings, ranks, lora_A.shape[1]):
-        h_rows = x[rows] @ lora_A[slot, :r].to(x.dtype).T
+        h_rows = _take(x, rows) @ lora_A[slot, :r].to(x.dtype).T
         h[rows, :r] = h_rows
-        h_rows = h_rows * _row_factor(row_scales, rows, scaling, x.dtype)
-        B = lora_B[slot, :, :r].to(x.dtype)
-        if isinstance(rows, slice):
-            y[rows].addmm_(h_rows, B.T)
-        else:
-            y.index_add_(0, rows, h_rows @ B.T)
+        h_rows.mul_(_row_factor(h, row_scales, rows, scaling))
+        _add_product(y, rows, h_rows, lora_B[slot, :, :r].to(x.dtype).T)
 
 
 def multi_lora_linear_backward(
@@ -196,20 +192,17 @@ def multi_lora_linear_backward(
     dA = _zeros_wide(lora_A) if need_A else None
     dB = _zeros_wide(lora_B) if need_B else None
     for slot, rows, r, scaling in _groups(order, starts, scalings, ranks, lora_A.shape[1]):
-        factor = _row_factor(row_scales, rows, scaling, x.dtype)
-        dy_rows = dy[rows]
+        factor = _row_factor(h, row_scales, rows, scaling)
+        dy_rows = _take(dy, rows)
         if dx is not None or dA is not None:
-            g = dy_rows @ lora_B[slot, :, :r].to(dy.dtype) * factor
+            g = (dy_rows @ lora_B[slot, :, :r].to(dy.dtype)).mul_(factor)
             if dx is not None:
-                A = lora_A[slot, :r].to(x.dtype)
-                if isinstance(rows, slice):
-                    dx[rows].addmm_(g, A)
-                else:
-                    dx.index_add_(0, rows, g @ A)
+                _add_product(dx, rows, g, lora_A[slot, :r].to(x.dtype))
             if dA is not None:
-                dA[slot, :r] += _adapter_gradient(g, x[rows], dA.dtype)
+                dA[slot, :r] += _adapter_gradient(g, _take(x, rows), dA.dtype)
         if dB is not None:
-            dB[slot, :, :r] += _adapter_gradient(dy_rows, h[rows, :r] * factor, dB.dtype)
+            h_rows = (h[rows, :r] * factor).to(h.dtype)
+            dB[slot, :, :r] += _adapter_gradient(dy_rows, h_rows, dB.dtype)
     grads = [
         dx,
         dy.T @ x if need_weight else None,
@@ -222,7 +215,7 @@ def multi_lora_linear_backward(
 
 def _groups(
     order: Tensor, starts: Tensor, scalings: Tensor, ranks: Tensor | None, R: int
-) -> Iterator[tuple[int, slice | Tensor, int, float]]:
+) -> Iterator[tuple[int, Rows, int, float]]:
     """(slot, its rows, its rank, its scaling): neighbouring rows as one slice, others by index."""
     bounds, factors = starts.tolist(), scalings.tolist()
     limits = [R] * len(factors) if ranks is None else ranks.tolist()
@@ -230,7 +223,7 @@ def _groups(
         # Before anything is written; slots that no row uses may hold whatever they like.
         if not math.isfinite(factor) and bounds[slot] < bounds[slot + 1]:
             raise ValueError(f"scalings: expected finite numbers, got {factor} for slot {slot}")
-    for slot, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for slot, (first, last) in enumerate(pairwise(bounds)):
         r = min(max(limits[slot], 0), R)
         if first == last or r == 0:
             continue
@@ -243,10 +236,22 @@ def _groups(
                 yield slot, part, r, factors[slot]
 
 
-def _row_factor(
-    row_scales: Tensor | None, rows: slice | Tensor, scaling: float, dtype: torch.dtype
-) -> float | Tensor:
-    return scaling if row_scales is None else (row_scales[rows, None] * scaling).to(dtype)
+def _take(t: Tensor, rows: Rows) -> Tensor:
+    return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
+
+
+def _add_product(y: Tensor, rows: Rows, left: Tensor, right: Tensor) -> None:
+    if isinstance(rows, slice):
+        y[rows].addmm_(left, right)
+    else:
+        y.index_add_(0, rows, left @ right)
+
+
+def _row_factor(like: Tensor, scales: Tensor | None, rows: Rows, scaling: float) -> float | Tensor:
+    """What rows of h are multiplied by; wide, so that the product is rounded and it is not."""
+    if scales is None:
+        return scaling
+    return scales[rows, None].to(torch.promote_types(like.dtype, torch.float32)) * scaling
 
 
 def _row_blocks(x: Tensor) -> Iterator[slice]:
@@ -254,10 +259,6 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
     step = max(1, size // max(1, x.shape[1]))
     for first in range(0, x.shape[0], step):
         yield slice(first, min(first + step, x.shape[0]))
-
-
-def _scaled_product(dy: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return (dy @ lora_B.to(dy.dtype)).mul_(scaling)
 
 
 def _base_gradient(dy: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -268,23 +269,42 @@ def _zeros_wide(like: Tensor) -> Tensor:
     return like.new_zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def _adapter_gradient(
-    left: Tensor,
-    right: Tensor,
-    dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """``left.T @ dropout(right)`` in ``dtype``, accumulated in float32 or wider."""
-    if seed is None and dtype == right.dtype:
+def _adapter_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left.T @ right`` in ``dtype``, accumulated in float32 or wider."""
+    if dtype == right.dtype:
         return left.T @ right
-    wide = torch.promote_types(torch.promote_types(dtype, right.dtype), torch.float32)
+    wide = _accumulator(dtype, right.dtype)
     total = right.new_zeros(left.shape[1], right.shape[1], dtype=wide)
     for rows in _row_blocks(right if right.shape[1] > left.shape[1] else left):
-        block = (
-            right[rows]
-            if seed is None
-            else dropout.dropped(right[rows], dropout_p, seed, rows.start)
-        )
-        total.addmm_(left[rows].T.to(wide), block.to(wide))
+        total.addmm_(left[rows].T.to(wide), right[rows].to(wide))
     return total.to(dtype)
+
+
+def _through_dropout(
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    need_A: bool,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor | None:
+    """Adds ``mask * (g @ lora_A)`` to dx and returns ``g.T @ (mask * x)``, one mask for both."""
+    A, scale = lora_A.to(x.dtype), dropout.keep_scale(dropout_p)
+    wide = _accumulator(lora_A.dtype, x.dtype)
+    total = lora_A.new_zeros(lora_A.shape, dtype=wide) if need_A else None
+    for rows in _row_blocks(x):
+        x_rows, g_rows = x[rows], g[rows]
+        keep = dropout.keep_mask(x_rows.shape[0], x.shape[1], dropout_p, seed, rows.start)
+        if dx is not None:
+            dx[rows] += (g_rows @ A).mul_(keep).mul_(scale)
+        if total is not None:
+            total.addmm_(g_rows.T.to(wide), x_rows.mul(keep).to(wide), alpha=scale)
+    return None if total is None else total.to(lora_A.dtype)
+
+
+def _accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    wide = torch.float32
+    for dtype in dtypes:
+        wide = torch.promote_types(wide, dtype)
+    return wide

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def unsupported(module: nn.Module) -> str | None:
     """Why ``module`` cannot be wrapped, or None for a plain ``nn.Linear``."""
@@ -22,6 +24,11 @@ def unsupported(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance (an offloading hook?)"
     if "weight" not in module._parameters:
         return "its weight is computed (weight_norm, spectral_norm?), not a parameter"
+    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if extra:
+        return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
+    if module.weight.dtype not in _DTYPES:
+        return f"its weight is {module.weight.dtype}"
     return None
 
 

@@ -25,7 +25,7 @@ LAYERS = {
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
     "backends": ["reference"],
-    "helpers": ["checks", "receipt", "exact", "dropout", "grouping"],
+    "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping"],
 }
 
 # What importing a file may import besides the standard library and fastlora. Inside its functions

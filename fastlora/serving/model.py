@@ -213,6 +213,10 @@ class _Batch(threading.local):
         self.copies = 1
         self.groups: dict[tuple[int, tuple[int, ...], torch.device], F.RowGroups] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model runs no batch; thread-local state cannot be copied anyway.
+        return _Batch, (self.num_slots,)
+
     @contextmanager
     def routing(self, slots: list[int], copies: int) -> Iterator[None]:
         before = self.slots, self.copies, self.groups

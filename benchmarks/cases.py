@@ -1,0 +1,91 @@
+"""The one list of cases: the command line, pytest and the tests all read it.
+
+CPU sizes keep the whole list under three minutes on two cores. CUDA sizes are those of a layer 4096
+wide; the most telling come first, in case the machine is taken away.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from benchmarks.linear import Linear
+from benchmarks.merge import Merge
+from benchmarks.multi import Multi
+from benchmarks.work import Case
+
+SUITES = ("linear", "multi", "merge")
+
+FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
+DECODE, PREFILL, MIXED = Multi("decode"), Multi("prefill"), Multi("mixed")
+MERGE, MERGE_UNMERGE = Merge(unmerge=False), Merge(unmerge=True)
+
+_WIDE, _NARROW = {"K": 2048, "N": 2048, "R": 16}, {"K": 1024, "N": 1024, "R": 16}
+
+CPU = (
+    Case(FORWARD, "cpu", "bf16", {"M": 1, **_WIDE}, quick=True),
+    Case(FORWARD, "cpu", "fp32", {"M": 512, **_NARROW}),
+    Case(FORWARD, "cpu", "bf16", {"M": 512, **_NARROW}),
+    Case(TRAIN, "cpu", "fp32", {"M": 512, **_NARROW}, quick=True),
+    Case(TRAIN, "cpu", "fp32", {"M": 512, **_NARROW}, dropout=0.1),
+    Case(TRAIN, "cpu", "bf16", {"M": 512, **_NARROW}),
+    Case(TRAIN, "cpu", "bf16", {"M": 512, **_NARROW}, lora_dtype="fp32"),
+    Case(DECODE, "cpu", "bf16", {"T": 16, **_WIDE, "S": 8}, workload="uniform", quick=True),
+    Case(DECODE, "cpu", "fp32", {"T": 16, **_WIDE, "S": 16}, workload="distinct"),
+    Case(DECODE, "cpu", "fp32", {"T": 64, **_NARROW, "S": 32}, workload="zipf"),
+    Case(PREFILL, "cpu", "fp32", {"B": 4, "L": 128, **_NARROW, "S": 4}, workload="zipf"),
+    Case(MIXED, "cpu", "fp32", {"T": 128, **_NARROW, "S": 8}, workload="skewed"),
+    Case(MERGE, "cpu", "fp32", _WIDE),
+    Case(MERGE, "cpu", "bf16", _WIDE),
+    Case(MERGE_UNMERGE, "cpu", "bf16", _WIDE, quick=True),
+)
+
+
+def _layer(R: int) -> dict[str, int]:
+    return {"K": 4096, "N": 4096, "R": R}
+
+
+CUDA = (
+    *(
+        Case(FORWARD, "cuda", "bf16", {"M": M, **_layer(R)}, quick=M in (1, 8192) and R == 16)
+        for M in (8192, 1024, 128, 16, 1)
+        for R in (16, 64)
+    ),
+    *(
+        Case(TRAIN, "cuda", "bf16", {"M": M, **_layer(R)}, quick=M == 8192 and R == 16)
+        for M in (8192, 1024)
+        for R in (16, 64)
+    ),
+    Case(TRAIN, "cuda", "bf16", {"M": 8192, **_layer(16)}, dropout=0.1),
+    Case(TRAIN, "cuda", "bf16", {"M": 8192, **_layer(16)}, lora_dtype="fp32"),
+    *(
+        Case(
+            DECODE, "cuda", "bf16", {"T": T, **_layer(R), "S": S}, workload=workload, quick=T == 16
+        )
+        for T, S, R, workload in (
+            (16, 8, 16, "uniform"),
+            (64, 64, 16, "distinct"),
+            (256, 128, 16, "zipf"),
+            (256, 8, 16, "skewed"),
+            (64, 8, 64, "uniform"),
+            (1, 1, 16, "identical"),
+        )
+    ),
+    Case(PREFILL, "cuda", "bf16", {"B": 4, "L": 512, **_layer(16), "S": 8}, workload="zipf"),
+    Case(MIXED, "cuda", "bf16", {"T": 1024, **_layer(16), "S": 8}, workload="zipf"),
+    Case(MERGE, "cuda", "bf16", _layer(16), quick=True),
+    Case(MERGE, "cuda", "bf16", _layer(64)),
+    Case(MERGE_UNMERGE, "cuda", "bf16", _layer(16), quick=True),
+)
+
+
+def select(
+    device: str, *, suite: str | None = None, name: str = "*", quick: bool = False
+) -> list[Case]:
+    """The device's cases of a suite whose name matches the glob pattern, in the list's order."""
+    return [
+        case
+        for case in (CUDA if device == "cuda" else CPU)
+        if suite in (None, case.suite)
+        and fnmatchcase(case.name, name)
+        and (case.quick or not quick)
+    ]

@@ -1,0 +1,163 @@
+"""Suite ``linear``: one adapter on a frozen linear layer, forward alone or with its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from benchmarks.peers import peft_linear, torch_keep
+from benchmarks.truth import oracle
+from benchmarks.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
+from fastlora import dropout
+from fastlora import functional as F
+
+SCALING = 2.0
+
+
+class Linear(Work):
+    """``x @ weight.T + SCALING * (dropout(x) @ lora_A.T) @ lora_B.T``, the base ``x @ weight.T``.
+
+    With ``backward``: and the gradients of x, lora_A and lora_B, for the base that of x alone.
+    """
+
+    suite = "linear"
+
+    def __init__(self, *, backward: bool) -> None:
+        self.backward = backward
+        self.name = "linear-train" if backward else "linear-forward"
+        self.providers = {
+            BASE: self._base,
+            "torch": self._torch,
+            "peft": self._peft,
+            "fastlora": self._fastlora,
+        }
+
+    def operands(self, case: Case, seed: int) -> Operands:
+        M, K, N, R = (case.shape[k] for k in "MKNR")
+        draw = torch.Generator().manual_seed(seed)
+        o = {
+            "x": case.tensor(draw, M, K),
+            "weight": case.tensor(draw, N, K, scale=K**-0.5),
+            "lora_A": case.adapter(draw, R, K, scale=K**-0.5),
+            # The adapter's part is half of the output: one that is missing or wrong shows.
+            "lora_B": case.adapter(draw, N, R, scale=0.25 * R**-0.5),
+        }
+        if self.backward:
+            for name in ("x", "lora_A", "lora_B"):
+                o[name].requires_grad_()
+            o["dy"] = case.tensor(draw, M, N)
+        return o
+
+    def _base(self, case: Case, o: Operands) -> Call:
+        return self._call(o, lambda: nnf.linear(o["x"], o["weight"]), [o["x"]])
+
+    def _torch(self, case: Case, o: Operands) -> Call:
+        x, lora_A, lora_B = o["x"], o["lora_A"], o["lora_B"]
+
+        def forward() -> Tensor:
+            seen = nnf.dropout(x, case.dropout) if case.dropout else x
+            h = nnf.linear(seen, lora_A.to(x.dtype))
+            # In place: no further tensor of the output's size, in autograd neither.
+            return nnf.linear(x, o["weight"]).addmm_(h, lora_B.to(x.dtype).T, alpha=SCALING)
+
+        return self._call(o, forward, [x, lora_A, lora_B])
+
+    def _peft(self, case: Case, o: Operands) -> Call:
+        layer = peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)], case.dropout)
+        leaves = [o["x"], layer.lora_A["0"].weight, layer.lora_B["0"].weight]
+        return self._call(o, lambda: layer(o["x"]), leaves)
+
+    def _fastlora(self, case: Case, o: Operands) -> Call:
+        x, lora_A, lora_B = o["x"], o["lora_A"], o["lora_B"]
+        how = {"dropout_p": case.dropout, "training": case.dropout > 0}
+
+        def forward() -> Tensor:
+            return F.lora_linear(x, o["weight"], lora_A, lora_B, SCALING, **how)
+
+        return self._call(o, forward, [x, lora_A, lora_B])
+
+    def _call(self, o: Operands, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
+        if not self.backward:
+            return lambda: {"y": forward()}
+
+        def forward_and_backward() -> Outputs:
+            y = forward()
+            grads = torch.autograd.grad(y, leaves, o["dy"])
+            return {"y": y, **dict(zip(("dx", "dA", "dB"), grads, strict=False))}
+
+        return forward_and_backward
+
+    def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
+        o = {name: wide(t) for name, t in operands.items()}
+        x, weight, lora_A, lora_B = o["x"], o["weight"], o["lora_A"], o["lora_B"]
+        keep, keep_scale = self._mask(case, operands, provider)
+        scaling = 0.0 if provider == BASE else SCALING
+        rows, columns, outs = self._sampled(case)
+        out = {
+            "y": oracle.lora_linear(
+                x[rows], weight, lora_A, lora_B, scaling, keep=keep[rows], keep_scale=keep_scale
+            )
+        }
+        if not self.backward:
+            return out
+        # The gradients of a slice of the features are that slice of the gradients: every token is
+        # summed, the oracle's N*K matrix of weight gradients is not.
+        dy, some = o["dy"], {"keep": keep[:, columns], "keep_scale": keep_scale}
+        inward = oracle.lora_linear_grads(
+            dy, x[:, columns], weight[:, columns], lora_A[:, columns], lora_B, scaling, **some
+        )
+        out["dx"] = inward["x"]
+        if provider != BASE:
+            every = {"keep": keep, "keep_scale": keep_scale}
+            outward = oracle.lora_linear_grads(
+                dy[:, outs], x, None, lora_A, lora_B[outs], scaling, **every
+            )
+            out |= {"dA": inward["lora_A"], "dB": outward["lora_B"]}
+        return out
+
+    def sample(self, case: Case, outputs: Outputs) -> Outputs:
+        rows, columns, outs = self._sampled(case)
+        index = {
+            "y": (rows,),
+            "dx": (slice(None), columns),
+            "dA": (slice(None), columns),
+            "dB": (outs,),
+        }
+        return {name: t.detach().cpu()[index[name]] for name, t in outputs.items()}
+
+    def _sampled(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+        return sampled(case.shape["M"]), sampled(case.shape["K"]), sampled(case.shape["N"])
+
+    def _mask(self, case: Case, o: Operands, provider: str) -> tuple[Tensor, float]:
+        """What the provider's call keeps under the generator's present state, and its factor."""
+        x, p = o["x"], case.dropout
+        if not p or provider == BASE:
+            return torch.ones(x.shape), 1.0
+        if provider == "fastlora":
+            keep = dropout.keep_mask(x.shape[0], x.shape[1], p, dropout.new_seed(x.device)).cpu()
+            factor = dropout.keep_scale(p)
+        else:
+            # PEFT drops from its copy of x in the adapters' dtype.
+            dtype = o["lora_A"].dtype if provider == "peft" else DTYPES[case.dtype]
+            keep, factor = torch_keep(x, p, dtype).cpu(), 1 / (1 - p)
+        share, noise = float(keep.double().mean()), (p * (1 - p) / keep.numel()) ** 0.5
+        if abs(share - (1 - p)) > 6 * noise:
+            raise ValueError(f"the dropout mask keeps {share:.4f} of the elements for p = {p}")
+        return keep, factor
+
+    def cost(self, case: Case, provider: str) -> tuple[int, int]:
+        M, K, N, R = (case.shape[k] for k in "MKNR")
+        size, lora_size = case.element_sizes
+        adapter = 0 if provider == BASE else R * (K + N)
+        size, lora_size = case.element_sizes
+        flops = 2 * M * K * N + 2 * M * adapter
+        moved = size * (M * K + K * N + M * N) + lora_size * adapter
+        if self.backward:
+            # dX of the base; then dH, its part of dX, dA, dB, for which x is read once more.
+            flops += 2 * M * K * N + 4 * M * adapter
+            moved += size * (M * N + K * N + M * K) + 2 * lora_size * adapter
+            moved += size * M * K if adapter else 0
+        return flops, moved

@@ -1,0 +1,148 @@
+"""Suite ``multi``: many adapters in one batch, as a server decodes or prefills."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from benchmarks.peers import peft_linear
+from benchmarks.truth import oracle
+from benchmarks.work import BASE, Call, Case, Operands, Outputs, Work, sampled, wide
+from benchmarks.workloads import adapter_ids
+from fastlora import functional as F
+
+_MIXED_SEQUENCES = 4
+
+
+class Multi(Work):
+    """Every row of x through the base and its own adapter.
+
+    What a server knows once a step (which rows belong together) is prepared outside the timed call
+    for everyone who has a use for it. decode: x (T, K), ids (T,), a row is a request. prefill:
+    x (B, L, K), ids (B,). mixed: x (T, K), ids (T,), half of the rows prefill, half decode.
+    """
+
+    suite = "multi"
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+        self.name = f"multi-{phase}"
+        self.providers = {BASE: _base, "torch": _torch, "peft": _peft, "fastlora": _fastlora}
+        if phase == "decode":
+            # Copies an adapter for every row: of use while rows are few.
+            self.providers["torch-gather"] = _torch_gather
+
+    def operands(self, case: Case, seed: int) -> Operands:
+        K, N, R, S = (case.shape[k] for k in "KNRS")
+        draw = torch.Generator().manual_seed(seed)
+        ids = self._row_ids(case, seed)
+        if self.phase == "prefill":
+            x = case.tensor(draw, case.shape["B"], case.shape["L"], K)
+            ids = ids[:: case.shape["L"]]
+        else:
+            x = case.tensor(draw, case.shape["T"], K)
+        return {
+            "x": x,
+            "weight": case.tensor(draw, N, K, scale=K**-0.5),
+            # Deltas of different adapters differ by about half of the output.
+            "lora_A": case.adapter(draw, S, R, K, scale=K**-0.5),
+            "lora_B": case.adapter(draw, S, N, R, scale=0.5 * R**-0.5),
+            "ids": ids.to(case.device),
+            "scalings": torch.linspace(0.75, 1.25, S, device=case.device),
+        }
+
+    def _row_ids(self, case: Case, seed: int) -> Tensor:
+        sequences = case.shape.get("B", _MIXED_SEQUENCES)
+        return adapter_ids(
+            case.workload,
+            _rows(case),
+            case.shape["S"],
+            phase=self.phase,
+            sequences=sequences,
+            seed=seed,
+        )
+
+    def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
+        rows = sampled(_rows(case))
+        o = {name: wide(t) for name, t in operands.items() if name != "ids"}
+        ids = operands["ids"].cpu()
+        if self.phase == "prefill":
+            ids = ids.repeat_interleave(case.shape["L"])
+        ids = torch.full_like(ids, -1) if provider == BASE else ids
+        x = o["x"].flatten(0, -2)[rows]
+        y = oracle.multi_lora_linear(
+            x, o["weight"], o["lora_A"], o["lora_B"], ids[rows], o["scalings"]
+        )
+        return {"y": y}
+
+    def sample(self, case: Case, outputs: Outputs) -> Outputs:
+        return {"y": outputs["y"].detach().flatten(0, -2).cpu()[sampled(_rows(case))]}
+
+    def cost(self, case: Case, provider: str) -> tuple[int, int]:
+        T, (K, N, R) = _rows(case), (case.shape[k] for k in "KNR")
+        used = set(self._row_ids(case, 0).tolist()) - {-1}
+        size, lora_size = case.element_sizes
+        flops, moved = 2 * T * K * N, size * (K * N + T * (K + N))
+        if provider != BASE:
+            flops += 2 * T * R * (K + N)
+            moved += lora_size * len(used) * R * (K + N)
+        return flops, moved
+
+
+def _rows(case: Case) -> int:
+    return case.shape["T"] if "T" in case.shape else case.shape["B"] * case.shape["L"]
+
+
+def _base(case: Case, o: Operands) -> Call:
+    return lambda: {"y": nnf.linear(o["x"], o["weight"])}
+
+
+def _torch(case: Case, o: Operands) -> Call:
+    """A loop over the adapters present, their rows known beforehand."""
+    x, ids = o["x"], o["ids"]
+    T, N = x.shape[:-1].numel(), o["weight"].shape[0]
+    of_row = ids.repeat_interleave(T // ids.numel())
+    groups = [
+        (slot, (of_row == slot).nonzero().flatten(), float(o["scalings"][slot]))
+        for slot in of_row.unique().tolist()
+        if slot >= 0
+    ]
+
+    def call() -> Outputs:
+        y = nnf.linear(x, o["weight"])
+        rows_x, rows_y = x.view(T, -1), y.view(T, N)
+        for slot, rows, scaling in groups:
+            lora_A, lora_B = o["lora_A"][slot].to(x.dtype), o["lora_B"][slot].to(x.dtype)
+            rows_y.index_add_(0, rows, (rows_x[rows] @ lora_A.T) @ lora_B.T, alpha=scaling)
+        return {"y": y}
+
+    return call
+
+
+def _torch_gather(case: Case, o: Operands) -> Call:
+    """Two batched products with every row's own adapter gathered."""
+    x, ids = o["x"], o["ids"]
+    scale = o["scalings"].to(x.dtype)[ids, None, None]
+
+    def call() -> Outputs:
+        y = nnf.linear(x, o["weight"])
+        h = torch.bmm(o["lora_A"][ids].to(x.dtype), x[:, :, None]) * scale
+        y.add_(torch.bmm(o["lora_B"][ids].to(x.dtype), h)[:, :, 0])
+        return {"y": y}
+
+    return call
+
+
+def _peft(case: Case, o: Operands) -> Call:
+    """Its mixed batch: ``adapter_names``, one for each element of the batch."""
+    parts = zip(o["lora_A"], o["lora_B"], o["scalings"].tolist(), strict=True)
+    layer = peft_linear(o["weight"], list(parts))
+    names = ["__base__" if i < 0 else str(i) for i in o["ids"].tolist()]
+    return lambda: {"y": layer(o["x"], adapter_names=names)}
+
+
+def _fastlora(case: Case, o: Operands) -> Call:
+    groups = F.group_rows(o["ids"], case.shape["S"])
+    args = (o["x"], o["weight"], o["lora_A"], o["lora_B"], groups, o["scalings"])
+    return lambda: {"y": F.multi_lora_linear(*args)}

@@ -1,0 +1,108 @@
+"""What a case is, and what a kind of work must say of itself to be measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# The providers that every work has: what ratios are taken to, and what errors are judged by.
+BASE, YARDSTICK = "base", "torch"
+
+Operands = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+Call = Callable[[], Outputs]
+Builder = Callable[["Case", Operands], Call]
+
+_TINY = {"M": 9, "T": 12, "B": 3, "L": 5, "K": 40, "N": 56, "R": 4, "S": 5}
+
+
+class Absent(Exception):
+    """A provider's builder raises it, with the reason, where the provider cannot be had."""
+
+
+class Work(ABC):
+    """One kind of work: its operands, who can do it, what must come out, what it costs at least.
+
+    ``providers``: a builder takes a case and its own operands, prepares whatever is prepared once a
+    step or less, and returns the call that is timed.
+    """
+
+    suite: str
+    name: str
+    providers: dict[str, Builder]
+
+    @abstractmethod
+    def operands(self, case: Case, seed: int) -> Operands:
+        """The same values for the same seed, in new tensors on the case's device."""
+
+    @abstractmethod
+    def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
+        """The oracle's float64 outputs, the sampled part; without adapters for the base."""
+
+    @abstractmethod
+    def sample(self, case: Case, outputs: Outputs) -> Outputs:
+        """The part of a call's outputs that ``expected`` computes."""
+
+    @abstractmethod
+    def cost(self, case: Case, provider: str) -> tuple[int, int]:
+        """Floating-point operations and bytes, each operand moved once."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the list: a work at one shape, dtype and device."""
+
+    work: Work
+    device: str
+    dtype: str
+    shape: Mapping[str, int]
+    lora_dtype: str = ""  # "": the same as dtype
+    dropout: float = 0.0
+    workload: str = ""
+    quick: bool = False
+
+    @property
+    def suite(self) -> str:
+        return self.work.suite
+
+    @property
+    def name(self) -> str:
+        parts = [self.work.name, self.dtype, *(f"{k}{v}" for k, v in self.shape.items())]
+        parts += [self.workload] if self.workload else []
+        parts += [f"lora_{self.lora_dtype}"] if self.lora_dtype else []
+        parts += [f"dropout{self.dropout}"] if self.dropout else []
+        return "-".join(parts)
+
+    @property
+    def element_sizes(self) -> tuple[int, int]:
+        """Bytes of an element of the base and of the adapters."""
+        return DTYPES[self.dtype].itemsize, DTYPES[self.lora_dtype or self.dtype].itemsize
+
+    def tiny(self) -> Case:
+        """The same case at a shape that takes no time, for tests."""
+        return replace(self, shape={k: min(v, _TINY[k]) for k, v in self.shape.items()})
+
+    def tensor(self, draw: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+        """A normal tensor in the base's dtype on the case's device."""
+        values = torch.randn(shape, generator=draw).mul_(scale)
+        return values.to(self.device, DTYPES[self.dtype])
+
+    def adapter(self, draw: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+        """The same in the adapters' dtype, with values that the base's dtype can hold."""
+        return self.tensor(draw, *shape, scale=scale).to(DTYPES[self.lora_dtype or self.dtype])
+
+
+def sampled(size: int, count: int = 7) -> Tensor:
+    """Indices spread over ``range(size)``, both ends among them."""
+    return torch.linspace(0, size - 1, min(size, count)).round().long().unique()
+
+
+def wide(t: Tensor) -> Tensor:
+    """As the oracle sees it: float64 on the host, converted once instead of once a token."""
+    return t.detach().to("cpu", torch.float64)

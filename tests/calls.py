@@ -1,0 +1,92 @@
+"""Calls to try: the differentiable functions, all as ``f(x, weight, lora_A, lora_B)`` and in
+unfused torch, and something to merge."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from fastlora import functional as F
+from tests import helpers
+
+CPU = torch.device("cpu")
+M, N, K, R, S = 5, 4, 7, 3, 2
+SCALING = 0.5
+IDS = torch.tensor([0, -1, 1, 0, 0])
+RANKS, SCALINGS = torch.tensor([3, 2]), torch.tensor([0.5, -1.5])
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return helpers.signed(*shape, dtype=dtype, device=CPU)
+
+
+def linear(x, weight, lora_A, lora_B, **dropout):
+    return F.lora_linear(x, weight, lora_A, lora_B, SCALING, **dropout)
+
+
+def add(x, weight, lora_A, lora_B, **dropout):
+    return F.lora_add_(nnf.linear(x, weight), x, lora_A, lora_B, SCALING, **dropout)
+
+
+def add_to_view(x, weight, lora_A, lora_B):
+    """As where a fused projection is split, and one part of it has an adapter."""
+    y = nnf.linear(x, weight.repeat(2, 1))[..., : weight.shape[0]]
+    return F.lora_add_(y, x, lora_A, lora_B, SCALING)
+
+
+def multi_linear(x, weight, lora_A, lora_B):
+    return F.multi_lora_linear(x, weight, lora_A, lora_B, ids(x), SCALINGS, ranks=RANKS)
+
+
+def multi_add(x, weight, lora_A, lora_B):
+    y = nnf.linear(x, weight)
+    return F.multi_lora_add_(y, x, lora_A, lora_B, ids(x), SCALINGS, ranks=RANKS)
+
+
+SINGLE, MULTI = [linear, add, add_to_view], [multi_linear, multi_add]
+functions = pytest.mark.parametrize("f", SINGLE + MULTI)
+
+
+def ids(x: Tensor) -> Tensor:
+    return IDS.repeat(2)[: x.shape[0]]
+
+
+def operands(f, dtype: torch.dtype = torch.float32, rows: int = M) -> list[Tensor]:
+    slots = (S,) if f in MULTI else ()
+    shapes = [(rows, K), (N, K), (*slots, R, K), (*slots, N, R)]
+    return [rand(*shape, dtype=dtype) for shape in shapes]
+
+
+def unfused(f):
+    """What f computes, as a function that torch differentiates by itself."""
+
+    def many(x, weight, lora_A, lora_B):
+        y = nnf.linear(x, weight)
+        for slot, r in enumerate(RANKS.tolist()):
+            rows = SCALINGS[slot].item() * (ids(x) == slot).to(x.dtype)[:, None]
+            y = y + rows * (x @ lora_A[slot, :r].T @ lora_B[slot, :, :r].T)
+        return y
+
+    def one(x, weight, lora_A, lora_B):
+        return helpers.lora_linear(x, weight, lora_A, lora_B, SCALING)
+
+    return many if f in MULTI else one
+
+
+# What unmerge_ says of a weight that is not the one it should be.
+MERGED = r"not the one that this receipt's merge left"
+
+
+def weight_and_adapter(
+    N: int, K: int, R: int, dtype, device=CPU, ratio: float = 0.1, lora_dtype=None
+) -> tuple[Tensor, tuple[Tensor, Tensor, float]]:
+    """A weight like a layer's and an adapter whose |d| / |W| is ``ratio``."""
+    lora = {"dtype": lora_dtype or torch.float32, "device": device}
+    size = 1 / math.sqrt(max(K, 1))
+    A, B = helpers.signed(R, K, **lora), helpers.signed(N, R, **lora)
+    scaling = -ratio * size / math.sqrt(max(R, 1))
+    return helpers.signed(N, K, dtype=dtype, device=device, size=size), (A, B, scaling)

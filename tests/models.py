@@ -1,0 +1,133 @@
+"""Tiny models of random weights, adapters that matter, and a watch on what refusals leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+transformers.logging.set_verbosity_error()
+
+VOCABULARY = 97
+# Relative norms, twice the worst of 25 seeds: rounding in another order, a few hundred products to
+# a sum, then two layers that pass it on. A half rounds what each layer gives to 2**-9 or 2**-12.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+
+
+def llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    return _built("Llama", "LlamaForCausalLM", sizes | options, seed, dtype)
+
+
+def bert(*, seed: int = 0, head: str = "MaskedLM", **options: Any) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    return _built("Bert", f"BertFor{head}", sizes | options, seed, torch.float32)
+
+
+def t5(*, seed: int = 0) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "initializer_factor": 2.0,
+    }
+    return _built("T5", "T5ForConditionalGeneration", sizes, seed, torch.float32)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(1, VOCABULARY, shape)
+
+
+def logits(model: nn.Module, input_ids: Tensor, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=input_ids, **kwargs).logits
+
+
+def randomise_lora(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Normal numbers in every lora_B and lora_bias of a fastlora or PEFT model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_bias" in name:
+                parameter.copy_(torch.randn(parameter.shape) * std)
+    return model
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|; infinite where either is not finite."""
+    wide = want.detach().double()
+    difference = (got.detach().double() - wide).norm() / wide.norm()
+    return float(difference) if bool(difference.isfinite()) else float("inf")
+
+
+def assert_agree(got: Tensor, want: Tensor, base: Tensor | None = None) -> None:
+    """To the dtype's tolerance; and ``base`` must lie ten tolerances away, or nothing was shown."""
+    tolerance = TOLERANCE[want.dtype]
+    assert got.dtype == want.dtype
+    assert error(got, want) <= tolerance
+    if base is not None:
+        assert error(base, want) >= 10 * tolerance
+
+
+@contextmanager
+def untouched(*models: nn.Module) -> Iterator[None]:
+    """Modules, their types and attributes, and every parameter's bits stay as they are."""
+    before = [_state(model) for model in models]
+    yield
+    assert [_state(model) for model in models] == before
+
+
+def _built(
+    family: str, kind: str, sizes: dict[str, Any], seed: int, dtype: torch.dtype
+) -> nn.Module:
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, kind)(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.data.normal_(std=0.1)  # zero as built: they would hide a lost bias
+    return model.to(dtype).eval()
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    modules = {
+        name: (id(module), type(module), module.training, tuple(vars(module)))
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    tensors = {
+        name: (id(t), t.data_ptr(), t.requires_grad, t.dtype, t.grad is None, _raw(t))
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+    return {"modules": modules, "tensors": tensors}
+
+
+def _raw(t: Tensor) -> bytes:
+    return b"" if t.is_meta else t.detach().flatten().view(torch.uint8).numpy().tobytes()

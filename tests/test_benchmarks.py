@@ -1,0 +1,299 @@
+"""The harness: what is wrong is not timed, what is slow is seen, what dies leaves a line."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as nnf
+
+from benchmarks import cases, gate, one, runner, table, timer
+from benchmarks.__main__ import main
+from benchmarks.linear import SCALING, Linear
+from benchmarks.merge import Merge
+from benchmarks.multi import Multi
+from benchmarks.work import Absent, Case
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def linear_case(**providers) -> Case:
+    """A tiny forward case with these providers beside base, unfused torch and fastlora."""
+    work = Linear(backward=False)
+    work.providers = {k: work.providers[k] for k in ("base", "torch", "fastlora")} | providers
+    return Case(work, "cpu", "fp32", {"M": 9, "K": 40, "N": 56, "R": 4})
+
+
+def lines_of(case: Case) -> dict[str, dict]:
+    lines = list(one.measure(case, seconds=0.02))
+    print(table.rows(lines))
+    return {line["provider"]: line for line in lines}
+
+
+def right(o):
+    return nnf.linear(o["x"], o["weight"]) + o["x"] @ o["lora_A"].T @ o["lora_B"].T * SCALING
+
+
+WRONG = {
+    "adapter ignored": lambda o: nnf.linear(o["x"], o["weight"]),
+    "a little off": lambda o: right(o) * (1 + 1e-5),
+    "one row wrong": lambda o: right(o).index_fill_(0, torch.tensor([8]), 0.0),
+    "not a number": lambda o: right(o).mul_(float("nan")),
+    "half precision": lambda o: right(o).half(),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_provider_fails_its_gate_and_is_not_timed(how):
+    calls = []
+
+    def build(case, o):
+        return lambda: calls.append(1) or {"y": WRONG[how](o)}
+
+    lines = lines_of(linear_case(wrong=build))
+    assert lines["wrong"]["status"] == "failed"
+    assert "y: error" in lines["wrong"]["reason"]
+    assert "ms" not in lines["wrong"]
+    assert len(calls) == 1
+    assert all(
+        lines[name]["status"] == "ok" and "ms" in lines[name] for name in ("base", "fastlora")
+    )
+
+
+def test_a_provider_that_raises_or_answers_in_another_shape_is_an_error():
+    def raises(case, o):
+        raise RuntimeError("no kernel image")
+
+    lines = lines_of(linear_case(raises=raises, flat=lambda case, o: lambda: {"y": right(o)[0]}))
+    assert lines["raises"]["reason"] == "RuntimeError: no kernel image"
+    assert lines["raises"]["status"] == lines["flat"]["status"] == "error"
+    assert "ms" not in lines["flat"]
+
+
+def test_nobody_is_timed_without_a_yardstick():
+    case = linear_case(torch=lambda case, o: lambda: {"y": right(o) * 1.1})
+    lines = lines_of(case)
+    assert {line["status"] for line in lines.values()} == {"failed", "error"}
+    assert not any("ms" in line for line in lines.values())
+
+
+def test_an_absent_provider_is_said_to_be_absent():
+    def absent(case, o):
+        raise Absent("not installed")
+
+    line = lines_of(linear_case(peer=absent))["peer"]
+    assert (line["status"], line["reason"]) == ("absent", "not installed")
+
+
+def test_a_slow_provider_is_seen_in_the_ratio():
+    def build(case, o):
+        return lambda: time.sleep(0.02) or {"y": right(o)}
+
+    lines = lines_of(linear_case(slow=build))
+    assert lines["slow"]["ms"]["p50"] >= 20
+    assert lines["slow"]["ratio"]["p50"] > 5 * lines["torch"]["ratio"]["p50"]
+    # Sleeping is no work: the clock of CPU time knows.
+    assert lines["slow"]["cpu_ms"]["p50"] < 20
+    assert lines["base"]["ratio"] == {"p20": 1, "p50": 1, "p80": 1}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_s_own_time_is_measured():
+    calls = {
+        "short": [lambda: torch.cuda._sleep(100_000)],
+        "long": [lambda: torch.cuda._sleep(2_000_000)],
+        "host": [lambda: time.sleep(0.01)],
+    }
+    samples = timer.interleaved(calls, "cuda", 0.2)
+    p50 = {name: timer.spread(of.ms)["p50"] for name, of in samples.items()}
+    assert p50["long"] > 5 * p50["short"]
+
+
+def test_providers_take_turns_on_their_copies():
+    order = []
+    calls = {
+        name: [lambda n=name, i=i: order.append((n, i)) for i in range(2)]
+        for name in ("a", "b", "c")
+    }
+    rounds = len(timer.interleaved(calls, "cpu", 0.0)["a"].ms)
+    timed = order[-3 * rounds :]
+    assert rounds == 10
+    assert [n for n, _ in timed[:6]] == ["a", "b", "c", "b", "c", "a"]
+    assert [i for n, i in timed if n == "b"] == [i % 2 for i in range(rounds)]
+    assert timer.copies(2**20, 4) == 50
+    assert timer.copies(2**30, 4) == 1
+
+
+REGISTERED = {case.name: case for case in (*cases.CPU, *cases.CUDA)}
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_every_registered_case_passes_its_gate_when_tiny(name):
+    case = dataclasses.replace(REGISTERED[name], device="cpu").tiny()
+    verdicts = gate.check(case, seed=1)
+    assert verdicts.keys() >= {"base", "torch", "peft", "fastlora"}
+    for provider, verdict in verdicts.items():
+        allowed = ("ok", "absent") if provider == "peft" else ("ok",)
+        assert verdict.status in allowed, (provider, verdict.reason)
+
+
+def test_names_are_unique_and_select_cases():
+    for device, listed in (("cpu", cases.CPU), ("cuda", cases.CUDA)):
+        assert len({case.name for case in listed}) == len(listed)
+        assert all(case.device == device and case.suite in cases.SUITES for case in listed)
+        assert cases.select(device) == list(listed)
+        assert 0 < len(cases.select(device, quick=True)) < len(listed)
+        assert {case.suite for case in cases.select(device, suite="merge")} == {"merge"}
+        assert all("train" in case.name for case in cases.select(device, name="*train*"))
+
+
+def test_costs_count_every_operand_once():
+    M, K, N, R = shape = (2, 3, 5, 1)
+    sizes = dict(zip("MKNR", shape, strict=True))
+    base, lora = 2 * M * K * N, 2 * M * R * (K + N)
+    moved, adapter = 4 * (M * K + K * N + M * N), 4 * R * (K + N)
+    forward = Case(Linear(backward=False), "cpu", "fp32", sizes)
+    assert forward.work.cost(forward, "base") == (base, moved)
+    assert forward.work.cost(forward, "torch") == (base + lora, moved + adapter)
+    train = dataclasses.replace(forward, work=Linear(backward=True))
+    assert train.work.cost(train, "base") == (2 * base, 2 * moved)
+    assert train.work.cost(train, "torch") == (
+        2 * base + 3 * lora,
+        2 * moved + 4 * M * K + 3 * adapter,
+    )
+    mixed = dataclasses.replace(forward, lora_dtype="fp32", dtype="bf16")
+    assert mixed.work.cost(mixed, "torch")[1] == moved // 2 + adapter
+    decode = Case(Multi("decode"), "cpu", "fp32", {"T": M, **sizes, "S": 4}, workload="distinct")
+    assert decode.work.cost(decode, "peft") == (base + lora, moved + 2 * adapter)
+    merge = Case(Merge(unmerge=True), "cpu", "bf16", sizes)
+    assert merge.work.cost(merge, "torch") == (4 * N * K * R, 2 * (4 * N * K + adapter // 2))
+
+
+def dying(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
+    command = [sys.executable, "-c", script, str(file)]
+    lines = runner.run_one(linear_case(), command, file, timeout)
+    assert lines == [json.loads(text) for text in file.read_text().splitlines()]
+    return lines
+
+
+def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
+    half_way = {"case": linear_case().name, "provider": "base", "status": "ok"}
+    script = (
+        "import json, os, sys, time\n"
+        f"line = {half_way!r} | {{'pid': os.getpid()}}\n"
+        "print(json.dumps(line), file=open(sys.argv[1], 'a'), flush=True)\n"
+        "time.sleep(600)"
+    )
+    started = time.monotonic()
+    first, last = dying(script, tmp_path / "linear.jsonl", timeout=3)
+    assert time.monotonic() - started < 60
+    assert first["provider"] == "base"
+    assert (last["status"], last["reason"]) == ("timeout", "killed after 3 s")
+    assert last["shape"] == {"M": 9, "K": 40, "N": 56, "R": 4}
+    with pytest.raises(ProcessLookupError):
+        os.kill(first["pid"], 0)
+
+
+@pytest.mark.parametrize(
+    "script, reason",
+    [
+        ("import os; os.abort()", "signal SIGABRT"),
+        ("raise SystemExit('out of memory')", "exit code 1: out of memory"),
+        ("pass", "it ended without a result"),
+    ],
+)
+def test_a_crash_is_a_line(tmp_path, script, reason):
+    file = tmp_path / "linear.jsonl"
+    for _ in range(2):  # the second run replaces the first one's line
+        (line,) = dying(script, file)
+    assert (line["status"], line["provider"]) == ("crashed", None)
+    assert line["reason"].startswith(reason)
+    assert reason in table.rows([line])
+
+
+BLOCKED = ("peft", "transformers", "accelerate", "rich", "matplotlib", "pytest_benchmark")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A copy of the checkout, and what runs its benchmarks with torch and numpy alone."""
+    copy, blocker = tmp_path / "checkout", tmp_path / "blocker"
+    for folder in ("fastlora", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("results"))
+    (copy / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "oracle.py", copy / "tests")
+    blocker.mkdir()
+    blocks = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))"
+    (blocker / "sitecustomize.py").write_text(blocks)
+
+    def run():
+        command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1"]
+        command += ["--case", "linear-forward*"]
+        env = {**os.environ, "PYTHONPATH": str(blocker)}
+        done = subprocess.run(
+            command, cwd=copy, env=env, capture_output=True, text=True, timeout=300
+        )
+        print(done.stdout, done.stderr)
+        file = copy / "benchmarks" / "results" / "cpu-quick" / "linear.jsonl"
+        lines = [json.loads(text) for text in file.read_text().splitlines()]
+        return done, {line["provider"]: line for line in lines}
+
+    return copy, run
+
+
+def test_a_bare_checkout_measures_without_peft(bare):
+    copy, run = bare
+    done, lines = run()
+    assert done.returncode == 0
+    assert "absent: PEFT cannot be imported" in done.stdout
+    assert lines["peft"]["status"] == "absent"
+    line = lines["fastlora"]
+    assert line["status"] == "ok"
+    assert line["ms"]["p20"] <= line["ms"]["p50"] <= line["ms"]["p80"]
+    assert line["gate"]["y"]["error"] <= line["gate"]["y"]["bound"]
+    assert line["threads"] == 1
+    assert line["versions"]["torch"] == torch.__version__
+    assert line["tflops"] == pytest.approx(line["flops"] / line["ms"]["p50"] / 1e9)
+
+    # The same with a provider that forgets the adapter.
+    with (copy / "benchmarks" / "cases.py").open("a") as file:
+        file.write("FORWARD.providers['wrong'] = FORWARD.providers['base']\n")
+        file.write("FORWARD.providers['fastlora'] = lambda case, o: 1 / 0\n")
+    done, lines = run()
+    assert done.returncode == 1
+    assert "not everything passed" in done.stderr
+    assert lines["wrong"]["status"] == "failed"
+    assert lines["fastlora"]["status"] == "error"
+
+
+def test_stored_results_are_shown_as_markdown(tmp_path, capsys):
+    file = tmp_path / "cpu" / "linear.jsonl"
+    file.parent.mkdir()
+    for line in one.measure(linear_case(wrong=linear_case().work.providers["base"]), seconds=0.02):
+        one.write(line, file)
+    assert main(["--show", "--save", str(tmp_path)]) == 0
+    heading, rule, row = capsys.readouterr().out.splitlines()
+    assert heading == "| case | base, ms | torch | fastlora | wrong |"
+    assert rule.count("|") == heading.count("|") == row.count("|")
+    assert row.startswith("| linear-forward-fp32-M9-K40-N56-R4 | ")
+    assert row.endswith("| failed |")
+
+
+def test_what_cannot_run_is_refused_in_one_line(capsys):
+    assert main(["--case", "no such case"]) == 2
+    assert capsys.readouterr().err == "benchmarks: no case matches; --list shows their names\n"
+    assert main(["--one", "linear-*"]) == 2
+    assert "cases are called 'linear-*'" in capsys.readouterr().err
+    assert main(["--device", "cuda", "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(cases.CUDA)
+    if not torch.cuda.is_available():
+        assert main(["--device", "cuda"]) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert "finds no usable CUDA GPU" in said

@@ -1,0 +1,225 @@
+"""LoRAConfig means what PEFT's LoraConfig means, and refuses by name what fastlora has not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import peft
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.modules import lora_layers
+from tests.models import llama
+
+OWN = {f.name for f in dataclasses.fields(LoRAConfig)}
+PEFT = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
+# They describe the file, or tune an option that is refused itself.
+DESCRIPTIVE = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version"}
+DESCRIPTIVE |= {"qalora_group_size", "revision", "runtime_config"}
+OTHER = sorted(PEFT.keys() - OWN - DESCRIPTIVE)
+
+FULL = {
+    "r": 4,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj"],  # PEFT writes several in any order
+    "exclude_modules": ["layers.1.self_attn.q_proj"],
+    "lora_dropout": 0.25,
+    "bias": "lora_only",
+    "use_rslora": True,
+    "lora_bias": True,
+    "init_lora_weights": False,
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"v_proj": 16},
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "somewhere",
+}
+
+
+def test_names_and_defaults_are_pefts():
+    assert PEFT.keys() >= OWN
+    ours, theirs = LoRAConfig(), peft.LoraConfig()
+    assert {n: getattr(ours, n) for n in OWN} == {n: getattr(theirs, n) for n in OWN}
+
+
+def test_a_file_of_pefts_reads_and_writes_back(tmp_path):
+    peft.LoraConfig(**FULL).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = LoRAConfig.from_dict(values)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert LoRAConfig.from_dict(written) == config
+    assert {n: written[n] for n in OWN} == FULL
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    reread = peft.LoraConfig.from_pretrained(str(tmp_path))
+    assert LoRAConfig.of(reread) == config
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_only_peft_has_is_refused_by_name(name):
+    default = PEFT[name].default
+    value = True if default is False else ["something"]
+    with pytest.raises(ValueError, match=rf"does not support {name}="):
+        LoRAConfig.from_dict({"r": 4, name: value})
+    for empty in (None, False, "", [], {}):
+        assert LoRAConfig.from_dict({"r": 4, name: empty}) == LoRAConfig(r=4)
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_to_transform": 0},  # equals False, yet it names layer 0
+        {"layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_parameters": ["weight"]},
+        {"fan_in_fan_out": True},
+        {"trainable_token_indices": [1]},
+        {"layer_replication": [(0, 1)]},
+        {"alora_invocation_tokens": [1]},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_a_peft_config_with_more_than_lora_is_refused(option):
+    config = peft.LoraConfig(target_modules=["q_proj"], **option)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        LoRAConfig.of(config)
+
+
+def test_what_a_newer_peft_may_bring_is_refused_unless_empty():
+    assert LoRAConfig.from_dict({"brand_new": None}) == LoRAConfig()
+    for value in (0, 0.0, 1, "on", [0]):
+        with pytest.raises(ValueError, match="brand_new"):
+            LoRAConfig.from_dict({"brand_new": value})
+
+
+@pytest.mark.parametrize(
+    "config", [{"r": 8}, None, peft.LoHaConfig(target_modules=["q"]), LoRAConfig]
+)
+def test_other_objects_are_no_config(config):
+    with pytest.raises(TypeError, match=r"expected fastlora.LoRAConfig or peft.LoraConfig"):
+        LoRAConfig.of(config)
+
+
+def test_another_kind_of_adapter_is_refused():
+    with pytest.raises(ValueError, match="peft_type: expected LORA, got 'LOHA'"):
+        LoRAConfig.from_dict({"peft_type": "LOHA"})
+
+
+@pytest.mark.parametrize(
+    "name, value, kind",
+    [
+        ("r", 0, ValueError),
+        ("r", -1, ValueError),
+        ("r", 8.0, TypeError),
+        ("r", True, TypeError),
+        ("r", None, TypeError),
+        ("lora_alpha", float("nan"), ValueError),
+        ("lora_alpha", float("-inf"), ValueError),
+        ("lora_alpha", 10**400, ValueError),
+        ("lora_alpha", "8", TypeError),
+        ("lora_dropout", -0.1, ValueError),
+        ("lora_dropout", 1.1, ValueError),
+        ("lora_dropout", float("nan"), ValueError),
+        ("bias", "some", ValueError),
+        ("bias", None, ValueError),
+        ("use_rslora", 1, TypeError),
+        ("lora_bias", None, TypeError),
+        ("init_lora_weights", "eva", ValueError),
+        ("init_lora_weights", None, ValueError),
+        ("target_modules", 3, TypeError),
+        ("target_modules", [3], TypeError),
+        ("target_modules", "(", ValueError),
+        ("exclude_modules", "*", ValueError),
+        ("rank_pattern", {"q_proj": 0}, ValueError),
+        ("rank_pattern", {"q_proj": 2.5}, TypeError),
+        ("rank_pattern", {"(": 2}, ValueError),
+        ("alpha_pattern", {"q_proj": float("inf")}, ValueError),
+    ],
+)
+def test_bad_values_are_refused_by_name(name, value, kind):
+    with pytest.raises(kind, match=name):
+        LoRAConfig(**{name: value})
+
+
+def test_no_config_is_made_that_peft_would_not_read():
+    options = {"lora_bias": True, "init_lora_weights": "gaussian"}
+    for kind in (LoRAConfig, peft.LoraConfig):
+        with pytest.raises(ValueError, match="lora_bias"):
+            kind(**options)
+
+
+def test_a_config_does_not_change_under_the_reader():
+    names, ranks = ["q_proj"], {"q_proj": 2}
+    config = LoRAConfig(target_modules=names, rank_pattern=ranks)
+    names.append("v_proj")
+    ranks["q_proj"] = 4
+    assert config == LoRAConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 2
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": {"q_proj"}},
+        {"target_modules": ["q_proj", "proj"]},  # a name ends at a dot: o_proj is not named
+        {"target_modules": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": r"model\.layers\.0\..*_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": "ALL-linear"},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.1.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.0.*"},
+        {"target_modules": ["q_proj"], "exclude_modules": []},
+        {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_proj": 2}},
+        {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 3}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"^model.layers.0.self_attn.q_proj": 3}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"^q_proj": 3, "_proj": 5}},
+        {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {r".*q_proj": 3, "q_proj": 5}},
+        {"target_modules": "all-linear", "alpha_pattern": {"mlp.*": 32, "q_proj|k_proj": 1}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    ],
+    ids=str,
+)
+def test_the_same_layers_ranks_and_scalings_as_peft(options):
+    """PEFT is asked by what it does to a model, not by its helpers."""
+    options = {"r": 8, "lora_alpha": 12} | options
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**options), llama())
+    wanted = {
+        name: (layer.r["default"], layer.scaling["default"])
+        for name, layer in theirs.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+    ours = fastlora.replace_linear(llama(), peft.LoraConfig(**options))
+    assert {n: (layer.r, layer.scaling) for n, layer in lora_layers(ours)} == wanted
+    assert wanted
+
+
+names = st.lists(st.sampled_from(["a", "b", "ab", "0", "1"]), min_size=1, max_size=4).map(".".join)
+patterns = st.one_of(
+    names, st.sampled_from([r".*\.a", r"a.*", r"^a\.b", r"(a|b)\.\d", r".*", "b$"])
+)
+
+
+@given(name=names, target=st.one_of(patterns, st.lists(names)), ranks=st.lists(patterns))
+def test_every_name_matches_as_in_peft(name, target, ranks):
+    ranks = {pattern: i + 1 for i, pattern in enumerate(ranks)}
+    ours = LoRAConfig(target_modules=target, rank_pattern=ranks, r=99)
+    theirs = peft.LoraConfig(target_modules=target, rank_pattern=ranks)
+    assert ours.targets(name) == bool(check_target_module_exists(theirs, name))
+    assert ours.rank_of(name) == ranks.get(get_pattern_key(ranks, name), 99)
+    excluded = LoRAConfig(exclude_modules=target).excludes(name)
+    wanted = re.fullmatch(target, name) if isinstance(target, str) else ours.targets(name)
+    assert excluded == bool(wanted)

@@ -1,0 +1,259 @@
+"""MultiLoRAModel: a row gets its adapter, whole, and nothing of any other."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel
+from tests.helpers import same_bits
+from tests.models import (
+    TOLERANCE,
+    assert_agree,
+    error,
+    llama,
+    logits,
+    randomise_lora,
+    tokens,
+    untouched,
+)
+
+# Different layers, ranks, scalings and dropout, as adapters of different people are.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "alice": {"r": 4, "target_modules": "all-linear"},
+    "bob": {"r": 8, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 24, "use_rslora": True},
+    "carol": {"r": 2, "target_modules": r".*layers\.1\.(self_attn\.o|mlp\.\w+)_proj"},
+    "dave": {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3, "q_proj": 1}},
+}
+MIX = ["alice", None, "bob", "carol", "__base__", "dave", "alice"]
+NAN = float("nan")
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+
+def adapt(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    return randomise_lora(fastlora.replace_linear(model, LoRAConfig(**options)), 0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every adapter, saved under its name."""
+    path = tmp_path_factory.mktemp("adapters")
+    torch.manual_seed(7)
+    for name, options in ADAPTERS.items():
+        fastlora.save_adapter(adapt(llama(), options), path / name)
+    return path
+
+
+def serve(
+    folder: Path, *names: str, model: nn.Module | None = None, **options: Any
+) -> MultiLoRAModel:
+    server = MultiLoRAModel(model or llama(), max_rank=8, **options)
+    for name in names:
+        server.load_adapter(folder / name, name)
+    return server
+
+
+def alone(folder: Path, name: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with this one adapter, by another path through the code."""
+    model = llama(dtype=dtype)
+    return model if name in (None, "__base__") else fastlora.load_adapter(model, folder / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_rows_are_each_rows_own(folder, dtype):
+    server = serve(folder, *ADAPTERS, model=llama(dtype=dtype))
+    ids = tokens(1, 6).repeat(len(MIX), 1)  # the same text, so that only adapters differ
+    mixed = logits(server, ids, adapter_names=MIX)
+    base = logits(llama(dtype=dtype), ids[:1])
+    for row, name in enumerate(MIX):
+        got = mixed[row : row + 1]
+        by_itself = logits(server, ids[:1], adapter_names=[name])
+        is_base = name in (None, "__base__")
+        for want in (by_itself, logits(alone(folder, name, dtype), ids[:1])):
+            assert_agree(got, want, None if is_base else base)
+    distinct = {name: mixed[row] for row, name in enumerate(MIX)}
+    for one, other in itertools.combinations(set(MIX) - {None}, 2):
+        assert error(distinct[one], distinct[other]) >= 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_as_pefts_adapter_names(folder, dtype):
+    theirs: Any = peft.PeftModel.from_pretrained(llama(dtype=dtype), str(folder / "alice"), "alice")
+    for name in ("bob", "carol", "dave"):
+        theirs.load_adapter(str(folder / name), name)
+    theirs.eval()
+    ids = tokens(len(MIX), 6)
+    want = logits(theirs, ids, adapter_names=[name or "__base__" for name in MIX])
+    got = logits(serve(folder, *ADAPTERS, model=llama(dtype=dtype)), ids, adapter_names=MIX)
+    assert_agree(got, want, logits(llama(dtype=dtype), ids))
+
+
+def test_rows_keep_their_padding(folder):
+    server, ids = serve(folder, "alice", "bob"), tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    got = logits(server, ids, attention_mask=mask, adapter_names=["bob", "alice"])
+    for row, name in enumerate(("bob", "alice")):
+        want = logits(alone(folder, name), ids[row : row + 1], attention_mask=mask[row : row + 1])
+        seen = mask[row].bool()
+        assert error(got[row, seen], want[0, seen]) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "names, kind, says",
+    [
+        (["alice", "eve"], ValueError, "no adapter 'eve' is loaded .loaded: alice, bob"),
+        (["alice", 3], ValueError, "no adapter 3"),
+        (["alice", ""], ValueError, "no adapter ''"),
+        (["alice"], ValueError, "expected 2, one a row, got 1"),
+        (["alice"] * 3, ValueError, "expected 2, one a row, got 3"),
+        ([], ValueError, "got 0"),
+        ("ab", TypeError, "expected a list"),
+        (None, TypeError, "expected a list"),
+        ({"alice": 0, "bob": 1}, TypeError, "expected a list"),
+    ],
+)
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_bad_names_are_refused(folder, call, names, kind, says):
+    server = serve(folder, "alice", "bob")
+    with untouched(server), pytest.raises(kind, match=f"adapter_names: .*{says}"):
+        getattr(server, call)(input_ids=tokens(2, 4), adapter_names=names)
+    with pytest.raises(TypeError, match="adapter_names"):
+        getattr(server, call)(input_ids=tokens(2, 4))
+
+
+def test_the_inner_model_does_not_answer_alone(folder):
+    server = serve(folder, "alice")
+    for _ in range(2):  # nor after a call, nor after one that failed
+        with pytest.raises(RuntimeError, match="no adapters were named"):
+            server.model(input_ids=tokens(1, 4))
+        logits(server, tokens(1, 4), adapter_names=["alice"])
+        with pytest.raises(ValueError, match="input_ids"):
+            server(adapter_names=["alice"], input_ids=None, inputs_embeds=None, x=tokens(1, 4))
+
+
+def test_replacing_unloading_and_running_out(folder):
+    server = serve(folder, "alice", "bob", max_adapters=2)
+    ids = tokens(1, 5)
+    with untouched(server), pytest.raises(RuntimeError, match="all 2 adapter slots are taken"):
+        server.load_adapter(folder / "carol", "carol")
+    server.load_adapter(folder / "carol", "alice")  # a name of its own decides, not the file's
+    assert server.adapters == ("alice", "bob")
+    assert_agree(logits(server, ids, adapter_names=["alice"]), logits(alone(folder, "carol"), ids))
+    server.unload_adapter("alice")
+    assert server.adapters == ("bob",)
+    for refused in (
+        lambda: server.unload_adapter("alice"),
+        lambda: server.unload_adapter("__base__"),
+    ):
+        with untouched(server), pytest.raises(ValueError, match="is loaded"):
+            refused()
+    with pytest.raises(ValueError, match="no adapter 'alice'"):
+        server(input_ids=ids, adapter_names=["alice"])
+    server.load_adapter(folder / "dave", "dave")
+    assert_agree(logits(server, ids, adapter_names=["dave"]), logits(alone(folder, "dave"), ids))
+    assert_agree(logits(server, ids, adapter_names=["bob"]), logits(alone(folder, "bob"), ids))
+
+
+def layers(server: MultiLoRAModel) -> list[MultiLoRALinear]:
+    return [m for m in server.modules() if isinstance(m, MultiLoRALinear)]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_slot_keeps_nothing_of_its_last_adapter(folder, name):
+    """carol fills fewer layers and a lower rank than alice, who was there before her."""
+    server = serve(folder, "alice", max_adapters=1)
+    server.unload_adapter("alice")
+    assert not any(bool(b[0].any()) for m in layers(server) for b in m.buffers())
+    for layer in layers(server):
+        for buffer in (layer.lora_A, layer.lora_B, layer.scalings):
+            buffer.fill_(NAN)
+    server.load_adapter(folder / name, "new")
+    for layer in layers(server):
+        r = int(layer.ranks[0])
+        assert not bool(layer.lora_A[0, r:].any() | layer.lora_B[0, :, r:].any())
+    ids = tokens(3, 5)
+    got = logits(server, ids, adapter_names=["new", None, "new"])
+    for rows, wanted in ((got[::2], alone(folder, name)), (got[1:2], llama())):
+        assert_agree(rows, logits(wanted, ids[::2] if len(rows) == 2 else ids[1:2]))
+
+
+def test_poison_in_one_slot_stays_there(folder):
+    server = serve(folder, "alice", "bob", max_adapters=4)
+    ids, names = tokens(4, 5), ["alice", "bob", None, "alice"]
+    want = logits(server, ids, adapter_names=names)
+    for layer in layers(server):
+        for slot in (1, 2, 3):  # bob's and the free ones
+            for buffer in (layer.lora_A, layer.lora_B):
+                buffer[slot] = NAN
+        layer.lora_A[0, 4:] = layer.lora_B[0, :, 4:] = NAN  # past alice's rank
+    got = logits(server, ids, adapter_names=names)
+    assert same_bits(got[[0, 2, 3]], want[[0, 2, 3]])
+    assert not bool(got[1].isfinite().any())
+
+
+SAVED = {
+    "rank above max_rank": ({"r": 9, "target_modules": ["q_proj"]}, "at most 8, got 9"),
+    "rank pattern above": (
+        {"r": 2, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 64}},
+        "at most 8, got 64",
+    ),
+    "lora_bias": ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias=True"),
+    "bias": ({"target_modules": ["q_proj"], "bias": "all"}, "bias='all'"),
+    "layer that is not served": ({"target_modules": ["q_proj", "lm_head"]}, "for lm_head"),
+}
+
+
+@pytest.mark.parametrize("what", SAVED)
+def test_what_cannot_be_served_is_refused_at_loading(folder, tmp_path, what):
+    options, says = SAVED[what]
+    fastlora.save_adapter(adapt(llama(), options), tmp_path)
+    server = serve(folder, "alice")
+    for name in ("alice", "new"):
+        with untouched(server), pytest.raises(ValueError, match=says):
+            server.load_adapter(tmp_path, name)
+    assert server.adapters == ("alice",)
+    with untouched(server), pytest.raises(ValueError, match="means the base"):
+        server.load_adapter(folder / "alice", "__base__")
+
+
+def test_two_threads_do_not_mix(folder):
+    server, ids = serve(folder, *ADAPTERS), tokens(2, 6)
+    mixes = [["alice", "bob"], ["carol", None], ["dave", "dave"]]
+    want = [logits(server, ids, adapter_names=mix) for mix in mixes]
+    start, wrong = threading.Barrier(len(mixes)), []
+
+    def work(index: int) -> None:
+        start.wait()
+        for _ in range(15):
+            got = logits(server, ids, adapter_names=mixes[index])
+            if not error(got, want[index]) <= TOLERANCE[torch.float32]:
+                wrong.append(mixes[index])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(mixes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_and_casts_serve_too(folder):
+    server, ids = serve(folder, "alice", "bob"), tokens(2, 5)
+    names = ["bob", "alice"]
+    want = logits(server, ids, adapter_names=names)
+    twin = copy.deepcopy(server)
+    server.unload_adapter("bob")
+    assert same_bits(logits(twin, ids, adapter_names=names), want)
+    half = logits(twin.to(torch.bfloat16), ids, adapter_names=names)
+    assert error(half, want) <= TOLERANCE[torch.bfloat16]
+    assert {m.scalings.dtype for m in layers(twin)} == {torch.float32}

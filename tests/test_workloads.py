@@ -1,0 +1,36 @@
+"""The request mixes that tests and benchmarks share."""
+
+import pytest
+import torch
+
+from benchmarks.workloads import PHASES, WORKLOADS, adapter_ids, request_lengths
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("phase", PHASES)
+def test_workloads_are_determined_by_their_arguments(workload, phase):
+    def draw(seed=3, **how):
+        return adapter_ids(workload, 200, 16, phase=phase, sequences=7, seed=seed, **how)
+
+    ids = draw()
+    assert ids.shape == (200,)
+    assert ids.dtype == torch.int64
+    assert 0 <= int(ids.min()) <= int(ids.max()) < 16
+    assert torch.equal(ids, draw())
+    assert any(not torch.equal(ids, draw(seed=seed)) for seed in range(4, 10))
+    assert (draw(without=1.0) == -1).all()
+    lengths = request_lengths(phase, 200, 7)
+    assert sum(lengths) == 200
+    assert all(len(set(request.tolist())) == 1 for request in ids.split(lengths))
+
+
+def test_workloads_are_what_their_names_say():
+    counts = {w: torch.bincount(adapter_ids(w, 4096, 32), minlength=32) for w in WORKLOADS}
+    top = {w: int(count.max()) / 4096 for w, count in counts.items()}
+    assert top["identical"] == 1.0
+    assert counts["distinct"].unique().tolist() == [128]
+    assert top["uniform"] < 0.08 < 0.3 < top["zipf"] < 0.6 < 0.75 < top["skewed"] < 0.9
+    with pytest.raises(ValueError, match="expected one of distinct"):
+        adapter_ids("random", 1, 1)
+    with pytest.raises(ValueError, match="expected one of decode"):
+        adapter_ids("zipf", 1, 1, phase="both")
