@@ -62,8 +62,9 @@ def _rounded(values: Tensor, dim: int, bits: int) -> Tensor:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    # From its bits: exp2 and pow may be off by one in the last place.
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    # From its bits: exp2 and pow may be off by one in the last place. A float64 adapter's tiniest
+    # columns are nothing to a float32 weight and stay within the exponent's range.
+    return ((exponent.to(torch.int64).clamp(min=-1000) + 1023) << 52).view(torch.float64)
 
 
 def _add_by_rank(total: Tensor, B: Tensor, A: Tensor) -> None:

@@ -50,7 +50,7 @@ def keep_mask(rows: int, columns: int, p: float, seed: Tensor, first_row: int = 
     words = _philox(c0, c1[:, None].expand(rows, groups), seed)
     # Two lanes a word in memory, the low one first: torch runs on little-endian machines alone.
     lanes = torch.stack(words, -1).to(torch.int32).view(torch.int16).view(rows, groups * LANES)
-    # As signed numbers in the same order, for torch compares no unsigned ones; a lane reaches 65535.
+    # As signed numbers in the same order: torch compares no unsigned ones; a lane reaches 65535.
     signed = lanes[:, :columns].bitwise_xor(-0x8000)
     return signed > 0x7FFF if threshold(p) > 0xFFFF else signed >= threshold(p) - 0x8000
 

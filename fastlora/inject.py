@@ -73,8 +73,8 @@ def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True
     present = [name for name, _ in lora_layers(model)]
     if present:
         raise ValueError(
-            f"model: {len(present)} layers have LoRA already ({present[0]}, …), and one config must "
-            "speak for all: name every layer at once (rank_pattern and alpha_pattern tell them apart)"
+            f"model: {len(present)} layers have LoRA already ({present[0]}, …) and one config must "
+            "speak for all: name all layers at once, rank_pattern and alpha_pattern tell them apart"
         )
     layers = {
         name: FastLoRALinear._sharing(

@@ -94,7 +94,7 @@ def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
 
 def _unmerge(layers: dict[str, FastLoRALinear]) -> Callable[[FastLoRALinear], None]:
     """Unmerges every layer or none; returns what merges a layer again as it was."""
-    receipts = {layer: layer._receipt for layer in layers.values()}
+    receipts = {a: receipt for a in layers.values() if (receipt := a._receipt) is not None}
 
     def remerge(layer: FastLoRALinear) -> None:
         layer.remerge(receipts[layer])

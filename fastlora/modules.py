@@ -38,7 +38,7 @@ class FastLoRALinear(nn.Linear):
     """
 
     holds_lora = True
-    bias: nn.Parameter | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    bias: nn.Parameter | None
     lora_bias: nn.Parameter | None
 
     def __init__(
@@ -70,7 +70,7 @@ class FastLoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **options: Any) -> FastLoRALinear:
-        """A layer around ``linear``'s weight and bias, which it freezes; options as in ``__init__``.
+        """A layer around ``linear``'s weight and bias, frozen by it; options as in ``__init__``.
 
         Hooks, training mode and other attributes of ``linear`` come along. Raises TypeError for
         anything that is not a plain ``nn.Linear`` (see ``unsupported``).
@@ -296,7 +296,7 @@ class MultiLoRALinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor, adapter_ids: Tensor | F.RowGroups | None = None) -> Tensor:
-        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,); default: ids from ``routing``."""
+        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,), by default ``routing``'s."""
         if adapter_ids is None:
             if self.routing is None:
                 raise RuntimeError(

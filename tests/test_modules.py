@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 
 def layer(**options) -> FastLoRALinear:
     """(12 -> 20), r=4, with an adapter that matters."""
-    return randomise_lora(FastLoRALinear(12, 20, r=4, **options))
+    return randomise_lora(FastLoRALinear(12, 20, r=4, **options), 2.0)
 
 
 def peft_twin(ours: FastLoRALinear) -> PeftLinear:

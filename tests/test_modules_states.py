@@ -21,7 +21,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def layer(**options) -> FastLoRALinear:
     """(12 -> 20), r=4, with an adapter that matters."""
-    return randomise_lora(FastLoRALinear(12, 20, r=4, **options))
+    return randomise_lora(FastLoRALinear(12, 20, r=4, **options), 2.0)
 
 
 def base_output(ours: FastLoRALinear, x: Tensor) -> Tensor:

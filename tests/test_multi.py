@@ -165,8 +165,8 @@ def test_adapters_tell_rows_apart(device):
     """One input under every adapter: results differ pairwise by a tenth of their size or more."""
     tensors, _ = batch((5,), 1, 31, 17, 4, 4, torch.float32, torch.float32, device)
     tensors["x"] = tensors["x"][:1].expand(5, -1)
-    routing = {"adapter_ids": torch.arange(-1, 4, device=device), "scalings": torch.ones(4)}
-    routing["scalings"] = routing["scalings"].to(device)
+    routing = {"adapter_ids": torch.arange(-1, 4), "scalings": torch.ones(4)}
+    routing = {name: t.to(device) for name, t in routing.items()}
     y = whole(F.multi_lora_linear, tensors, routing)
     distances = torch.cdist(y, y) + 1e9 * torch.eye(5, device=device)
     assert distances.min() > 0.1 * y.norm(dim=1).max()
@@ -232,10 +232,8 @@ def test_h_is_an_output_only(device):
     h = y.new_full((4, 3), math.nan)
     groups = F.group_rows(routing["adapter_ids"], 2)
     per_row = (routing["scalings"], routing["ranks"], routing["row_scales"])
-    torch.ops.fastlora.multi_lora_add_(
-        y, h, tensors["x"], tensors["lora_A"], tensors["lora_B"],
-        groups.order, groups.starts, *per_row, "torch",
-    )  # fmt: skip
+    given = (tensors["x"], tensors["lora_A"], tensors["lora_B"], groups.order, groups.starts)
+    torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, "torch")
     assert same_bits(y, want)
     assert (h != 0).sum(1).tolist() == [2, 0, 0, 2]
 
@@ -259,8 +257,7 @@ def test_only_the_gradients_asked_for_are_computed(needed, gemms):
     routing["ranks"] = torch.tensor([3, 2])
     every, part = leaves(tensors), leaves(tensors, *needed)
     whole(F.multi_lora_linear, every, routing).sum().backward()
-    y = whole(F.multi_lora_linear, part, routing)
-    dy = torch.ones_like(y)
+    dy = torch.ones_like(y := whole(F.multi_lora_linear, part, routing))
     with Spy() as spy:
         y.backward(dy)
     assert spy.gemms == gemms
@@ -286,8 +283,7 @@ def test_memory(workload):
     with Spy() as spy:
         y.backward(dy)
     assert spy.sizes()[0] == M * K
-    # float32 blocks of x and of dy, for the sums of float32 gradients.
-    assert spy.sizes()[1] <= max(gathered, reference._CPU_BLOCK)
+    assert spy.sizes()[1] <= max(gathered, reference._CPU_BLOCK)  # float32 blocks of x and dy
     assert max(spy.sizes(torch.bfloat16)[1:]) <= gathered
 
 
