@@ -35,6 +35,9 @@ class _Asked(threading.local):
 
 
 _asked = _Asked()
+# The last name any thread asked for: what torch.compile traces with, since it guards on globals
+# but, in torch 2.10, reads a thread-local's class instead.
+_latest = _Asked.name
 _loaded: dict[str, ModuleType] = {}
 
 
@@ -45,7 +48,7 @@ def unusable(backend: str) -> str | None:
 
 def choose(op: str, device: torch.device) -> str:
     """The backend that runs ``op`` on ``device``: the one asked for, else the best usable one."""
-    asked = _asked.name
+    asked = _latest if torch.compiler.is_compiling() else _asked.name
     if asked is None:
         for name in BACKENDS:
             if unusable(name) is None:
@@ -78,16 +81,20 @@ def backend(op: str | None = None, device: torch.device | str | None = None) -> 
 def use_backend(name: str) -> Iterator[None]:
     """Run this thread's ops on the backend ``name``; ``FASTLORA_BACKEND`` does so for a process.
 
+    Compiled functions are traced again for another choice, and follow the last one of any thread.
+
     Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
     """
     reason = unusable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
+    global _latest
     before, _asked.name = _asked.name, name
+    _latest = name
     try:
         yield
     finally:
-        _asked.name = before
+        _asked.name = _latest = before
 
 
 def _known(name: str) -> str:
