@@ -171,8 +171,9 @@ class FastLoRALinear(nn.Linear):
             raise RuntimeError("the layer is merged already")
         if self.adapter_disabled:
             raise RuntimeError("the adapter is disabled: merge it outside of disable_adapter")
-        if self.lora_bias is not None and not bool(self.lora_bias.isfinite().all()):
-            raise ValueError("lora_bias: expected finite values")
+        bias = None if self.lora_bias is None else self.merged_bias()
+        if bias is not None and not bool(bias.isfinite().all()):
+            raise ValueError("lora_bias: the merged bias would have values that are not finite")
         self._receipt = F.merge_(self.weight, [(self.lora_A, self.lora_B, self.scaling)])
 
     def remerge(self, receipt: MergeReceipt) -> None:

@@ -77,10 +77,8 @@ def test_all_linear_leaves_the_head_out(tied):
     assert type(model.lm_head) is nn.Linear
     assert set(fastlora.report(model).skipped) == {"lm_head"}
     assert "lm_head" in str(fastlora.report(model))
-    named = fastlora.replace_linear(
-        llama(tie_word_embeddings=tied), LoRAConfig(target_modules=["lm_head"])
-    )
-    assert replaced(named) == {"lm_head"}
+    named, config = llama(tie_word_embeddings=tied), LoRAConfig(target_modules=["lm_head"])
+    assert replaced(fastlora.replace_linear(named, config)) == {"lm_head"}
 
 
 @pytest.mark.parametrize("build", [llama, bert, t5])

@@ -66,7 +66,7 @@ def test_from_meta_to_memory():
     x = torch.randn(3, 12, dtype=torch.bfloat16)
     assert same_bits(ours(x), base_output(ours, x))
     assert bool(ours(x).isfinite().all())
-    assert float(ours.lora_A.std()) > 0
+    assert ours.lora_A.std().item() > 0
     assert ours.lora_A.dtype == torch.float32
 
 
@@ -93,6 +93,19 @@ def test_checkpointing_recomputes_the_same_dropout(use_reentrant):
         x.grad = None
         ours.zero_grad()
     assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_dropout_acts_on_the_adapter_in_training_alone():
+    """Its mean is what eval computes: 2000 draws, to five standard errors."""
+    ours = layer(lora_dropout=0.3)
+    x = torch.randn(1, 12)
+    draws = ours(x.expand(2000, 12)).detach()
+    want = ours.eval()(x).detach()
+    assert same_bits(ours(x), ours(x))
+    assert bool((draws.std(0) > 0).all())
+    assert bool(((draws.mean(0) - want).abs() < 5 * draws.std(0) / 2000**0.5).all())
+    ours.train().lora_dropout = 1.0
+    assert same_bits(ours(x), base_output(ours, x))
 
 
 def test_an_optimizer_moves_the_adapter_alone():
