@@ -52,7 +52,7 @@ def merge_(
             old = _as_bits(before)
             changed = (_as_bits(back) != old).flatten().nonzero().flatten()
             bits.append(old.flatten()[changed])
-            positions.append(changed.to(torch.uint16))
+            positions.append(changed.to(torch.uint16).view(torch.int16))
             sums.append(torch.stack((_checksum(merged), _checksum(before))))
             done.append(tile)
             before.copy_(merged)
@@ -63,7 +63,7 @@ def merge_(
                 weight[tile] = _restored(weight[tile], delta_of(tile), where, old)
         raise
     counts = torch.tensor([len(p) for p in positions], dtype=torch.int32)
-    nothing = weight.new_empty(0, dtype=torch.uint16)
+    nothing = weight.new_empty(0, dtype=torch.int16)
     no_bits = _as_bits(weight.new_empty(0))
     return (
         torch.cat([nothing, *positions]),
@@ -136,7 +136,7 @@ def _subtract(merged: Tensor, delta: Tensor) -> Tensor:
 
 def _restored(merged: Tensor, delta: Tensor, where: Tensor, old: Tensor) -> Tensor:
     back = _subtract(merged, delta)
-    _as_bits(back).view(-1)[where.to(torch.int64)] = old
+    _as_bits(back).view(-1)[where.to(torch.int64) & 0xFFFF] = old
     return back
 
 

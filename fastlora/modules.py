@@ -181,7 +181,10 @@ class FastLoRALinear(nn.Linear):
         self._receipt = F.merge_(self.weight, receipt.adapters)
 
     def unmerge(self) -> None:
-        """Takes the adapter out of the weight again, exactly, or raises and changes nothing."""
+        """Takes the adapter out of the weight again, exactly, or raises and changes nothing.
+
+        A merged layer that was cast to another dtype cannot be unmerged: the bits are gone.
+        """
         if self._receipt is None:
             raise RuntimeError("the layer is not merged")
         F.unmerge_(self.weight, self._receipt)
@@ -218,17 +221,11 @@ class FastLoRALinear(nn.Linear):
                 "eval() to run it merged"
             )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastLoRALinear:
-        if self._receipt is not None and fn(self.weight.new_empty(0)).dtype != self.weight.dtype:
-            raise RuntimeError("a merged layer cannot change its dtype: unmerge it first")
-        return super()._apply(fn, recurse)
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._receipt is not None:
             raise RuntimeError(
                 f"{prefix.rstrip('.') or 'the layer'} is merged: saved now, its adapter would be "
-                "applied "
-                "twice when loaded; unmerge it first, or save what merge_and_unload returns"
+                "applied twice when loaded; unmerge it first, or save what merge_and_unload returns"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

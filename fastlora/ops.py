@@ -87,7 +87,7 @@ def _fake_merge_(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tenso
     changed, tiles = context.new_dynamic_size(), context.new_dynamic_size()
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (
-        weight.new_empty(changed, dtype=torch.uint16),
+        weight.new_empty(changed, dtype=torch.int16),
         weight.new_empty(changed, dtype=bits),
         torch.empty(tiles, dtype=torch.int32, device="cpu"),
         weight.new_empty(2, dtype=torch.int64),

@@ -23,8 +23,9 @@ def columns(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[Tensor], li
 class MergeReceipt:
     """Everything ``unmerge_`` needs, for one weight (N, K). Made by ``merge_``.
 
-    adapters: copies of what was merged. positions (P,) uint16 within their tile and bits (P,): the
-    elements that subtraction alone would not restore; counts (tiles,): how many each tile has.
+    adapters: copies of what was merged. positions (P,) and bits (P,): the elements that subtraction
+    alone would not restore, each by its place in its tile (16 bits without a sign, in an int16) and
+    its raw bits; counts (tiles,): how many each tile has.
     checksums (2,) int64 of the merged and the original weight. kernel names the arithmetic.
     """
 

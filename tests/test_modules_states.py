@@ -125,7 +125,6 @@ REFUSED_WHEN_MERGED = {
     "train": lambda m: m(torch.randn(3, 12)),
     "state_dict": lambda m: m.state_dict(),
     "load_state_dict": lambda m: m.load_state_dict(layer().state_dict()),
-    "half": lambda m: m.half(),
 }
 
 
@@ -138,6 +137,26 @@ def test_a_merged_layer_refuses(action):
         REFUSED_WHEN_MERGED[action](ours)
     ours.unmerge()
     assert same_bits(ours.weight.detach(), weight)
+
+
+def test_a_merged_layer_that_was_cast_runs_and_cannot_be_unmerged():
+    ours = layer()
+    x = torch.randn(3, 12)
+    ours.eval().merge()
+    want = ours(x)
+    ours.double()
+    assert torch.allclose(ours(x.double()).float(), want, atol=1e-5)  # float32's rounding
+    with untouched(ours), pytest.raises(TypeError, match=r"the receipt is for torch\.float32"):
+        ours.unmerge()
+
+
+def test_a_merged_layer_survives_pickle():
+    ours = layer()
+    plain = ours.weight.detach().clone()
+    ours.merge()
+    copy = pickle.loads(pickle.dumps(ours))
+    copy.unmerge()
+    assert same_bits(copy.weight.detach(), plain)
 
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])

@@ -30,7 +30,7 @@ def test_size_of_the_receipt(dtype, ratio, percent):
     weight, adapter = weight_and_adapter(512, 512, 8, dtype, ratio=ratio)
     receipt = F.merge_(weight, [adapter])
     held = receipt.positions.nbytes + receipt.bits.nbytes + receipt.counts.nbytes
-    assert receipt.positions.dtype == torch.uint16
+    assert receipt.positions.dtype == torch.int16
     assert 100 * held / weight.nbytes <= 1.25 * percent
     assert receipt.nbytes == held + 16 + adapter[0].nbytes + adapter[1].nbytes
 
