@@ -99,8 +99,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     if merged:
         raise RuntimeError(
             f"model: {len(merged)} layers are merged ({merged[0]}, …): unmerge_adapter first, or "
-            "save the whole "
-            "model after merge_and_unload"
+            "save the whole model after merge_and_unload"
         )
     tensors: dict[str, Tensor] = {
         f"{name}.{_KEYS[kind]}": parameter

@@ -137,6 +137,5 @@ def _refuse_tied(model: nn.Module, layers: dict[str, FastLoRALinear]) -> None:
         if others:
             raise RuntimeError(
                 f"{name}: its weight is tied with {', '.join(others)}, which merging would change "
-                "too; exclude "
-                "the layer or untie the weights first"
+                "too; exclude the layer or untie the weights first"
             )

@@ -217,8 +217,7 @@ class FastLoRALinear(nn.Linear):
         if trained and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the layer is merged, so its adapter would not be trained: unmerge it first, or "
-                "call "
-                "eval() to run it merged"
+                "call eval() to run it merged"
             )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -58,8 +58,7 @@ class MultiLoRAModel(nn.Module):
         if experts:
             raise ValueError(
                 f"target_modules: {experts[0]} is an expert: its rows are routed tokens, which "
-                "cannot be told apart by "
-                "adapter; leave experts out with exclude_modules"
+                "cannot be told apart by adapter; leave experts out with exclude_modules"
             )
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self._slots: dict[str, int] = {}
@@ -178,8 +177,7 @@ class MultiLoRAModel(nn.Module):
         if config.lora_bias or config.bias != "none":
             raise ValueError(
                 "config: an adapter served beside others has no biases of its own, got "
-                f"lora_bias={config.lora_bias}, "
-                f"bias={config.bias!r}"
+                f"lora_bias={config.lora_bias}, bias={config.bias!r}"
             )
         layers = self._layers.keys()
         linears = {n for n, m in unwrapped(self.model).named_modules() if isinstance(m, nn.Linear)}
