@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import dropout, reference
+from fastlora import dropout, products
 from fastlora import functional as F
 from tests import helpers, oracle
 from tests.calls import add, linear, operands
@@ -141,7 +141,7 @@ def test_seeds_use_all_64_bits():
 def test_values_and_gradients_match_the_oracle(M, K, dtype, lora_dtype, device):
     """One mask forward and backward, on the LoRA branch alone; rows may be wider than a block."""
     N, R, p, scaling = 5, 3, 0.4, -0.75
-    assert M * K < reference._CPU_BLOCK or K > reference._CPU_BLOCK
+    assert M * K < products._CPU_BLOCK or K > products._CPU_BLOCK
     base, lora = {"dtype": dtype, "device": device}, {"dtype": lora_dtype, "device": device}
     tensors = {
         "x": signed(M, K, **base),

@@ -24,8 +24,8 @@ LAYERS = {
     "gradients": ["autograd"],
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
-    "backends": ["reference"],
-    "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping"],
+    "backends": ["reference", "reference_multi"],
+    "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products"],
 }
 
 # What importing a file may import besides the standard library and fastlora. Inside its functions

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import functional as F
-from fastlora import reference
+from fastlora import products, reference_multi
 from tests import oracle
 from tests.helpers import (
     DTYPES,
@@ -134,7 +134,7 @@ def test_values_and_gradients_match_the_oracle(
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
 def test_workloads(workload, optional, through, device):
     """More rows than are gathered at a time; with and without what is optional."""
-    ids = workload(2 * reference._GATHER + 31, 3)
+    ids = workload(2 * reference_multi._GATHER + 31, 3)
     tensors, routing = batch(ids.shape, ids, 12, 7, 4, 3, torch.float32, torch.float32, device)
     needed = {n: t for n, t in routing.items() if n in ("adapter_ids", "scalings", *optional)}
     assert_matches_oracle(through, tensors, needed)
@@ -275,7 +275,7 @@ def test_memory(workload):
     t = leaves(tensors, "x", "lora_A", "lora_B")
     with Spy() as spy:
         y = whole(F.multi_lora_linear, t, routing)
-    gathered = reference._GATHER * max(N, K)
+    gathered = reference_multi._GATHER * max(N, K)
     assert gathered < N * K < M * K
     assert spy.sizes()[0] == M * N
     assert spy.sizes()[1] <= gathered
@@ -283,7 +283,7 @@ def test_memory(workload):
     with Spy() as spy:
         y.backward(dy)
     assert spy.sizes()[0] == M * K
-    assert spy.sizes()[1] <= max(gathered, reference._CPU_BLOCK)  # float32 blocks of x and dy
+    assert spy.sizes()[1] <= max(gathered, products._CPU_BLOCK)  # float32 blocks of x and dy
     assert max(spy.sizes(torch.bfloat16)[1:]) <= gathered
 
 
