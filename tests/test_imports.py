@@ -33,7 +33,7 @@ LAYERS = {
 PACKAGES = {
     "fastlora": {"torch", "numpy", "safetensors"},
     "fastlora.integrations": {"torch", "peft", "transformers"},
-    "fastlora.demo": {"torch", "peft", "transformers", "accelerate", "rich", "tokenizers"},
+    "fastlora.demo": {"torch", "peft", "transformers", "psutil", "rich", "tokenizers"},
     "fastlora.kernels": {"torch", "numpy", "triton"},
 }
 

@@ -1,0 +1,129 @@
+"""An adapter for each domain: trained, saved, reopened in PEFT, tried on every domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.demo import methods
+from fastlora.demo.compare import Outcome, fine_tune
+from fastlora.demo.model import clone
+from fastlora.demo.stage import Stage
+from fastlora.demo.training import held_out_loss
+
+# Of the largest logit. Both sides sum the same few hundred fp32 products a layer in another order
+# or batch shape, about 1e-6 of it; without its adapter a row is off by 1e-1.
+SAME_LOGITS = 1e-4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One held-out row (1, length), what an adapter's own model makes of it, and the base."""
+
+    row: Tensor
+    logits: Tensor
+    base: Tensor
+
+    def error(self, logits: Tensor) -> float:
+        """How far ``logits`` are from the adapter's own, relative to the largest."""
+        return _distance(logits, self.logits)
+
+    @property
+    def effect(self) -> float:
+        """How far the adapter moves the base's logits, on the same scale."""
+        return _distance(self.base, self.logits)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, row: Tensor) -> Tensor:
+    return model(input_ids=row.to(next(model.parameters()).device)).logits
+
+
+def train_all(stage: Stage, done: dict[str, Outcome]) -> dict[str, Probe]:
+    """Trains an adapter for each domain that is not ``done``, saves all; a probe of each."""
+    probes = {}
+    for domain, text in stage.domains.items():
+        outcome = done.get(domain) or fine_tune(
+            stage, "LoRA", methods.lora(stage), stage.rates.lora, domain
+        )
+        fastlora.save_adapter(outcome.model, stage.adapter(domain))
+        row = text.held_out[:1]
+        probes[domain] = Probe(row, logits(outcome.model, row), logits(stage.base, row))
+    return probes
+
+
+def matrix(stage: Stage) -> None:
+    """Prints the held-out loss of every adapter on every domain, reopened from its file."""
+    stage.screen.chapter("Every adapter on every domain: held-out loss")
+    model = clone(stage.base)
+    losses = {"base model": _losses(stage, stage.base)}
+    for domain in stage.domains:
+        stage.screen.doing(f"{domain}'s adapter on every domain")
+        fastlora.load_adapter(model, stage.adapter(domain))
+        losses[domain] = _losses(stage, model)
+    best = {d: min(losses, key=lambda name: losses[name][d]) for d in stage.domains}
+    stage.screen.table(
+        ["adapter", *stage.domains],
+        [
+            [name, *(f"{loss:.3f}" + (" ◂" if best[d] == name else "  ") for d, loss in row.items())]
+            for name, row in losses.items()
+        ],
+    )
+    second = {
+        d: min(row[d] for name, row in losses.items() if name != d) - losses[d][d] for d in best
+    }
+    stage.claims.check(
+        "on every domain its own adapter has the lowest loss",
+        all(d == name for d, name in best.items()),
+        f"by {min(second.values()):.2f} nats a token at least",
+        counts=stage.quality,
+    )
+
+
+def reopen_in_peft(stage: Stage, probes: dict[str, Probe]) -> peft.PeftModel:
+    """Opens every saved adapter in PEFT and claims the same logits; returns the PEFT model."""
+    stage.screen.chapter("Saved by fastlora, opened by PEFT")
+    stage.screen.doing("reopening in PEFT")
+    names = list(stage.domains)
+    model = peft.PeftModel.from_pretrained(
+        clone(stage.base), stage.adapter(names[0]), adapter_name=names[0]
+    )
+    for name in names[1:]:
+        model.load_adapter(stage.adapter(name), adapter_name=name)
+    model.eval()
+    errors = {}
+    for name, probe in probes.items():
+        model.set_adapter(name)
+        errors[name] = probe.error(logits(model, probe.row))
+    stage.screen.table(
+        ["adapter", "files", "PEFT's logits are off by", "the base's by"],
+        [
+            [name, _files(stage, name), f"{errors[name]:.1e}", f"{probe.effect:.1e}"]
+            for name, probe in probes.items()
+        ],
+        text=2,
+    )
+    weakest = min(probe.effect for probe in probes.values())
+    stage.claims.check(
+        "adapters saved by fastlora give the same logits in PEFT",
+        max(errors.values()) <= SAME_LOGITS and weakest >= 10 * SAME_LOGITS,
+        f"off by {max(errors.values()):.0e} of the largest, the base by {weakest:.0e}",
+    )
+    return model
+
+
+def _losses(stage: Stage, model: nn.Module) -> dict[str, float]:
+    return {name: held_out_loss(model, text.held_out) for name, text in stage.domains.items()}
+
+
+def _files(stage: Stage, domain: str) -> str:
+    files = sorted(stage.adapter(domain).iterdir())
+    return ", ".join(f"{f.name} ({f.stat().st_size / 1e3:.0f} kB)" for f in files)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()

@@ -1,0 +1,91 @@
+"""What one sees: a progress bar at the bottom, chapters and tables above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.table import Table
+
+from fastlora.demo.claims import Claim
+
+NARROWEST = 100  # a pipe has no width of its own, and tables should not wrap in it
+
+
+class Screen:
+    """Prints the demo; a context manager, in which the progress bar lives."""
+
+    def __init__(self) -> None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = max(console.width, NARROWEST)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("of about"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def expect(self, steps: int) -> None:
+        """Says how often ``advance`` will be called altogether."""
+        self._progress.update(self._task, total=steps)
+
+    def doing(self, what: str) -> None:
+        """Says beside the bar what goes on."""
+        self._progress.update(self._task, description=escape(what))
+
+    def advance(self) -> None:
+        """One training step is done."""
+        self._progress.advance(self._task)
+
+    def chapter(self, title: str) -> None:
+        self._progress.print()
+        self._progress.print(Rule(f"[bold]{escape(title)}[/bold]", align="left", style="cyan"))
+
+    def say(self, text: str) -> None:
+        self._progress.print(escape(text))
+
+    def table(
+        self, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1
+    ) -> None:
+        """Prints a table; its first ``text`` columns are words, the others figures."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for i, column in enumerate(columns):
+            table.add_column(escape(column), justify="left" if i < text else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self._progress.print(table)
+
+    def claims(self, claims: Sequence[Claim]) -> None:
+        """Prints every claim with its mark and figures."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        for claim in claims:
+            table.add_row(_mark(claim), escape(claim.sentence), escape(claim.figures))
+        self._progress.print(table)
+
+
+def _mark(claim: Claim) -> str:
+    if claim.holds:
+        return "[green]✓[/green]"
+    return "[bold red]✗[/bold red]" if claim.counts else "[yellow]·[/yellow]"

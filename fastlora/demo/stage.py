@@ -1,0 +1,81 @@
+"""What every chapter of the demo shares, and how large the demo is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastlora.demo.claims import Claims
+from fastlora.demo.screen import Screen
+from fastlora.demo.training import Recipe
+
+
+@dataclass(frozen=True)
+class Size:
+    """hidden, layers: of the small Llama. chars: of text. length: tokens a row. held_out: rows."""
+
+    hidden: int
+    layers: int
+    pretraining_chars: int
+    pretraining_steps: int
+    domain_chars: int
+    steps: int
+    batch_size: int
+    length: int
+    held_out: int
+    timing_rounds: int
+    new_tokens: int
+
+
+FULL = Size(192, 4, 1_000_000, 600, 200_000, 100, 8, 128, 64, 12, 64)
+QUICK = Size(64, 2, 40_000, 12, 20_000, 6, 4, 64, 8, 2, 8)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate of each way to fine-tune."""
+
+    full: float
+    last_block: float
+    last_layer: float
+    lora: float
+
+
+# For a small model, briefly trained: each the best of a sweep by factors of two.
+SMALL_MODEL = Rates(full=3e-3, last_block=6e-3, last_layer=1e-2, lora=1e-2)
+# For one that was trained for weeks, and has more to lose: what is customary.
+LARGE_MODEL = Rates(full=5e-5, last_block=2e-4, last_layer=5e-4, lora=5e-4)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Tokens in rows (n, length): some to learn from, some that training never sees."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The base model, what it is to learn and how, and where results go.
+
+    quality: whether claims about how well a method learns count; those about exactness always do.
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    domains: dict[str, Domain]
+    rates: Rates
+    recipe: Recipe
+    size: Size
+    directory: Path
+    screen: Screen
+    claims: Claims
+    quality: bool
+
+    def adapter(self, domain: str) -> Path:
+        """Where the adapter of ``domain`` is saved."""
+        return self.directory / domain

@@ -1,0 +1,130 @@
+"""The chapters in order: a base model, fine-tuned, compared, saved, served, merged."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastlora.demo import adapters, compare, corpora, merge, serve
+from fastlora.demo.claims import Claims
+from fastlora.demo.model import byte_tokenizer, own_model, rows, small_llama
+from fastlora.demo.screen import Screen
+from fastlora.demo.stage import FULL, LARGE_MODEL, QUICK, SMALL_MODEL, Domain, Size, Stage
+from fastlora.demo.training import Recipe, held_out_loss, train
+
+PRETRAINING_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a demo starts from. own: whether the model is the user's, and trained already."""
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    domains: dict[str, Domain]
+    size: Size
+    seed: int
+    own: bool
+    quality: bool
+
+
+def prepare(model: str | None, data: str | None, *, quick: bool, seed: int) -> Scene:
+    """Reads or makes model and text; nothing is trained yet.
+
+    Raises FileNotFoundError or ValueError for a path that cannot be used, or too little text.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    size = QUICK if quick else FULL
+    texts = (
+        {name: corpora.domain_text(name, seed, size.domain_chars) for name in corpora.DOMAINS}
+        if data is None
+        else {Path(data).stem: corpora.file_text(data)}
+    )
+    if model is None:
+        tokenizer = byte_tokenizer()
+        base = small_llama(size.hidden, size.layers, len(tokenizer), seed)
+    else:
+        base, tokenizer = own_model(model)
+    length = min(size.length, getattr(base.config, "max_position_embeddings", size.length))
+    domains = {}
+    for name, text in texts.items():
+        train_rows = rows(tokenizer, text.train, length)
+        held_out = rows(tokenizer, text.held_out, length)[: size.held_out]
+        if len(train_rows) < size.batch_size or not len(held_out):
+            raise ValueError(
+                f"data: expected at least {8 * length + size.batch_size * length:,} tokens, to learn "
+                f"from and to hold out, got about {(len(train_rows) + len(held_out)) * length:,} in "
+                f"{data or name}"
+            )
+        domains[name] = Domain(train_rows, held_out)
+    quality = model is None and data is None and not quick
+    return Scene(base, tokenizer, domains, size, seed, model is not None, quality)
+
+
+def tell(scene: Scene) -> int:
+    """Runs every chapter and lists the claims; the exit code."""
+    size, claims, start = scene.size, Claims(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory, Screen() as screen:
+        stage = Stage(
+            base=scene.base,
+            tokenizer=scene.tokenizer,
+            domains=scene.domains,
+            rates=LARGE_MODEL if scene.own else SMALL_MODEL,
+            recipe=Recipe(size.steps, size.batch_size, scene.seed),
+            size=size,
+            directory=Path(directory),
+            screen=screen,
+            claims=claims,
+            quality=scene.quality,
+        )
+        # A run of each method, PEFT's, and an adapter for each domain that has none yet.
+        runs = len(compare.chosen_methods(stage)) + 1 + len(stage.domains) - 1
+        screen.expect(runs * size.steps + (0 if scene.own else size.pretraining_steps))
+        _introduce(stage, scene)
+        _chapters(stage)
+        screen.chapter("What was claimed")
+        screen.claims(claims.made)
+        screen.say(f"\n{time.perf_counter() - start:.0f} s on {torch.get_num_threads()} threads")
+    return claims.exit_code
+
+
+def _chapters(stage: Stage) -> None:
+    first = next(iter(stage.domains))
+    ours = compare.compare(stage, first)
+    compare.beside_peft(stage, first, ours)
+    probes = adapters.train_all(stage, {first: ours})
+    if len(stage.domains) > 1:
+        adapters.matrix(stage)
+    in_peft = adapters.reopen_in_peft(stage, probes)
+    serve.serve(stage, probes, in_peft)
+    merge.merge(stage, first, probes[first])
+
+
+def _introduce(stage: Stage, scene: Scene) -> None:
+    """Says what the base model is; pre-trains it in place where it is ours."""
+    screen, size, base = stage.screen, scene.size, stage.base
+    screen.chapter("The base model")
+    what = f"{type(base).__name__}, {sum(p.numel() for p in base.parameters()):,} parameters"
+    if scene.own:
+        screen.say(f"{what}, from {base.config.name_or_path}")
+        return
+    text = corpora.pretraining_text(scene.seed, size.pretraining_chars)
+    tokens = rows(stage.tokenizer, text, size.length)
+    seen, unseen = tokens[size.held_out :], tokens[: size.held_out]
+    before = held_out_loss(base, unseen)
+    screen.doing("pre-training on text that comes with Python")
+    recipe = Recipe(size.pretraining_steps, size.batch_size, scene.seed)
+    run = train(base, seen, PRETRAINING_RATE, recipe, screen.advance)
+    screen.say(
+        f"{what}, pre-trained for {size.pretraining_steps} steps of "
+        f"{size.batch_size} × {size.length} bytes\n"
+        f"of pydoc's topics and the standard library's sources ({run.step_seconds * 1e3:.0f} ms a "
+        f"step): held-out loss {before:.2f} → {held_out_loss(base, unseen):.2f} nats a byte."
+    )
