@@ -6,6 +6,7 @@ nobody asked for are not computed. Backward is itself not differentiable: trying
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def _matrix(y: Tensor) -> Tensor:
 
 def _written(y: Tensor, rows: Tensor) -> Tensor:
     """y, once ``rows = _matrix(y)`` was written: copied back where rows could be no view of y."""
-    view = all(y.stride(i) == y.stride(i + 1) * y.shape[i + 1] for i in range(y.dim() - 2))
+    lead = [(y.shape[i], y.stride(i)) for i in range(y.dim() - 1) if y.shape[i] != 1]
+    view = all(outer == size * inner for (_, outer), (size, inner) in pairwise(lead))
     return y if view else y.copy_(rows.view_as(y))
 
 
@@ -83,11 +85,14 @@ class LoRALinear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, lora_A, lora_B, _, *ctx.scalars, seed, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         dy, _ = grad_outputs
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         *saved, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
         grads = _gradients(
@@ -146,11 +151,14 @@ class MultiLoRALinear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, lora_A, lora_B, *routing, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], *routing)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         dy, _ = grad_outputs
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[:5]
         grads = _gradients(
             _ops.multi_lora_linear_backward, needs, dy, *ctx.saved_tensors, needs, ctx.backend

@@ -210,9 +210,30 @@ def _output(y: Tensor, x: Tensor, N: int, K: int) -> None:
         raise TypeError(f"y: expected one of {_names(_FLOATS)}, got {y.dtype}")
     if y.shape != (*x.shape[:-1], N):
         raise ValueError(f"y: expected shape {(*x.shape[:-1], N)}, got {tuple(y.shape)}")
-    if y.requires_grad and y.is_leaf and torch.is_grad_enabled():
-        # torch says so too, but after y was written.
-        raise RuntimeError("y: expected a layer's output, got a leaf that requires grad")
+
+
+def tracked_output(y: Tensor) -> None:
+    """Refuses a y that autograd would not let be written; torch does so after it was."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    for tensor in (y, y._base):
+        if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+            raise RuntimeError("y: expected a layer's output, got a leaf that requires grad")
+    views = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    if y._base is not None and views._get_creation_meta(y) != views.CreationMeta.DEFAULT:
+        raise RuntimeError(
+            "y: expected a tensor that autograd lets be written in place, got a view made by "
+            "chunk, split or unbind, or without gradients: clone it"
+        )
+    if y.is_inference():
+        raise RuntimeError("y: expected a tensor made outside of inference mode: clone it")
+
+
+def not_differentiable(**tensors: object) -> None:
+    """Refuses what would silently get no gradient."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected one that requires no grad, it gets none: detach it")
 
 
 def _adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:

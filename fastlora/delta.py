@@ -37,8 +37,9 @@ class Delta:
         self._factors: list[tuple[Tensor, Tensor]] = []
         for A, B, scaling in zip(lora_A, lora_B, scalings, strict=True):
             A, B = A.to(torch.float64), B.to(torch.float64) * scaling
-            if self._exact and A.shape[0]:
+            if self._exact and A.numel() and B.numel():
                 bits = (53 - (A.shape[0] - 1).bit_length()) // 2
+                A, B = _balanced(A, B)
                 A, B = _rounded(A, 0, bits), _rounded(B, 1, bits)
             self._factors.append((A, B))
 
@@ -54,6 +55,14 @@ class Delta:
         return total
 
 
+def _balanced(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, every rank's row of A about as large as its column of B."""
+    # Ranks share a grid: without this, one that is large in A and small in B would cost the others.
+    difference = torch.frexp(A.abs().amax(1))[1] - torch.frexp(B.abs().amax(0))[1]
+    factor = _power_of_two(torch.div(difference, 2, rounding_mode="floor"))
+    return A / factor[:, None], B * factor
+
+
 def _rounded(values: Tensor, dim: int, bits: int) -> Tensor:
     """values (float64) as multiples of 2**-bits of the power of two above their largest in dim."""
     _, exponent = torch.frexp(values.abs().amax(dim, keepdim=True))
@@ -64,7 +73,7 @@ def _rounded(values: Tensor, dim: int, bits: int) -> Tensor:
 def _power_of_two(exponent: Tensor) -> Tensor:
     # From its bits: exp2 and pow may be off by one in the last place. A float64 adapter's tiniest
     # columns are nothing to a float32 weight and stay within the exponent's range.
-    return ((exponent.to(torch.int64).clamp(min=-1000) + 1023) << 52).view(torch.float64)
+    return ((exponent.to(torch.int64).clamp(-1000, 1000) + 1023) << 52).view(torch.float64)
 
 
 def _add_by_rank(total: Tensor, B: Tensor, A: Tensor) -> None:

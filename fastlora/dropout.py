@@ -45,9 +45,9 @@ def dropped(x: Tensor, p: float, seed: Tensor, first_row: int = 0) -> Tensor:
 def keep_mask(rows: int, columns: int, p: float, seed: Tensor, first_row: int = 0) -> Tensor:
     """The mask of ``rows`` rows from first_row on: bool (rows, columns)."""
     groups = -(-columns // LANES)
-    c0 = torch.arange(groups, dtype=torch.int64, device=seed.device).expand(rows, groups)
+    c0 = torch.arange(groups, dtype=torch.int64, device=seed.device)
     c1 = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seed.device)
-    words = _philox(c0, c1[:, None].expand(rows, groups), seed)
+    words = torch.broadcast_tensors(*_philox(c0, c1[:, None], seed))
     # Two lanes a word in memory, the low one first: torch runs on little-endian machines alone.
     lanes = torch.stack(words, -1).to(torch.int32).view(torch.int16).view(rows, groups * LANES)
     # As signed numbers in the same order: torch compares no unsigned ones; a lane reaches 65535.

@@ -56,21 +56,21 @@ def merge_(
             sums.append(torch.stack((_checksum(merged), _checksum(before))))
             done.append(tile)
             before.copy_(merged)
+        counts = torch.tensor([len(p) for p in positions], dtype=torch.int32, device="cpu")
+        nothing = weight.new_empty(0, dtype=torch.int16)
+        no_bits = _as_bits(weight.new_empty(0))
+        return (
+            torch.cat([nothing, *positions]),
+            torch.cat([no_bits, *bits]),
+            counts,
+            _combine(sums, weight),
+        )
     except BaseException:
         for tile, where, old, both in zip(done, positions, bits, sums, strict=False):
             # The last tile may have been noted but not yet written.
             if _checksum(weight[tile]) == both[0]:
                 weight[tile] = _restored(weight[tile], delta_of(tile), where, old)
         raise
-    counts = torch.tensor([len(p) for p in positions], dtype=torch.int32)
-    nothing = weight.new_empty(0, dtype=torch.int16)
-    no_bits = _as_bits(weight.new_empty(0))
-    return (
-        torch.cat([nothing, *positions]),
-        torch.cat([no_bits, *bits]),
-        counts,
-        _combine(sums, weight),
-    )
 
 
 def unmerge_(

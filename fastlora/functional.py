@@ -65,7 +65,7 @@ def lora_linear(
     args = (_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B, lora_bias)
     y, _ = LoRALinear.apply(*args) if tracked else _ops.lora_linear(*args)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def lora_add_(
@@ -88,11 +88,13 @@ def lora_add_(
     checks.added(y, x, lora_A, lora_B)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
-    rows = _rows(x)
+    rows, tracked = _rows(x), _tracked(y, x, lora_A, lora_B)
+    if tracked:
+        rows = _kept(rows, y)
     h = _scratch(lora_A.shape[0], rows, lora_A, seed)
     backend = dispatch.choose("lora_add_", x.device)
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
-    return LoRAAdd.apply(*args) if _tracked(y, x, lora_A, lora_B) else LoRAAdd.forward(*args)
+    return LoRAAdd.apply(*args) if tracked else LoRAAdd.forward(*args)
 
 
 def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
@@ -131,13 +133,14 @@ def multi_lora_linear(
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.multi(x, weight, lora_A, lora_B, scalings, ranks, bias)
+    checks.not_differentiable(scalings=scalings, row_scales=row_scales)
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (groups.order, groups.starts, scalings, ranks, _row_scales(row_scales, x))
     backend = dispatch.choose("multi_lora_linear", x.device)
     args = (_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B)
     y, _ = MultiLoRALinear.apply(*args) if tracked else _ops.multi_lora_linear(*args)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def multi_lora_add_(
@@ -154,13 +157,15 @@ def multi_lora_add_(
     """Adds each row's adapter part to y in place, as in ``multi_lora_linear``; returns y."""
     x = checks.autocast_to(x, y)
     checks.multi_added(y, x, lora_A, lora_B, scalings, ranks)
+    checks.not_differentiable(scalings=scalings, row_scales=row_scales)
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (groups.order, groups.starts, scalings, ranks, _row_scales(row_scales, x))
-    rows = _rows(x)
+    rows, tracked = _rows(x), _tracked(y, x, lora_A, lora_B)
+    if tracked:
+        rows = _kept(rows, y)
     h = _scratch(lora_A.shape[1], rows, lora_A, groups.order, groups.starts, ranks)
     backend = dispatch.choose("multi_lora_add_", x.device)
     args = (y, h, rows, lora_A, lora_B, *routing, backend)
-    tracked = _tracked(y, x, lora_A, lora_B)
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
 
@@ -178,6 +183,9 @@ def merge_(
     Raises ValueError, the weight unchanged, when a merged value would not be finite.
     """
     checked = checks.adapters(weight, adapters)
+    if receipt:
+        # Copied before anything is written: it may be what memory does not suffice for.
+        checked = [(A.clone(), B.clone(), scaling) for A, B, scaling in checked]
     backend = dispatch.choose("merge_", weight.device)
     parts = _ops.merge_(weight, *columns(checked), backend)
     return MergeReceipt.make(weight, checked, backend, parts) if receipt else None
@@ -202,6 +210,15 @@ def _dropout(p: float, training: bool, x: Tensor) -> tuple[float, Tensor | None]
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def _kept(rows: Tensor, y: Tensor) -> Tensor:
+    """x as backward will need it, although y is written: a copy where the two share memory."""
+    checks.tracked_output(y)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return rows
+    shared = torch._C._is_alias_of(y, rows)  # pyright: ignore[reportAttributeAccessIssue]
+    return rows.clone() if shared else rows
 
 
 def _scratch(R: int, x: Tensor, *others: Tensor | None) -> Tensor:

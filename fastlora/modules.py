@@ -178,7 +178,9 @@ class FastLoRALinear(nn.Linear):
 
     def remerge(self, receipt: MergeReceipt) -> None:
         """Merges what ``receipt`` says was merged once, whatever the adapter is by now."""
-        self._receipt = F.merge_(self.weight, receipt.adapters)
+        device = self.weight.device
+        adapters = [(A.to(device), B.to(device), scaling) for A, B, scaling in receipt.adapters]
+        self._receipt = F.merge_(self.weight, adapters)
 
     def unmerge(self) -> None:
         """Takes the adapter out of the weight again, exactly, or raises and changes nothing.
@@ -313,9 +315,21 @@ class MultiLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def set_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Puts an adapter (r, K), (N, r), r at most the slots' rank, into ``slot``."""
+        """Puts an adapter (r, K), (N, r), r at most the slots' rank, into ``slot``.
+
+        Raises TypeError or ValueError, the slot as it was, for what does not fit.
+        """
+        self._check_slot(slot)
+        (_, R, K), N = self.lora_A.shape, self.lora_B.shape[1]
+        r = lora_A.shape[0] if lora_A.dim() == 2 else -1
+        if tuple(lora_A.shape) != (r, K) or r > R:
+            raise ValueError(
+                f"lora_A: expected shape (r, {K}), r at most {R}, got {tuple(lora_A.shape)}"
+            )
+        if tuple(lora_B.shape) != (N, r):
+            raise ValueError(f"lora_B: expected shape ({N}, {r}), got {tuple(lora_B.shape)}")
+        settings.check_number("scaling", scaling)
         self.clear_adapter(slot)
-        r = lora_A.shape[0]
         self.lora_A[slot, :r] = lora_A
         self.lora_B[slot, :, :r] = lora_B
         self.scalings[slot] = scaling
@@ -324,8 +338,13 @@ class MultiLoRALinear(nn.Linear):
     @torch.no_grad()
     def clear_adapter(self, slot: int) -> None:
         """Frees ``slot``: what it held is zeroed."""
+        self._check_slot(slot)
         for buffer in (self.ranks, self.scalings, self.lora_A, self.lora_B):
             buffer[slot] = 0
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self.scalings):
+            raise ValueError(f"slot: expected one of 0 to {len(self.scalings) - 1}, got {slot}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         scalings = self.scalings

@@ -30,12 +30,12 @@ def base_gradient(dy: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
     return dy @ weight if weight is not None else x.new_zeros(x.shape)
 
 
-def adapter_gradient(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left.T @ right`` in ``dtype``, accumulated in float32 or wider."""
+def adapter_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
+    """``scaling * left.T @ right`` in ``dtype``, accumulated in float32 or wider."""
     if dtype == right.dtype:
-        return left.T @ right
+        return (left.T @ right).mul_(scaling)
     wide = accumulator(dtype, right.dtype)
     total = right.new_zeros(left.shape[1], right.shape[1], dtype=wide)
     for rows in row_blocks(right if right.shape[1] > left.shape[1] else left):
         total.addmm_(left[rows].T.to(wide), right[rows].to(wide))
-    return total.to(dtype)
+    return total.mul_(scaling).to(dtype)

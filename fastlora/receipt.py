@@ -43,9 +43,9 @@ class MergeReceipt:
     def make(
         weight: Tensor, adapters: Sequence[Adapter], backend: str, parts: Sequence[Tensor]
     ) -> MergeReceipt:
-        kept = tuple((A.clone(), B.clone(), scaling) for A, B, scaling in adapters)
+        """adapters: copies, which the receipt keeps."""
         shape = (weight.shape[0], weight.shape[1])
-        return MergeReceipt(shape, weight.dtype, backend, exact.KERNEL, kept, *parts)
+        return MergeReceipt(shape, weight.dtype, backend, exact.KERNEL, tuple(adapters), *parts)
 
     @property
     def nbytes(self) -> int:

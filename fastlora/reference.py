@@ -97,20 +97,21 @@ def lora_linear_backward(
     dx = base_gradient(dy, x, weight) if need_x else None
     dA = None
     if need_x or need_A:
-        g = (dy @ lora_B.to(dy.dtype)).mul_(scaling)  # [M, R]
+        # Scaled only within the products that g enters: it may overflow a half-precision dtype.
+        g = dy @ lora_B.to(dy.dtype)  # [M, R]
         if seed is not None:
-            dA = _through_dropout(dx, g, x, lora_A, need_A, dropout_p, seed)
+            dA = _through_dropout(dx, g, x, lora_A, need_A, scaling, dropout_p, seed)
         else:
             if dx is not None:
-                dx.addmm_(g, lora_A.to(x.dtype))
-            dA = adapter_gradient(g, x, lora_A.dtype) if need_A else None
+                dx.addmm_(g, lora_A.to(x.dtype), alpha=scaling)
+            dA = adapter_gradient(g, x, lora_A.dtype, scaling) if need_A else None
     wide = torch.promote_types(dy.dtype, torch.float32)
     grads = [
         dx,
         dy.T @ x if need_weight else None,
         dy.sum(0) if need_bias else None,
         dA,
-        adapter_gradient(dy, h * scaling, lora_B.dtype) if need_B else None,
+        adapter_gradient(dy, h, lora_B.dtype, scaling) if need_B else None,
         dy.sum(0, dtype=wide).mul_(scaling).to(lora_B.dtype) if need_lora_bias else None,
     ]
     return [grad for grad in grads if grad is not None]
@@ -122,11 +123,12 @@ def _through_dropout(
     x: Tensor,
     lora_A: Tensor,
     need_A: bool,
+    scaling: float,
     dropout_p: float,
     seed: Tensor,
 ) -> Tensor | None:
     """Adds ``mask * (g @ lora_A)`` to dx and returns ``g.T @ (mask * x)``, one mask for both."""
-    A, scale = lora_A.to(x.dtype), dropout.keep_scale(dropout_p)
+    A, scale = lora_A.to(x.dtype), scaling * dropout.keep_scale(dropout_p)
     wide = accumulator(lora_A.dtype, x.dtype)
     total = lora_A.new_zeros(lora_A.shape, dtype=wide) if need_A else None
     for rows in row_blocks(x):

@@ -74,8 +74,8 @@ def multi_lora_add_(
     for slot, rows, r, scaling in _groups(order, starts, scalings, ranks, lora_A.shape[1]):
         h_rows = _take(x, rows) @ lora_A[slot, :r].to(x.dtype).T
         h[rows, :r] = h_rows
-        h_rows.mul_(_row_factor(h, row_scales, rows, scaling))
-        _add_product(y, rows, h_rows, lora_B[slot, :, :r].to(x.dtype).T)
+        h_rows = _row_scaled(h_rows, row_scales, rows)
+        _add_product(y, rows, h_rows, lora_B[slot, :, :r].to(x.dtype).T, scaling)
 
 
 def multi_lora_linear_backward(
@@ -98,17 +98,17 @@ def multi_lora_linear_backward(
     dA = _zeros_wide(lora_A) if need_A else None
     dB = _zeros_wide(lora_B) if need_B else None
     for slot, rows, r, scaling in _groups(order, starts, scalings, ranks, lora_A.shape[1]):
-        factor = _row_factor(h, row_scales, rows, scaling)
         dy_rows = _take(dy, rows)
         if dx is not None or dA is not None:
-            g = (dy_rows @ lora_B[slot, :, :r].to(dy.dtype)).mul_(factor)
+            g = dy_rows @ lora_B[slot, :, :r].to(dy.dtype)
+            g = _row_scaled(g, row_scales, rows)
             if dx is not None:
-                _add_product(dx, rows, g, lora_A[slot, :r].to(x.dtype))
+                _add_product(dx, rows, g, lora_A[slot, :r].to(x.dtype), scaling)
             if dA is not None:
-                dA[slot, :r] += adapter_gradient(g, _take(x, rows), dA.dtype)
+                dA[slot, :r] += adapter_gradient(g, _take(x, rows), dA.dtype, scaling)
         if dB is not None:
-            h_rows = (h[rows, :r] * factor).to(h.dtype)
-            dB[slot, :, :r] += adapter_gradient(dy_rows, h_rows, dB.dtype)
+            h_rows = _row_scaled(h[rows, :r], row_scales, rows)
+            dB[slot, :, :r] += adapter_gradient(dy_rows, h_rows, dB.dtype, scaling)
     grads = [
         dx,
         dy.T @ x if need_weight else None,
@@ -146,18 +146,18 @@ def _take(t: Tensor, rows: Rows) -> Tensor:
     return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
 
 
-def _add_product(y: Tensor, rows: Rows, left: Tensor, right: Tensor) -> None:
+def _add_product(y: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float) -> None:
     if isinstance(rows, slice):
-        y[rows].addmm_(left, right)
+        y[rows].addmm_(left, right, alpha=scaling)
     else:
-        y.index_add_(0, rows, left @ right)
+        y.index_add_(0, rows, left @ right, alpha=scaling)
 
 
-def _row_factor(like: Tensor, scales: Tensor | None, rows: Rows, scaling: float) -> float | Tensor:
-    """What rows of h are multiplied by; wide, so that the product is rounded and it is not."""
-    if scales is None:
-        return scaling
-    return scales[rows, None].to(torch.promote_types(like.dtype, torch.float32)) * scaling
+def _row_scaled(h_rows: Tensor, row_scales: Tensor | None, rows: Rows) -> Tensor:
+    if row_scales is None:
+        return h_rows
+    wide = torch.promote_types(h_rows.dtype, torch.float32)
+    return (h_rows * row_scales[rows, None].to(wide)).to(h_rows.dtype)
 
 
 def _zeros_wide(like: Tensor) -> Tensor:

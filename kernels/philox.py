@@ -43,5 +43,6 @@ def keep_mask(rows: int, columns: int, threshold: int, seed: torch.Tensor) -> to
     BM, BG = 16, 16
     grid = (triton.cdiv(rows, BM), triton.cdiv(columns, BG * 8))
     if mask.numel():
-        _keep_mask[grid](mask, seed, rows, columns, threshold, BM=BM, BG=BG)
+        with torch.cuda.device_of(seed):
+            _keep_mask[grid](mask, seed, rows, columns, threshold, BM=BM, BG=BG)
     return mask

@@ -1,132 +1,147 @@
-"""The demo at toy sizes, end to end; what it asserts, reads and refuses."""
+"""The demo at toy sizes, from the command to its exit code; its text; its errors."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 
 import pytest
 
-pytest.importorskip("transformers", reason="the demo trains a transformers model")
-pytest.importorskip("peft", reason="the demo compares with PEFT")
-pytest.importorskip("rich", reason="the demo prints tables with rich")
+pytest.importorskip("rich")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
-from fastlora import demo
-from fastlora.cli import main
-from fastlora.demo import corpora, merge
+import fastlora
+from fastlora import cli
+from fastlora.demo import corpora, run
 from fastlora.demo.claims import Claims
-from fastlora.demo.model import byte_tokenizer, rows, small_llama
+from fastlora.demo.model import byte_tokenizer, small_llama
 
-EXACT = (
-    "PEFT and fastlora have the same losses",
-    "adapters saved by fastlora give the same logits in PEFT",
-    "every row equals its adapter run alone",
-    "merged, the model gives the same logits",
-    "every bit of every tensor is back",
-)
+SHAPES = {
+    "calendar": r"Mo Tu We Th Fr Sa Su\n[ \d\n]+\n",
+    "unicode": r"U\+[0-9A-F]{4} [A-Z]",
+    "records": r'"status": \d{3}, "reason": "',
+    "morse": r"[.-]+ [.-]+ / [.-]+ ",
+}
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A user's model and text: (directory, file)."""
-    folder = tmp_path_factory.mktemp("own")
+def own_model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
     tokenizer = byte_tokenizer()
-    small_llama(64, 2, len(tokenizer), seed=3).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(corpora.domain_text("records", 5, 12_000).train, "utf-8")
-    return folder / "model", folder / "text.txt"
+    tokenizer.save_pretrained(directory)
+    small_llama(hidden=32, layers=2, vocabulary=len(tokenizer), seed=0).save_pretrained(directory)
+    return directory
 
 
-def test_quick_demo_shows_everything_and_holds(capsys):
-    assert main(["demo", "--quick"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for domain in corpora.DOMAINS:
-        assert domain in shown
-    for words in ("LoRA", "full", "last layer only", "tokens/s", "optimizer", "held-out loss"):
-        assert words in shown
-    marks = shown.partition("What was claimed")[2]
-    assert marks.count("✓") >= len(EXACT)
-    assert "✗" not in marks
+@pytest.fixture
+def own_data(tmp_path):
+    path = tmp_path / "verse.txt"
+    path.write_text("".join(f"{n} green bottles hanging on the wall\n" for n in range(200)))
+    return path
 
 
-def test_a_claim_that_fails_fails_the_demo(own, monkeypatch, capsys):
-    """Here unmerging that is said to leave a tensor changed."""
-    found = merge.different
-    monkeypatch.setattr(merge, "different", lambda a, b: [*found(a, b), "planted"])
-    assert demo.run(str(own[0]), str(own[1]), quick=True) == 1
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "✗ unmerged, every bit of every tensor is back" in shown
+def test_quick_run_holds_its_claims(capsys):
+    assert cli.main(["demo", "--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("✓") >= 5
+    assert "✗" not in shown
+    for name in (*corpora.DOMAINS, "full", "last layer only", "LoRA", "PEFT", "tokens/s"):
+        assert name in shown
 
 
-def test_own_model_and_text(own, capsys):
-    assert demo.run(str(own[0]), str(own[1]), quick=True) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "text" in shown
-    assert all(domain not in shown for domain in ("morse", "unicode"))
+def test_own_model_and_data(own_model, own_data, capsys):
+    assert run(str(own_model), str(own_data), quick=True) == 0
+    shown = capsys.readouterr().out
+    assert "verse" in shown
+    assert str(own_model) in shown
+    assert "calendar" not in shown
 
 
-def test_claims():
+def test_a_claim_that_fails_makes_the_exit_code_1(own_model, own_data, capsys, monkeypatch):
+    monkeypatch.setattr(fastlora, "unmerge_adapter", lambda model: model)
+    assert run(str(own_model), str(own_data), quick=True) == 1
+    assert capsys.readouterr().out.count("✗") == 1
+
+
+def test_exit_code_of_claims():
     claims = Claims()
-    assert claims.exit_code == 1  # a demo that claims nothing has shown nothing
-    claims.check("a", True, "")
-    claims.check("b", False, "", counts=False)
+    assert claims.exit_code == 1, "nothing was shown"
+    claims.check("one", True, "")
+    claims.check("two", False, "", counts=False)
     assert claims.exit_code == 0
-    claims.check("c", False, "2 > 1")
-    assert [claim.sentence for claim in claims.failed] == ["c"]
+    claims.check("three", False, "")
     assert claims.exit_code == 1
+    assert [claim.sentence for claim in claims.failed] == ["three"]
 
 
-@pytest.mark.parametrize("domain", corpora.DOMAINS)
-def test_text_is_the_same_every_time_and_unlike_the_others(domain):
-    text = corpora.domain_text(domain, 0, 5000)
-    assert text == corpora.domain_text(domain, 0, 5000)
-    assert text != corpora.domain_text(domain, 1, 5000)
-    assert 0 < len(text.held_out) < len(text.train)
-    if domain != "calendar":  # its lines are weeks, which months share
-        assert not set(text.held_out.splitlines()) & set(text.train.splitlines())
-    others = (
-        corpora.domain_text(name, 0, 5000).train for name in corpora.DOMAINS if name != domain
-    )
-    assert all(text.train[:40] not in other for other in others)
+@pytest.mark.parametrize("name", corpora.DOMAINS)
+def test_domains_are_deterministic_and_told_apart_at_a_glance(name):
+    text = corpora.domain_text(name, 0, 20_000)
+    assert text == corpora.domain_text(name, 0, 20_000)
+    assert text != corpora.domain_text(name, 1, 20_000)
+    assert 1_000 < len(text.held_out) < len(text.train) / 3
+    assert {n for n, shape in SHAPES.items() if re.search(shape, text.train)} == {name}
+    assert {n for n, shape in SHAPES.items() if re.search(shape, text.held_out)} == {name}
 
 
-def test_the_tokenizer_spells_everything():
+@pytest.mark.parametrize("name", ["calendar", "unicode"])
+def test_what_is_held_out_is_not_learnt_from(name):
+    text = corpora.domain_text(name, 0, 50_000)
+    pattern = {"calendar": r"\w+ \d{4}\n\w\w ", "unicode": r"U\+\w+"}[name]
+    seen, unseen = (set(re.findall(pattern, part)) for part in (text.train, text.held_out))
+    assert unseen
+    assert not seen & unseen
+
+
+def test_pretraining_text_is_deterministic():
+    text = corpora.pretraining_text(0, 600_000)
+    assert text == corpora.pretraining_text(0, 600_000)
+    assert text != corpora.pretraining_text(1, 600_000)
+    assert len(text) == 600_000
+    assert "def " in text
+
+
+def test_bytes_survive_the_tokenizer():
     tokenizer = byte_tokenizer()
-    text = "ASCII, Größe, 漢字\n\t"
-    tokens = rows(tokenizer, text, 1).flatten()
-    assert len(tokens) == len(text.encode())
-    assert tokenizer.decode(tokens) == text
+    text = "  naïve ♥\n\tx"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(text)["input_ids"]) == len(text.encode())
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "expected a text file, found none"),
-        (b"", "is empty"),
-        (b" \n ", "is empty"),
-        (b"too short", "expected at least"),
-        (b"\xff\xfe\x00", "expected UTF-8"),
+        (None, "expected a text file"),
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"too short", "at least"),
+        (b"\xff\xfe\x00 latin", "UTF-8"),
     ],
 )
-def test_text_that_cannot_be_used(content, message, own, tmp_path, capsys):
-    path = tmp_path / "text.txt"
+def test_unusable_data_is_explained(content, message, tmp_path, capsys):
+    path = tmp_path / "data.txt"
     if content is not None:
         path.write_bytes(content)
-    assert demo.run(str(own[0]), str(path), quick=True) == 2
+    assert run(data=str(path), quick=True) == 2
     error = capsys.readouterr().err
     assert message in error
+    assert str(path) in error
     assert error.count("\n") == 1
 
 
-def test_a_model_that_cannot_be_used(own, tmp_path, capsys):
-    for path in (tmp_path / "nowhere", tmp_path):
-        assert demo.run(str(path), str(own[1]), quick=True) == 2
-        assert "model: " in capsys.readouterr().err
+def test_unusable_model_is_explained(tmp_path, capsys):
+    assert run(str(tmp_path / "none"), quick=True) == 2
+    assert "expected a directory" in capsys.readouterr().err
+    assert run(str(tmp_path), quick=True) == 2
+    assert "cannot load" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named(monkeypatch, capsys):
-    for name in [n for n in sys.modules if n.startswith("fastlora.demo.")] + ["rich.console"]:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(demo, "story", raising=False)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert demo.run(quick=True) == 2
-    assert "pip install .[demo]" in capsys.readouterr().err
+def test_a_missing_package_is_named_in_one_line():
+    code = "import sys; sys.modules['rich'] = None; from fastlora.demo import run; sys.exit(run())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.count("\n") == 1
+    assert "needs rich" in ran.stderr
+    assert "pip install .[demo]" in ran.stderr

@@ -43,7 +43,7 @@ def run(
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
         print(
-            f"fastlora demo needs {error.name}: run `pip install .[demo]` in a checkout of fastlora",
+            f"fastlora demo: needs {error.name}; in a checkout of fastlora, `pip install .[demo]`",
             file=sys.stderr,
         )
         return 2

@@ -69,7 +69,7 @@ def matrix(stage: Stage) -> None:
     stage.screen.table(
         ["adapter", *stage.domains],
         [
-            [name, *(f"{loss:.3f}" + (" ◂" if best[d] == name else "  ") for d, loss in row.items())]
+            [name, *(f"{row[d]:.3f} {'◂' if best[d] == name else ' '}" for d in row)]
             for name, row in losses.items()
         ],
     )
@@ -100,12 +100,11 @@ def reopen_in_peft(stage: Stage, probes: dict[str, Probe]) -> peft.PeftModel:
         model.set_adapter(name)
         errors[name] = probe.error(logits(model, probe.row))
     stage.screen.table(
-        ["adapter", "files", "PEFT's logits are off by", "the base's by"],
+        ["adapter", "its files", "PEFT's logits off by", "the base's off by"],
         [
-            [name, _files(stage, name), f"{errors[name]:.1e}", f"{probe.effect:.1e}"]
+            [name, _size(stage, name), f"{errors[name]:.1e}", f"{probe.effect:.1e}"]
             for name, probe in probes.items()
         ],
-        text=2,
     )
     weakest = min(probe.effect for probe in probes.values())
     stage.claims.check(
@@ -120,9 +119,8 @@ def _losses(stage: Stage, model: nn.Module) -> dict[str, float]:
     return {name: held_out_loss(model, text.held_out) for name, text in stage.domains.items()}
 
 
-def _files(stage: Stage, domain: str) -> str:
-    files = sorted(stage.adapter(domain).iterdir())
-    return ", ".join(f"{f.name} ({f.stat().st_size / 1e3:.0f} kB)" for f in files)
+def _size(stage: Stage, domain: str) -> str:
+    return f"{sum(file.stat().st_size for file in stage.adapter(domain).iterdir()) / 1e3:,.0f} kB"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

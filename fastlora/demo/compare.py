@@ -19,10 +19,13 @@ from fastlora.demo.training import Run, held_out_loss, step_seconds, train
 ENOUGH_OF_THE_GAP = 0.70
 CLEARLY_MORE = 0.10
 
-# Both compute the same function in another order of operations: fp32 rounding, about 1e-6 in the
-# first step, which training amplifies from step to step. A wrong scaling or a layer left out is off
-# by 1e-2 and more.
-SAME_LOSS = 1e-3
+# PEFT and fastlora compute the same function in another order of operations. The rounding, about
+# 1e-7 of a loss, grows as training amplifies it, tenfold every few steps from the tenth or so on,
+# into other weights that are as good. So the losses of the first steps have to be the same, the
+# last only in what was learned. A wrong scaling or a layer left out is off by 1e-2 in these steps.
+FIRST_STEPS = 10
+SAME_LOSS = 1e-4
+SAME_LESSON = 0.02  # of what training took off the base's loss
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,6 @@ def compare(stage: Stage, domain: str) -> Outcome:
     def share(name: str) -> float:
         return (base - outcomes[name].loss) / (base - outcomes["full"].loss)
 
-    total = sum(p.numel() for p in stage.base.parameters())
     table = [["base model", "", f"{base:.3f}", "", "", "", ""]]
     for name, outcome in outcomes.items():
         run = outcome.run
@@ -66,7 +68,7 @@ def compare(stage: Stage, domain: str) -> Outcome:
                 f"{chosen[name][0]:g}",
                 f"{outcome.loss:.3f}",
                 f"{share(name):.0%}" if "full" in outcomes else "",
-                f"{run.trained:,} ({run.trained / total:.1%})",
+                f"{run.trained:,} ({run.share:.1%})",
                 f"{run.optimizer_bytes / 1e6:,.2f} MB",
                 f"{run.step_seconds * 1e3:.0f} ms",
             ]
@@ -79,7 +81,7 @@ def compare(stage: Stage, domain: str) -> Outcome:
         stage.claims.check(
             f"LoRA closes at least {ENOUGH_OF_THE_GAP:.0%} of the gap to full fine-tuning",
             ours >= ENOUGH_OF_THE_GAP,
-            f"{ours:.0%} with {outcomes['LoRA'].run.trained / total:.1%} of the parameters",
+            f"{ours:.0%} with {outcomes['LoRA'].run.share:.1%} of the parameters",
             counts=stage.quality,
         )
         stage.claims.check(
@@ -105,11 +107,12 @@ def chosen_methods(stage: Stage) -> dict[str, tuple[float, Callable[[Stage], Pre
 
 
 def beside_peft(stage: Stage, domain: str, ours: Outcome) -> None:
-    """Trains PEFT from the same weights on the same batches and claims the same losses."""
+    """Trains PEFT from the same weights on the same batches; claims that it goes the same way."""
     stage.screen.chapter("PEFT beside us: the same seed, the same initial adapter")
     theirs = fine_tune(stage, "PEFT", methods.peft_lora(stage), stage.rates.lora, domain)
-    pairs = list(zip(ours.run.losses, theirs.run.losses, strict=True))
-    apart = max(abs(a - b) for a, b in pairs + [(ours.loss, theirs.loss)])
+    steps = list(zip(ours.run.losses, theirs.run.losses, strict=True))[:FIRST_STEPS]
+    apart = max(abs(a - b) for a, b in steps)
+    learned = held_out_loss(stage.base, stage.domains[domain].held_out) - ours.loss
     stage.screen.doing("timing a step of each, in turns")
     batch = stage.domains[domain].train[: stage.recipe.batch_size]
     models = [methods.lora(stage), methods.peft_lora(stage)]
@@ -131,9 +134,15 @@ def beside_peft(stage: Stage, domain: str, ours: Outcome) -> None:
     )
     stage.screen.say(f"A step takes {seconds[0] / seconds[1]:.2f} × PEFT's (steps taken in turns).")
     stage.claims.check(
-        "trained from the same weights, PEFT and fastlora have the same losses",
+        "from the same weights, PEFT and fastlora train through the same losses",
         apart <= SAME_LOSS,
-        f"at most {apart:.0e} apart in {len(pairs)} steps and on held-out text",
+        f"at most {apart:.0e} apart in the first {len(steps)} steps",
+    )
+    stage.claims.check(
+        "… and learn as much",
+        abs(ours.loss - theirs.loss) <= SAME_LESSON * learned,
+        f"held-out loss {ours.loss:.4f} and {theirs.loss:.4f}, down by {learned:.2f}",
+        counts=stage.quality,
     )
 
 

@@ -18,17 +18,14 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
-_MORSE = dict(
-    zip(
-        string.ascii_lowercase + string.digits,
-        ".- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. ... - ..- ...- "
-        ".-- -..- -.-- --.. ----- .---- ..--- ...-- ....- ..... -.... --... ---.. ----.".split(),
-        strict=True,
-    )
-)
+_LETTERS = string.ascii_lowercase + string.digits
+_CODES = """
+.- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. ... - ..- ...- .-- -..-
+-.-- --.. ----- .---- ..--- ...-- ....- ..... -.... --... ---.. ----.
+"""
+_MORSE = dict(zip(_LETTERS, _CODES.split(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,11 @@ def file_text(path: str | Path) -> Text:
 
 def _calendar(rng: random.Random) -> Iterator[str]:
     """Months of 1800–2199, weeks from Monday or from Sunday; none comes twice."""
-    months = list(itertools.product((calendar.MONDAY, calendar.SUNDAY), range(1800, 2200), range(12)))
-    rng.shuffle(months)
-    for first_day, year, month in months:
-        yield calendar.TextCalendar(first_day).formatmonth(year, month + 1) + "\n"
+    styles = calendar.TextCalendar(calendar.MONDAY), calendar.TextCalendar(calendar.SUNDAY)
+    pages = list(itertools.product(styles, range(1800, 2200), range(1, 13)))
+    rng.shuffle(pages)
+    for style, year, month in pages:
+        yield style.formatmonth(year, month) + "\n"
 
 
 def _unicode(rng: random.Random) -> Iterator[str]:

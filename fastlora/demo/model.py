@@ -67,7 +67,8 @@ def own_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     except Exception as error:  # whatever an unreadable file makes its reader raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"model: transformers cannot load {path}: {reason}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), tokenizer
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:

@@ -66,23 +66,20 @@ class Screen:
     def say(self, text: str) -> None:
         self._progress.print(escape(text))
 
-    def table(
-        self, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: int = 1
-    ) -> None:
-        """Prints a table; its first ``text`` columns are words, the others figures."""
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Prints a table: names in the first column, figures in the others."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for i, column in enumerate(columns):
-            table.add_column(escape(column), justify="left" if i < text else "right")
+            table.add_column(escape(column), justify="right" if i else "left")
         for row in rows:
             table.add_row(*map(escape, row))
         self._progress.print(table)
 
     def claims(self, claims: Sequence[Claim]) -> None:
-        """Prints every claim with its mark and figures."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        """Prints every claim with its mark, its figures below."""
         for claim in claims:
-            table.add_row(_mark(claim), escape(claim.sentence), escape(claim.figures))
-        self._progress.print(table)
+            self._progress.print(f"{_mark(claim)} {escape(claim.sentence)}")
+            self._progress.print(f"  [dim]{escape(claim.figures)}[/dim]")
 
 
 def _mark(claim: Claim) -> str:

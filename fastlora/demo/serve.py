@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 import time
 from typing import Any
 
@@ -18,7 +19,8 @@ from fastlora.demo.stage import Stage
 
 PROMPT = "\n"
 ROWS_AN_ADAPTER = 2  # in the timed batch
-SAMPLE_LINES, SAMPLE_WIDTH = 4, 78
+SAMPLE_LINES, SAMPLE_WIDTH = 5, 78
+TEMPERATURE = 0.5
 
 
 def serve(stage: Stage, probes: dict[str, Probe], theirs: peft.PeftModel) -> None:
@@ -60,18 +62,25 @@ def _mix(stage: Stage, server: fastlora.MultiLoRAModel, probes: dict[str, Probe]
 
 
 def _write(stage: Stage, server: fastlora.MultiLoRAModel) -> None:
-    """Prints how each adapter continues an empty line, all in one batch."""
+    """Prints how the base and each adapter continue an empty line, all in one batch."""
     names = [None, *stage.domains]
     prompt = torch.tensor([stage.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]])
+    torch.manual_seed(stage.recipe.seed)
     written = server.generate(
-        **_inputs(stage, prompt.repeat(len(names), 1)), adapter_names=names, **_greedy(stage, 3)
+        **_inputs(stage, prompt.repeat(len(names), 1)),
+        **_tokens(3 * stage.size.new_tokens),
+        adapter_names=names,
+        do_sample=True,
+        temperature=TEMPERATURE,
     )
     stage.screen.say("\nWhat each writes after an empty line:")
     for name, tokens in zip(names, written, strict=True):
-        text = str(stage.tokenizer.decode(tokens[prompt.shape[1] :])).strip("\n")
-        lines = [line[:SAMPLE_WIDTH] for line in text.splitlines()[:SAMPLE_LINES]]
-        for label, line in zip([name or "base model"] + [""] * SAMPLE_LINES, lines):
-            stage.screen.say(f"  {label:<12}{line}")
+        text = str(stage.tokenizer.decode(tokens[prompt.shape[1] :]))
+        lines = [line for line in textwrap.dedent(text).splitlines() if line.strip()]
+        stage.screen.say("")
+        for i, line in enumerate(lines[:SAMPLE_LINES]):
+            label = "" if i else name or "base model"
+            stage.screen.say(f"  {label:<12}{line[:SAMPLE_WIDTH]}")
 
 
 def _time(stage: Stage, server: fastlora.MultiLoRAModel, theirs: peft.PeftModel) -> None:
@@ -80,7 +89,7 @@ def _time(stage: Stage, server: fastlora.MultiLoRAModel, theirs: peft.PeftModel)
     names = [*stage.domains, None] * ROWS_AN_ADAPTER
     prompt = torch.cat([d.held_out[:1, :16] for d in stage.domains.values()])
     prompt = torch.cat([prompt, prompt[:1]]).repeat(ROWS_AN_ADAPTER, 1)
-    call = _inputs(stage, prompt) | _greedy(stage)
+    call = _inputs(stage, prompt) | _tokens(stage.size.new_tokens) | {"do_sample": False}
     tokens = len(names) * stage.size.new_tokens
     servers: dict[str, tuple[Any, list[str | None]]] = {
         "fastlora": (server, names),
@@ -105,11 +114,6 @@ def _inputs(stage: Stage, prompt: Tensor) -> dict[str, Tensor]:
     return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
 
-def _greedy(stage: Stage, times: int = 1) -> dict[str, Any]:
-    count = times * stage.size.new_tokens
-    return {
-        "max_new_tokens": count,
-        "min_new_tokens": count,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
+def _tokens(count: int) -> dict[str, int]:
+    """Exactly ``count`` new tokens, even where one of them would end the text."""
+    return {"max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}

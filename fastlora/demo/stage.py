@@ -45,7 +45,7 @@ class Rates:
 
 
 # For a small model, briefly trained: each the best of a sweep by factors of two.
-SMALL_MODEL = Rates(full=3e-3, last_block=6e-3, last_layer=1e-2, lora=1e-2)
+SMALL_MODEL = Rates(full=3e-3, last_block=1.2e-2, last_layer=8e-2, lora=1e-2)
 # For one that was trained for weeks, and has more to lose: what is customary.
 LARGE_MODEL = Rates(full=5e-5, last_block=2e-4, last_layer=5e-4, lora=5e-4)
 

@@ -11,12 +11,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastlora.config import LoRAConfig
 from fastlora.demo import adapters, compare, corpora, merge, serve
 from fastlora.demo.claims import Claims
+from fastlora.demo.methods import SETTINGS
 from fastlora.demo.model import byte_tokenizer, own_model, rows, small_llama
 from fastlora.demo.screen import Screen
 from fastlora.demo.stage import FULL, LARGE_MODEL, QUICK, SMALL_MODEL, Domain, Size, Stage
 from fastlora.demo.training import Recipe, held_out_loss, train
+from fastlora.inject import plan
 
 PRETRAINING_RATE = 3e-3
 
@@ -52,16 +55,17 @@ def prepare(model: str | None, data: str | None, *, quick: bool, seed: int) -> S
         base = small_llama(size.hidden, size.layers, len(tokenizer), seed)
     else:
         base, tokenizer = own_model(model)
+    plan(base, LoRAConfig(**SETTINGS))  # says so when there is nothing to put LoRA into
     length = min(size.length, getattr(base.config, "max_position_embeddings", size.length))
     domains = {}
     for name, text in texts.items():
         train_rows = rows(tokenizer, text.train, length)
         held_out = rows(tokenizer, text.held_out, length)[: size.held_out]
         if len(train_rows) < size.batch_size or not len(held_out):
+            needed, given = 8 * length * size.batch_size, len(train_rows) + len(held_out)
             raise ValueError(
-                f"data: expected at least {8 * length + size.batch_size * length:,} tokens, to learn "
-                f"from and to hold out, got about {(len(train_rows) + len(held_out)) * length:,} in "
-                f"{data or name}"
+                f"data: expected at least {needed:,} tokens, some to learn from and some to hold "
+                f"out, got about {given * length:,} in {data or name}"
             )
         domains[name] = Domain(train_rows, held_out)
     quality = model is None and data is None and not quick
@@ -123,8 +127,9 @@ def _introduce(stage: Stage, scene: Scene) -> None:
     recipe = Recipe(size.pretraining_steps, size.batch_size, scene.seed)
     run = train(base, seen, PRETRAINING_RATE, recipe, screen.advance)
     screen.say(
-        f"{what}, pre-trained for {size.pretraining_steps} steps of "
-        f"{size.batch_size} × {size.length} bytes\n"
-        f"of pydoc's topics and the standard library's sources ({run.step_seconds * 1e3:.0f} ms a "
-        f"step): held-out loss {before:.2f} → {held_out_loss(base, unseen):.2f} nats a byte."
+        f"{what}, a token a byte.\n"
+        "Pre-trained on pydoc's topics and the standard library's sources:\n"
+        f"{size.pretraining_steps} steps of {size.batch_size} × {size.length} bytes, "
+        f"{run.step_seconds * 1e3:.0f} ms each; held-out loss {before:.2f} → "
+        f"{held_out_loss(base, unseen):.2f}."
     )

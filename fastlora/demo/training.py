@@ -27,10 +27,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run did: losses of each step, parameters, optimizer state, median step time."""
+    """losses: of each step. trained, share: parameters. step_seconds: the median."""
 
     losses: list[float]
     trained: int
+    share: float
     optimizer_bytes: int
     step_seconds: float
 
@@ -65,16 +66,19 @@ def train(
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=[{"input_ids": b, "labels": b} for b in blocks],  # pyright: ignore
+            train_dataset=[{"input_ids": b, "labels": b} for b in blocks],
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
-    state = trainer.optimizer.state.values() if trainer.optimizer else ()
+    optimizer = trainer.optimizer
+    state = optimizer.state.values() if isinstance(optimizer, torch.optim.Optimizer) else ()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Run(
         losses=[loss.item() for loss in trainer.losses],
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trained=trained,
+        share=trained / sum(p.numel() for p in model.parameters()),
         optimizer_bytes=sum(t.nbytes for s in state for t in s.values() if isinstance(t, Tensor)),
         step_seconds=statistics.median(clock.seconds),
     )
