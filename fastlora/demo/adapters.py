@@ -30,12 +30,12 @@ class Probe:
 
     def error(self, logits: Tensor) -> float:
         """How far ``logits`` are from the adapter's own, relative to the largest."""
-        return _distance(logits, self.logits)
+        return distance(logits, self.logits)
 
     @property
     def effect(self) -> float:
         """How far the adapter moves the base's logits, on the same scale."""
-        return _distance(self.base, self.logits)
+        return distance(self.base, self.logits)
 
 
 @torch.no_grad()
@@ -123,5 +123,6 @@ def _size(stage: Stage, domain: str) -> str:
     return f"{sum(file.stat().st_size for file in stage.adapter(domain).iterdir()) / 1e3:,.0f} kB"
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest of ``b``."""
     return ((a - b).abs().max() / b.abs().max()).item()

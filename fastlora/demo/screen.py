@@ -80,6 +80,8 @@ class Screen:
         for claim in claims:
             self._progress.print(f"{_mark(claim)} {escape(claim.sentence)}")
             self._progress.print(f"  [dim]{escape(claim.figures)}[/dim]")
+        if any(not claim.counts and not claim.holds for claim in claims):
+            self.say("· depends on model, text and length of training, and does not count here")
 
 
 def _mark(claim: Claim) -> str:

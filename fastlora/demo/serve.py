@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.demo.adapters import SAME_LOGITS, Probe, logits
+from fastlora.demo.adapters import SAME_LOGITS, Probe, distance
 from fastlora.demo.methods import SETTINGS
 from fastlora.demo.model import clone
 from fastlora.demo.stage import Stage
@@ -44,8 +44,7 @@ def _mix(stage: Stage, server: fastlora.MultiLoRAModel, probes: dict[str, Probe]
     batch = torch.cat([probe.row for probe in probes.values()] + [first.row])
     mixed = server(input_ids=batch.to(stage.base.device), adapter_names=names).logits
     errors = [p.error(row[None]) for p, row in zip(probes.values(), mixed[:-1], strict=True)]
-    base = logits(stage.base, first.row)
-    errors.append(((mixed[-1:] - base).abs().max() / base.abs().max()).item())
+    errors.append(distance(mixed[-1:], first.base))
     effects = [probe.effect for probe in probes.values()]
     stage.screen.table(
         ["row of the batch", "off its adapter alone by", "off the base by"],
