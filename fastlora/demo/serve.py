@@ -77,7 +77,7 @@ def _write(stage: Stage, server: fastlora.MultiLoRAModel) -> None:
         text = str(stage.tokenizer.decode(tokens[prompt.shape[1] :]))
         lines = [line for line in textwrap.dedent(text).splitlines() if line.strip()]
         stage.screen.say("")
-        for i, line in enumerate(lines[:SAMPLE_LINES]):
+        for i, line in enumerate(lines[:SAMPLE_LINES] or ["(only blanks)"]):
             label = "" if i else name or "base model"
             stage.screen.say(f"  {label:<12}{line[:SAMPLE_WIDTH]}")
 
