@@ -1,0 +1,117 @@
+"""Which path and which tile shapes run a product: tuned, verified, or by the ledger.
+
+The path: the one that ``kernels/tuning`` says was fastest for the nearest shape, else the cheapest
+by ``ledger``, among those that can run it and, where any path is verified on this GPU, are. The
+config: the nearest tuned one of that kernel, else ``configs.default``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+
+from fastlora.kernels import configs, ledger, records
+from fastlora.kernels.launch import arch_of, interpreted
+from fastlora.kernels.ledger import PATHS, Problem
+from fastlora.kernels.numerics import precise, precision
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+MOST_RANKS = 512
+# Beyond a factor of 4 in all dimensions together (log2), a tuned shape says nothing about another.
+_FAR = 2.0
+
+
+def dtype_name(dtype: torch.dtype, lora_dtype: torch.dtype) -> str:
+    """As rows name it: bf16, or bf16+fp32 with float32 adapters; fp32 as it enters the product."""
+    name = DTYPES[dtype]
+    if dtype == torch.float32 and precision(dtype) == "tf32":
+        name = "tf32"
+    return name if lora_dtype == dtype else f"{name}+{DTYPES[lora_dtype]}"
+
+
+def versions() -> dict[str, str]:
+    return {"triton": triton.__version__}
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+@lru_cache
+def verified(op: str, dtype: str, arch: int) -> tuple[str, ...]:
+    """The paths of op that passed the oracle's test on such a GPU."""
+    wanted = {"op": op, "dtype": dtype, "arch": arch}
+    rows = records.read(records.VERIFIED, versions())
+    return tuple(dict.fromkeys(r["path"] for r in rows if wanted.items() <= r.items()))
+
+
+@lru_cache(maxsize=4096)
+def path_of(
+    op: str, problem: Problem, dtype: torch.dtype, lora_dtype: torch.dtype, first: bool,
+    device: torch.device,
+) -> str:  # fmt: skip
+    """The path that runs a product; first: its rank step must come first."""
+    arch, name = arch_of(device), dtype_name(dtype, lora_dtype)
+    can = tuple(path for path in PATHS if possible(path, problem, arch, first))
+    # Without a weight there is no product for the library.
+    known = tuple(path for path in can if path in verified(op, name, arch))
+    allowed = known or can
+    tuned = _nearest(f"path of {op}", name.split("+")[0], problem, device)
+    if tuned is not None and tuned.get("path") in allowed:
+        return tuned["path"]
+    return ledger.best(problem, arch, allowed)
+
+
+def possible(path: str, problem: Problem, arch: int, first: bool) -> bool:
+    """Whether ``path`` can run the product on such a GPU at all."""
+    if path == "one_pass":
+        return problem.R <= ledger.MOST_RANKS_IN_ONE_PASS
+    if path == "overlapped":
+        # Dependent launches exist from Hopper on, and not under the interpreter.
+        return arch >= 90 and not first and problem.weight and not interpreted()
+    return problem.weight or path != "library"
+
+
+@lru_cache(maxsize=4096)
+def config_of(
+    kernel: str, problem: Problem, dtype: torch.dtype, device: torch.device
+) -> configs.Config:
+    """The tile shapes that ``kernel`` is launched with."""
+    is_precise = precise(dtype)
+    tuned = _nearest(kernel, dtype_name(dtype, dtype), problem, device)
+    if tuned is not None:
+        kind = type(configs.CANDIDATES[kernel][0])
+        return kind(**tuned["config"])
+    plain = configs.default(kernel, problem.M, problem.N, arch_of(device))
+    return configs.fitted(plain, problem.size, is_precise)
+
+
+def forget() -> None:
+    """Reads the files anew at the next call."""
+    for cached in (verified, path_of, config_of, _tuned):
+        cached.cache_clear()
+
+
+@lru_cache
+def _tuned(gpu: str) -> tuple[records.Row, ...]:
+    return tuple(records.read(records.file_of(gpu), versions()))
+
+
+def _nearest(
+    kernel: str, dtype: str, p: Problem, device: torch.device
+) -> records.Row | None:
+    """The tuned row of the nearest shape, in log space, that is near at all."""
+    def distance(row: records.Row) -> float:
+        pairs = ((row["M"], p.M), (row["K"], p.K), (row["N"], p.N), (row["R"], p.R))
+        return math.sqrt(sum(math.log2(max(a, 1) / max(b, 1)) ** 2 for a, b in pairs))
+
+    rows = [
+        row
+        for row in _tuned(gpu_name(device))
+        if row["kernel"] == kernel and row["dtype"] == dtype
+    ]
+    row = min(rows, key=distance, default=None)
+    return row if row is not None and distance(row) <= _FAR else None

@@ -1,0 +1,202 @@
+"""Tile shapes: what each kernel can be launched with, and which of it where nothing was measured.
+
+A config is frozen data. ``CANDIDATES`` lists all that ship: ``make aot`` compiles each of them for
+every target, ``fastlora tune`` times them, ``kernels/tuning`` keeps the winners by GPU and shape.
+``default`` is the choice without a measurement, each rule with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """Tiles of y [BM, BN], K in steps of BK."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Tiles of x [BM, BK]."""
+
+    BM: int
+    BK: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Tiles of y [BM, BN], K in steps of BK, GROUP rows of tiles before the next column."""
+
+    BM: int
+    BN: int
+    BK: int
+    GROUP: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Expand:
+    """Tiles of y [BM, BN]."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Tiles of x [BM, BC], summed over M in steps of BM."""
+
+    BM: int
+    BC: int
+    warps: int
+    stages: int
+
+
+Config = OnePass | Shrink | Gemm | Expand | Gradient
+
+# For 2-byte elements; ``fitted`` makes of one what 4-byte elements need.
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "one_pass": (
+        OnePass(16, 16, 256, 4, 4),
+        OnePass(16, 32, 128, 4, 5),
+        OnePass(16, 32, 256, 4, 4),
+        OnePass(16, 64, 128, 4, 5),
+        OnePass(32, 32, 128, 4, 5),
+        OnePass(64, 32, 128, 4, 4),
+        OnePass(64, 64, 64, 4, 5),
+        OnePass(128, 128, 64, 8, 3),
+    ),
+    "shrink": (
+        Shrink(16, 64, 4, 3),
+        Shrink(16, 128, 4, 3),
+        Shrink(16, 256, 4, 3),
+        Shrink(32, 128, 4, 3),
+        Shrink(64, 128, 4, 3),
+        Shrink(64, 64, 4, 4),
+    ),
+    "gemm": (
+        Gemm(64, 64, 64, 8, 4, 4),
+        Gemm(64, 128, 64, 8, 4, 3),
+        Gemm(128, 128, 32, 8, 8, 4),
+        Gemm(128, 128, 64, 8, 8, 3),
+    ),
+    "gemm_tma": (
+        Gemm(64, 128, 64, 8, 4, 4),
+        Gemm(128, 128, 64, 8, 8, 4),
+        Gemm(128, 256, 64, 8, 8, 3),
+        Gemm(128, 256, 64, 16, 8, 3),
+        Gemm(256, 128, 64, 8, 8, 3),
+    ),
+    "expand": (Expand(64, 64, 4), Expand(64, 128, 4), Expand(128, 128, 8)),
+    "gradient": (
+        Gradient(32, 64, 4, 4),
+        Gradient(64, 64, 4, 4),
+        Gradient(64, 128, 4, 3),
+        Gradient(128, 64, 4, 3),
+    ),
+}
+
+
+def rank_block(R: int, limit: int = 64) -> int:
+    """Ranks a step: a power of two from 16, whose steps pad R least; of equals the largest.
+
+    16 is what a tensor core takes at a time, and rank 48 should cost three such steps, not four.
+    """
+    sizes = [size for size in (16, 32, 64, 128) if size <= limit]
+    return min(sizes, key=lambda size: (-(-max(R, 1) // size) * size, -size))
+
+
+def rank_tile(R: int) -> int:
+    """The one tile that holds all ranks: a power of two from 16."""
+    return max(16, 1 << (R - 1).bit_length()) if R else 16
+
+
+def fitted(config: Config, element_size: int, precise: bool) -> Config:
+    """The config for these elements: inner steps of the same bytes, and no tensor core if precise.
+
+    Products of float32 without tensor cores hold their operands in registers: a tile of 64 x 64,
+    16 deep, is what 4 warps hold without spilling (seen in the compiled code).
+    """
+    values = dict(vars(config))
+    if element_size == 4:
+        inner = "BM" if isinstance(config, Gradient) else "BK"
+        if inner in values:
+            values[inner] = max(16, values[inner] // 2)
+    if precise:
+        for name, most in (("BM", 64), ("BN", 64), ("BC", 64), ("BK", 32)):
+            if name in values:
+                values[name] = min(values[name], most)
+        if isinstance(config, Gradient):
+            values["BM"] = min(values["BM"], 32)
+    return type(config)(**values)
+
+
+def default(kernel: str, M: int, N: int, arch: int) -> Config:
+    """The config where nothing was measured; M, N of the output (of ``gradient``: rows, C)."""
+    return _DEFAULTS[kernel](M, N, arch)
+
+
+def _one_pass(M: int, N: int, arch: int) -> Config:
+    # Memory-bound: every weight byte is read once when one tile holds all rows. Narrow tiles give
+    # each of about a hundred SMs one at N = 4096, and deep steps keep 4 MB of loads in flight,
+    # which is bandwidth times latency there. Both by arithmetic.
+    if M <= 16:
+        return OnePass(16, 32, 256, 4, 4) if arch >= 90 else OnePass(16, 32, 128, 4, 5)
+    if M <= 32:
+        return OnePass(32, 32, 128, 4, 5)
+    if M <= 64:
+        return OnePass(64, 64, 64, 4, 5)
+    return OnePass(128, 128, 64, 8, 3)
+
+
+def _shrink(M: int, N: int, arch: int) -> Config:
+    # As many programs as the rows give: 16 a tile while that does not yet fill the SMs twice.
+    # 12 KiB of shared memory at rank 16 let it run beside a GEMM that takes nearly all of it.
+    return Shrink(16, 64, 4, 3) if M <= 4096 else Shrink(64, 64, 4, 4)
+
+
+def _gemm(M: int, N: int, arch: int) -> Config:
+    # The tile with the most flops a byte that compiles without spills, while the tiles are enough
+    # to fill 132 SMs once.
+    if -(-M // 128) * -(-N // 128) >= 132:
+        return Gemm(128, 128, 64, 8, 8, 3) if arch >= 90 else Gemm(128, 128, 32, 8, 8, 4)
+    return Gemm(64, 64, 64, 8, 4, 4)
+
+
+def _gemm_tma(M: int, N: int, arch: int) -> Config:
+    if arch < 100 and -(-M // 128) * -(-N // 256) >= 132:
+        return Gemm(128, 256, 64, 8, 8, 3)
+    if -(-M // 128) * -(-N // 128) >= 132:
+        return Gemm(128, 128, 64, 8, 8, 4)
+    return Gemm(64, 128, 64, 8, 4, 4)
+
+
+def _expand(M: int, N: int, arch: int) -> Config:
+    # Bound by reading and writing y: any tile does whose rows are full cache lines.
+    return Expand(64, 128, 4)
+
+
+def _gradient(M: int, N: int, arch: int) -> Config:
+    # Bound by one read of x; 64 columns are a full 128-byte line of 2-byte elements.
+    return Gradient(64, 64, 4, 4)
+
+
+_DEFAULTS = {
+    "one_pass": _one_pass,
+    "shrink": _shrink,
+    "gemm": _gemm,
+    "gemm_tma": _gemm_tma,
+    "expand": _expand,
+    "gradient": _gradient,
+}

@@ -1,0 +1,63 @@
+"""What launchers share: dropout as numbers, flags of what is absent, the device and its facts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.kernels.numerics import INTERPRETED
+
+
+class Dropout(NamedTuple):
+    """Which elements of the LoRA branch's input survive; ``philox.keep_tile`` says which."""
+
+    seed: Tensor  # 0-d int64
+    threshold: int
+    keep_scale: float
+
+    @classmethod
+    def of(cls, p: float, seed: Tensor | None) -> Dropout | None:
+        """None without a seed; p in steps of 2**-16, as ``fastlora/dropout.py`` has it."""
+        if seed is None:
+            return None
+        threshold = round(p * 65536)
+        return cls(seed, threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0)
+
+
+def dropout_arguments(drop: Dropout | None, otherwise: Tensor) -> tuple[Tensor, int, float]:
+    """(seed, threshold, keep_scale); without dropout a pointer that is never read, and 1."""
+    return drop if drop is not None else (otherwise, 0, 1.0)
+
+
+def device_of(t: Tensor) -> AbstractContextManager[object]:
+    """The device that a kernel on t launches on; the interpreter needs none."""
+    return torch.cuda.device_of(t) if t.is_cuda else nullcontext()
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability as 10 * major + minor; 90 under the interpreter, which runs every path."""
+    return _arch(device.index or 0) if device.type == "cuda" else 90
+
+
+def programs_of(device: torch.device) -> int:
+    """Multiprocessors, of which a persistent grid gives each one program."""
+    return _multiprocessors(device.index or 0) if device.type == "cuda" else 3
+
+
+def interpreted() -> bool:
+    return bool(INTERPRETED.value)
+
+
+@lru_cache
+def _arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@lru_cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,128 @@
+"""The backend ``"triton"``: the ops of one adapter, composed of the kernels beside this file.
+
+Operands as ``fastlora/reference.py`` has them: matrices of any strides and alignment, float16,
+bfloat16 or float32 (as torch's tf32 setting says), adapters of the same dtype or float32, R up to
+512. Forward is one ``Product``; backward is another, for x, whose h is ``g = dy @ lora_B``, and two
+``gradient`` sums, lora_A's of g and x, lora_B's of what forward kept and dy. h is kept because it
+costs R / K of x's bytes, and computing it again would read all of x. The gradients of weight and
+biases, which LoRA freezes, are the library's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora.kernels.choice import config_of
+from fastlora.kernels.gradient import gradient
+from fastlora.kernels.launch import Dropout
+from fastlora.kernels.ledger import Problem
+from fastlora.kernels.product import Product, run
+
+OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    path: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
+    y, h = x.new_empty(M, N), x.new_empty(M, R)
+    drop = Dropout.of(dropout_p, seed)
+    run(
+        Product(x, weight.T, lora_A, lora_B.T, y, h, scaling, bias, lora_bias, drop),
+        "lora_linear",
+        path,
+    )
+    return y, h
+
+
+def lora_add_(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    path: str | None = None,
+) -> None:
+    own = h if _rows_of_ones(h) else h.new_empty(h.shape)
+    drop = Dropout.of(dropout_p, seed)
+    run(
+        Product(x, None, lora_A, lora_B.T, y, own, scaling, None, lora_bias, drop),
+        "lora_add_",
+        path,
+    )
+    # What a kernel writes, torch does not see.
+    written = [t for t in (y, own) if not t.is_inference()]
+    torch.autograd.graph.increment_version(written)
+    if own is not h:
+        h.copy_(own)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    path: str | None = None,
+) -> list[Tensor]:
+    """Gradients of (x, weight, bias, lora_A, lora_B, lora_bias): those that ``needs`` asks for."""
+    need_x, need_weight, need_bias, need_A, need_B, need_lora_bias = needs
+    drop = Dropout.of(dropout_p, seed)
+    grads: list[Tensor] = []
+    g = x.new_empty(x.shape[0], lora_A.shape[0])
+    if need_x:
+        dx = x.new_empty(x.shape) if weight is not None else x.new_zeros(x.shape)
+        inward = Product(dy, weight, lora_B.T, lora_A, dx, g, scaling, drop=drop, drops_x=False)
+        run(inward, "lora_linear_backward", path)
+        grads.append(dx)
+    elif need_A:
+        # g alone is the product of no columns.
+        nothing = x.new_empty(x.shape[0], 0)
+        alone = Product(dy, None, lora_B.T, lora_A[:, :0], nothing, g, scaling)
+        run(alone, "lora_linear_backward", "two_pass")
+    if need_weight:
+        grads.append(dy.T @ x)
+    if need_bias:
+        grads.append(dy.sum(0))
+    if need_A:
+        grads.append(_adapter(x, g, torch.empty_like(lora_A), scaling, drop))
+    if need_B:
+        dB = torch.empty_like(lora_B)
+        _adapter(dy, h if _rows_of_ones(h) else h.contiguous(), dB.T, scaling, None)
+        grads.append(dB)
+    if need_lora_bias:
+        grads.append(dy.sum(0, dtype=torch.float32).mul_(scaling).to(lora_B.dtype))
+    return grads
+
+
+def _adapter(x: Tensor, h: Tensor, out: Tensor, scaling: float, drop: Dropout | None) -> Tensor:
+    (M, C), R = x.shape, h.shape[1]
+    config = config_of("gradient", Problem(M, M, C, R, x.itemsize, False), x.dtype, x.device)
+    gradient(x, h, out, scaling, config, drop=drop)
+    return out
+
+
+def _rows_of_ones(h: Tensor) -> bool:
+    """Whether h's columns lie side by side, as the kernels read them."""
+    return h.stride(1) == 1 or h.shape[1] <= 1

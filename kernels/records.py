@@ -1,0 +1,69 @@
+"""What was measured where: verified rows and tuned configs, those that ship and the user's own.
+
+``kernels/tuning/verified.json`` holds rows (op, dtype, arch, path), each with the GPU and commit
+that passed; ``kernels/tuning/<gpu>.json`` holds the fastest configs of that GPU by shape. ``fastlora
+check`` and ``fastlora tune`` write the same two files into the user's cache folder
+(``FASTLORA_CACHE``, else ``$XDG_CACHE_HOME/fastlora``, else ``~/.cache/fastlora``), whose rows come
+first and hold for the triton and fastlora that made them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).parent / "tuning"
+VERIFIED = "verified.json"
+
+Row = dict[str, Any]
+
+
+def cache_folder() -> Path:
+    if os.environ.get("FASTLORA_CACHE"):
+        return Path(os.environ["FASTLORA_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastlora"
+
+
+def file_of(gpu: str) -> str:
+    """The name of a GPU's file: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3.json."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def read(name: str, versions: Row) -> list[Row]:
+    """The user's rows made with these versions, then those that ship; damaged files hold none."""
+    own = [row for row in _rows(cache_folder() / name) if versions.items() <= row.items()]
+    return own + _rows(SHIPPED / name)
+
+
+def write(name: str, rows: list[Row], keys: tuple[str, ...], folder: Path | None = None) -> Path:
+    """Adds rows to a file of the cache, or of ``folder``; a row of the same keys is replaced."""
+    folder = folder or cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {tuple(row.get(key) for key in keys): row for row in [*_rows(folder / name), *rows]}
+    lines = [json.dumps(kept[key]) for key in sorted(kept, key=str)]
+    # Whoever reads meanwhile sees the old file or the new one.
+    handle, new = tempfile.mkstemp(dir=folder, suffix=".new")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write("[\n" + ",\n".join(lines) + "\n]\n")
+        os.chmod(new, 0o644)
+        os.replace(new, folder / name)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        raise
+    return folder / name
+
+
+def _rows(file: Path) -> list[Row]:
+    try:
+        rows = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
