@@ -1,14 +1,19 @@
 """The only place that chooses a backend.
 
 A backend is a module with one function per op of ``fastlora/ops.py`` that it implements, under the
-op's name. ``choose`` names the backend for an op on a device, ``implementation`` finds its
-function. The choice travels as an argument of the op, so that a backward runs on its forward's
-backend and a compiled graph keeps the one it was traced with.
+op's name. ``choose`` names the backend for a call, ``implementation`` finds its function. The
+choice travels as an argument of the op, so that a backward runs on its forward's backend and a
+compiled graph keeps the one it was traced with.
+
+Unasked, kernels run on a GPU only where they were verified: rows of (op, dtype, arch, path), which
+ship with the library or were made by ``fastlora check``. Asking for a backend by name overrides.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,12 +26,29 @@ import torch
 # Best first; "torch" implements every op on every device.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-_MODULES = {"torch": "fastlora.reference"}
+_MODULES = {"torch": "fastlora.reference", "triton": "fastlora.kernels.lora"}
 _ABSENT = {
     "cuda": "this version holds no CUDA kernels",
-    "triton": "this version holds no Triton LoRA kernels (only the dropout mask's twin)",
     "cpu": "this version holds no native CPU library",
 }
+# Which ops a backend has, if not all; what it lacks the next one runs.
+OPS = {"triton": ("lora_linear", "lora_add_", "lora_linear_backward")}
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_RANKS = 512
+
+_log = logging.getLogger("fastlora")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # hidden: sys.modules[package] is None
+        return False
+
+
+# Facts of the process, read once: torch.compile traces what reads them.
+_TRITON = _installed("triton")
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 class _Asked(threading.local):
@@ -39,25 +61,107 @@ _asked = _Asked()
 # but, in torch 2.10, reads a thread-local's class instead.
 _latest = _Asked.name
 _loaded: dict[str, ModuleType] = {}
+_said: set[str] = set()
 
 
 def unusable(backend: str) -> str | None:
     """Why ``backend`` cannot run here, or None when it can."""
-    return _ABSENT.get(_known(backend))
+    if _known(backend) != "triton" or backend in _ABSENT:
+        return _ABSENT.get(backend)
+    if not _TRITON:
+        return "triton is not installed"
+    if not (_INTERPRETED or torch.cuda.is_available()):
+        return "there is no CUDA GPU, and TRITON_INTERPRET=1 was not set at the start"
+    return None
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The backend that runs ``op`` on ``device``: the one asked for, else the best usable one."""
+def cannot(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    rank: int = 0,
+) -> str | None:
+    """Why ``backend`` cannot run such a call, or None when it can."""
+    reason = unusable(backend)
+    if reason is not None or backend != "triton":
+        return reason
+    if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
+        return f"Triton kernels run on CUDA tensors, got tensors on {device}"
+    for given in (dtype, lora_dtype):
+        if given is not None and given not in _TRITON_DTYPES:
+            return f"Triton kernels take float16, bfloat16 and float32, got {given}"
+    if rank > _TRITON_RANKS:
+        return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"
+    return None
+
+
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    rank: int = 0,
+) -> str:
+    """The backend that runs such a call of ``op``: the one asked for, else the best verified one.
+
+    Raises RuntimeError when the one asked for has the op but cannot run the call.
+    """
     asked = _latest if torch.compiler.is_compiling() else _asked.name
-    if asked is None:
-        for name in BACKENDS:
-            if unusable(name) is None:
-                return name
-        raise RuntimeError(f"no backend can run {op} on {device}")
-    reason = unusable(asked)
-    if reason is not None:
-        raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
-    return asked
+    if asked is not None and op in OPS.get(_known(asked), (op,)):
+        reason = cannot(asked, device, dtype, lora_dtype, rank)
+        if reason is not None:
+            raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
+        return asked
+    if asked is not None:
+        _say(f"backend {asked!r} was asked for but has no {op}, which another one runs")
+    for name in BACKENDS:
+        if op in OPS.get(name, (op,)) and _best(name, op, device, dtype, lora_dtype, rank):
+            return name
+    raise RuntimeError(f"no backend can run {op} on {device}")
+
+
+def _best(
+    backend: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    rank: int,
+) -> bool:
+    """Whether ``backend`` may run the call unasked."""
+    if backend != "triton" or backend in _ABSENT:
+        return unusable(backend) is None
+    if device.type != "cuda" or not _TRITON:
+        return False
+    reason = cannot(backend, device, dtype, lora_dtype, rank)
+    if reason is None:
+        return bool(verified_paths(op, device, dtype, lora_dtype))
+    if verified_paths(op, device):
+        _say(f"{op} runs unfused: {reason}")
+    return False
+
+
+def verified_paths(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+) -> tuple[str, ...]:
+    """The Triton paths of ``op`` that passed their tests on this GPU, as did the op's backward.
+
+    Without a dtype: of any.
+    """
+    choice = importlib.import_module("fastlora.kernels.choice")
+    arch = importlib.import_module("fastlora.kernels.launch").arch_of(device)
+    name = None if dtype is None else choice.dtype_name(dtype, lora_dtype or dtype)
+    backward = choice.verified("lora_linear_backward", name, arch)
+    return choice.verified(op, name, arch) if backward else ()
+
+
+# torch.compile is to take the answer, not to trace the reading of files. What its
+# assume_constant_result would set, without loading the compiler.
+verified_paths._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
@@ -69,12 +173,12 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 
 
 def backend(op: str | None = None, device: torch.device | str | None = None) -> str:
-    """The name of the backend that runs ``op`` (default: every op) on ``device`` (default: CPU).
+    """The name of the backend that runs ``op`` (default: lora_linear) on ``device`` (default: CPU).
 
     One of ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"``. Raises RuntimeError when a backend was
     asked for by name and cannot run here.
     """
-    return choose(op or "every op", torch.device(device or "cpu"))
+    return choose(op or "lora_linear", torch.device(device or "cpu"))
 
 
 @contextmanager
@@ -101,3 +205,9 @@ def _known(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
+
+
+def _say(what: str) -> None:
+    if not torch.compiler.is_compiling() and what not in _said:
+        _said.add(what)
+        _log.warning(what)

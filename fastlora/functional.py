@@ -61,7 +61,7 @@ def lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
-    backend = dispatch.choose("lora_linear", x.device)
+    backend = dispatch.choose("lora_linear", *_kind(x, lora_A))
     args = (_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B, lora_bias)
     y, _ = LoRALinear.apply(*args) if tracked else _ops.lora_linear(*args)
@@ -92,7 +92,7 @@ def lora_add_(
     if tracked:
         rows = _kept(rows, y)
     h = _scratch(lora_A.shape[0], rows, lora_A, seed)
-    backend = dispatch.choose("lora_add_", x.device)
+    backend = dispatch.choose("lora_add_", *_kind(x, lora_A))
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
     return LoRAAdd.apply(*args) if tracked else LoRAAdd.forward(*args)
 
@@ -206,6 +206,11 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
 
 def _dropout(p: float, training: bool, x: Tensor) -> tuple[float, Tensor | None]:
     return (p, dropout.new_seed(x.device)) if training and p > 0 else (0.0, None)
+
+
+def _kind(x: Tensor, lora_A: Tensor) -> tuple[torch.device, torch.dtype, torch.dtype, int]:
+    """What decides about the backend of a call."""
+    return x.device, x.dtype, lora_A.dtype, lora_A.shape[0]
 
 
 def _rows(x: Tensor) -> Tensor:

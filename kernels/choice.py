@@ -41,9 +41,9 @@ def gpu_name(device: torch.device) -> str:
 
 
 @lru_cache
-def verified(op: str, dtype: str, arch: int) -> tuple[str, ...]:
-    """The paths of op that passed the oracle's test on such a GPU."""
-    wanted = {"op": op, "dtype": dtype, "arch": arch}
+def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
+    """The paths of op that passed their test on such a GPU, in this dtype or, if None, in any."""
+    wanted = {"op": op, "arch": arch} | ({"dtype": dtype} if dtype else {})
     rows = records.read(records.VERIFIED, versions())
     return tuple(dict.fromkeys(r["path"] for r in rows if wanted.items() <= r.items()))
 
@@ -56,7 +56,7 @@ def path_of(
     """The path that runs a product; first: its rank step must come first."""
     arch, name = arch_of(device), dtype_name(dtype, lora_dtype)
     can = tuple(path for path in PATHS if possible(path, problem, arch, first))
-    # Without a weight there is no product for the library.
+
     known = tuple(path for path in can if path in verified(op, name, arch))
     allowed = known or can
     tuned = _nearest(f"path of {op}", name.split("+")[0], problem, device)
@@ -100,18 +100,15 @@ def _tuned(gpu: str) -> tuple[records.Row, ...]:
     return tuple(records.read(records.file_of(gpu), versions()))
 
 
-def _nearest(
-    kernel: str, dtype: str, p: Problem, device: torch.device
-) -> records.Row | None:
+def _nearest(kernel: str, dtype: str, p: Problem, device: torch.device) -> records.Row | None:
     """The tuned row of the nearest shape, in log space, that is near at all."""
+
     def distance(row: records.Row) -> float:
         pairs = ((row["M"], p.M), (row["K"], p.K), (row["N"], p.N), (row["R"], p.R))
         return math.sqrt(sum(math.log2(max(a, 1) / max(b, 1)) ** 2 for a, b in pairs))
 
     rows = [
-        row
-        for row in _tuned(gpu_name(device))
-        if row["kernel"] == kernel and row["dtype"] == dtype
+        row for row in _tuned(gpu_name(device)) if row["kernel"] == kernel and row["dtype"] == dtype
     ]
     row = min(rows, key=distance, default=None)
     return row if row is not None and distance(row) <= _FAR else None

@@ -10,7 +10,7 @@ dependent launch) has h ready, and takes h scaled already; under dropout it come
 mask and the factor meet the LoRA term alone, and in float16 too, whose range a scaled h may exceed.
 
 ``_gemm`` reads through pointers of any stride and alignment. ``_gemm_tma`` is its twin on tensor
-descriptors, from Hopper on: aligned rows, unit column strides. Both walk tiles in a persistent grid.
+descriptors, from Hopper on: aligned rows, unit column strides. Both walk a persistent grid.
 """
 
 import torch

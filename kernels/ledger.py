@@ -1,8 +1,7 @@
 """What a path costs by arithmetic, in µs: what decides where nothing was measured.
 
 Each path is bytes over bandwidth or flops over throughput, whichever is more, and its launches. The
-figures for the machines are what such a GPU reaches, not its data sheet's; only the H100's and the
-H200's were seen (a copy, and an 8192-cubed bfloat16 product), the others are three quarters of theirs.
+machines are about three quarters of their data sheets: only ratios of paths are read from them.
 """
 
 from __future__ import annotations

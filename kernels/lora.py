@@ -21,8 +21,6 @@ from fastlora.kernels.launch import Dropout
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.product import Product, run
 
-OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
-
 
 def lora_linear(
     x: Tensor,

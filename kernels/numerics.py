@@ -28,7 +28,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def narrow(t, DTYPE: tl.constexpr):
     """A tile in another dtype, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         t = t.to(tl.float32)
         bits = t.to(tl.uint32, bitcast=True)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)

@@ -1,10 +1,10 @@
 """What was measured where: verified rows and tuned configs, those that ship and the user's own.
 
 ``kernels/tuning/verified.json`` holds rows (op, dtype, arch, path), each with the GPU and commit
-that passed; ``kernels/tuning/<gpu>.json`` holds the fastest configs of that GPU by shape. ``fastlora
-check`` and ``fastlora tune`` write the same two files into the user's cache folder
+that passed; ``kernels/tuning/<gpu>.json`` holds the fastest configs of that GPU by shape. The
+commands ``fastlora check`` and ``fastlora tune`` write the same files into the user's cache folder
 (``FASTLORA_CACHE``, else ``$XDG_CACHE_HOME/fastlora``, else ``~/.cache/fastlora``), whose rows come
-first and hold for the triton and fastlora that made them.
+first and hold for the triton that made them.
 """
 
 from __future__ import annotations
