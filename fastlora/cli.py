@@ -1,19 +1,25 @@
-"""The command line: ``fastlora info`` and ``fastlora demo``, also as ``python -m fastlora``."""
+"""The command line: ``fastlora info``, ``check``, ``tune`` and ``demo``.
+
+Also as ``python -m fastlora``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 import fastlora
-from fastlora import dispatch, ops
+from fastlora import dispatch, jobs, ops, selftest, tuning
+from fastlora.formula import DTYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastlora {fastlora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="what runs here: versions, devices, backends and why not")
+    _add_check(commands.add_parser("check", help="test the kernels on this device, and use them"))
+    _add_tune(commands.add_parser("tune", help="time the kernels' tile shapes on this GPU"))
     demo = commands.add_parser(
         "demo", help="train, compare with PEFT, serve and merge, on real text"
     )
@@ -33,9 +41,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
+    if options.command == "check":
+        return check(options)
+    if options.command == "tune":
+        return tune(options)
     from fastlora.demo import run
 
     return run(options.model, options.data, quick=options.quick, seed=options.seed)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, help="default: the GPU, if there is one")
+    parser.add_argument("--backend", choices=selftest.BACKENDS, help="default: all that run there")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
+    parser.add_argument("--quick", action="store_true", help="small shapes; stamps nothing")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="default: the cache folder")
+    parser.add_argument("--seed", type=int, help="of the data, to repeat a failure")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=_device, help="default: the first GPU")
+    parser.add_argument("--shapes", type=_shape, nargs="+", metavar="M,K,N,R", help="of layers")
+    plain = [name for name in DTYPES if "+" not in name]
+    parser.add_argument("--dtype", choices=plain, action="append", help="default: bf16")
+    parser.add_argument("--kernel", choices=jobs.KERNELS, action="append", help="without the paths")
+    parser.add_argument("--quick", action="store_true", help="three small shapes, one round")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="default: the cache folder")
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda[:N], got {text!r}") from error
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        M, K, N, R = (int(size) for size in text.split(","))
+    except ValueError:
+        M = K = N = R = 0
+    if min(M, K, N, R) < 1:
+        raise argparse.ArgumentTypeError(f"expected M,K,N,R of 1 or more, got {text!r}")
+    return M, K, N, R
+
+
+def check(options: argparse.Namespace) -> int:
+    """Exit code 0: all passed; 1: not all; 2: what was asked for does not run here."""
+    gpu = torch.cuda.is_available()
+    device = options.device or torch.device("cuda" if gpu else "cpu")
+    if device.type == "cuda" and not gpu:
+        return _refused("check", "there is no CUDA GPU")
+    reasons = {name: dispatch.cannot(name, device) for name in selftest.BACKENDS}
+    if options.backend and reasons[options.backend] is not None:
+        return _refused("check", f"backend {options.backend!r}: {reasons[options.backend]}")
+    backends = [options.backend] if options.backend else list(selftest.BACKENDS)
+    for name in backends:
+        if reasons[name] is not None:
+            print(f"{name} is not checked: {reasons[name]}")
+    passed = selftest.check(
+        device,
+        [name for name in backends if reasons[name] is None],
+        names=options.dtype,
+        quick=options.quick,
+        folder=options.save,
+        seed=options.seed,
+    )
+    return 0 if passed else 1
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Exit code 0: timed; 1: a candidate was wrong; 2: nothing to time on."""
+    device = options.device or torch.device("cuda")
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _refused("tune", "there is no CUDA GPU to time on")
+    reason = dispatch.cannot("triton", device)
+    if reason is not None:
+        return _refused("tune", reason)
+    shapes = options.shapes or (tuning.QUICK if options.quick else tuning.SHAPES)
+    with torch.cuda.device(device):
+        right = tuning.tune(
+            device,
+            shapes,
+            dtypes=options.dtype or ["bf16"],
+            kernels=options.kernel,
+            folder=options.save,
+            rounds=1 if options.quick else 3,
+        )
+    return 0 if right else 1
+
+
+def _refused(command: str, reason: str) -> int:
+    print(f"fastlora {command}: {reason}", file=sys.stderr)
+    return 2
 
 
 def info() -> str:
@@ -68,6 +166,11 @@ def info() -> str:
         lines.append(f"  {name:<6} " + ("usable" if reason is None else f"not usable: {reason}"))
     asked = os.environ.get("FASTLORA_BACKEND")
     lines += [f"  FASTLORA_BACKEND={asked}"] if asked else []
+    lines += ["", "kernels", f"  cpu    runs lora_linear on {_chosen('lora_linear')}"]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        lines += _verified(torch.device("cuda", index))
+    records = importlib.import_module("fastlora.kernels.records")
+    lines.append(f"  rows of this machine's checks and timings: {records.cache_folder()}")
     lines += ["", "ops"]
     for name in ops.SCHEMAS:
         lines.append(f"  {name:<28} {_chosen(name)}")
@@ -83,9 +186,35 @@ def _version(name: str) -> str:
         return "of unknown version"
 
 
-def _chosen(op: str) -> str:
+def _verified(device: torch.device) -> list[str]:
+    """Which backend a GPU's layers run on, and what was verified there."""
+    lines = [f"  {device} runs lora_linear on {_chosen('lora_linear', device)}"]
+    if dispatch.cannot("triton", device) is not None:
+        return lines
+    choice = importlib.import_module("fastlora.kernels.choice")
+    arch = importlib.import_module("fastlora.kernels.launch").arch_of(device)
+    found = verified_lines(lambda op, dtype: choice.verified(op, dtype, arch))
+    found = found or ["nothing is verified here, so plain torch runs; `fastlora check` verifies"]
+    return lines + [f"         {line}" for line in found]
+
+
+def verified_lines(verified: Callable[[str, str], tuple[str, ...]]) -> list[str]:
+    """A line an op: its verified paths, with the dtypes that share them."""
+    lines = []
+    for op in selftest.OPS:
+        dtypes: dict[tuple[str, ...], list[str]] = {}
+        for dtype in DTYPES:
+            dtypes.setdefault(verified(op, dtype), []).append(dtype)
+        said = [
+            f"{', '.join(paths)} ({', '.join(names)})" for paths, names in dtypes.items() if paths
+        ]
+        lines += [f"verified {op}: {'; '.join(said)}"] if said else []
+    return lines
+
+
+def _chosen(op: str, device: torch.device | None = None) -> str:
     try:
-        return dispatch.choose(op, torch.device("cpu"))
+        return dispatch.choose(op, device or torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
         return f"cannot run: {error}"
 

@@ -36,12 +36,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     y, h = x.new_empty(M, N), x.new_empty(M, R)
-    drop = Dropout.of(dropout_p, seed)
-    run(
-        Product(x, weight.T, lora_A, lora_B.T, y, h, scaling, bias, lora_bias, drop),
-        "lora_linear",
-        path,
-    )
+    given = (x, weight.T, lora_A, lora_B.T, y, h, scaling, _dense(bias), _dense(lora_bias))
+    run(Product(*given, Dropout.of(dropout_p, seed)), "lora_linear", path)
     return y, h
 
 
@@ -58,12 +54,8 @@ def lora_add_(
     path: str | None = None,
 ) -> None:
     own = h if _rows_of_ones(h) else h.new_empty(h.shape)
-    drop = Dropout.of(dropout_p, seed)
-    run(
-        Product(x, None, lora_A, lora_B.T, y, own, scaling, None, lora_bias, drop),
-        "lora_add_",
-        path,
-    )
+    given = (x, None, lora_A, lora_B.T, y, own, scaling, None, _dense(lora_bias))
+    run(Product(*given, Dropout.of(dropout_p, seed)), "lora_add_", path)
     # What a kernel writes, torch does not see.
     written = [t for t in (y, own) if not t.is_inference()]
     torch.autograd.graph.increment_version(written)
@@ -119,6 +111,10 @@ def _adapter(x: Tensor, h: Tensor, out: Tensor, scaling: float, drop: Dropout | 
     config = config_of("gradient", Problem(M, M, C, R, x.itemsize, False), x.dtype, x.device)
     gradient(x, h, out, scaling, config, drop=drop)
     return out
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _rows_of_ones(h: Tensor) -> bool:

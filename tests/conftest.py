@@ -1,9 +1,18 @@
-"""Fixtures of every test: fresh data, and the devices that there are."""
+"""Fixtures of every test: fresh data, the devices that there are, the backends that run there."""
 
+import os
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without a GPU, Triton kernels are interpreted; triton reads this once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import fastlora
+from fastlora import dispatch
 
 # What tests compute is small: on a busy machine a second thread costs five times what it brings.
 torch.set_num_threads(1)
@@ -20,3 +29,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """Every backend that has the single-adapter ops, asked for by name."""
+    reason = dispatch.cannot(request.param, device)
+    if reason is not None:
+        pytest.skip(reason)
+    with fastlora.use_backend(request.param):
+        yield request.param

@@ -71,6 +71,11 @@ def added(f, t: dict[str, Tensor], **options) -> Tensor:
     return F.lora_add_(y, t["x"], t["lora_A"], t["lora_B"], SCALING, **options)
 
 
+def skip_if_wide(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton kernels take no float64")
+
+
 def assert_matches_oracle(through, f, t: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Output and every gradient of ``through(f, …)`` against the oracle and unfused torch."""
     lora_bias = t["lora_bias"] if through is call else None
@@ -94,7 +99,10 @@ def assert_matches_oracle(through, f, t: dict[str, Tensor], dtype: torch.dtype) 
 @dtypes
 @pytest.mark.parametrize("through", [call, added])
 @pytest.mark.parametrize("lead, N, K, R", CASES)
-def test_values_and_gradients_match_the_oracle(lead, N, K, R, through, dtype, lora_dtype, device):
+def test_values_and_gradients_match_the_oracle(
+    lead, N, K, R, through, dtype, lora_dtype, device, backend
+):
+    skip_if_wide(backend, dtype)
     t = operands(lead, N, K, R, dtype, lora_dtype, device)
     assert_matches_oracle(through, F.lora_linear, t, dtype)
 
@@ -102,7 +110,7 @@ def test_values_and_gradients_match_the_oracle(lead, N, K, R, through, dtype, lo
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("through", [call, added])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_strides_and_alignment(layout, through, dtype, device):
+def test_any_strides_and_alignment(layout, through, dtype, device, backend):
     plain = operands((3, 9), 31, 37, 5, dtype, torch.float32, device)
     t = {name: layout(tensor) for name, tensor in plain.items()}
     with unchanged(t):
@@ -110,7 +118,7 @@ def test_any_strides_and_alignment(layout, through, dtype, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_y_of_any_layout_is_written_in_place(layout, device):
+def test_y_of_any_layout_is_written_in_place(layout, device, backend):
     t = operands((3, 4), 31, 17, 5, torch.float32, torch.float32, device)
     y = layout(signed(3, 4, 31, dtype=torch.float32, device=device))
     address = y.data_ptr()
@@ -121,16 +129,16 @@ def test_y_of_any_layout_is_written_in_place(layout, device):
     assert oracle.relative_error(y, want) < 1e-6
 
 
-def test_h_is_an_output_only(device):
+def test_h_is_an_output_only(device, backend):
     """What a scratch tensor holds before the op, NaN here, is nobody's business."""
     t = operands((6,), 9, 7, 3, torch.float32, torch.float32, device)
     y, h = signed(6, 9, dtype=torch.float32, device=device), torch.full((6, 3), torch.nan)
     want = F.lora_add_(y.clone(), t["x"], t["lora_A"], t["lora_B"], SCALING)
     dropout = (SCALING, 0.0, None)
     h = h.to(device)
-    torch.ops.fastlora.lora_add_(y, h, t["x"], t["lora_A"], t["lora_B"], None, *dropout, "torch")
+    torch.ops.fastlora.lora_add_(y, h, t["x"], t["lora_A"], t["lora_B"], None, *dropout, backend)
     assert same_bits(y, want)
-    assert torch.equal(h, t["x"] @ t["lora_A"].T)
+    torch.testing.assert_close(h, t["x"] @ t["lora_A"].T)
 
 
 # GEMMs that each gradient costs alone, and lora_A and lora_B together.
@@ -174,7 +182,7 @@ def test_no_graph_where_nothing_needs_a_gradient():
         assert call(F.lora_linear, leaves(t)).grad_fn is None
 
 
-def test_saved_tensors_survive_a_second_backward(device):
+def test_saved_tensors_survive_a_second_backward(device, backend):
     t = leaves(operands((6,), 9, 7, 3, torch.float32, torch.float32, device))
     for through in (call, added):
         y = through(F.lora_linear, t, dropout_p=0.5, training=True)
@@ -187,7 +195,8 @@ def test_saved_tensors_survive_a_second_backward(device):
 
 
 @dtypes
-def test_same_input_same_bits(dtype, lora_dtype, device):
+def test_same_input_same_bits(dtype, lora_dtype, device, backend):
+    skip_if_wide(backend, dtype)
     plain = operands((63,), 65, 33, 8, dtype, lora_dtype, device)
     results = []
     for _ in range(2):
@@ -199,7 +208,7 @@ def test_same_input_same_bits(dtype, lora_dtype, device):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_poisoned_row_stays_alone(poison, device):
+def test_a_poisoned_row_stays_alone(poison, device, backend):
     clean = operands((9,), 31, 17, 5, torch.float32, torch.float32, device)
     dirty = {**clean, "x": clean["x"].clone()}
     dirty["x"][4] = poison

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # fastlora/ or for everything in a folder. fastlora.kernels is below all.
 LAYERS = {
     "commands": ["__main__", "cli", "demo"],
+    "checks and timings": ["selftest", "tuning", "jobs", "formula", "stamps", "progress"],
     "facade": ["__init__"],
     "beyond one model": ["serving", "integrations"],
     "models": ["inject", "checkpoint", "merging"],

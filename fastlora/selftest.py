@@ -1,0 +1,132 @@
+"""``fastlora check``: every op, on the user's own device, against ``formula``.
+
+What passes on a GPU, an (op, dtype, path) at a time, becomes a row of ``verified.json``, by which
+``dispatch`` chooses the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastlora import dispatch
+from fastlora.formula import DTYPES, Case, Subject, cases
+from fastlora.stamps import Stamps, poisoned
+
+OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
+BACKENDS = ("torch", "triton")
+
+
+def paths_of(backend: str) -> tuple[str | None, ...]:
+    if backend == "torch":
+        return (None,)
+    return importlib.import_module("fastlora.kernels.ledger").PATHS
+
+
+def possible(op: str, path: str | None, case: Case, name: str, device: torch.device) -> bool:
+    """Whether the path can run the case, which is one for this op."""
+    if op != "lora_linear_backward" and not case.weight:
+        return False
+    if path is None:
+        return True
+    choice = importlib.import_module("fastlora.kernels.choice")
+    ledger = importlib.import_module("fastlora.kernels.ledger")
+    launch = importlib.import_module("fastlora.kernels.launch")
+    M, K, N, R = case[:4]
+    dtype, backward = DTYPES[name][0], op == "lora_linear_backward"
+    inner, outer = (N, K) if backward else (K, N)
+    weight = case.weight and op != "lora_add_"
+    problem = ledger.Problem(M, inner, outer, R, dtype.itemsize, weight)
+    first = dtype == torch.float16 or (backward and case.dropout > 0)
+    return choice.possible(path, problem, launch.arch_of(device), first)
+
+
+def check(
+    device: torch.device,
+    backends: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    quick: bool = False,
+    folder: Path | None = None,
+    seed: int | None = None,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Checks the backends and stamps what passed; whether all of it did."""
+    gpu = device.type == "cuda"
+    seed = secrets.randbits(32) if seed is None else seed
+    where = torch.cuda.get_device_name(device) if gpu else "CPU"
+    say(f"fastlora check on {device} ({where}), data of seed {seed}")
+    stamps = Stamps(device, folder, quick) if "triton" in backends else None
+    say(f"{'backend':<8} {'path':<11} {'dtype':<10} {'checks':>6}  worst error over allowed")
+    passed = True
+    for name in names or [name for name in DTYPES if gpu or name != "tf32"]:
+        draw = torch.Generator().manual_seed(seed)
+        with fp32_precision(name):
+            subjects = [Subject(case, name, device, draw) for case in cases(quick, gpu)]
+            for backend in backends:
+                for path in paths_of(backend):
+                    failures, dead = _line(backend, path, name, device, subjects, stamps, say)
+                    passed = passed and not failures
+                    if dead:
+                        say("CUDA does not recover from this in one process: stopped here")
+                        return False
+    if stamps is not None:
+        say(stamps.summary())
+    say("all passed" if passed else "FAILED")
+    return passed
+
+
+def _line(
+    backend: str, path: str | None, name: str, device: torch.device, subjects: list[Subject],
+    stamps: Stamps | None, say: Callable[[str], None],
+) -> tuple[list[str], bool]:  # fmt: skip
+    """One line of the table: its failures, and whether the device is lost."""
+    checks, worst, failures, dead = 0, 0.0, [], False
+    for op in OPS:
+        function = dispatch.implementation(op, backend)
+        function = function if path is None else partial(function, path=path)
+        before, wrong = checks, len(failures)
+        for subject in subjects:
+            if dead or not possible(op, path, subject.case, name, device):
+                continue
+            checks += 1
+            try:
+                worst = max(worst, subject.verdict(op, function))
+            except Exception as error:  # whatever a kernel raises, it has failed its check
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                failures.append(f"    {op} ({subject.case}): {reason}")
+                dead = poisoned(device)
+        if stamps is not None and path is not None and checks > before:
+            stamps.note(op, name, path, passed=len(failures) == wrong)
+        if dead:
+            break
+    if checks:
+        result = "FAILED" if failures else "passed"
+        say(f"{backend:<8} {path or '-':<11} {name:<10} {checks:>6}  {worst:.2f} {result}")
+        for failure in failures:
+            say(failure)
+    return failures, dead
+
+
+@contextmanager
+def fp32_precision(name: str) -> Iterator[None]:
+    """Products of float32 as the dtype's name says; what was chosen for other ones is forgotten."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if name == "tf32" else "ieee"
+    _forget()
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+        _forget()
+
+
+def _forget() -> None:
+    if dispatch.unusable("triton") is None:
+        importlib.import_module("fastlora.kernels.choice").forget()

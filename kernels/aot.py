@@ -1,0 +1,300 @@
+"""Every kernel compiled for every target without a GPU, and its machine code checked.
+
+``python -m fastlora.kernels.aot`` calls the launchers themselves, with the installed triton's own
+specialisation of their arguments, on CPU tensors that nothing ever reads: a driver that only names
+a target stands for the GPU, and a launch ends where the kernel is compiled. So what is checked is
+what a call would run. Prints a table of all kernels; exit code 1 if any fails a check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from multiprocessing import get_context
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastlora.kernels import aot_checks, configs, numerics
+from fastlora.kernels.configs import Config
+from fastlora.kernels.expand import expand
+from fastlora.kernels.gemm import gemm
+from fastlora.kernels.gradient import gradient
+from fastlora.kernels.launch import Dropout
+from fastlora.kernels.one_pass import one_pass
+from fastlora.kernels.philox import keep_mask
+from fastlora.kernels.shrink import shrink
+
+ARCHS = (80, 90, 100)
+KERNELS = (*configs.CANDIDATES, "keep_mask")
+# As rows of kernels/tuning name them, with what x and the adapters are.
+DTYPES = {
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "tf32": (torch.float32, torch.float32),
+    "fp32": (torch.float32, torch.float32),
+}
+M, N, K = 4096, 4096, 4096
+ODD_M, ODD_N, ODD_K, ODD_R = 1001, 1127, 1129, 13
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a call may ask for beside its shapes, and those where they change the code."""
+
+    rank: int = 16
+    backward: bool = False  # the layouts of backward for x: w = weight
+    biases: bool = False
+    drops: str = ""  # "x" or "y": where dropout is
+    first: bool = False
+    overlap: bool = False
+    odd: bool = False  # of no alignment
+    few: bool = False  # one row, or too few to split
+    no_weight: bool = False
+
+    def __str__(self) -> str:
+        flags = [name for name, value in vars(self).items() if value is True]
+        drops = [f"drops_{self.drops}"] if self.drops else []
+        return "+".join([f"R{self.rank}", *flags, *drops])
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    dtype: str
+    config: Config | None
+    arch: int
+    variant: Variant
+
+
+class Target:
+    """Stands for triton's driver where there is no GPU: it only says what to compile for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list]:
+    """Launches in here compile and do not launch; the list gathers what they compiled."""
+    if numerics.INTERPRETED.value:
+        raise RuntimeError("TRITON_INTERPRET: expected unset, interpreted kernels have no code")
+    compiled, run, active = [], JITFunction.run, driver._active
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    driver.set_active(Target(arch))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def launch(case: Case) -> None:
+    """Calls the kernel's launcher as ``product`` and ``lora`` do, with operands of no values."""
+    v, config = case.variant, case.config
+    dtype, lora_dtype = DTYPES[case.dtype]
+    m, n, k, rank = (ODD_M, ODD_N, ODD_K, ODD_R) if v.odd else (M, N, K, v.rank)
+    m = (1 if case.kernel == "one_pass" else 64) if v.few else m
+
+    def matrix(rows: int, columns: int, dtype: torch.dtype = dtype, turned: bool = False) -> Tensor:
+        if turned:
+            return matrix(columns, rows, dtype).T
+        # One element past the alignment that allocators give.
+        return torch.empty(rows * columns + 1, dtype=dtype)[int(v.odd) :][: rows * columns].view(
+            rows, columns
+        )
+
+    def vector(dtype: torch.dtype) -> Tensor | None:
+        return torch.empty(n, dtype=dtype) if v.biases else None
+
+    x, y, h = matrix(m, k), matrix(m, n), matrix(m, rank)
+    w = matrix(k, n, turned=not v.backward)
+    a = matrix(rank, k, lora_dtype, turned=v.backward)
+    b = matrix(rank, n, lora_dtype, turned=not v.backward)
+    drop = Dropout.of(0.1, torch.tensor(1)) if v.drops else None
+    added = {"bias": vector(dtype), "lora_bias": vector(lora_dtype)}
+    if case.kernel == "one_pass":
+        w = None if v.no_weight else w
+        one_pass(x, w, a, b, y, h, 2.0, config, drop=drop, drops_x=v.drops == "x", **added)
+    elif case.kernel == "shrink":
+        scaled = None if v.first else torch.empty_like(h)
+        shrink(x, a, h, config, scaled=scaled, factor=2.0, drop=drop, overlap=v.overlap)
+    elif case.kernel in ("gemm", "gemm_tma"):
+        gemm(
+            x, w, y, h, b, 2.0, config, tma=case.kernel == "gemm_tma", programs=132,
+            first=v.first, drop=drop, overlap=v.overlap, **added,
+        )  # fmt: skip
+    elif case.kernel == "expand":
+        expand(y, h, b, 2.0, config, add=v.no_weight, drop=drop, **added)
+    elif case.kernel == "gradient":
+        gradient(x, h, matrix(rank, k, lora_dtype, turned=v.backward), 2.0, config, drop=drop)
+    else:
+        keep_mask(m, k, 6554, torch.tensor(1))
+
+
+def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
+    """Every config in its main forms, the defaults in every form there is."""
+    dtypes = ("fp16", "bf16+fp32") if sample else tuple(DTYPES)
+    if kernel == "keep_mask":
+        yield Case(kernel, "fp32", None, arch, Variant())
+        return
+    for dtype in dtypes:
+        size, precise = DTYPES[dtype][0].itemsize, dtype == "fp32"
+        # The rows of a call whose config this is, of a decoding step and of a training batch.
+        defaults = dict.fromkeys(configs.default(kernel, m, N, arch) for m in (16, M))
+        shipped = () if sample else configs.CANDIDATES[kernel]
+        forms = [(config, form) for config in defaults for form in _forms(kernel, arch, sample)]
+        forms += [(config, form) for config in shipped for form in _main_forms(kernel, config)]
+        for config, form in dict.fromkeys(forms):
+            # float16's rank step comes first always.
+            last = dtype == "fp16" and kernel == "gemm" and form.overlap
+            if not last:
+                yield Case(kernel, dtype, configs.fitted(config, size, precise), arch, form)
+
+
+def _main_forms(kernel: str, config: Config) -> tuple[Variant, ...]:
+    ranks = (16, 64, 128) if kernel == "one_pass" and config.BM == 128 else (16, 64)
+    forward = tuple(Variant(rank, biases=True) for rank in ranks)
+    masked = {"one_pass": "xy", "shrink": "x", "gradient": "x"}.get(kernel, "y")
+    dropped = (
+        Variant(64, drops=drops, backward=drops == "y", first=drops == "y") for drops in masked
+    )
+    return *forward, *dropped
+
+
+def _forms(kernel: str, arch: int, sample: bool) -> tuple[Variant, ...]:
+    plain = Variant(biases=True)
+    masked = {
+        "one_pass": (replace(plain, drops="x"), Variant(drops="y", backward=True)),
+        "gemm": (Variant(drops="y", backward=True, first=True),),
+        "expand": (Variant(drops="y", backward=True),),
+    }.get(kernel.removesuffix("_tma"), (Variant(drops="x"),))
+    if sample:
+        return plain, masked[0]
+    forms = [Variant(), plain, Variant(backward=True), *masked, replace(plain, rank=512)]
+    if kernel == "one_pass":
+        forms[-1] = replace(plain, rank=64)
+        forms += [Variant(few=True), Variant(no_weight=True), Variant(no_weight=True, drops="x")]
+    if kernel in ("gemm", "gemm_tma", "shrink"):
+        forms += [replace(plain, first=True)]
+        forms += [Variant(overlap=True), Variant(64, overlap=True)] if arch >= 90 else []
+    if kernel == "expand":
+        forms += [Variant(no_weight=True), Variant(no_weight=True, drops="y")]
+    if kernel == "gradient":
+        forms += [Variant(few=True)]
+    if kernel != "gemm_tma":
+        forms += [Variant(odd=True), Variant(odd=True, backward=True)]
+    return tuple(forms)
+
+
+@contextmanager
+def float32_as(dtype: str) -> Iterator[None]:
+    """torch's own setting, which says how float32 enters a product, as ``dtype`` has it."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def compile_case(case: Case) -> list[aot_checks.Row]:
+    """Rows of what the case's launch compiles, most often one; a failure is a row too."""
+    start = time.perf_counter()
+    config = ",".join(map(str, astuple(case.config))) if case.config else "-"
+    names = {"dtype": case.dtype, "config": config, "arch": case.arch, "variant": str(case.variant)}
+    try:
+        with compiling(case.arch) as compiled, float32_as(case.dtype):
+            launch(case)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return [aot_checks.Row(kernel=case.kernel, **names, faults=(f"does not compile: {text}",))]
+    seconds = (time.perf_counter() - start) / len(compiled)
+    rows = []
+    for kernel in compiled:
+        needs = wanted(case) if kernel.name != "_add_parts" else ()
+        row = aot_checks.examine(kernel, case.arch, needs)
+        rows.append(replace(row, kernel=kernel.name.lstrip("_"), seconds=seconds, **names))
+    return rows
+
+
+def wanted(case: Case) -> tuple[str, ...]:
+    """Instructions without which the kernel would be slow: they must be in its PTX."""
+    found = []
+    if case.kernel == "gemm_tma":
+        found += ["cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global"]
+    # A group of four warps multiplies 64 rows at a time.
+    rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(case.kernel)
+    if rows and case.config.BM >= rows and case.dtype != "fp32" and not case.variant.no_weight:
+        found.append({80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch])
+    return tuple(found)
+
+
+def compile_all(chosen: Iterable[Case], jobs: int) -> Iterator[aot_checks.Row]:
+    if jobs == 1:
+        for case in chosen:
+            yield from compile_case(case)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for rows in pool.map(compile_case, chosen, chunksize=4):
+            yield from rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("fastlora.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", action="store_true", help="a small part: defaults, two dtypes")
+    parser.add_argument("--arch", type=int, choices=ARCHS, action="append")
+    parser.add_argument("--kernel", choices=KERNELS, action="append")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(arguments)
+    if numerics.INTERPRETED.value:
+        parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no code")
+    chosen = [
+        case
+        for kernel in options.kernel or KERNELS
+        for arch in options.arch or ARCHS
+        if kernel != "gemm_tma" or arch >= 90
+        for case in cases(arch, kernel, options.sample)
+    ]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as fresh:
+        os.environ.setdefault("TRITON_CACHE_DIR", fresh)  # nothing stale is read
+        rows = []
+        for row in compile_all(chosen, options.jobs):
+            rows.append(row)
+            for fault in row.faults:
+                print(f"FAILED {row.label()}: {fault}", flush=True)
+    print("\n".join(aot_checks.table(rows)))
+    failed = sum(bool(row.faults) for row in rows)
+    seconds = time.perf_counter() - start
+    print(f"triton {triton.__version__}: {len(rows)} compiled, {failed} failed, {seconds:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
