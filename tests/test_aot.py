@@ -45,16 +45,29 @@ def test_a_tile_too_large_fails(tmp_path) -> None:
     said = script(
         tmp_path,
         """
-        from fastlora.kernels import aot, configs
+        from fastlora.kernels import aot
+        from fastlora.kernels.configs import Gemm
 
-        configs._DEFAULTS["gemm"] = lambda M, N, arch: configs.Gemm(256, 256, 64, 8, 4, 4)
-        print(aot.main(["--sample", "--kernel", "gemm", "--arch", "90", "--jobs", "1"]))
+        case = aot.Case("gemm", "bf16", Gemm(128, 256, 64, 8, 4, 6), 90, aot.Variant())
+        print(aot.compile_case(case)[0].faults)
         """,
     )
-    faults = [line for line in said.splitlines() if line.startswith("FAILED gemm fp16 256,256,64")]
-    assert any("bytes of stack" in line for line in faults), said
-    assert any("bytes of shared memory, sm_90 has 232448" in line for line in faults), said
-    assert said.splitlines()[-1] == "1"
+    assert "spills: " in said
+    assert "bytes of shared memory, sm_90 has 232448" in said
+
+
+def test_a_fault_is_a_line_and_the_exit_code(tmp_path) -> None:
+    said = script(
+        tmp_path,
+        """
+        from fastlora.kernels import aot, aot_checks
+
+        aot_checks.SHARED[90] = 1024
+        print(aot.main(["--kernel", "keep_mask", "--arch", "90", "--jobs", "1"]))
+        """,
+    ).splitlines()
+    assert said[0].startswith("FAILED keep_mask fp32 - sm_90 R16: ")
+    assert said[-1] == "1"
 
 
 def test_a_missing_instruction_fails(tmp_path) -> None:
