@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, machine, one, runner, table
+from benchmarks.work import Case
 
 _RESULTS = Path(__file__).parent / "results"
 
@@ -20,7 +21,7 @@ _RESULTS = Path(__file__).parent / "results"
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.list:
-        for case in cases.select(args.device, suite=args.suite, name=args.case, quick=args.quick):
+        for case in _select(args):
             print(f"{case.suite:<8} {case.name}{'  (quick)' if case.quick else ''}")
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.one:
         return _one(args)
-    chosen = cases.select(args.device, suite=args.suite, name=args.case, quick=args.quick)
+    chosen = _select(args)
     if not chosen:
         return _refuse("no case matches; --list shows their names")
     threads = torch.get_num_threads()
@@ -49,16 +50,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _one(args: argparse.Namespace) -> int:
-    """One case in this process, its lines to a file or standard output."""
-    found = cases.select(args.device, name=args.one)
-    if len(found) != 1:
-        return _refuse(
-            f"--one: {len(found)} cases are called {args.one!r}; --list shows their names"
-        )
+    """Cases in this process, their lines to a file or standard output."""
+    chosen = []
+    for name in args.one:
+        found = cases.select(args.device, name=name)
+        if len(found) != 1:
+            return _refuse(f"--one: {len(found)} cases are called {name!r}; --list shows them")
+        chosen += found
     seconds = one.QUICK_SECONDS if args.quick else one.SECONDS
-    for line in one.measure(found[0], seconds=seconds):
-        one.write({**line, "quick": args.quick}, args.out)
+    for case in chosen:
+        for line in one.measure(case, seconds=seconds):
+            one.write({**line, "quick": args.quick}, args.out)
+        if args.out is not None:
+            print(f"{runner.FINISHED}{case.name}", flush=True)
     return 0
+
+
+def _select(args: argparse.Namespace) -> list[Case]:
+    return cases.select(
+        args.device, suite=args.suite, name=args.case, quick=args.quick, full=args.full
+    )
 
 
 def _refuse(why: str) -> int:
@@ -70,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
+    parser.add_argument("--full", action="store_true", help="the rarer shapes too")
     parser.add_argument("--suite", choices=cases.SUITES)
     parser.add_argument("--case", metavar="GLOB", default="*", help="cases whose name matches")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -77,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", metavar="DIR", type=Path, help="instead of benchmarks/results")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--timeout", metavar="S", type=float, default=120.0, help="for each case")
-    parser.add_argument("--one", metavar="NAME", help="measure this case in this very process")
+    parser.add_argument(
+        "--one", metavar="NAME", action="append", help="measure this case in this very process"
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="with --one: where its lines go")
     return parser
 

@@ -40,22 +40,33 @@ CPU = (
 )
 
 
-def _layer(R: int) -> dict[str, int]:
-    return {"K": 4096, "N": 4096, "R": R}
+def _layer(R: int, K: int = 4096, N: int = 4096) -> dict[str, int]:
+    return {"K": K, "N": N, "R": R}
+
+
+def _single(work: Linear, dropout: float) -> list[Case]:
+    """One adapter at every width of a decoder layer; of the rarer ones a part, the rest --full."""
+    return [
+        Case(
+            work,
+            "cuda",
+            "bf16",
+            {"M": M, **_layer(R, K, N)},
+            dropout=dropout,
+            quick=not dropout and M in (1, 8192) and R == 16 and K == N,
+            full=(K != N and (R != 16 or M in (1, 64))) or (dropout > 0 and (K != N or M < 2048)),
+        )
+        for K, N in ((4096, 4096), (4096, 14336), (14336, 4096))
+        for M in (8192, 2048, 256, 64, 16, 1)
+        for R in (16, 64)
+    ]
 
 
 CUDA = (
-    *(
-        Case(FORWARD, "cuda", "bf16", {"M": M, **_layer(R)}, quick=M in (1, 8192) and R == 16)
-        for M in (8192, 1024, 128, 16, 1)
-        for R in (16, 64)
-    ),
-    *(
-        Case(TRAIN, "cuda", "bf16", {"M": M, **_layer(R)}, quick=M == 8192 and R == 16)
-        for M in (8192, 1024)
-        for R in (16, 64)
-    ),
-    Case(TRAIN, "cuda", "bf16", {"M": 8192, **_layer(16)}, dropout=0.1),
+    *_single(FORWARD, 0.0),
+    *_single(TRAIN, 0.0),
+    *_single(TRAIN, 0.1),
+    *_single(FORWARD, 0.1),
     Case(TRAIN, "cuda", "bf16", {"M": 8192, **_layer(16)}, lora_dtype="fp32"),
     *(
         Case(
@@ -79,7 +90,12 @@ CUDA = (
 
 
 def select(
-    device: str, *, suite: str | None = None, name: str = "*", quick: bool = False
+    device: str,
+    *,
+    suite: str | None = None,
+    name: str = "*",
+    quick: bool = False,
+    full: bool = True,
 ) -> list[Case]:
     """The device's cases of a suite whose name matches the glob pattern, in the list's order."""
     return [
@@ -88,4 +104,5 @@ def select(
         if suite in (None, case.suite)
         and fnmatchcase(case.name, name)
         and (case.quick or not quick)
+        and (full or not case.full)
     ]

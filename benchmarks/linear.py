@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch.nn import functional as nnf
 
 from benchmarks.peers import peft_linear, torch_keep
 from benchmarks.truth import oracle
-from benchmarks.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
-from fastlora import dropout
+from benchmarks.work import BASE, DTYPES, Absent, Call, Case, Operands, Outputs, Work, sampled, wide
+from fastlora import dropout, use_backend
 from fastlora import functional as F
 
 SCALING = 2.0
+# Of the Triton kernels; kernels/ledger.py has the list, but importing it needs triton.
+PATHS = ("one_pass", "two_pass", "overlapped", "library")
 
 
 class Linear(Work):
@@ -34,6 +37,7 @@ class Linear(Work):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
+        self.gpu_providers = {path: partial(self._path, path) for path in PATHS}
 
     def operands(self, case: Case, seed: int) -> Operands:
         M, K, N, R = (case.shape[k] for k in "MKNR")
@@ -78,6 +82,20 @@ class Linear(Work):
             return F.lora_linear(x, o["weight"], lora_A, lora_B, SCALING, **how)
 
         return self._call(o, forward, [x, lora_A, lora_B])
+
+    def _path(self, path: str, case: Case, o: Operands) -> Call:
+        """fastlora with its Triton kernels along one path, verified or not."""
+        try:
+            from fastlora.kernels.choice import use_path
+        except ImportError as error:
+            raise Absent(f"triton cannot be imported: {error}") from error
+        call = self._fastlora(case, o)
+
+        def along_the_path() -> Outputs:
+            with use_backend("triton"), use_path(path):
+                return call()
+
+        return along_the_path
 
     def _call(self, o: Operands, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
         if not self.backward:
@@ -136,7 +154,7 @@ class Linear(Work):
         x, p = o["x"], case.dropout
         if not p or provider == BASE:
             return torch.ones(x.shape), 1.0
-        if provider == "fastlora":
+        if provider not in ("torch", "peft"):
             keep = dropout.keep_mask(x.shape[0], x.shape[1], p, dropout.new_seed(x.device)).cpu()
             factor = dropout.keep_scale(p)
         else:

@@ -50,7 +50,7 @@ def measure(case: Case, *, seed: int = SEED, seconds: float = SECONDS) -> Iterat
 
     operands = case.work.operands(case, seed)
     count = timer.copies(sum(t.nbytes for t in operands.values()), len(passed))
-    build = case.work.providers
+    build = case.providers
     calls = {name: [build[name](case, _copy(operands)) for _ in range(count)] for name in passed}
     samples = timer.interleaved(calls, case.device, seconds)
     base = samples.get(BASE)

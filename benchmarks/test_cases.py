@@ -30,7 +30,7 @@ def _verdicts(number: int) -> dict[str, gate.Verdict]:
     [
         pytest.param(number, provider, id=f"{case.device}-{case.name}-{provider}")
         for number, case in enumerate(_CASES)
-        for provider in case.work.providers
+        for provider in case.providers
     ],
 )
 def test_case(benchmark, number: int, provider: str) -> None:
@@ -44,7 +44,7 @@ def test_case(benchmark, number: int, provider: str) -> None:
 
 
 def _synchronized(case: Case, provider: str):
-    call = case.work.providers[provider](case, case.work.operands(case, SEED))
+    call = case.providers[provider](case, case.work.operands(case, SEED))
     if case.device == "cpu":
         return call
 

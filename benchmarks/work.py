@@ -36,6 +36,8 @@ class Work(ABC):
     suite: str
     name: str
     providers: dict[str, Builder]
+    # Those that there are on a GPU alone.
+    gpu_providers: Mapping[str, Builder] = {}
 
     @abstractmethod
     def operands(self, case: Case, seed: int) -> Operands:
@@ -66,6 +68,12 @@ class Case:
     dropout: float = 0.0
     workload: str = ""
     quick: bool = False
+    full: bool = False  # measured with --full alone
+
+    @property
+    def providers(self) -> dict[str, Builder]:
+        extra = self.work.gpu_providers if self.device == "cuda" else {}
+        return {**self.work.providers, **extra}
 
     @property
     def suite(self) -> str:

@@ -8,6 +8,8 @@ config: the nearest tuned one of that kernel, else ``configs.default``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -16,7 +18,7 @@ import triton
 from fastlora.kernels import configs, ledger, records
 from fastlora.kernels.launch import arch_of, interpreted
 from fastlora.kernels.ledger import PATHS, Problem
-from fastlora.kernels.numerics import precise, precision
+from fastlora.kernels.numerics import precision
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MOST_RANKS = 512
@@ -48,18 +50,44 @@ def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(r["path"] for r in rows if wanted.items() <= r.items()))
 
 
-@lru_cache(maxsize=4096)
-def path_of(
-    op: str, problem: Problem, dtype: torch.dtype, lora_dtype: torch.dtype, first: bool,
-    device: torch.device,
-) -> str:  # fmt: skip
-    """The path that runs a product; first: its rank step must come first."""
-    arch, name = arch_of(device), dtype_name(dtype, lora_dtype)
-    can = tuple(path for path in PATHS if possible(path, problem, arch, first))
+# What use_path asked for, for every thread: backward runs in one of autograd's.
+_asked: str | None = None
 
-    known = tuple(path for path in can if path in verified(op, name, arch))
+
+@contextmanager
+def use_path(path: str) -> Iterator[None]:
+    """Runs products along ``path`` wherever it can run them: to measure a path, or to test it."""
+    if path not in PATHS:
+        raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {path!r}")
+    global _asked
+    before, _asked = _asked, path
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def path_of(
+    op: str,
+    problem: Problem,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    first: bool,
+    device: torch.device,
+) -> str:
+    """The path that runs a product; first: its rank step must come first."""
+    if _asked is not None and possible(_asked, problem, arch_of(device), first):
+        return _asked
+    return _best(op, problem, dtype_name(dtype, lora_dtype), first, device)
+
+
+@lru_cache(maxsize=4096)
+def _best(op: str, problem: Problem, dtype: str, first: bool, device: torch.device) -> str:
+    arch = arch_of(device)
+    can = tuple(path for path in PATHS if possible(path, problem, arch, first))
+    known = tuple(path for path in can if path in verified(op, dtype, arch))
     allowed = known or can
-    tuned = _nearest(f"path of {op}", name.split("+")[0], problem, device)
+    tuned = _nearest(f"path of {op}", dtype.split("+")[0], problem, device)
     if tuned is not None and tuned.get("path") in allowed:
         return tuned["path"]
     return ledger.best(problem, arch, allowed)
@@ -75,23 +103,25 @@ def possible(path: str, problem: Problem, arch: int, first: bool) -> bool:
     return problem.weight or path != "library"
 
 
-@lru_cache(maxsize=4096)
 def config_of(
     kernel: str, problem: Problem, dtype: torch.dtype, device: torch.device
 ) -> configs.Config:
     """The tile shapes that ``kernel`` is launched with."""
-    is_precise = precise(dtype)
-    tuned = _nearest(kernel, dtype_name(dtype, dtype), problem, device)
+    return _config(kernel, problem, dtype_name(dtype, dtype), device)
+
+
+@lru_cache(maxsize=4096)
+def _config(kernel: str, problem: Problem, dtype: str, device: torch.device) -> configs.Config:
+    tuned = _nearest(kernel, dtype, problem, device)
     if tuned is not None:
-        kind = type(configs.CANDIDATES[kernel][0])
-        return kind(**tuned["config"])
+        return type(configs.CANDIDATES[kernel][0])(**tuned["config"])
     plain = configs.default(kernel, problem.M, problem.N, arch_of(device))
-    return configs.fitted(plain, problem.size, is_precise)
+    return configs.fitted(plain, problem.size, precise=dtype == "fp32")
 
 
 def forget() -> None:
     """Reads the files anew at the next call."""
-    for cached in (verified, path_of, config_of, _tuned):
+    for cached in (verified, _best, _config, _tuned):
         cached.cache_clear()
 
 

@@ -178,7 +178,7 @@ def test_costs_count_every_operand_once():
 
 def dying(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
     command = [sys.executable, "-c", script, str(file)]
-    lines = runner.run_one(linear_case(), command, file, timeout)
+    ((_, lines),) = runner.run_some([linear_case()], command, file, timeout)
     assert lines == [json.loads(text) for text in file.read_text().splitlines()]
     return lines
 
@@ -216,6 +216,39 @@ def test_a_crash_is_a_line(tmp_path, script, reason):
     assert (line["status"], line["provider"]) == ("crashed", None)
     assert line["reason"].startswith(reason)
     assert reason in table.rows([line])
+
+
+def test_a_crash_costs_one_case_of_its_process(tmp_path):
+    """What was finished before stays; what comes after is left for another process."""
+    small = linear_case()
+    batch = [dataclasses.replace(small, shape={**small.shape, "M": M}) for M in (1, 2, 3)]
+    line = {"case": batch[0].name, "provider": "base", "status": "ok"}
+    script = (
+        "import json, os, sys\n"
+        f"print(json.dumps({line!r}), file=open(sys.argv[1], 'a'), flush=True)\n"
+        f"print({runner.FINISHED + batch[0].name!r}, flush=True)\n"
+        "os.abort()"
+    )
+    file = tmp_path / "linear.jsonl"
+    tried = runner.run_some(batch, [sys.executable, "-c", script, str(file)], file, 60.0)
+    assert [case.name for case, _ in tried] == [case.name for case in batch[:2]]
+    assert [[line["status"] for line in lines] for _, lines in tried] == [["ok"], ["crashed"]]
+
+
+def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
+    """On a GPU; here they are interpreted, and held to the same gate."""
+    from fastlora.kernels.ledger import PATHS
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = linear_case()
+    assert set(PATHS).isdisjoint(case.providers)
+    assert set(PATHS) <= set(dataclasses.replace(case, device="cuda").providers)
+    for backward in (False, True):
+        work = Linear(backward=backward)
+        work.providers |= work.gpu_providers
+        dropped = dataclasses.replace(case, work=work, dropout=0.2)
+        verdicts = gate.check(dropped, one.SEED)
+        assert {path: verdicts[path].status for path in PATHS} == dict.fromkeys(PATHS, "ok")
 
 
 BLOCKED = ("peft", "transformers", "accelerate", "rich", "matplotlib", "pytest_benchmark")
@@ -291,8 +324,10 @@ def test_what_cannot_run_is_refused_in_one_line(capsys):
     assert capsys.readouterr().err == "benchmarks: no case matches; --list shows their names\n"
     assert main(["--one", "linear-*"]) == 2
     assert "cases are called 'linear-*'" in capsys.readouterr().err
-    assert main(["--device", "cuda", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(cases.CUDA)
+    for full in ([], ["--full"]):
+        assert main(["--device", "cuda", "--list", *full]) == 0
+        listed = [case for case in cases.CUDA if full or not case.full]
+        assert len(capsys.readouterr().out.splitlines()) == len(listed)
     if not torch.cuda.is_available():
         assert main(["--device", "cuda"]) == 2
         (said,) = capsys.readouterr().err.splitlines()
