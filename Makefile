@@ -6,12 +6,14 @@ TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+# The oldest triton that is supported; the newest comes with the environment.
+OLD_TRITON ?= 3.6.0
 
 BIN := $(VENV)/bin
 HAS_GPU = nvidia-smi -L 2>/dev/null | grep -q GPU
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo bench gpu lint format types wheel clean
+.PHONY: help setup test demo bench aot gpu sanitize lint format types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,13 +46,29 @@ demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and
 bench: setup ## measure on the CPU
 	$(BIN)/python -m benchmarks --device cpu $(ARGS)
 
-# From a bare checkout: no .venv, nothing installed, no network. Both parts run whatever the first says.
+# Beside the same torch, which asks for no triton where there is no GPU.
+$(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --target $@ triton==$(OLD_TRITON)
+
+aot: setup $(VENV)/triton-$(OLD_TRITON) ## compile every kernel for sm_80, sm_90a and sm_100a with two tritons and check the code
+	env -u TRITON_INTERPRET $(BIN)/python -m fastlora.kernels.aot $(ARGS)
+	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python -m fastlora.kernels.aot $(ARGS)
+
+# From a bare checkout: no .venv, nothing installed, no network. Every part runs whatever the first
+# ones say. With pytest-xdist the tests, which mostly compile, run side by side.
 gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pytest, safetensors
-	@tests=0; bench=0; \
-	$(PYTHON) -m pytest -q -m cuda tests || tests=$$?; \
+	@many=$$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null); tests=0; check=0; bench=0; \
+	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
+	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
 	$(PYTHON) -m benchmarks --device cuda $(ARGS) || bench=$$?; \
-	echo "gpu: tests exited with $$tests, benchmarks with $$bench"; \
-	[ $$tests -eq 0 ] && [ $$bench -eq 0 ]
+	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench"; \
+	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ]
+
+sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and writes, races
+	for tool in memcheck racecheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(PYTHON) -m fastlora check --device cuda --backend triton --quick || exit $$?; \
+	done
 
 lint: setup ## check style and formatting
 	$(BIN)/ruff check .

@@ -85,6 +85,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Shrink(64, 128, 4, 3),
         Shrink(64, 64, 4, 4),
     ),
+    # Beside a product that takes all but 14 KiB of an SM's shared memory.
+    "shrink_beside": (Shrink(16, 64, 4, 2), Shrink(64, 32, 4, 2), Shrink(64, 64, 4, 1)),
     "gemm": (
         Gemm(64, 64, 64, 8, 4, 4),
         Gemm(64, 128, 64, 8, 4, 3),
@@ -162,8 +164,12 @@ def _one_pass(M: int, N: int, arch: int) -> Config:
 
 def _shrink(M: int, N: int, arch: int) -> Config:
     # As many programs as the rows give: 16 a tile while that does not yet fill the SMs twice.
-    # 12 KiB of shared memory at rank 16 let it run beside a GEMM that takes nearly all of it.
-    return Shrink(16, 64, 4, 3) if M <= 4096 else Shrink(64, 64, 4, 4)
+    return Shrink(16, 128, 4, 3) if M <= 4096 else Shrink(64, 64, 4, 4)
+
+
+def _shrink_beside(M: int, N: int, arch: int) -> Config:
+    # At most one program an SM, within 14 KiB at rank 16: the product's own must fit beside it.
+    return Shrink(16, 64, 4, 2) if M <= 2048 else Shrink(64, 32, 4, 2)
 
 
 def _gemm(M: int, N: int, arch: int) -> Config:
@@ -195,6 +201,7 @@ def _gradient(M: int, N: int, arch: int) -> Config:
 _DEFAULTS = {
     "one_pass": _one_pass,
     "shrink": _shrink,
+    "shrink_beside": _shrink_beside,
     "gemm": _gemm,
     "gemm_tma": _gemm_tma,
     "expand": _expand,

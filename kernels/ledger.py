@@ -67,8 +67,7 @@ def predicted(path: str, p: Problem, on: Machine) -> float:
         # A crosses from L2 for every tile of columns; L2 gives about three times the memory's rate.
         rows = -(-p.M // 128)
         from_l2 = p.size * p.R * p.K * rows * (p.N / columns) / (3 * on.bandwidth)
-        moved = product if p.weight and p.M <= 64 else 0.0
-        return max(moved, flops, from_l2) + on.launch
+        return max(product, flops, from_l2) + on.launch
     if path == "library":
         return shrink(p, on) + 2 * written + product + rank + 3 * on.launch
     if path == "overlapped":

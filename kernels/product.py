@@ -97,7 +97,7 @@ def _library(p: Product) -> None:
 
 def _shrink(p: Product, scaled: Tensor | None = None, overlap: bool = False) -> None:
     shrink(
-        p.x, p.a, p.h, p.config("shrink"),
+        p.x, p.a, p.h, p.config("shrink_beside" if overlap else "shrink"),
         scaled=scaled, factor=p.scaling, drop=p.drop if p.drops_x else None, overlap=overlap,
     )  # fmt: skip
 

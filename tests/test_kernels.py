@@ -11,7 +11,17 @@ from torch import Tensor
 
 from fastlora import dispatch, dropout
 from tests import oracle
-from tests.helpers import DTYPES, Spy, assert_accurate, lora_linear, misaligned, same_bits, signed
+from tests.helpers import (
+    DTYPES,
+    LAYOUTS,
+    Spy,
+    assert_accurate,
+    contiguous,
+    lora_linear,
+    misaligned,
+    same_bits,
+    signed,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -99,9 +109,10 @@ def needs_path(path: str, M: int, R: int, dtype, device, drops_y: bool = False) 
         pytest.skip(f"{path} does not run such a product here")
 
 
-def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device) -> None:
+def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, layout=contiguous) -> None:
     """Output, h and all six gradients of both ops."""
-    x, weight, bias, A, B, lora_bias = operands(M, K, N, R, dtype, lora_dtype, device)
+    given = operands(M, K, N, R, dtype, lora_dtype, device)
+    x, weight, bias, A, B, lora_bias = (layout(t) for t in given)
     p, seed = seeded(p, device)
     keep = {}
     if seed is not None:
@@ -110,7 +121,7 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device) -> None:
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias, A, B, lora_bias)]
     plain = dict(zip(("bias", "lora_bias"), (leaves[2], leaves[5]), strict=True))
     unfused = lora_linear(leaves[0], leaves[1], leaves[3], leaves[4], SCALING, **plain, **keep)
-    dy = signed(M, N, dtype=dtype, device=device)
+    dy = layout(signed(M, N, dtype=dtype, device=device))
     unfused.backward(dy)
 
     y, h = lora.lora_linear(x, weight, bias, A, B, lora_bias, SCALING, p, seed, path)
@@ -121,7 +132,7 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device) -> None:
     own = signed(M, N, dtype=dtype, device=device)
     if path != "library":
         delta = oracle.lora_linear(x, None, A, B, SCALING, **keep)
-        added, h = own.clone(), torch.empty_like(h)
+        added, h = layout(own), torch.empty_like(h)
         lora.lora_add_(added, h, x, A, B, None, SCALING, p, seed, path if path in SUMS else None)
         assert_accurate(added, own.cpu().double() + delta, unfused, dtype)
     got = lora.lora_linear_backward(dy, x, weight, A, B, h, SCALING, p, seed, [True] * 6, path)
@@ -156,6 +167,15 @@ def test_a_path_drops_the_same_elements(M, K, N, R, path, dtype, tiles, device):
 def test_a_path_drops_everything(path, device):
     needs_path(path, 9, 3, torch.float32, device, drops_y=True)
     assert_right(9, 21, 17, 3, torch.float32, torch.float32, 1.0, path, device)
+
+
+@paths
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_path_reads_any_layout(path, layout, dtype, device):
+    """NaN lies around and between the elements of some."""
+    needs_path(path, 19, 5, dtype, device)
+    assert_right(19, 37, 29, 5, dtype, torch.float32, 0.0, path, device, layout)
 
 
 @dtypes
