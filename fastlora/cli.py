@@ -119,15 +119,19 @@ def tune(options: argparse.Namespace) -> int:
     if reason is not None:
         return _refused("tune", reason)
     shapes = options.shapes or (tuning.QUICK if options.quick else tuning.SHAPES)
-    with torch.cuda.device(device):
-        right = tuning.tune(
-            device,
-            shapes,
-            dtypes=options.dtype or ["bf16"],
-            kernels=options.kernel,
-            folder=options.save,
-            rounds=1 if options.quick else 3,
-        )
+    try:
+        with torch.cuda.device(device):
+            right = tuning.tune(
+                device,
+                shapes,
+                dtypes=options.dtype or ["bf16"],
+                kernels=options.kernel,
+                folder=options.save,
+                rounds=1 if options.quick else 3,
+            )
+    except KeyboardInterrupt:
+        print("fastlora tune: interrupted; the shapes that were finished are kept")
+        return 130
     return 0 if right else 1
 
 

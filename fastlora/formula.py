@@ -66,8 +66,14 @@ _VARIANTS: tuple[dict[str, Any], ...] = (
     {"dropout": 0.1, "weight": False},
     {"dropout": 0.1},
 )
-# Odd sizes; one has more ranks than a single tile holds.
-_ODD = ((1, 63, 65, 4), (63, 431, 129, 16), (130, 257, 300, 40), (24, 72, 136, 200))
+# Odd sizes, one with more ranks than a single tile holds, and few rows of whole tiles.
+_SHAPES = (
+    (1, 63, 65, 4),
+    (63, 431, 129, 16),
+    (130, 257, 300, 40),
+    (24, 72, 136, 200),
+    (8, 512, 256, 16),
+)
 # Sizes of which every row is aligned: what tensor descriptors need.
 _ALIGNED = (256, 512, 384, 64)
 # Enough tiles to fill any GPU, and none of them ends where the matrices do.
@@ -75,14 +81,13 @@ _LARGE = (2048, 1128, 2312, 48)
 
 
 def cases(quick: bool, gpu: bool) -> list[Case]:
-    """Every shape in some of the variants, and every variant of an aligned shape."""
-    if quick:
-        shapes, aligned = [(1, 63, 65, 4)], (17, 64, 40, 8)
-    else:
-        shapes, aligned = [*_ODD, *([_LARGE] if gpu else [])], _ALIGNED
-    count = len(_VARIANTS)
-    some = [(s, _VARIANTS[(2 * i + j) % count]) for i, s in enumerate(shapes) for j in (0, 1)]
-    return [Case(*s, **v) for s, v in [*some, *((aligned, v) for v in _VARIANTS)]]
+    """Every shape plain and in one more variant, an aligned one in all of them."""
+    shapes, aligned = (_SHAPES[:1], (17, 64, 40, 8)) if quick else (_SHAPES, _ALIGNED)
+    found = [(s, _VARIANTS[v]) for i, s in enumerate(shapes) for v in (0, 1 + i % 4)]
+    found += [(aligned, variant) for variant in _VARIANTS]
+    if gpu and not quick:
+        found += [(_LARGE, _VARIANTS[v]) for v in (0, 2, 4)]
+    return [Case(*shape, **variant) for shape, variant in found]
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -216,7 +221,7 @@ class Subject:
 
     def verdict(self, op: str, function: Callable[..., Any]) -> float:
         """The worst error ratio of an op's results; raises WrongResult where it is above 1."""
-        with _empty_is_nan():
+        with empty_is_nan():
             results = self.run(op, function)
         worst = 0.0
         for name, got in results:
@@ -234,7 +239,7 @@ class Subject:
 
 
 @contextmanager
-def _empty_is_nan() -> Iterator[None]:
+def empty_is_nan() -> Iterator[None]:
     """What an op allocates and does not write shows: torch fills it in its deterministic mode."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -42,4 +42,4 @@ class Progress:
         if self._bar is None:
             print(text, flush=True)
         else:
-            self._bar.print(text, markup=False)
+            self._bar.print(text, markup=False, highlight=False)

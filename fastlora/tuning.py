@@ -4,7 +4,8 @@ A layer's shape M,K,N,R is two products, x (M, K) by (K, N) forward and dy (M, N
 backward; each kernel is timed for both, and then each op along every path with the configs that
 won. What is wrong is never timed. Rows go to ``<gpu>.json``, which ``kernels/choice.py`` reads:
 ``base_us`` is what torch takes for the product alone, of ``gradient`` for ``h.T @ x``, of
-``shrink`` for ``x @ a.T``, of ``expand`` for ``h @ b``.
+``shrink`` for ``x @ a.T``, of ``expand`` for ``h @ b``. ``shrink_beside`` is timed with the product
+that it runs beside.
 """
 
 from __future__ import annotations
@@ -68,16 +69,15 @@ class Tuner:
     def kernels(self, shape: Shape, wanted: Sequence[str]) -> None:
         """Finds the fastest config of each kernel for the product, and writes the rows."""
         subject = self.subject(shape)
-        rows = []
-        for kernel, job in jobs(subject, self.device).items():
-            if kernel not in wanted:
-                continue
-            known = (kernel, *job.decides)
-            if known not in self._known:
-                self._known[known] = self._fastest_config(kernel, job, subject)
-            if self._known[known]:
-                rows.append(self._row(kernel, job.key) | self._known[known])
-        self._write(rows)
+        with self._reading_own():
+            for kernel, job in jobs(subject, self.device).items():
+                if kernel not in wanted:
+                    continue
+                known = (kernel, *job.decides)
+                if known not in self._known:
+                    self._known[known] = self._fastest_config(kernel, job, subject)
+                if self._known[known]:
+                    self._write([self._row(kernel, job.key) | self._known[known]])
 
     def paths(self, shape: Shape) -> None:
         """Finds the fastest path of each op of the layer, with the configs that were written."""
@@ -106,14 +106,14 @@ class Tuner:
 
     def _fastest_config(self, kernel: str, job: Job, subject: Subject) -> dict[str, Any]:
         """Of one kernel, as a row has it; empty where no candidate runs."""
-        dtype, numerics = (
-            DTYPES[self.dtype][0],
-            importlib.import_module("fastlora.kernels.numerics"),
-        )
-        fitted = [
-            self._configs.fitted(config, dtype.itemsize, numerics.precise(dtype))
-            for config in self._configs.CANDIDATES[kernel]
-        ]
+        ledger = importlib.import_module("fastlora.kernels.ledger")
+        launch = importlib.import_module("fastlora.kernels.launch")
+        size, lora_size = (dtype.itemsize for dtype in DTYPES[self.dtype])
+        problem = ledger.Problem(*job.key, size, lora_size=lora_size)
+        need = self._choice.need(problem, self.dtype, launch.arch_of(self.device))
+        # Timed as they are launched, written as they ship: each call fits them to its own needs.
+        shipped = self._configs.CANDIDATES[kernel]
+        fitted = {self._configs.fitted(config, need): config for config in reversed(shipped)}
 
         def check(config: object) -> None:
             for result, start in job.results.values():
@@ -125,12 +125,12 @@ class Tuner:
                     raise WrongResult(f"{name} errs by {ratio:.3g} times what is allowed")
 
         best = self._fastest(
-            kernel, list(dict.fromkeys(fitted)), check, lambda c: partial(job.launch, config=c),
+            kernel, list(reversed(fitted)), check, lambda c: partial(job.launch, config=c),
             job.base,
         )  # fmt: skip
         if best is None:
             return {}
-        return {"config": dict(vars(best[0])), "us": best[1], "base_us": best[2]}
+        return {"config": dict(vars(fitted[best[0]])), "us": best[1], "base_us": best[2]}
 
     def _fastest(
         self, what: str, candidates: list[Any], check: Callable[[Any], None],

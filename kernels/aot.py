@@ -142,7 +142,7 @@ def launch(case: Case) -> None:
     if case.kernel == "one_pass":
         w = None if v.no_weight else w
         one_pass(x, w, a, b, y, h, 2.0, config, drop=drop, drops_x=v.drops == "x", **added)
-    elif case.kernel == "shrink":
+    elif case.kernel.startswith("shrink"):
         scaled = None if v.first else torch.empty_like(h)
         shrink(x, a, h, config, scaled=scaled, factor=2.0, drop=drop, overlap=v.overlap)
     elif case.kernel in ("gemm", "gemm_tma"):
@@ -165,23 +165,27 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
         yield Case(kernel, "fp32", None, arch, Variant())
         return
     for dtype in dtypes:
-        size, precise = DTYPES[dtype][0].itemsize, dtype == "fp32"
-        # The rows of a call whose config this is, of a decoding step and of a training batch.
+        (size, lora_size), precise = (t.itemsize for t in DTYPES[dtype]), dtype == "fp32"
+        # A decoding step's and a training batch's.
         defaults = dict.fromkeys(configs.default(kernel, m, N, arch) for m in (16, M))
         shipped = () if sample else configs.CANDIDATES[kernel]
         forms = [(config, form) for config in defaults for form in _forms(kernel, arch, sample)]
         forms += [(config, form) for config in shipped for form in _main_forms(kernel, config)]
-        for config, form in dict.fromkeys(forms):
-            # float16's rank step comes first always.
-            last = dtype == "fp16" and kernel == "gemm" and form.overlap
-            if not last:
-                yield Case(kernel, dtype, configs.fitted(config, size, precise), arch, form)
+        found = []
+        for config, form in forms:
+            if dtype == "fp16" and kernel.startswith("gemm"):
+                if form.overlap:
+                    continue
+                form = replace(form, first=True)  # as products of float16 always are
+            need = configs.Need(size, lora_size, form.rank, form.drops, precise, arch)
+            found.append(Case(kernel, dtype, configs.fitted(config, need), arch, form))
+        yield from dict.fromkeys(found)
 
 
 def _main_forms(kernel: str, config: Config) -> tuple[Variant, ...]:
     ranks = (16, 64, 128) if kernel == "one_pass" and config.BM == 128 else (16, 64)
     forward = tuple(Variant(rank, biases=True) for rank in ranks)
-    masked = {"one_pass": "xy", "shrink": "x", "gradient": "x"}.get(kernel, "y")
+    masked = {"one_pass": "xy", "gemm": "y", "gemm_tma": "y", "expand": "y"}.get(kernel, "x")
     dropped = (
         Variant(64, drops=drops, backward=drops == "y", first=drops == "y") for drops in masked
     )
@@ -201,13 +205,12 @@ def _forms(kernel: str, arch: int, sample: bool) -> tuple[Variant, ...]:
     if kernel == "one_pass":
         forms[-1] = replace(plain, rank=64)
         forms += [Variant(few=True), Variant(no_weight=True), Variant(no_weight=True, drops="x")]
-    if kernel in ("gemm", "gemm_tma", "shrink"):
+    if kernel.startswith(("gemm", "shrink")):
         forms += [replace(plain, first=True)]
         forms += [Variant(overlap=True), Variant(64, overlap=True)] if arch >= 90 else []
     if kernel == "expand":
         forms += [Variant(no_weight=True), Variant(no_weight=True, drops="y")]
-    if kernel == "gradient":
-        forms += [Variant(few=True)]
+    forms += [Variant(few=True)] if kernel == "gradient" else []
     if kernel != "gemm_tma":
         forms += [Variant(odd=True), Variant(odd=True, backward=True)]
     return tuple(forms)
@@ -275,13 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if numerics.INTERPRETED.value:
         parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no code")
-    chosen = [
-        case
-        for kernel in options.kernel or KERNELS
-        for arch in options.arch or ARCHS
-        if kernel != "gemm_tma" or arch >= 90
-        for case in cases(arch, kernel, options.sample)
-    ]
+    kernels, archs = options.kernel or KERNELS, options.arch or ARCHS
+    pairs = [(k, arch) for k in kernels for arch in archs if k != "gemm_tma" or arch >= 90]
+    chosen = [case for k, arch in pairs for case in cases(arch, k, options.sample)]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as fresh:
         os.environ.setdefault("TRITON_CACHE_DIR", fresh)  # nothing stale is read

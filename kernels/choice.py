@@ -96,7 +96,7 @@ def _best(op: str, problem: Problem, dtype: str, first: bool, device: torch.devi
 def possible(path: str, problem: Problem, arch: int, first: bool) -> bool:
     """Whether ``path`` can run the product on such a GPU at all."""
     if path == "one_pass":
-        return problem.R <= ledger.MOST_RANKS_IN_ONE_PASS
+        return _most_ranks_in_one_pass(problem) >= problem.R
     if path == "overlapped":
         # Dependent launches exist from Hopper on, and not under the interpreter.
         return arch >= 90 and not first and problem.weight and not interpreted()
@@ -110,13 +110,27 @@ def config_of(
     return _config(kernel, problem, dtype_name(dtype, dtype), device)
 
 
+def _most_ranks_in_one_pass(p: Problem) -> int:
+    """What one tile holds beside its sums without a spill: ``make aot`` found where it ends."""
+    if p.masked == "x" and p.M > 32:
+        return 32
+    return 64 if p.M > 64 or p.size == 4 else 128
+
+
 @lru_cache(maxsize=4096)
 def _config(kernel: str, problem: Problem, dtype: str, device: torch.device) -> configs.Config:
-    tuned = _nearest(kernel, dtype, problem, device)
+    tuned, arch = _nearest(kernel, dtype, problem, device), arch_of(device)
     if tuned is not None:
-        return type(configs.CANDIDATES[kernel][0])(**tuned["config"])
-    plain = configs.default(kernel, problem.M, problem.N, arch_of(device))
-    return configs.fitted(plain, problem.size, precise=dtype == "fp32")
+        config = type(configs.CANDIDATES[kernel][0])(**tuned["config"])
+    else:
+        config = configs.default(kernel, problem.M, problem.N, arch)
+    return configs.fitted(config, need(problem, dtype, arch))
+
+
+def need(p: Problem, dtype: str, arch: int) -> configs.Need:
+    """What a product of ``dtype``, as rows name it, asks of a config."""
+    precise = dtype.split("+")[0] == "fp32"
+    return configs.Need(p.size, p.lora_size or p.size, p.R, p.masked, precise, arch)
 
 
 def forget() -> None:

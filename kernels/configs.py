@@ -7,7 +7,8 @@ every target, ``fastlora tune`` times them, ``kernels/tuning`` keeps the winners
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Gradient:
 
 Config = OnePass | Shrink | Gemm | Expand | Gradient
 
-# For 2-byte elements; ``fitted`` makes of one what 4-byte elements need.
+# For 2-byte elements; ``fitted`` makes of one what a call needs.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "one_pass": (
         OnePass(16, 16, 256, 4, 4),
@@ -124,24 +125,73 @@ def rank_tile(R: int) -> int:
     return max(16, 1 << (R - 1).bit_length()) if R else 16
 
 
-def fitted(config: Config, element_size: int, precise: bool) -> Config:
-    """The config for these elements: inner steps of the same bytes, and no tensor core if precise.
+class Need(NamedTuple):
+    """What a call asks of a config beside its shape."""
 
-    Products of float32 without tensor cores hold their operands in registers: a tile of 64 x 64,
-    16 deep, is what 4 warps hold without spilling (seen in the compiled code).
+    size: int  # bytes of an element of x
+    lora_size: int  # and of the adapters
+    R: int
+    masked: str = ""  # "x" or "y": where dropout is
+    precise: bool = False  # float32 without tensor cores
+    arch: int = 90
+
+
+def fitted(config: Config, need: Need) -> Config:
+    """The config as this call can be launched with: within registers and shared memory.
+
+    Each rule is what ``make aot`` found to compile without a spill, on the smallest target.
     """
-    values = dict(vars(config))
-    if element_size == 4:
-        inner = "BM" if isinstance(config, Gradient) else "BK"
-        if inner in values:
-            values[inner] = max(16, values[inner] // 2)
-    if precise:
-        for name, most in (("BM", 64), ("BN", 64), ("BC", 64), ("BK", 32)):
-            if name in values:
-                values[name] = min(values[name], most)
-        if isinstance(config, Gradient):
-            values["BM"] = min(values["BM"], 32)
-    return type(config)(**values)
+    inner = "BM" if isinstance(config, Gradient) else "BK"
+    if need.size == 4 and hasattr(config, inner):
+        config = replace(config, **{inner: max(16, getattr(config, inner) // 2)})
+    if isinstance(config, Gemm):
+        return _fitted_gemm(config, need)
+    if isinstance(config, OnePass):
+        return _fitted_one_pass(config, need)
+    if isinstance(config, Shrink):
+        # A mask of x holds a register an element.
+        deep = 64 if need.masked and need.R > 16 and config.BM >= 64 else config.BK
+        return replace(config, BK=min(config.BK, deep, 32 if need.precise else deep))
+    if isinstance(config, Expand):
+        return replace(config, BM=64, BN=64) if need.precise else config
+    return replace(config, BM=16, BC=min(config.BC, 64)) if need.precise else config
+
+
+def _fitted_gemm(config: Gemm, need: Need) -> Gemm:
+    if need.precise:
+        # Operands in registers: what 4 warps hold of 64 x 64 sums.
+        return Gemm(64, 64, 16, config.GROUP, 4, max(3, config.stages))
+    # Beside 128 x 256 sums there is no register for a mask, and for a float32 tile of y no shared
+    # memory; and Blackwell, which holds sums elsewhere, spills as it reads them.
+    room = need.arch == 90 and need.size == 2 and need.masked != "y"
+    if config.BM * config.BN > 128 * 128 and not room:
+        return replace(config, BM=128, BN=128, stages=4)
+    return config
+
+
+def _fitted_one_pass(config: OnePass, need: Need) -> OnePass:
+    BM, BN, BK, warps, stages = astuple(config)
+    ranks = rank_tile(need.R)
+    if need.precise:
+        return OnePass(min(BM, 32), min(BN, 32), 16, 4, min(stages, 3))
+    if BM >= 128 and ranks > 16:
+        BN = 64
+    if need.masked == "x":
+        BK = min(BK, 128)
+
+    def shared() -> int:
+        return (stages - 1) * BK * ((BM + BN) * need.size + ranks * need.lora_size)
+
+    # 128 KiB leave a mask and the last tiles their room within the 163 KiB of Ampere; a step of x
+    # and of a is held in registers once.
+    while shared() > 128 * 1024 or BK * max(BM, ranks) * need.size > 16 * 1024:
+        if BK > 32:
+            BK //= 2
+        elif stages > 2:
+            stages -= 1
+        else:
+            break
+    return OnePass(BM, BN, BK, warps, stages)
 
 
 def default(kernel: str, M: int, N: int, arch: int) -> Config:

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.configs import Gemm, rank_block
 from fastlora.kernels.launch import Dropout, device_of, dropout_arguments
-from fastlora.kernels.numerics import dot, narrow, precision
+from fastlora.kernels.numerics import dot, narrow, precise, precision
 from fastlora.kernels.rank import add_biases, rank_step, scaled, tile_of
 
 
@@ -135,9 +135,10 @@ def gemm(
     vectors = (y if bias is None else bias, y if lora_bias is None else lora_bias)
     numbers = (M, N, K, R, scaling, scaling * keep_scale, threshold)
     rank = (h.stride(0), *b.stride())
+    BR = rank_block(R, most_ranks(config, x.dtype))
     options = {
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.GROUP,
-        "BR": rank_block(R, most_ranks(config)), "FIRST": first, "DROPOUT": drop is not None,
+        "BR": BR, "FIRST": first, "DROPOUT": drop is not None,
         "BIAS": bias is not None, "LORA_BIAS": lora_bias is not None, "OVERLAP": overlap,
         "PRECISION": precision(x.dtype), "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
@@ -164,8 +165,10 @@ def gemm(
             )  # fmt: skip
 
 
-def most_ranks(config: Gemm) -> int:
-    """Ranks a step at most: beside 128 x 256 sums, a tile of b of 64 ranks spills registers."""
+def most_ranks(config: Gemm, dtype: torch.dtype) -> int:
+    """Ranks a step at most: more of b beside the sums would spill registers."""
+    if precise(dtype):
+        return 16
     return 64 if config.BM * config.BN < 128 * 256 else 32
 
 

@@ -12,9 +12,6 @@ from fastlora.kernels.configs import rank_tile
 
 PATHS = ("one_pass", "two_pass", "overlapped", "library")
 
-# Ranks that one tile of the one-pass kernel can hold beside its sums.
-MOST_RANKS_IN_ONE_PASS = 128
-
 
 class Machine(NamedTuple):
     bandwidth: float  # bytes a µs, read and written
@@ -38,6 +35,8 @@ class Problem(NamedTuple):
     R: int
     size: int
     weight: bool = True  # whether there is a base product
+    lora_size: int = 0  # bytes of an element of the adapters; 0: the same
+    masked: str = ""  # "x" or "y": where dropout is
 
 
 def machine(arch: int) -> Machine:

@@ -108,7 +108,8 @@ def lora_linear_backward(
 
 def _adapter(x: Tensor, h: Tensor, out: Tensor, scaling: float, drop: Dropout | None) -> Tensor:
     (M, C), R = x.shape, h.shape[1]
-    config = config_of("gradient", Problem(M, M, C, R, x.itemsize, False), x.dtype, x.device)
+    problem = Problem(M, M, C, R, x.itemsize, False, masked="x" if drop else "")
+    config = config_of("gradient", problem, x.dtype, x.device)
     gradient(x, h, out, scaling, config, drop=drop)
     return out
 

@@ -42,7 +42,9 @@ class Product:
     @property
     def problem(self) -> Problem:
         (M, K), N, R = self.x.shape, self.y.shape[1], self.a.shape[0]
-        return Problem(M, K, N, R, self.x.itemsize, self.w is not None)
+        masked = "" if self.drop is None else "x" if self.drops_x else "y"
+        sizes = {"size": self.x.itemsize, "lora_size": self.a.itemsize}
+        return Problem(M, K, N, R, weight=self.w is not None, masked=masked, **sizes)
 
     @property
     def first(self) -> bool:

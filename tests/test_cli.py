@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 import fastlora
 from fastlora import cli, dispatch, ops
+from fastlora.kernels import records
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,8 +51,56 @@ def test_info_says_what_runs_and_why_not():
         reason = dispatch.unusable(name)
         assert ("not usable" in backends[name]) == (reason is not None)
         assert (reason or "usable") in backends[name]
+    kernels = section(text, "kernels")
+    assert kernels[0] == f"  cpu    runs lora_linear on {dispatch.backend('lora_linear')}"
+    assert len([line for line in kernels if " runs lora_linear on " in line]) == len(devices) - (
+        not torch.cuda.is_available()
+    )
+    assert kernels[-1].endswith(f": {records.cache_folder()}")
     chosen = {line.split()[0]: line.split()[1] for line in section(text, "ops")}
     assert chosen == {op: dispatch.choose(op, torch.device("cpu")) for op in ops.SCHEMAS}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a machine with a GPU, of which the arguments are verified: (op, dtype) to paths."""
+    choice = pytest.importorskip("fastlora.kernels.choice")
+    launch = importlib.import_module("fastlora.kernels.launch")
+
+    def install(rows: dict[tuple[str, str], tuple[str, ...]]) -> list[str]:
+        def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
+            assert arch == 90
+            return tuple(
+                p for (o, d), ps in rows.items() if o == op and dtype in (d, None) for p in ps
+            )
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+        monkeypatch.setattr(launch, "arch_of", lambda device: 90)
+        monkeypatch.setattr(choice, "verified", verified)
+        return section(cli.info(), "kernels")[1:-1]
+
+    return install
+
+
+def test_info_says_what_is_verified(gpu):
+    linear, backward = "lora_linear", "lora_linear_backward"
+    both = ("one_pass", "library")
+    rows = {(op, dtype): both for op in (linear, backward) for dtype in ("bf16", "bf16+fp32")}
+    assert gpu(rows | {(linear, "fp16"): ("one_pass",)}) == [
+        "  cuda:0 runs lora_linear on triton",
+        "         verified lora_linear: one_pass (fp16); one_pass, library (bf16, bf16+fp32)",
+        "         verified lora_linear_backward: one_pass, library (bf16, bf16+fp32)",
+    ]
+
+
+def test_info_says_that_nothing_is_verified(gpu):
+    first, second = gpu({})
+    assert first == "  cuda:0 runs lora_linear on torch"
+    assert "plain torch runs" in second
+    assert "`fastlora check`" in second
 
 
 def test_info_tells_an_absent_package(monkeypatch):
@@ -65,10 +115,11 @@ def test_info_tells_an_absent_package(monkeypatch):
 
 def test_a_backend_that_was_asked_for_shows():
     """In a process of its own: the variable is read once."""
-    asked = run("info", FASTLORA_BACKEND="triton")
+    asked = run("info", FASTLORA_BACKEND="triton", TRITON_INTERPRET="0")
     assert asked.returncode == 0
     assert "FASTLORA_BACKEND=triton" in asked.stdout
-    assert all("cannot run" in line for line in section(asked.stdout, "ops"))
+    found = {line.split()[0]: "cannot run" in line for line in section(asked.stdout, "ops")}
+    assert found == {op: op in dispatch.OPS["triton"] for op in ops.SCHEMAS}
     assert "'nonsense'" in run("info", FASTLORA_BACKEND="nonsense").stdout
 
 
@@ -83,6 +134,15 @@ def test_a_backend_that_was_asked_for_shows():
         ("nonsense", 2, "nonsense"),
         ("info --loud", 2, "--loud"),
         ("demo --seed x", 2, "--seed"),
+        ("check --help", 0, "--quick"),
+        ("check --device gpu", 2, "expected cpu or cuda[:N], got 'gpu'"),
+        ("check --backend cpu", 2, "--backend"),
+        ("tune --help", 0, "--shapes"),
+        ("tune --shapes 1,2,3", 2, "expected M,K,N,R of 1 or more, got '1,2,3'"),
+        ("tune --shapes 1,2,3,4 1,2,3,0", 2, "got '1,2,3,0'"),
+        ("tune --kernel conv", 2, "--kernel"),
+        ("tune --dtype bf16+fp32", 2, "--dtype"),
+        ("tune --device cpu", 2, "no CUDA GPU"),
     ],
 )
 def test_exit_codes(capsys, arguments, code, says):

@@ -1,0 +1,259 @@
+"""`fastlora check`: what is right passes, what is wrong fails, and rows say only what passed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora import cli, dispatch, reference, selftest, stamps
+from tests.test_stamps import FACTS, ROW, rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+class RealStamps(stamps.Stamps):
+    """As on a GPU."""
+
+    def __init__(self, device: torch.device, folder: Path | None, quick: bool) -> None:
+        super().__init__(device, folder, quick)
+        self._real, self._facts = True, dict(FACTS)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    choice = pytest.importorskip("fastlora.kernels.choice")
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+@pytest.fixture
+def backend(monkeypatch, cache):
+    """Reference ops in place of the Triton ones; `spoil(op, path, results)` may change results."""
+
+    def install(spoil=lambda op, path, results: None):
+        def implementation(op: str, name: str):
+            assert name == "triton"
+
+            def run(*args: object, path: str):
+                results = getattr(reference, op)(*args)
+                written = list(args[:2]) if op == "lora_add_" else list(results)
+                changed = spoil(op, path, written)
+                if op == "lora_add_":
+                    return None
+                return results if changed is None else changed
+
+            return run
+
+        monkeypatch.setattr(dispatch, "implementation", implementation)
+        monkeypatch.setattr(selftest, "Stamps", RealStamps)
+
+    return install
+
+
+def check(names=("bf16",), backends=("triton",), **options) -> tuple[bool, list[str]]:
+    said: list[str] = []
+    options = {"quick": False, **options}
+    passed = selftest.check(CPU, backends, names=names, say=said.append, **options)
+    return passed, said
+
+
+def test_torch_passes_on_the_cpu():
+    passed, said = check(names=None, backends=["torch"], quick=True)
+    assert passed
+    table = [line.split() for line in said if line.startswith("torch")]
+    assert [line[2] for line in table] == ["fp32", "fp16", "bf16", "fp16+fp32", "bf16+fp32"]
+    assert all(line[-1] == "passed" and int(line[3]) >= 15 for line in table)
+    assert said[-1] == "all passed"
+
+
+def test_the_kernels_pass_under_the_interpreter(tmp_path):
+    """In a process of its own: kernels are interpreted or compiled for good."""
+    pytest.importorskip("triton")
+    arguments = "check --device cpu --backend triton --dtype bf16+fp32 --quick"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", *arguments.split()],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("triton")]
+    assert [(line[1], line[-1]) for line in lines] == [
+        ("one_pass", "passed"),
+        ("two_pass", "passed"),
+        ("library", "passed"),
+    ]
+    assert "nothing is stamped" in done.stdout
+    assert not rows(tmp_path)
+
+
+def test_what_passes_is_stamped(backend, cache):
+    backend()
+    passed, said = check()
+    assert passed
+    assert f"{len(rows(cache))} rows of verified paths written to {cache}" in said
+    found = {(row["op"], row["path"]) for row in rows(cache)}
+    both = {(op, path) for op in selftest.OPS for path in ("one_pass", "two_pass")}
+    linear = {"lora_linear", "lora_linear_backward"}
+    wide = {(op, "library") for op in linear} | {(op, "overlapped") for op in linear}
+    # Under the interpreter nothing overlaps.
+    assert both <= found <= both | wide
+    assert all(row["dtype"] == "bf16" and FACTS.items() <= row.items() for row in rows(cache))
+
+
+def scaled(op, path, results):
+    results[0].mul_(1.1)
+
+
+def one_nan(op, path, results):
+    results[-1].view(-1)[-1] = float("nan")
+
+
+def unwritten(op, path, results):
+    """As an op that leaves its last element as it was allocated."""
+    if op == "lora_add_":
+        results[1][-1:] = torch.empty_like(results[1][-1:])
+        return None
+    return [torch.empty_like(results[0]), *results[1:]]
+
+
+def other_dtype(op, path, results):
+    if op == "lora_add_":
+        raise TypeError("an argument that the compiler does not take")
+    return [result.double() for result in results]
+
+
+def raising(op, path, results):
+    raise RuntimeError("the kernel does not compile\nat line 3")
+
+
+def never_the_same(op, path, results):
+    results[0].view(-1)[0] += 1e-3 * torch.rand(()).item() + 8e-3 * (torch.rand(()).item() > 0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (scaled, "times what is allowed"),
+        (one_nan, "errs by nan"),
+        (unwritten, "errs by nan"),
+        (other_dtype, "float64"),
+        (raising, "the kernel does not compile"),
+        (never_the_same, "other bits"),
+    ],
+)
+def test_a_broken_path_fails_and_is_not_stamped(backend, cache, wrong, says):
+    """The other paths are checked, and stamped, all the same."""
+
+    def spoil(op, path, results):
+        return wrong(op, path, results) if path == "two_pass" else None
+
+    backend(spoil)
+    broken = [ROW | {"path": "two_pass"}, ROW | {"path": "two_pass", "arch": 80}]
+    for row in broken:
+        stamps.write(row, None)
+    passed, said = check()
+    assert not passed
+    assert said[-1] == "FAILED"
+    assert any(says in line for line in said), said
+    results = {line.split()[1]: line.split()[-1] for line in said if line.startswith("triton")}
+    assert results["two_pass"] == "FAILED"
+    assert results["one_pass"] == "passed"
+    assert "one_pass" in {row["path"] for row in rows(cache)}
+    # What had passed once, and on another architecture still does.
+    assert [row for row in rows(cache) if row["path"] == "two_pass"] == broken[1:]
+    assert any("1 withdrawn" in line for line in said)
+
+
+def test_one_op_of_a_path_may_fail_alone(backend, cache):
+    backend(lambda op, path, results: scaled(op, path, results) if op == "lora_add_" else None)
+    passed, said = check()
+    assert not passed
+    assert {row["op"] for row in rows(cache)} == {"lora_linear", "lora_linear_backward"}
+    assert all("lora_add_" in line for line in said if line.startswith("    "))
+
+
+def test_a_quick_check_stamps_nothing_but_withdraws(backend, cache):
+    stamps.write(ROW, None)
+    backend(lambda op, path, results: scaled(op, path, results) if path == "one_pass" else None)
+    passed, said = check(quick=True)
+    assert not passed
+    assert not rows(cache)
+    assert any("nothing is stamped by a quick check, 1 withdrawn" in line for line in said)
+
+
+def test_a_lost_device_stops_the_check(backend, cache, monkeypatch):
+    def spoil(op, path, results):
+        if path == "two_pass":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    backend(spoil)
+    monkeypatch.setattr(selftest, "poisoned", lambda device: True)
+    passed, said = check(names=["bf16", "fp16"])
+    assert not passed
+    assert "does not recover" in said[-1]
+    assert {row["path"] for row in rows(cache)} == {"one_pass"}
+    assert not any("fp16" in line for line in said)
+    assert sum(line.startswith("    ") for line in said) == 1
+
+
+def test_rows_go_where_they_should(backend, cache, tmp_path):
+    backend()
+    folder = tmp_path / "tuning"
+    assert check(folder=folder)[0]
+    assert rows(folder)
+    assert not rows(cache)
+
+
+def command(arguments: str) -> int:
+    return cli.main(["check", *arguments.split()])
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_command(monkeypatch, tmp_path, passed):
+    seen = {}
+
+    def fake(device, backends, **options):
+        seen.update(options, device=device, backends=backends)
+        return passed
+
+    monkeypatch.setattr(selftest, "check", fake)
+    arguments = f"--device cpu --backend torch --dtype bf16 --quick --save {tmp_path} --seed 3"
+    assert command(arguments) == (0 if passed else 1)
+    assert seen == {
+        "device": CPU,
+        "backends": ["torch"],
+        "names": ["bf16"],
+        "quick": True,
+        "folder": tmp_path,
+        "seed": 3,
+    }
+
+
+def test_the_command_says_what_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_TRITON", False)
+    assert command("--device cpu --backend triton --quick") == 2
+    assert "triton is not installed" in capsys.readouterr().err
+    assert command("--device cpu --dtype bf16 --quick") == 0
+    assert "triton is not checked: triton is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command("--device cuda") == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_the_precision_is_restored():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    for name, expected in {"tf32": "tf32", "fp32": "ieee", "bf16": "ieee"}.items():
+        with selftest.fp32_precision(name):
+            assert matmul.fp32_precision == expected
+        assert matmul.fp32_precision == before

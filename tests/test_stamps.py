@@ -1,0 +1,68 @@
+"""The rows that `fastlora check` leaves, and those that it takes back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import stamps
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTS = {"arch": 90, "gpu": "A GPU", "commit": "0000000", "torch": "2", "triton": "3"}
+ROW = {"op": "lora_linear", "dtype": "bf16", "path": "one_pass", **FACTS}
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    choice = pytest.importorskip("fastlora.kernels.choice")
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    choice.forget()
+    yield tmp_path
+    choice.forget()
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    file = folder / "verified.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def test_nothing_is_stamped_on_a_cpu(cache):
+    made = stamps.Stamps(torch.device("cpu"), None, quick=False)
+    made.note("lora_linear", "bf16", "one_pass", passed=True)
+    assert rows(cache) == []
+    assert "nothing is stamped" in made.summary()
+
+
+def test_rows_are_read_and_withdrawn(cache):
+    from fastlora.kernels import choice
+
+    row = ROW | choice.versions()
+    stamps.write(row, None)
+    stamps.write(row | {"path": "library"}, None)
+    assert set(choice.verified("lora_linear", "bf16", 90)) >= {"one_pass", "library"}
+    assert stamps.withdraw(row, None) == 1
+    assert rows(cache) == [row | {"path": "library"}]
+    assert stamps.withdraw(row, None) == 0
+    assert stamps.withdraw(row | {"path": "library", "triton": "another"}, None) == 0
+    assert stamps.withdraw(row | {"path": "library"}, None) == 1
+    assert rows(cache) == []
+    (cache / "verified.json").write_text("not JSON")
+    assert stamps.withdraw(row, None) == 0
+
+
+def test_the_commit_of_a_checkout(monkeypatch):
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no git here")
+    if done.returncode:
+        pytest.skip("no checkout")
+    assert stamps.commit() in (done.stdout.strip(), done.stdout.strip() + "+changes")
+    monkeypatch.setenv("PATH", "")
+    assert stamps.commit() == fastlora.__version__
