@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,10 @@ def poisoned(device: torch.device) -> bool:
 
 
 class Stamps:
-    """The verified rows of one GPU, written as they pass, withdrawn where they fail."""
+    """The rows of one GPU, written as each path has passed or failed."""
 
     def __init__(self, device: torch.device, folder: Path | None, quick: bool) -> None:
-        self._folder, self._quick, self._written, self._withdrawn = folder, quick, 0, 0
+        self._folder, self._quick, self._written, self._failed = folder, quick, 0, 0
         launch = importlib.import_module("fastlora.kernels.launch")
         self._real = device.type == "cuda" and not launch.interpreted()
         if self._real:
@@ -64,12 +63,12 @@ class Stamps:
         """An (op, dtype, path) has been checked in all its cases."""
         if not self._real:
             return
-        row = {"op": op, "dtype": dtype, "path": path, **self._facts}
-        if not passed:
-            self._withdrawn += withdraw(row, self._folder)
-        elif not self._quick:
+        row = {"op": op, "dtype": dtype, "path": path, "passed": passed, **self._facts}
+        # A failure is kept too: it outweighs a row that says of another such GPU that all was well.
+        if not passed or not self._quick:
             write(row, self._folder)
-            self._written += 1
+            self._written += passed
+            self._failed += not passed
 
     def summary(self) -> str:
         if not self._real:
@@ -77,27 +76,11 @@ class Stamps:
         where = self._folder or importlib.import_module("fastlora.kernels.records").cache_folder()
         said = f"{self._written} rows of verified paths written to {where}"
         said = "nothing is stamped by a quick check" if self._quick else said
-        return said + (f", {self._withdrawn} withdrawn" if self._withdrawn else "")
+        return said + (f", {self._failed} of paths that failed" if self._failed else "")
 
 
 def write(row: dict[str, Any], folder: Path | None) -> None:
+    """Adds a row, or puts it in the place of the earlier one about the same path."""
     records = importlib.import_module("fastlora.kernels.records")
     records.write(records.VERIFIED, [row], _KEYS, folder)
     importlib.import_module("fastlora.kernels.choice").forget()
-
-
-def withdraw(row: dict[str, Any], folder: Path | None) -> int:
-    """Removes the rows that say of this one that it passed; how many there were."""
-    records = importlib.import_module("fastlora.kernels.records")
-    file = (folder or records.cache_folder()) / records.VERIFIED
-    try:
-        rows = [r for r in json.loads(file.read_text()) if isinstance(r, dict)]
-    except (OSError, ValueError):
-        return 0
-    kept = [r for r in rows if any(r.get(key) != row[key] for key in _KEYS)]
-    if len(kept) < len(rows):
-        file.unlink()
-        if kept:
-            records.write(records.VERIFIED, kept, _KEYS, folder)
-        importlib.import_module("fastlora.kernels.choice").forget()
-    return len(rows) - len(kept)

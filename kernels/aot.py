@@ -26,12 +26,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastlora.kernels import aot_checks, configs, numerics
+from fastlora.kernels import aot_checks, choice, configs, numerics
 from fastlora.kernels.configs import Config
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.gradient import gradient
 from fastlora.kernels.launch import Dropout
+from fastlora.kernels.ledger import Problem
 from fastlora.kernels.one_pass import one_pass
 from fastlora.kernels.philox import keep_mask
 from fastlora.kernels.shrink import shrink
@@ -120,7 +121,10 @@ def launch(case: Case) -> None:
     v, config = case.variant, case.config
     dtype, lora_dtype = DTYPES[case.dtype]
     m, n, k, rank = (ODD_M, ODD_N, ODD_K, ODD_R) if v.odd else (M, N, K, v.rank)
-    m = (1 if case.kernel == "one_pass" else 64) if v.few else m
+    if case.kernel == "one_pass":
+        m = 1 if v.few else config.BM - v.odd
+    elif v.few:
+        m = 64
 
     def matrix(rows: int, columns: int, dtype: torch.dtype = dtype, turned: bool = False) -> Tensor:
         if turned:
@@ -165,7 +169,7 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
         yield Case(kernel, "fp32", None, arch, Variant())
         return
     for dtype in dtypes:
-        (size, lora_size), precise = (t.itemsize for t in DTYPES[dtype]), dtype == "fp32"
+        size, lora_size = (t.itemsize for t in DTYPES[dtype])
         # A decoding step's and a training batch's.
         defaults = dict.fromkeys(configs.default(kernel, m, N, arch) for m in (16, M))
         shipped = () if sample else configs.CANDIDATES[kernel]
@@ -177,8 +181,12 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
                 if form.overlap:
                     continue
                 form = replace(form, first=True)  # as products of float16 always are
-            need = configs.Need(size, lora_size, form.rank, form.drops, precise, arch)
-            found.append(Case(kernel, dtype, configs.fitted(config, need), arch, form))
+            rows = config.BM if kernel == "one_pass" else M
+            asked = Problem(rows, K, N, form.rank, size, not form.no_weight, lora_size, form.drops)
+            if kernel == "one_pass" and not choice.possible(kernel, asked, arch, False):
+                continue
+            fitted = configs.fitted(config, choice.need(asked, dtype, arch))
+            found.append(Case(kernel, dtype, fitted, arch, form))
         yield from dict.fromkeys(found)
 
 

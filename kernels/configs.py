@@ -76,7 +76,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         OnePass(32, 32, 128, 4, 5),
         OnePass(64, 32, 128, 4, 4),
         OnePass(64, 64, 64, 4, 5),
-        OnePass(128, 128, 64, 8, 3),
+        OnePass(128, 128, 32, 8, 4),
     ),
     "shrink": (
         Shrink(16, 64, 4, 3),
@@ -174,16 +174,15 @@ def _fitted_one_pass(config: OnePass, need: Need) -> OnePass:
     ranks = rank_tile(need.R)
     if need.precise:
         return OnePass(min(BM, 32), min(BN, 32), 16, 4, min(stages, 3))
-    if BM >= 128 and ranks > 16:
+    if BM >= 128 and ranks * need.lora_size > 32:
         BN = 64
-    if need.masked == "x":
-        BK = min(BK, 128)
+    # A step of x, its mask and a step of a are registers at a time.
+    BK = min(BK, 128 if need.masked == "x" else BK, 512 // need.lora_size)
 
     def shared() -> int:
         return (stages - 1) * BK * ((BM + BN) * need.size + ranks * need.lora_size)
 
-    # 128 KiB leave a mask and the last tiles their room within the 163 KiB of Ampere; a step of x
-    # and of a is held in registers once.
+    # 128 KiB leave a mask and the last tiles their room within the 163 KiB of Ampere.
     while shared() > 128 * 1024 or BK * max(BM, ranks) * need.size > 16 * 1024:
         if BK > 32:
             BK //= 2
@@ -209,7 +208,7 @@ def _one_pass(M: int, N: int, arch: int) -> Config:
         return OnePass(32, 32, 128, 4, 5)
     if M <= 64:
         return OnePass(64, 64, 64, 4, 5)
-    return OnePass(128, 128, 64, 8, 3)
+    return OnePass(128, 128, 32, 8, 4)
 
 
 def _shrink(M: int, N: int, arch: int) -> Config:

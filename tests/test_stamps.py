@@ -38,21 +38,33 @@ def test_nothing_is_stamped_on_a_cpu(cache):
     assert "nothing is stamped" in made.summary()
 
 
-def test_rows_are_read_and_withdrawn(cache):
+def test_a_failure_takes_the_place_of_a_pass(cache):
     from fastlora.kernels import choice
 
-    row = ROW | choice.versions()
+    row = ROW | choice.versions() | {"passed": True}
     stamps.write(row, None)
     stamps.write(row | {"path": "library"}, None)
     assert set(choice.verified("lora_linear", "bf16", 90)) >= {"one_pass", "library"}
-    assert stamps.withdraw(row, None) == 1
-    assert rows(cache) == [row | {"path": "library"}]
-    assert stamps.withdraw(row, None) == 0
-    assert stamps.withdraw(row | {"path": "library", "triton": "another"}, None) == 0
-    assert stamps.withdraw(row | {"path": "library"}, None) == 1
-    assert rows(cache) == []
-    (cache / "verified.json").write_text("not JSON")
-    assert stamps.withdraw(row, None) == 0
+    stamps.write(row | {"passed": False}, None)
+    assert {(r["path"], r["passed"]) for r in rows(cache)} == {
+        ("one_pass", False),
+        ("library", True),
+    }
+    assert "one_pass" not in choice.verified("lora_linear", "bf16", 90)
+
+
+def test_the_user_s_own_failure_outweighs_a_row_that_ships(cache, monkeypatch, tmp_path):
+    from fastlora.kernels import choice, records
+
+    row = ROW | choice.versions()
+    monkeypatch.setattr(records, "SHIPPED", tmp_path / "shipped")
+    stamps.write(row, tmp_path / "shipped")
+    assert choice.verified("lora_linear", "bf16", 90) == ("one_pass",)
+    stamps.write(row | {"passed": False}, None)
+    assert choice.verified("lora_linear", "bf16", 90) == ()
+    stamps.write(row | {"passed": False, "triton": "another"}, None)
+    stamps.write(row | {"passed": True}, None)
+    assert choice.verified("lora_linear", "bf16", 90) == ("one_pass",)
 
 
 def test_the_commit_of_a_checkout(monkeypatch):
