@@ -17,6 +17,9 @@ from triton import knobs
 # Shared memory that one block may ask for, in bytes, and tensor memory, in columns.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512
+# Bytes of stack that are no spill: with registers to spare, ptxas parks a few values that a loop
+# does not use, written and read once, to let one block more onto an SM. The table shows them.
+PARKED = 32
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 COPIES = {"tma": "cp.async.bulk.tensor", "cp.async": "cp.async.c"}
@@ -51,7 +54,7 @@ def examine(kernel, arch: int, wanted: Iterable[str] = ()) -> Row:
     shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     faults = []
-    if stack:
+    if stack > PARKED or (stack and used["REG"] == 255):
         faults.append(f"spills: {stack} bytes of stack beside {used['REG']} registers")
     if shared > SHARED[arch]:
         faults.append(f"{shared} bytes of shared memory, sm_{arch} has {SHARED[arch]}")

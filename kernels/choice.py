@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -46,12 +47,13 @@ def gpu_name(device: torch.device) -> str:
 def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
     """The paths of op that passed their test on such a GPU, in this dtype or, if None, in any."""
     wanted = {"op": op, "arch": arch} | ({"dtype": dtype} if dtype else {})
-    passed: dict[tuple[str, str], bool] = {}
+    passed: dict[tuple[Any, Any], bool] = {}
     for row in records.read(records.VERIFIED, versions()):
         if wanted.items() <= row.items():
             # The user's own rows come first, and say more of this machine than those that ship.
-            passed.setdefault((row["dtype"], row["path"]), row.get("passed", True))
-    return tuple(dict.fromkeys(path for (_, path), good in passed.items() if good))
+            passed.setdefault((row.get("dtype"), row.get("path")), row.get("passed", True))
+    good = dict.fromkeys(path for (_, path), well in passed.items() if well and path in PATHS)
+    return tuple(good)
 
 
 # What use_path asked for, for every thread: backward runs in one of autograd's.

@@ -150,7 +150,7 @@ def fitted(config: Config, need: Need) -> Config:
         return _fitted_one_pass(config, need)
     if isinstance(config, Shrink):
         # A mask of x holds a register an element.
-        deep = 64 if need.masked and need.R > 16 and config.BM >= 64 else config.BK
+        deep = 64 if need.masked and need.R > 16 and config.BM >= 64 else 512 // need.lora_size
         return replace(config, BK=min(config.BK, deep, 32 if need.precise else deep))
     if isinstance(config, Expand):
         return replace(config, BM=64, BN=64) if need.precise else config

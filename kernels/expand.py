@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import Expand, rank_block
-from fastlora.kernels.launch import Dropout, device_of, dropout_arguments
-from fastlora.kernels.numerics import narrow, precision
+from fastlora.kernels.launch import Dropout, compiled_as, device_of, dropout_arguments
+from fastlora.kernels.numerics import narrow, precise, precision
 from fastlora.kernels.rank import add_biases, rank_step, scaled
 
 
@@ -55,13 +55,15 @@ def expand(
     (M, N), R = y.shape, b.shape[0]
     if y.numel() == 0:
         return
+    # Products without tensor cores hold the step in registers.
+    BR = rank_block(R, 16 if precise(y.dtype) else 64)
     seed, threshold, keep_scale = dropout_arguments(drop, y)
     with device_of(y):
         _expand[(triton.cdiv(M, config.BM), triton.cdiv(N, config.BN))](
             y, h, b, y if bias is None else bias, y if lora_bias is None else lora_bias, seed,
             M, N, R, scaling, scaling * keep_scale, threshold, *y.stride(), h.stride(0),
             *b.stride(),
-            BM=config.BM, BN=config.BN, BR=rank_block(R), ADD=add, DROPOUT=drop is not None,
+            BM=config.BM, BN=config.BN, BR=BR, ADD=add, DROPOUT=drop is not None,
             BIAS=bias is not None, LORA_BIAS=lora_bias is not None, PRECISION=precision(y.dtype),
-            num_warps=config.warps, num_stages=config.stages,
+            **compiled_as(config),
         )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.configs import Gemm, rank_block
-from fastlora.kernels.launch import Dropout, device_of, dropout_arguments
+from fastlora.kernels.launch import Dropout, compiled_as, device_of, dropout_arguments
 from fastlora.kernels.numerics import dot, narrow, precise, precision
 from fastlora.kernels.rank import add_biases, rank_step, scaled, tile_of
 
@@ -135,12 +135,12 @@ def gemm(
     vectors = (y if bias is None else bias, y if lora_bias is None else lora_bias)
     numbers = (M, N, K, R, scaling, scaling * keep_scale, threshold)
     rank = (h.stride(0), *b.stride())
-    BR = rank_block(R, most_ranks(config, x.dtype))
+    BR = rank_block(R, most_ranks(config, x.dtype, b.dtype))
     options = {
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.GROUP,
         "BR": BR, "FIRST": first, "DROPOUT": drop is not None,
         "BIAS": bias is not None, "LORA_BIAS": lora_bias is not None, "OVERLAP": overlap,
-        "PRECISION": precision(x.dtype), "num_warps": config.warps, "num_stages": config.stages,
+        "PRECISION": precision(x.dtype), **compiled_as(config),
     }  # fmt: skip
     if overlap:
         options["launch_pdl"] = True
@@ -165,11 +165,11 @@ def gemm(
             )  # fmt: skip
 
 
-def most_ranks(config: Gemm, dtype: torch.dtype) -> int:
+def most_ranks(config: Gemm, dtype: torch.dtype, lora_dtype: torch.dtype) -> int:
     """Ranks a step at most: more of b beside the sums would spill registers."""
     if precise(dtype):
         return 16
-    return 64 if config.BM * config.BN < 128 * 256 else 32
+    return 64 if config.BM * config.BN < 128 * 256 and lora_dtype == dtype else 32
 
 
 def fits_tma(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> bool:

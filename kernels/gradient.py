@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import Gradient, rank_block
-from fastlora.kernels.launch import Dropout, device_of, dropout_arguments
+from fastlora.kernels.launch import Dropout, compiled_as, device_of, dropout_arguments
 from fastlora.kernels.numerics import dot, narrow, precision
 from fastlora.kernels.philox import keep_tile
 
@@ -97,9 +97,19 @@ def gradient(
             x, h, sums, seed, M, C, R, part_rows, factor if parts == 1 else 1.0, threshold,
             *x.stride(), h.stride(0), *strides,
             BM=config.BM, BC=config.BC, BR=BR, DROPOUT=drop is not None,
-            PRECISION=precision(x.dtype), num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision(x.dtype), **compiled_as(config),
         )  # fmt: skip
         if parts > 1:
             _add_parts[(triton.cdiv(C, 256), triton.cdiv(R, 4))](
-                sums, out, C, R, parts, factor, R * C, *out.stride(), BC=256, BR=4
+                sums,
+                out,
+                C,
+                R,
+                parts,
+                factor,
+                R * C,
+                *out.stride(),
+                BC=256,
+                BR=4,
+                enable_fp_fusion=True,
             )

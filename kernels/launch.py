@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlora.kernels.configs import Config
 from fastlora.kernels.numerics import INTERPRETED
 
 
@@ -31,6 +32,16 @@ class Dropout(NamedTuple):
 def dropout_arguments(drop: Dropout | None, otherwise: Tensor) -> tuple[Tensor, int, float]:
     """(seed, threshold, keep_scale); without dropout a pointer that is never read, and 1."""
     return drop if drop is not None else (otherwise, 0, 1.0)
+
+
+def compiled_as(config: Config) -> dict[str, Any]:
+    """The compiler's options for a config."""
+    # Contraction is asked for, since triton's own default is about to change.
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def device_of(t: Tensor) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import OnePass, rank_tile
-from fastlora.kernels.launch import Dropout, device_of, dropout_arguments
+from fastlora.kernels.launch import Dropout, compiled_as, device_of, dropout_arguments
 from fastlora.kernels.numerics import dot, narrow, precision
 from fastlora.kernels.philox import keep_tile
 from fastlora.kernels.rank import add_biases, scaled
@@ -106,5 +106,5 @@ def one_pass(
             BM=config.BM, BN=config.BN, BK=config.BK, BR=rank_tile(R), WEIGHT=w is not None,
             DROPS_X=dropped and drops_x, DROPS_Y=dropped and not drops_x,
             BIAS=bias is not None, LORA_BIAS=lora_bias is not None, PRECISION=precision(x.dtype),
-            num_warps=config.warps, num_stages=config.stages,
+            **compiled_as(config),
         )  # fmt: skip

@@ -44,5 +44,7 @@ def keep_mask(rows: int, columns: int, threshold: int, seed: torch.Tensor) -> to
     grid = (triton.cdiv(rows, BM), triton.cdiv(columns, BG * 8))
     if mask.numel():
         with torch.cuda.device_of(seed):
-            _keep_mask[grid](mask, seed, rows, columns, threshold, BM=BM, BG=BG)
+            _keep_mask[grid](
+                mask, seed, rows, columns, threshold, BM=BM, BG=BG, enable_fp_fusion=True
+            )
     return mask

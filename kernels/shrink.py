@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.configs import Shrink, rank_block
-from fastlora.kernels.launch import Dropout, device_of, dropout_arguments
+from fastlora.kernels.launch import Dropout, compiled_as, device_of, dropout_arguments
 from fastlora.kernels.numerics import dot, narrow, precision
 from fastlora.kernels.philox import keep_tile
 
@@ -75,5 +75,5 @@ def shrink(
             M, K, R, factor, threshold, keep_scale, *x.stride(), *a.stride(), h.stride(0),
             BM=config.BM, BK=config.BK, BR=BR, DROPOUT=drop is not None,
             SCALED=scaled is not None, OVERLAP=overlap, PRECISION=precision(x.dtype),
-            num_warps=config.warps, num_stages=config.stages,
+            **compiled_as(config),
         )  # fmt: skip

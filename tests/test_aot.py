@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("one_pass", "shrink", "gemm", "gemm_tma", "expand", "gradient", "add_parts", "keep_mask")
 
 
 def python(*arguments: object, interpret: bool = False) -> subprocess.CompletedProcess:
@@ -33,12 +32,14 @@ def script(tmp_path: Path, source: str) -> str:
     return done.stdout
 
 
-def test_defaults_compile_for_every_target() -> None:
-    done = python("-m", "fastlora.kernels.aot", "--sample")
+def test_a_sample_compiles_for_every_target() -> None:
+    """CI compiles every kernel's with two tritons; here a few show that it works."""
+    archs = {"shrink": (80, 90, 100), "gemm_tma": (90, 100), "keep_mask": (80, 90, 100)}
+    few = [word for name in archs for word in ("--kernel", name)]
+    done = python("-m", "fastlora.kernels.aot", "--sample", *few)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {tuple(line.split()[:4:3]) for line in done.stdout.splitlines()}
-    archs = dict.fromkeys(KERNELS, (80, 90, 100)) | {"gemm_tma": (90, 100)}
-    assert {(name, f"sm_{arch}") for name in KERNELS for arch in archs[name]} <= rows
+    assert {(name, f"sm_{arch}") for name in archs for arch in archs[name]} <= rows
 
 
 def test_a_tile_too_large_fails(tmp_path) -> None:

@@ -30,6 +30,8 @@ PROBE = """
         triton = importlib.util.find_spec("triton")
     except ValueError:  # hidden: sys.modules["triton"] is None
         triton = None
+    from fastlora.kernels import records
+    assert (records.SHIPPED / records.VERIFIED).is_file()
     if triton is not None:
         import fastlora.kernels.philox
         philox = fastlora.kernels.philox.__file__
