@@ -179,14 +179,18 @@ def test_activation_checkpointing_keeps_the_mask(f, reentrant, device, on_triton
 
 
 def test_training_follows_the_backend_torch(device, on_triton):
-    """A small model's losses, step by step, in processes that the environment's variable decides."""
+    """A small model's losses, step by step; the environment's variable decides."""
     losses = {name: trained_elsewhere(name, device) for name in ("torch", "triton")}
     assert losses["torch"][-1] < 0.5 * losses["torch"][0]
     torch.testing.assert_close(*map(torch.tensor, losses.values()), rtol=1e-4, atol=1e-5)
 
 
 def trained_elsewhere(backend: str, device: torch.device) -> list[float]:
-    code = f"import tests.test_triton_backend as t; print(t.train({str(device)!r}))"
+    code = (
+        "import fastlora, tests.test_triton_backend as t\n"
+        f"assert fastlora.backend('lora_linear', {str(device)!r}) == {backend!r}\n"
+        f"print(t.train({str(device)!r}))"
+    )
     env = {**os.environ, "FASTLORA_BACKEND": backend, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
