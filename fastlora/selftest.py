@@ -42,7 +42,8 @@ def possible(op: str, path: str | None, case: Case, name: str, device: torch.dev
     dtype, backward = DTYPES[name][0], op == "lora_linear_backward"
     inner, outer = (N, K) if backward else (K, N)
     weight = case.weight and op != "lora_add_"
-    problem = ledger.Problem(M, inner, outer, R, dtype.itemsize, weight)
+    masked = "" if not case.dropout else "y" if backward else "x"
+    problem = ledger.Problem(M, inner, outer, R, dtype.itemsize, weight, masked=masked)
     first = dtype == torch.float16 or (backward and case.dropout > 0)
     return choice.possible(path, problem, launch.arch_of(device), first)
 
