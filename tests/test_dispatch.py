@@ -145,8 +145,8 @@ def test_the_environment_of_a_process(value, prints):
     if value is None:
         del environment["FASTLORA_BACKEND"]
     result = run_probe(environment)
-    best = next(name for name in dispatch.BACKENDS if dispatch.unusable(name) is None)
-    assert result.stdout.strip() == (prints or f"{best} {best}"), result.stderr
+    # Unasked: no kernel has been verified anywhere.
+    assert result.stdout.strip() == (prints or "torch torch"), result.stderr
 
 
 def test_an_unknown_backend_in_the_environment():
