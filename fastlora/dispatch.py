@@ -70,9 +70,17 @@ def unusable(backend: str) -> str | None:
         return _ABSENT.get(backend)
     if not _TRITON:
         return "triton is not installed"
-    if not (_INTERPRETED or torch.cuda.is_available()):
-        return "there is no CUDA GPU, and TRITON_INTERPRET=1 was not set at the start"
+    reason = no_gpu()
+    if reason is not None and not _INTERPRETED:
+        return f"{reason}, and TRITON_INTERPRET=1 was not set at the start"
     return None
+
+
+def no_gpu() -> str | None:
+    """Why there is no NVIDIA GPU to use, or None where there is one."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA GPU was found"
 
 
 def cannot(
@@ -88,6 +96,8 @@ def cannot(
         return reason
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on CUDA tensors, got tensors on {device}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton kernels run on GPUs of compute capability 8.0 or more, {device} has less"
     for given in (dtype, lora_dtype):
         if given is not None and given not in _TRITON_DTYPES:
             return f"Triton kernels take float16, bfloat16 and float32, got {given}"
@@ -132,7 +142,7 @@ def _best(
     """Whether ``backend`` may run the call unasked."""
     if backend != "triton" or backend in _ABSENT:
         return unusable(backend) is None
-    if device.type != "cuda" or not _TRITON:
+    if device.type != "cuda" or unusable(backend) is not None or no_gpu() is not None:
         return False
     reason = cannot(backend, device, dtype, lora_dtype, rank)
     if reason is None:

@@ -108,12 +108,13 @@ class Tuner:
         """Of one kernel, as a row has it; empty where no candidate runs."""
         ledger = importlib.import_module("fastlora.kernels.ledger")
         launch = importlib.import_module("fastlora.kernels.launch")
+        fitting = importlib.import_module("fastlora.kernels.fitting")
         size, lora_size = (dtype.itemsize for dtype in DTYPES[self.dtype])
         problem = ledger.Problem(*job.key, size, lora_size=lora_size)
-        need = self._choice.need(problem, self.dtype, launch.arch_of(self.device))
+        need = self._choice.need(kernel, problem, self.dtype, launch.arch_of(self.device))
         # Timed as they are launched, written as they ship: each call fits them to its own needs.
         shipped = self._configs.CANDIDATES[kernel]
-        fitted = {self._configs.fitted(config, need): config for config in reversed(shipped)}
+        fitted = {fitting.fitted(config, need): config for config in reversed(shipped)}
 
         def check(config: object) -> None:
             for result, start in job.results.values():

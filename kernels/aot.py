@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from multiprocessing import get_context
 
 import torch
@@ -26,58 +26,29 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastlora.kernels import aot_checks, choice, configs, numerics
-from fastlora.kernels.configs import Config
+from fastlora.kernels import aot_checks, numerics
+from fastlora.kernels.aot_cases import (
+    ARCHS,
+    CONSUMER,
+    DTYPES,
+    KERNELS,
+    ODD_K,
+    ODD_M,
+    ODD_N,
+    ODD_R,
+    Case,
+    K,
+    M,
+    N,
+    cases,
+)
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.gradient import gradient
 from fastlora.kernels.launch import Dropout
-from fastlora.kernels.ledger import Problem
 from fastlora.kernels.one_pass import one_pass
 from fastlora.kernels.philox import keep_mask
 from fastlora.kernels.shrink import shrink
-
-ARCHS = (80, 90, 100)
-KERNELS = (*configs.CANDIDATES, "keep_mask")
-# As rows of kernels/tuning name them, with what x and the adapters are.
-DTYPES = {
-    "fp16": (torch.float16, torch.float16),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "bf16+fp32": (torch.bfloat16, torch.float32),
-    "tf32": (torch.float32, torch.float32),
-    "fp32": (torch.float32, torch.float32),
-}
-M, N, K = 4096, 4096, 4096
-ODD_M, ODD_N, ODD_K, ODD_R = 1001, 1127, 1129, 13
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a call may ask for beside its shapes, and those where they change the code."""
-
-    rank: int = 16
-    backward: bool = False  # the layouts of backward for x: w = weight
-    biases: bool = False
-    drops: str = ""  # "x" or "y": where dropout is
-    first: bool = False
-    overlap: bool = False
-    odd: bool = False  # of no alignment
-    few: bool = False  # one row, or too few to split
-    no_weight: bool = False
-
-    def __str__(self) -> str:
-        flags = [name for name, value in vars(self).items() if value is True]
-        drops = [f"drops_{self.drops}"] if self.drops else []
-        return "+".join([f"R{self.rank}", *flags, *drops])
-
-
-@dataclass(frozen=True)
-class Case:
-    kernel: str
-    dtype: str
-    config: Config | None
-    arch: int
-    variant: Variant
 
 
 class Target:
@@ -121,7 +92,8 @@ def launch(case: Case) -> None:
     v, config = case.variant, case.config
     dtype, lora_dtype = DTYPES[case.dtype]
     m, n, k, rank = (ODD_M, ODD_N, ODD_K, ODD_R) if v.odd else (M, N, K, v.rank)
-    if case.kernel == "one_pass":
+    m, n, k, rank = (1, 1, 1, 1) if v.one else (m, n, k, rank)
+    if case.kernel == "one_pass" and not v.one:
         m = 1 if v.few else config.BM - v.odd
     elif v.few:
         m = 64
@@ -160,68 +132,6 @@ def launch(case: Case) -> None:
         gradient(x, h, matrix(rank, k, lora_dtype, turned=v.backward), 2.0, config, drop=drop)
     else:
         keep_mask(m, k, 6554, torch.tensor(1))
-
-
-def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
-    """Every config in its main forms, the defaults in every form there is."""
-    dtypes = ("fp16", "bf16+fp32") if sample else tuple(DTYPES)
-    if kernel == "keep_mask":
-        yield Case(kernel, "fp32", None, arch, Variant())
-        return
-    for dtype in dtypes:
-        size, lora_size = (t.itemsize for t in DTYPES[dtype])
-        # A decoding step's and a training batch's.
-        defaults = dict.fromkeys(configs.default(kernel, m, N, arch) for m in (16, M))
-        shipped = () if sample else configs.CANDIDATES[kernel]
-        forms = [(config, form) for config in defaults for form in _forms(kernel, arch, sample)]
-        forms += [(config, form) for config in shipped for form in _main_forms(kernel, config)]
-        found = []
-        for config, form in forms:
-            if dtype == "fp16" and kernel.startswith("gemm"):
-                if form.overlap:
-                    continue
-                form = replace(form, first=True)  # as products of float16 always are
-            rows = config.BM if kernel == "one_pass" else M
-            asked = Problem(rows, K, N, form.rank, size, not form.no_weight, lora_size, form.drops)
-            if kernel == "one_pass" and not choice.possible(kernel, asked, arch, False):
-                continue
-            fitted = configs.fitted(config, choice.need(asked, dtype, arch))
-            found.append(Case(kernel, dtype, fitted, arch, form))
-        yield from dict.fromkeys(found)
-
-
-def _main_forms(kernel: str, config: Config) -> tuple[Variant, ...]:
-    ranks = (16, 64, 128) if kernel == "one_pass" and config.BM == 128 else (16, 64)
-    forward = tuple(Variant(rank, biases=True) for rank in ranks)
-    masked = {"one_pass": "xy", "gemm": "y", "gemm_tma": "y", "expand": "y"}.get(kernel, "x")
-    dropped = (
-        Variant(64, drops=drops, backward=drops == "y", first=drops == "y") for drops in masked
-    )
-    return *forward, *dropped
-
-
-def _forms(kernel: str, arch: int, sample: bool) -> tuple[Variant, ...]:
-    plain = Variant(biases=True)
-    masked = {
-        "one_pass": (replace(plain, drops="x"), Variant(drops="y", backward=True)),
-        "gemm": (Variant(drops="y", backward=True, first=True),),
-        "expand": (Variant(drops="y", backward=True),),
-    }.get(kernel.removesuffix("_tma"), (Variant(drops="x"),))
-    if sample:
-        return plain, masked[0]
-    forms = [Variant(), plain, Variant(backward=True), *masked, replace(plain, rank=512)]
-    if kernel == "one_pass":
-        forms[-1] = replace(plain, rank=64)
-        forms += [Variant(few=True), Variant(no_weight=True), Variant(no_weight=True, drops="x")]
-    if kernel.startswith(("gemm", "shrink")):
-        forms += [replace(plain, first=True)]
-        forms += [Variant(overlap=True), Variant(64, overlap=True)] if arch >= 90 else []
-    if kernel == "expand":
-        forms += [Variant(no_weight=True), Variant(no_weight=True, drops="y")]
-    forms += [Variant(few=True)] if kernel == "gradient" else []
-    if kernel != "gemm_tma":
-        forms += [Variant(odd=True), Variant(odd=True, backward=True)]
-    return tuple(forms)
 
 
 @contextmanager
@@ -263,7 +173,7 @@ def wanted(case: Case) -> tuple[str, ...]:
     # A group of four warps multiplies 64 rows at a time.
     rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(case.kernel)
     if rows and rows <= case.config.BM and case.dtype != "fp32" and not case.variant.no_weight:
-        found.append({80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.arch])
+        found.append({90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(case.arch, "mma.sync"))
     return tuple(found)
 
 
@@ -280,13 +190,15 @@ def compile_all(chosen: Iterable[Case], jobs: int) -> Iterator[aot_checks.Row]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("fastlora.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--sample", action="store_true", help="a small part: defaults, two dtypes")
-    parser.add_argument("--arch", type=int, choices=ARCHS, action="append")
+    parser.add_argument("--arch", type=int, choices=ARCHS + CONSUMER, action="append")
     parser.add_argument("--kernel", choices=KERNELS, action="append")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     if numerics.INTERPRETED.value:
         parser.error("TRITON_INTERPRET: expected unset, interpreted kernels have no code")
-    kernels, archs = options.kernel or KERNELS, options.arch or ARCHS
+    # Of consumers' targets the defaults, to see that they fit.
+    archs = options.arch or ARCHS + CONSUMER * options.sample
+    kernels = options.kernel or KERNELS
     pairs = [(k, arch) for k in kernels for arch in archs if k != "gemm_tma" or arch >= 90]
     chosen = [case for k, arch in pairs for case in cases(arch, k, options.sample)]
     start = time.perf_counter()

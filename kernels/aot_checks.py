@@ -14,13 +14,14 @@ from itertools import groupby
 
 from triton import knobs
 
-# Shared memory that one block may ask for, in bytes, and tensor memory, in columns.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+from fastlora.kernels import fitting
+
+# Tensor memory that a block may ask for, in columns.
 TENSOR_MEMORY = 512
 # Bytes of stack that are no spill: with registers to spare, ptxas parks a few values that a loop
 # does not use, written and read once, to let one block more onto an SM. The table shows them.
 PARKED = 32
-TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+TARGETS = {80: "sm_80", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 COPIES = {"tma": "cp.async.bulk.tensor", "cp.async": "cp.async.c"}
 
@@ -56,8 +57,9 @@ def examine(kernel, arch: int, wanted: Iterable[str] = ()) -> Row:
     faults = []
     if stack > PARKED or (stack and used["REG"] == 255):
         faults.append(f"spills: {stack} bytes of stack beside {used['REG']} registers")
-    if shared > SHARED[arch]:
-        faults.append(f"{shared} bytes of shared memory, sm_{arch} has {SHARED[arch]}")
+    limit = fitting.SHARED.get(arch, fitting.LEAST_SHARED)
+    if shared > limit:
+        faults.append(f"{shared} bytes of shared memory, sm_{arch} has {limit}")
     if columns > TENSOR_MEMORY:
         faults.append(f"{columns} columns of tensor memory, sm_{arch} has {TENSOR_MEMORY}")
     if target is None or target[1] != TARGETS[arch]:

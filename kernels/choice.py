@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from fastlora.kernels import configs, ledger, records
+from fastlora.kernels import configs, fitting, ledger, records
 from fastlora.kernels.launch import arch_of, interpreted
 from fastlora.kernels.ledger import PATHS, Problem
 from fastlora.kernels.numerics import precision
@@ -130,13 +130,15 @@ def _config(kernel: str, problem: Problem, dtype: str, device: torch.device) -> 
         config = type(configs.CANDIDATES[kernel][0])(**tuned["config"])
     else:
         config = configs.default(kernel, problem.M, problem.N, arch)
-    return configs.fitted(config, need(problem, dtype, arch))
+    return fitting.fitted(config, need(kernel, problem, dtype, arch))
 
 
-def need(p: Problem, dtype: str, arch: int) -> configs.Need:
+def need(kernel: str, p: Problem, dtype: str, arch: int) -> fitting.Need:
     """What a product of ``dtype``, as rows name it, asks of a config."""
     precise = dtype.split("+")[0] == "fp32"
-    return configs.Need(p.size, p.lora_size or p.size, p.R, p.masked, precise, arch)
+    # Beside a product whose tiles are wide, of which one fills an SM.
+    slim = kernel == "shrink_beside" and configs.wide(p.M, p.N, arch)
+    return fitting.Need(p.size, p.lora_size or p.size, p.R, p.masked, precise, arch, slim)
 
 
 def forget() -> None:

@@ -10,7 +10,7 @@ dependent launch) has h ready, and takes h scaled already; under dropout it come
 mask and the factor meet the LoRA term alone, and in float16 too, whose range a scaled h may exceed.
 
 ``_gemm`` reads through pointers of any stride and alignment. ``_gemm_tma`` is its twin on tensor
-descriptors, from Hopper on: aligned rows, unit column strides. Both walk a persistent grid.
+descriptors, from Hopper on, in a persistent grid: aligned rows, unit column strides.
 """
 
 import torch
@@ -159,7 +159,8 @@ def gemm(
                 W_TRANSPOSED=turned, **options,
             )  # fmt: skip
         else:
-            _gemm[(min(tiles, programs),)](
+            # Not persistent: its tiles are small enough for several programs an SM.
+            _gemm[(tiles,)](
                 x, w, y, h, b, *vectors, seed, *numbers,
                 *x.stride(), *w.stride(), *y.stride(), *rank, **options,
             )  # fmt: skip

@@ -5,7 +5,8 @@ gradient ``g = dy @ lora_B``; for lora_B: x is dy, h what forward kept, out is l
 
 Moves e * MC bytes of x once if R fits one tile, and e * MR of h for every BC columns (from L2).
 Computes 2 M C R flops: bound by bandwidth. Rows are split into parts, so that enough programs run,
-as many as M, C and R alone say; ``_add_parts`` adds them in order: no atomics, the same bits.
+as many as the shape and the config say; ``_add_parts`` adds them in order: no atomics, always the
+same bits.
 """
 
 import torch

@@ -37,43 +37,66 @@ class Problem(NamedTuple):
     weight: bool = True  # whether there is a base product
     lora_size: int = 0  # bytes of an element of the adapters; 0: the same
     masked: str = ""  # "x" or "y": where dropout is
+    precise: bool = False  # float32 without tensor cores
+
+
+# What our products reach of the library's rate: assumed. Ours without tensor cores are plain loops.
+OURS, OURS_PRECISE = 0.9, 0.4
+# Multiply-adds without tensor cores, of the half-precision rate.
+PRECISE = 1 / 16
+# µs from a load's issue to its data, with the memory busy: what a program's steps wait for.
+LATENCY = 0.7
 
 
 def machine(arch: int) -> Machine:
     return MACHINES[max((known for known in MACHINES if known <= arch), default=80)]
 
 
-def base(p: Problem, on: Machine) -> float:
-    """The product alone: the limit of every path."""
+def computing(flops: float, p: Problem, on: Machine, *, ours: bool = True) -> float:
+    rate = on.flops * (PRECISE if p.precise else 2 / p.size)
+    share = (OURS_PRECISE if p.precise else OURS) if ours else 1.0
+    return flops / (rate * share)
+
+
+def base(p: Problem, on: Machine, *, ours: bool = False) -> float:
+    """The product alone, the library's or ours; without a weight, reading and writing y."""
+    if not p.weight:
+        return 2 * p.size * p.M * p.N / on.bandwidth
     moved = p.size * (p.M * p.K + p.K * p.N + p.M * p.N)
-    return max(moved / on.bandwidth, 2 * p.M * p.K * p.N * p.size / 2 / on.flops)
+    return max(moved / on.bandwidth, computing(2 * p.M * p.K * p.N, p, on, ours=ours))
 
 
-def shrink(p: Problem, on: Machine) -> float:
-    return p.size * (p.M * p.K + p.R * p.K + p.M * p.R) / on.bandwidth
+def shrink(p: Problem, on: Machine, step: float) -> float:
+    """h, read and summed: ``step`` of K for each wait."""
+    moved = p.size * (p.M * p.K + p.R * p.K + p.M * p.R)
+    return max(moved / on.bandwidth, p.K / step * LATENCY)
 
 
 def predicted(path: str, p: Problem, on: Machine) -> float:
-    """µs of ``path``, its launches included. Without a weight the product is the reading of y."""
-    written = p.size * p.M * p.N / on.bandwidth
-    rank = 2 * p.M * (p.N * max(16, p.R)) * p.size / 2 / on.flops
-    product = base(p, on) if p.weight else 2 * written
+    """µs of ``path``, its launches included."""
+    rank = computing(2 * p.M * p.N * max(16, p.R), p, on)
+    # K that three loads under way cover: 256 deep for few rows, 64 for many.
+    deep = 3 * (256 if p.M <= 2048 else 64)
     if path == "one_pass":
-        # Each tile of columns computes h again: beside 128 columns, or 64 and fewer for few rows.
+        # Each tile of columns computes h again: beside 128 columns, or 32 for few rows.
         columns = 128 if p.M > 64 else 32
-        again = 2 * p.M * p.K * rank_tile(p.R) * (p.N / columns) * p.size / 2 / on.flops
-        flops = (2 * p.M * p.K * p.N * p.size / 2 / on.flops if p.weight else 0) + again + rank
+        again = 2 * p.M * p.K * rank_tile(p.R) * (p.N / columns)
+        flops = (2 * p.M * p.K * p.N if p.weight else 0) + again
         # A crosses from L2 for every tile of columns; L2 gives about three times the memory's rate.
-        rows = -(-p.M // 128)
-        from_l2 = p.size * p.R * p.K * rows * (p.N / columns) / (3 * on.bandwidth)
-        return max(product, flops, from_l2) + on.launch
+        from_l2 = p.size * p.R * p.K * -(-p.M // 128) * (p.N / columns) / (3 * on.bandwidth)
+        return max(base(p, on), computing(flops, p, on), from_l2) + rank + on.launch
     if path == "library":
-        return shrink(p, on) + 2 * written + product + rank + 3 * on.launch
+        written = 2 * p.size * p.M * p.N / on.bandwidth
+        return shrink(p, on, deep) + written + base(p, on) + rank + 3 * on.launch
+    product = base(p, on, ours=True) + rank
     if path == "overlapped":
-        # What a tile of the product takes cannot be hidden behind: a tenth, by the limit of 1.008
-        # against the 1.06 of no overlap, is left of the shrink.
-        return product + rank + 0.1 * shrink(p, on) + on.launch
-    return shrink(p, on) + product + rank + 2 * on.launch
+        # The first tiles wait for h if they are done before it is; what the shrink moves, the
+        # product's loads wait for: a tenth of it, by the limit of 1.008 against 1.06 without.
+        waves = max(1.0, -(-p.M // 128) * -(-p.N // 256) / 132)
+        beside = shrink(p, on, 2 * 32 if waves > 1 else deep)
+        late = max(0.0, beside - product / waves)
+        return product + late + 0.1 * shrink(p, on, p.K) + on.launch
+    return shrink(p, on, deep) + product + 2 * on.launch
 
 
 def best(p: Problem, arch: int, allowed: tuple[str, ...]) -> str:

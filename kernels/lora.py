@@ -20,6 +20,7 @@ from fastlora.kernels.gradient import gradient
 from fastlora.kernels.launch import Dropout
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.product import Product, run
+from fastlora.kernels.shrink import shrink
 
 
 def lora_linear(
@@ -54,6 +55,9 @@ def lora_add_(
     path: str | None = None,
 ) -> None:
     own = h if _rows_of_ones(h) else h.new_empty(h.shape)
+    if torch._C._is_alias_of(y, x):
+        # One launch would write tiles of y that it has yet to read as x; two read all of x first.
+        path = "two_pass"
     given = (x, None, lora_A, lora_B.T, y, own, scaling, None, _dense(lora_bias))
     run(Product(*given, Dropout.of(dropout_p, seed)), "lora_add_", path)
     # What a kernel writes, torch does not see.
@@ -87,18 +91,18 @@ def lora_linear_backward(
         run(inward, "lora_linear_backward", path)
         grads.append(dx)
     elif need_A:
-        # g alone is the product of no columns.
-        nothing = x.new_empty(x.shape[0], 0)
-        alone = Product(dy, None, lora_B.T, lora_A[:, :0], nothing, g, scaling)
-        run(alone, "lora_linear_backward", "two_pass")
+        (M, K), (N, R) = x.shape, lora_B.shape
+        sizes = {"size": x.itemsize, "lora_size": lora_B.itemsize}
+        shape = Problem(M, N, K, R, weight=False, **sizes)
+        shrink(dy, lora_B.T, g, config_of("shrink", shape, x.dtype, x.device))
     if need_weight:
         grads.append(dy.T @ x)
     if need_bias:
         grads.append(dy.sum(0))
     if need_A:
-        grads.append(_adapter(x, g, torch.empty_like(lora_A), scaling, drop))
+        grads.append(_adapter(x, g, lora_A.new_empty(lora_A.shape), scaling, drop))
     if need_B:
-        dB = torch.empty_like(lora_B)
+        dB = lora_B.new_empty(lora_B.shape)
         _adapter(dy, h if _rows_of_ones(h) else h.contiguous(), dB.T, scaling, None)
         grads.append(dB)
     if need_lora_bias:

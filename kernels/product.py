@@ -19,6 +19,7 @@ from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import fits_tma, gemm
 from fastlora.kernels.launch import Dropout, arch_of, programs_of
 from fastlora.kernels.ledger import Problem
+from fastlora.kernels.numerics import precise
 from fastlora.kernels.one_pass import one_pass
 from fastlora.kernels.shrink import shrink
 
@@ -44,7 +45,8 @@ class Product:
         (M, K), N, R = self.x.shape, self.y.shape[1], self.a.shape[0]
         masked = "" if self.drop is None else "x" if self.drops_x else "y"
         sizes = {"size": self.x.itemsize, "lora_size": self.a.itemsize}
-        return Problem(M, K, N, R, weight=self.w is not None, masked=masked, **sizes)
+        how = {"masked": masked, "precise": precise(self.x.dtype)}
+        return Problem(M, K, N, R, weight=self.w is not None, **how, **sizes)
 
     @property
     def first(self) -> bool:

@@ -63,7 +63,7 @@ def test_a_fault_is_a_line_and_the_exit_code(tmp_path) -> None:
         """
         from fastlora.kernels import aot, aot_checks
 
-        aot_checks.SHARED[90] = 1024
+        aot_checks.fitting.SHARED[90] = 1024
         print(aot.main(["--kernel", "keep_mask", "--arch", "90", "--jobs", "1"]))
         """,
     ).splitlines()

@@ -35,6 +35,18 @@ def test_gradients_when_x_shares_memory_with_y(shared, many):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)  # fp32, another order
 
 
+@pytest.mark.parametrize("shift", [0, 5])
+def test_values_when_x_shares_memory_with_y(shift, device, backend):
+    """Wider than a tile: no part of x may be written before all of it is read."""
+    lora_A, lora_B = (t.detach().to(device) for t in adapter(300, 300, 3))
+    buffer = torch.randn(8, 320, device=device)
+    y, x = buffer[:, shift : 300 + shift], buffer[:, :300]
+    want = y.double() + x.double() @ lora_A.double().T @ lora_B.double().T
+    with torch.no_grad():
+        F.lora_add_(y, x, lora_A, lora_B, 1.0)
+    assert oracle.relative_error(y, want) < 1e-5
+
+
 @pytest.mark.parametrize(
     "make",
     [

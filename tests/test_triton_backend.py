@@ -76,6 +76,7 @@ def raw_calls(device):
         ],
         "lora_add_": [(y, h, x, A, B, None, *plain), (y, h, x, A, B, bias, *dropped)],
         "lora_linear_backward": [
+            (dy, x, weight, A.T.contiguous().T, B.T.contiguous().T, h, *plain, [True] * 6),
             (dy, x, weight, A, B, h, *plain, [True] * 6),
             (dy, x, None, A, B, h, *dropped, [True, False, False] * 2),
         ],
@@ -287,7 +288,8 @@ def test_without_a_gpu_and_an_interpreter():
         subprocess.run([sys.executable, "-c", WITHOUT], env=env, capture_output=True, text=True)
         for env in (hidden, {**hidden, "FASTLORA_BACKEND": "triton"})
     ]
-    missing = "there is no CUDA GPU, and TRITON_INTERPRET=1 was not set at the start"
+    reason = dispatch.no_gpu() or "no CUDA GPU was found"
+    missing = f"{reason}, and TRITON_INTERPRET=1 was not set at the start"
     lines = outputs[0].stdout.splitlines()
     assert lines == ["torch", f"backend 'triton' cannot be used: {missing}"]
     assert f"'triton' was asked for but cannot run lora_linear: {missing}" in outputs[1].stderr
@@ -307,6 +309,9 @@ def test_unasked_it_runs_where_it_was_verified(rows_of_a_gpu, monkeypatch, caplo
     real, cpu, half = REAL_CANNOT, torch.device("cpu"), (torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(dispatch, "_INTERPRETED", True)
     gpu = Gpu()
+    if not torch.cuda.is_available():
+        assert dispatch.choose("lora_linear", gpu, *half, 513) == "torch", "nothing is looked up"
+    monkeypatch.setattr(dispatch, "no_gpu", lambda: None)
     assert dispatch.choose("lora_linear", gpu, *half, 8) == "torch"
     rows_of_a_gpu(("lora_linear", "bf16", "two_pass"))
     assert dispatch.choose("lora_linear", gpu, *half, 8) == "torch", "its backward was not verified"
