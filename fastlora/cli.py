@@ -76,6 +76,18 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"expected cpu or cuda[:N], got {text!r}") from error
 
 
+def _missing(device: torch.device) -> str | None:
+    """Why there is no such device here, or None."""
+    if device.type == "cpu" and not device.index:
+        return None
+    if device.type != "cuda":
+        return f"expected cpu or cuda[:N], got {device}"
+    count = torch.cuda.device_count()
+    if dispatch.no_gpu() is None and (device.index or 0) >= count:
+        return f"there are {count} CUDA GPUs, got {device}"
+    return dispatch.no_gpu()
+
+
 def _shape(text: str) -> tuple[int, int, int, int]:
     try:
         M, K, N, R = (int(size) for size in text.split(","))
@@ -90,32 +102,37 @@ def check(options: argparse.Namespace) -> int:
     """Exit code 0: all passed; 1: not all; 2: what was asked for does not run here."""
     gpu = torch.cuda.is_available()
     device = options.device or torch.device("cuda" if gpu else "cpu")
-    if device.type == "cuda" and not gpu:
-        return _refused("check", "there is no CUDA GPU")
+    reason = _missing(device)
+    if reason is not None:
+        return _refused("check", reason)
     reasons = {name: dispatch.cannot(name, device) for name in selftest.BACKENDS}
     if options.backend and reasons[options.backend] is not None:
         return _refused("check", f"backend {options.backend!r}: {reasons[options.backend]}")
     backends = [options.backend] if options.backend else list(selftest.BACKENDS)
-    for name in backends:
-        if reasons[name] is not None:
-            print(f"{name} is not checked: {reasons[name]}")
-    passed = selftest.check(
-        device,
-        [name for name in backends if reasons[name] is None],
-        names=options.dtype,
-        quick=options.quick,
-        folder=options.save,
-        seed=options.seed,
-    )
+    unchecked = {name: reasons[name] for name in backends if reasons[name] is not None}
+    try:
+        passed = selftest.check(
+            device,
+            [name for name in backends if name not in unchecked],
+            names=options.dtype,
+            quick=options.quick,
+            folder=options.save,
+            seed=options.seed,
+        )
+    except KeyboardInterrupt:
+        print("fastlora check: interrupted; the rows that were written are kept")
+        return 130
+    for name, why in unchecked.items():
+        print(f"{name} was not checked: {why}")
     return 0 if passed else 1
 
 
 def tune(options: argparse.Namespace) -> int:
     """Exit code 0: timed; 1: a candidate was wrong; 2: nothing to time on."""
     device = options.device or torch.device("cuda")
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return _refused("tune", "there is no CUDA GPU to time on")
-    reason = dispatch.cannot("triton", device)
+    if device.type != "cuda":
+        return _refused("tune", f"expected a CUDA device to time on, got {device}")
+    reason = _missing(device) or dispatch.cannot("triton", device)
     if reason is not None:
         return _refused("tune", reason)
     shapes = options.shapes or (tuning.QUICK if options.quick else tuning.SHAPES)
@@ -161,9 +178,7 @@ def info() -> str:
                 f"  cuda:{index} {torch.cuda.get_device_name(index)}, compute {major}.{minor}"
             )
     else:
-        built = torch.version.cuda
-        reason = "no GPU was found" if built else "this torch is built without CUDA"
-        lines.append(f"  cuda   not usable: {reason}")
+        lines.append(f"  cuda   not usable: {dispatch.no_gpu()}")
     lines += ["", "backends"]
     for name in dispatch.BACKENDS:
         reason = dispatch.unusable(name)
@@ -175,7 +190,7 @@ def info() -> str:
         lines += _verified(torch.device("cuda", index))
     records = importlib.import_module("fastlora.kernels.records")
     lines.append(f"  rows of this machine's checks and timings: {records.cache_folder()}")
-    lines += ["", "ops"]
+    lines += ["", "ops on CPU tensors"]
     for name in ops.SCHEMAS:
         lines.append(f"  {name:<28} {_chosen(name)}")
     return "\n".join(lines)
@@ -192,7 +207,13 @@ def _version(name: str) -> str:
 
 def _verified(device: torch.device) -> list[str]:
     """Which backend a GPU's layers run on, and what was verified there."""
-    lines = [f"  {device} runs lora_linear on {_chosen('lora_linear', device)}"]
+    backends: dict[str, list[str]] = {}
+    for name, (dtype, lora_dtype) in DTYPES.items():
+        if name != "tf32":  # that is how fp32 is multiplied, by torch's setting
+            chosen = _chosen("lora_linear", device, dtype, lora_dtype)
+            backends.setdefault(chosen, []).append(name)
+    said = [f"{backend} ({', '.join(names)})" for backend, names in backends.items()]
+    lines = [f"  {device} runs lora_linear on {', '.join(said)}"]
     if dispatch.cannot("triton", device) is not None:
         return lines
     choice = importlib.import_module("fastlora.kernels.choice")
@@ -216,9 +237,15 @@ def verified_lines(verified: Callable[[str, str], tuple[str, ...]]) -> list[str]
     return lines
 
 
-def _chosen(op: str, device: torch.device | None = None) -> str:
+def _chosen(
+    op: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+) -> str:
     try:
-        return dispatch.choose(op, device or torch.device("cpu"))
+        with dispatch.quietly():
+            return dispatch.choose(op, device or torch.device("cpu"), dtype, lora_dtype)
     except (RuntimeError, ValueError) as error:
         return f"cannot run: {error}"
 

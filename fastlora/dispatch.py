@@ -217,7 +217,20 @@ def _known(name: str) -> str:
     return name
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing is logged in here: what is asked is not run."""
+    before = _log.disabled
+    _log.disabled = True
+    try:
+        yield
+    finally:
+        _log.disabled = before
+
+
 def _say(what: str) -> None:
+    if _log.disabled:
+        return
     if not torch.compiler.is_compiling() and what not in _said:
         _said.add(what)
         _log.warning(what)

@@ -101,7 +101,8 @@ class Tuner:
                 )  # fmt: skip
                 if best is not None:
                     found = dict(zip(("path", "us", "base_us"), best, strict=True))
-                    rows.append(self._row(f"path of {name}", op.key) | found)
+                    row = self._row(f"path of {name}", op.key)
+                    rows.append(row | found | {"weight": op.weight})
         self._write(rows)
 
     def _fastest_config(self, kernel: str, job: Job, subject: Subject) -> dict[str, Any]:

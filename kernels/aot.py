@@ -160,7 +160,7 @@ def compile_case(case: Case) -> list[aot_checks.Row]:
     rows = []
     for kernel in compiled:
         needs = wanted(case) if kernel.name != "_add_parts" else ()
-        row = aot_checks.examine(kernel, case.arch, needs)
+        row = aot_checks.examine(kernel, case.arch, needs, case.variant.odd)
         rows.append(replace(row, kernel=kernel.name.lstrip("_"), seconds=seconds, **names))
     return rows
 

@@ -7,10 +7,12 @@ config: the nearest tuned one of that kernel, else ``configs.default``.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +37,12 @@ def dtype_name(dtype: torch.dtype, lora_dtype: torch.dtype) -> str:
     return name if lora_dtype == dtype else f"{name}+{DTYPES[lora_dtype]}"
 
 
+@lru_cache
 def versions() -> dict[str, str]:
-    return {"triton": triton.__version__}
+    """What the user's own rows hold for: this triton, and the kernels as they are."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    return {"triton": triton.__version__, "kernels": source.hexdigest()[:12]}
 
 
 def gpu_name(device: torch.device) -> str:
@@ -148,8 +154,24 @@ def forget() -> None:
 
 
 @lru_cache
-def _tuned(gpu: str) -> tuple[records.Row, ...]:
-    return tuple(records.read(records.file_of(gpu), versions()))
+def _tuned(gpu: str) -> dict[tuple[str, str], list[records.Row]]:
+    """The GPU's rows that can be understood, by kernel and dtype."""
+    found: dict[tuple[str, str], list[records.Row]] = {}
+    for row in records.read(records.file_of(gpu), versions()):
+        if _understood(row):
+            found.setdefault((row["kernel"], row["dtype"]), []).append(row)
+    return found
+
+
+def _understood(row: records.Row) -> bool:
+    """Whether a row is of this version's making: a file may be an older one's, or damaged."""
+    shape = all(isinstance(row.get(letter), int) for letter in "MKNR")
+    kernel, dtype = row.get("kernel"), row.get("dtype")
+    if not (shape and isinstance(kernel, str) and isinstance(dtype, str)):
+        return False
+    if kernel.startswith("path of "):
+        return row.get("path") in PATHS
+    return row.get("config") in [vars(config) for config in configs.CANDIDATES.get(kernel, ())]
 
 
 def _nearest(kernel: str, dtype: str, p: Problem, device: torch.device) -> records.Row | None:
@@ -159,8 +181,8 @@ def _nearest(kernel: str, dtype: str, p: Problem, device: torch.device) -> recor
         pairs = ((row["M"], p.M), (row["K"], p.K), (row["N"], p.N), (row["R"], p.R))
         return math.sqrt(sum(math.log2(max(a, 1) / max(b, 1)) ** 2 for a, b in pairs))
 
-    rows = [
-        row for row in _tuned(gpu_name(device)) if row["kernel"] == kernel and row["dtype"] == dtype
-    ]
+    rows = _tuned(gpu_name(device)).get((kernel, dtype), [])
+    # A path that was timed with a base product says nothing of one without.
+    rows = [row for row in rows if row.get("weight", p.weight) == p.weight]
     row = min(rows, key=distance, default=None)
     return row if row is not None and distance(row) <= _FAR else None

@@ -14,8 +14,14 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 SHIPPED = Path(__file__).parent / "tuning"
 VERIFIED = "verified.json"
@@ -26,8 +32,12 @@ Row = dict[str, Any]
 def cache_folder() -> Path:
     if os.environ.get("FASTLORA_CACHE"):
         return Path(os.environ["FASTLORA_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fastlora"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "fastlora"
+    try:
+        return Path.home() / ".cache" / "fastlora"
+    except RuntimeError:  # a user without a home, as containers have
+        return Path(tempfile.gettempdir()) / "fastlora"
 
 
 def file_of(gpu: str) -> str:
@@ -45,6 +55,20 @@ def write(name: str, rows: list[Row], keys: tuple[str, ...], folder: Path | None
     """Adds rows to a file of the cache, or of ``folder``; a row of the same keys is replaced."""
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _write(name, rows, keys, folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two processes that write at once would each undo the other's rows."""
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(name: str, rows: list[Row], keys: tuple[str, ...], folder: Path) -> Path:
     kept = {tuple(row.get(key) for key in keys): row for row in [*_rows(folder / name), *rows]}
     lines = [json.dumps(kept[key]) for key in sorted(kept, key=str)]
     # Whoever reads meanwhile sees the old file or the new one.

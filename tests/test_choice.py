@@ -131,7 +131,7 @@ def test_writing_replaces_rows_of_the_same_keys(folders):
         file = records.write("some.json", rows, keys)
     assert file == folders[0] / "some.json"
     assert json.loads(file.read_text()) == [{"a": 1, "b": 1, "c": 2}, {"a": 2, "b": 1, "c": 1}]
-    assert [child.name for child in folders[0].iterdir()] == ["some.json"]
+    assert {child.name for child in folders[0].iterdir()} == {"some.json", ".lock"}
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(folders, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(folders, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         records.write("some.json", [{"a": 2}], ("a",))
     assert json.loads(file.read_text()) == [{"a": 1}]
-    assert list(folders[0].iterdir()) == [file]
+    assert {child.name for child in folders[0].iterdir()} == {"some.json", ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,64 @@ def test_the_cache_folder(environment, want, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert str(records.cache_folder()) == want
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in many containers: nothing is kept, nothing fails."""
+    for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(records.Path, "home", nobody)
+    assert records.cache_folder().name == "fastlora"
+    choice.forget()
+    assert choice.verified("lora_linear", "bf16", 90) == ()
+
+
+def test_rows_of_other_kernels_are_the_user_s_no_more():
+    verified("library", kernels="0123456789ab")
+    assert choice.verified("lora_linear", "bf16", 90) == ()
+    verified("library")
+    assert choice.verified("lora_linear", "bf16", 90) == ("library",)
+
+
+SHAPE = {"M": 4, "K": 4096, "N": 4096, "R": 16}
+GOOD = {"kernel": "one_pass", "dtype": "bf16", **SHAPE, "config": {}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**GOOD, "config": {"BM": 16}},
+        {**GOOD, "config": {**vars(configs.CANDIDATES["one_pass"][0]), "BM": 48}},
+        {**GOOD, "config": None},
+        {"kernel": "one_pass", "dtype": "bf16", "config": {}},
+        {**GOOD, "M": "4"},
+        {**GOOD, "kernel": "gone"},
+        {**GOOD, "kernel": "path of lora_linear", "path": "gone"},
+        {},
+    ],
+)
+def test_rows_that_are_not_understood_are_passed_over(row, folders):
+    name = records.file_of(choice.gpu_name(CPU))
+    records.write(name, [row | choice.versions()], ("kernel",))
+    choice.forget()
+    small = Problem(*SHAPE.values(), 2)._replace(K=4096, N=4096, R=16)
+    assert path(small) == "one_pass"
+    want = configs.default("one_pass", 4, 4096, 90)
+    assert choice.config_of("one_pass", small, BF16, CPU) == want
+
+
+def test_a_path_timed_with_a_weight_says_nothing_of_one_without():
+    name = records.file_of(choice.gpu_name(CPU))
+    row = {"kernel": "path of lora_linear", "dtype": "bf16", **SHAPE, "path": "two_pass"}
+    records.write(name, [row | {"weight": True} | choice.versions()], ("kernel",))
+    choice.forget()
+    small = Problem(4, 4096, 4096, 16, 2)
+    assert path(small) == "two_pass"
+    assert path(small._replace(weight=False)) == "one_pass"
 
 
 def test_the_file_of_a_gpu():

@@ -57,7 +57,7 @@ def test_info_says_what_runs_and_why_not():
         not torch.cuda.is_available()
     )
     assert kernels[-1].endswith(f": {records.cache_folder()}")
-    chosen = {line.split()[0]: line.split()[1] for line in section(text, "ops")}
+    chosen = {line.split()[0]: line.split()[1] for line in section(text, "ops on CPU tensors")}
     assert chosen == {op: dispatch.choose(op, torch.device("cpu")) for op in ops.SCHEMAS}
 
 
@@ -77,6 +77,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        monkeypatch.setattr(dispatch, "no_gpu", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
         monkeypatch.setattr(launch, "arch_of", lambda device: 90)
         monkeypatch.setattr(choice, "verified", verified)
@@ -90,7 +91,7 @@ def test_info_says_what_is_verified(gpu):
     both = ("one_pass", "library")
     rows = {(op, dtype): both for op in (linear, backward) for dtype in ("bf16", "bf16+fp32")}
     assert gpu(rows | {(linear, "fp16"): ("one_pass",)}) == [
-        "  cuda:0 runs lora_linear on triton",
+        "  cuda:0 runs lora_linear on torch (fp32, fp16, fp16+fp32), triton (bf16, bf16+fp32)",
         "         verified lora_linear: one_pass (fp16); one_pass, library (bf16, bf16+fp32)",
         "         verified lora_linear_backward: one_pass, library (bf16, bf16+fp32)",
     ]
@@ -98,7 +99,7 @@ def test_info_says_what_is_verified(gpu):
 
 def test_info_says_that_nothing_is_verified(gpu):
     first, second = gpu({})
-    assert first == "  cuda:0 runs lora_linear on torch"
+    assert first.startswith("  cuda:0 runs lora_linear on torch (fp32, fp16, bf16")
     assert "plain torch runs" in second
     assert "`fastlora check`" in second
 
@@ -118,7 +119,10 @@ def test_a_backend_that_was_asked_for_shows():
     asked = run("info", FASTLORA_BACKEND="triton", TRITON_INTERPRET="0")
     assert asked.returncode == 0
     assert "FASTLORA_BACKEND=triton" in asked.stdout
-    found = {line.split()[0]: "cannot run" in line for line in section(asked.stdout, "ops")}
+    found = {
+        line.split()[0]: "cannot run" in line
+        for line in section(asked.stdout, "ops on CPU tensors")
+    }
     assert found == {op: op in dispatch.OPS["triton"] for op in ops.SCHEMAS}
     assert "'nonsense'" in run("info", FASTLORA_BACKEND="nonsense").stdout
 
@@ -142,7 +146,9 @@ def test_a_backend_that_was_asked_for_shows():
         ("tune --shapes 1,2,3,4 1,2,3,0", 2, "got '1,2,3,0'"),
         ("tune --kernel conv", 2, "--kernel"),
         ("tune --dtype bf16+fp32", 2, "--dtype"),
-        ("tune --device cpu", 2, "no CUDA GPU"),
+        ("tune --device cpu", 2, "expected a CUDA device to time on, got cpu"),
+        ("check --device meta", 2, "expected cpu or cuda[:N], got meta"),
+        ("check --device cpu:3", 2, "expected cpu or cuda[:N], got cpu:3"),
     ],
 )
 def test_exit_codes(capsys, arguments, code, says):

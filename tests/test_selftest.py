@@ -173,9 +173,12 @@ def test_a_broken_path_fails_and_is_not_stamped(backend, cache, wrong, says):
     assert results["two_pass"] == "FAILED"
     assert results["one_pass"] == "passed"
     assert "one_pass" in {row["path"] for row in stamped(cache)}
-    # What had passed once, and on another architecture still does.
-    assert [row for row in stamped(cache) if row["path"] == "two_pass"] == broken[1:]
-    assert any("of paths that failed" in line for line in said)
+    # What had passed once, and on another architecture still does. That a kernel cannot be had, for
+    # lack of memory or a compiler's whim, is not held against it.
+    kept = broken if wrong is raising else broken[1:]
+    found = [row for row in stamped(cache) if row["path"] == "two_pass"]
+    assert sorted(found, key=str) == sorted(kept, key=str)
+    assert any("of paths that failed" in line for line in said) == (wrong is not raising)
 
 
 def test_one_op_of_a_path_may_fail_alone(backend, cache):
@@ -186,14 +189,13 @@ def test_one_op_of_a_path_may_fail_alone(backend, cache):
     assert all("lora_add_" in line for line in said if line.startswith("    "))
 
 
-def test_a_quick_check_stamps_nothing_but_notes_failures(backend, cache):
+def test_a_quick_check_writes_nothing(backend, cache):
     stamps.write(ROW, None)
     backend(lambda op, path, results: scaled(op, path, results) if path == "one_pass" else None)
     passed, said = check(quick=True)
     assert not passed
-    assert not stamped(cache)
-    assert {row["path"] for row in rows(cache)} == {"one_pass"}
-    assert any("nothing is stamped by a quick check, 3 of paths that failed" in t for t in said)
+    assert rows(cache) == [ROW]
+    assert any("nothing is stamped by a quick check" in line for line in said)
 
 
 def test_a_lost_device_stops_the_check(backend, cache, monkeypatch):
@@ -249,8 +251,8 @@ def test_the_command_says_what_cannot_run(monkeypatch, capsys):
     assert command("--device cpu --backend triton --quick") == 2
     assert "triton is not installed" in capsys.readouterr().err
     assert command("--device cpu --dtype bf16 --quick") == 0
-    assert "triton is not checked: triton is not installed" in capsys.readouterr().out
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "triton was not checked: triton is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(dispatch, "no_gpu", lambda: "no CUDA GPU was found")
     assert command("--device cuda") == 2
     assert "no CUDA GPU" in capsys.readouterr().err
 

@@ -259,9 +259,9 @@ def test_every_default_shape_is_tuned_both_ways():
 
 
 def test_the_command_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "no_gpu", lambda: "no CUDA GPU was found")
     assert cli.main(["tune"]) == 2
-    assert capsys.readouterr().err == "fastlora tune: there is no CUDA GPU to time on\n"
+    assert capsys.readouterr().err == "fastlora tune: no CUDA GPU was found\n"
 
 
 @pytest.mark.parametrize("outcome, code", [(True, 0), (False, 1), (KeyboardInterrupt, 130)])
@@ -275,7 +275,8 @@ def test_the_command(monkeypatch, tmp_path, outcome, code):
         return outcome
 
     monkeypatch.setattr(tuning, "tune", fake)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(dispatch, "cannot", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
     arguments = f"--shapes 1,2,3,4 5,6,7,8 --dtype fp16 --kernel gemm --save {tmp_path}"
