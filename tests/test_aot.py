@@ -46,10 +46,10 @@ def test_a_tile_too_large_fails(tmp_path) -> None:
     said = script(
         tmp_path,
         """
-        from fastlora.kernels import aot
+        from fastlora.kernels import aot, aot_cases
         from fastlora.kernels.configs import Gemm
 
-        case = aot.Case("gemm", "bf16", Gemm(128, 256, 64, 8, 4, 6), 90, aot.Variant())
+        case = aot_cases.Case("gemm", "bf16", Gemm(128, 256, 64, 8, 4, 6), 90, aot_cases.Variant())
         print(aot.compile_case(case)[0].faults)
         """,
     )
@@ -61,7 +61,7 @@ def test_a_fault_is_a_line_and_the_exit_code(tmp_path) -> None:
     said = script(
         tmp_path,
         """
-        from fastlora.kernels import aot, aot_checks
+        from fastlora.kernels import aot, aot_cases, aot_checks
 
         aot_checks.fitting.SHARED[90] = 1024
         print(aot.main(["--kernel", "keep_mask", "--arch", "90", "--jobs", "1"]))
@@ -75,11 +75,11 @@ def test_a_missing_instruction_fails(tmp_path) -> None:
     said = script(
         tmp_path,
         """
-        from fastlora.kernels import aot
+        from fastlora.kernels import aot, aot_cases
         from fastlora.kernels.configs import Gemm
 
         aot.wanted = lambda case: ("tcgen05.mma",)
-        case = aot.Case("gemm", "bf16", Gemm(64, 64, 64, 8, 4, 4), 90, aot.Variant())
+        case = aot_cases.Case("gemm", "bf16", Gemm(64, 64, 64, 8, 4, 4), 90, aot_cases.Variant())
         print(*aot.compile_case(case)[0].faults)
         """,
     )
@@ -115,7 +115,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels import aot
+from fastlora.kernels import aot, aot_cases
 from fastlora.kernels.aot_checks import narrow_offsets
 """
     copies = [COPY.format(number=i, offsets=text) for i, text in enumerate((*NARROW, WIDE))]
