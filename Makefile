@@ -61,8 +61,9 @@ gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pyt
 	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
 	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
 	$(PYTHON) -m benchmarks --device cuda $(ARGS) || bench=$$?; \
-	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench"; \
-	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ]
+	sanitizer=0; ! command -v compute-sanitizer || make --no-print-directory sanitize || sanitizer=$$?; \
+	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench, compute-sanitizer with $$sanitizer"; \
+	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ] && [ $$sanitizer -eq 0 ]
 
 sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and writes, races
 	for tool in memcheck racecheck; do \

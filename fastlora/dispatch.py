@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -64,6 +64,18 @@ _loaded: dict[str, ModuleType] = {}
 _said: set[str] = set()
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _constant(function: _Function) -> _Function:
+    """Tells torch.compile to take the answer, not to trace how it is found.
+
+    What torch's own ``assume_constant_result`` sets, without loading the compiler.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 def unusable(backend: str) -> str | None:
     """Why ``backend`` cannot run here, or None when it can."""
     if _known(backend) != "triton" or backend in _ABSENT:
@@ -76,6 +88,7 @@ def unusable(backend: str) -> str | None:
     return None
 
 
+@_constant
 def no_gpu() -> str | None:
     """Why there is no NVIDIA GPU to use, or None where there is one."""
     if torch.version.cuda is None:
@@ -96,7 +109,7 @@ def cannot(
         return reason
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on CUDA tensors, got tensors on {device}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and _capability(device) < (8, 0):
         return f"Triton kernels run on GPUs of compute capability 8.0 or more, {device} has less"
     for given in (dtype, lora_dtype):
         if given is not None and given not in _TRITON_DTYPES:
@@ -104,6 +117,11 @@ def cannot(
     if rank > _TRITON_RANKS:
         return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"
     return None
+
+
+@_constant
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def choose(
@@ -152,6 +170,7 @@ def _best(
     return False
 
 
+@_constant
 def verified_paths(
     op: str,
     device: torch.device,
@@ -167,11 +186,6 @@ def verified_paths(
     name = None if dtype is None else choice.dtype_name(dtype, lora_dtype or dtype)
     backward = choice.verified("lora_linear_backward", name, arch)
     return choice.verified(op, name, arch) if backward else ()
-
-
-# torch.compile is to take the answer, not to trace the reading of files. What its
-# assume_constant_result would set, without loading the compiler.
-verified_paths._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
