@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What cuBLAS needs to be deterministic, which some tests ask torch for; read once too.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import fastlora
 from fastlora import dispatch
 
