@@ -154,8 +154,8 @@ def _shrink_beside(M: int, N: int, arch: int) -> Config:
 
 
 def _gemm(M: int, N: int, arch: int) -> Config:
-    # The larger tile has more flops a byte, if there are enough to fill 132 SMs once. From Hopper on
-    # what comes here is unaligned, which takes a register an address: the larger tile spills.
+    # The larger tile has more flops a byte, if there are enough to fill 132 SMs once. From Hopper
+    # on what comes here is unaligned, which takes a register an address: the larger one spills.
     enough = arch < 90 and -(-M // 128) * -(-N // 128) >= 132
     return Gemm(128, 128, 32, 8, 8, 4) if enough else Gemm(64, 64, 32, 8, 4, 4)
 
