@@ -210,7 +210,8 @@ def test_a_path_that_cannot_run_is_refused(device):
 
 def test_only_the_kernels_that_are_needed_run(device, monkeypatch):
     ran: list[str] = []
-    for module, name in ((product, "shrink"), (product, "one_pass"), (lora, "gradient")):
+    spied = ((product, "shrink"), (lora, "shrink"), (product, "one_pass"), (lora, "gradient"))
+    for module, name in spied:
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, _n=name, _r=real, **k: (ran.append(_n), _r(*a, **k))[1]
