@@ -23,14 +23,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastlora import native
+
 # Best first; "torch" implements every op on every device.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-_MODULES = {"torch": "fastlora.reference", "triton": "fastlora.kernels.lora"}
-_ABSENT = {
-    "cuda": "this version holds no CUDA kernels",
-    "cpu": "this version holds no native CPU library",
+_MODULES = {
+    "triton": "fastlora.kernels.lora",
+    "cpu": "fastlora.cpu",
+    "torch": "fastlora.reference",
 }
+_ABSENT = {"cuda": "this version holds no CUDA kernels"}
 # Which ops a backend has, if not all; what it lacks the next one runs.
 OPS = {"triton": ("lora_linear", "lora_add_", "lora_linear_backward")}
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,14 +81,21 @@ def _constant(function: _Function) -> _Function:
 
 def unusable(backend: str) -> str | None:
     """Why ``backend`` cannot run here, or None when it can."""
-    if _known(backend) != "triton" or backend in _ABSENT:
+    if _known(backend) in _ABSENT or backend == "torch":
         return _ABSENT.get(backend)
+    if backend == "cpu":
+        return _no_library()
     if not _TRITON:
         return "triton is not installed"
     reason = no_gpu()
     if reason is not None and not _INTERPRETED:
         return f"{reason}, and TRITON_INTERPRET=1 was not set at the start"
     return None
+
+
+@_constant
+def _no_library() -> str | None:
+    return native.unusable()
 
 
 @_constant
@@ -105,8 +115,10 @@ def cannot(
 ) -> str | None:
     """Why ``backend`` cannot run such a call, or None when it can."""
     reason = unusable(backend)
-    if reason is not None or backend != "triton":
+    if reason is not None or backend == "torch":
         return reason
+    if backend == "cpu":
+        return _cannot_natively(device, dtype, lora_dtype)
     if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on CUDA tensors, got tensors on {device}"
     if device.type == "cuda" and _capability(device) < (8, 0):
@@ -116,6 +128,18 @@ def cannot(
             return f"Triton kernels take float16, bfloat16 and float32, got {given}"
     if rank > _TRITON_RANKS:
         return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"
+    return None
+
+
+def _cannot_natively(
+    device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
+) -> str | None:
+    if device.type != "cpu":
+        return f"the CPU kernels run on CPU tensors, got tensors on {device}"
+    if dtype is not None and dtype not in native.DTYPES:
+        return f"the CPU kernels take float16, bfloat16 and float32, got {dtype}"
+    if lora_dtype not in (None, dtype, torch.float32):
+        return f"the CPU kernels take adapters of {dtype} or float32 beside it, got {lora_dtype}"
     return None
 
 
@@ -159,7 +183,7 @@ def _best(
 ) -> bool:
     """Whether ``backend`` may run the call unasked."""
     if backend != "triton" or backend in _ABSENT:
-        return unusable(backend) is None
+        return cannot(backend, device, dtype, lora_dtype, rank) is None
     if device.type != "cuda" or unusable(backend) is not None or no_gpu() is not None:
         return False
     reason = cannot(backend, device, dtype, lora_dtype, rank)
@@ -188,12 +212,17 @@ def verified_paths(
     return choice.verified(op, name, arch) if backward else ()
 
 
-def implementation(op: str, backend: str) -> Callable[..., Any]:
+def implementation(op: str, backend: str) -> Any:
     """The function that runs ``op`` on ``backend``."""
     module = _loaded.get(backend)
     if module is None:
         module = _loaded[backend] = importlib.import_module(_MODULES[_known(backend)])
     return getattr(module, op)
+
+
+def merge_kernel(backend: str) -> str:
+    """The name of the arithmetic that ``merge_`` has on ``backend``, which its receipts bear."""
+    return implementation("KERNEL", backend)
 
 
 def backend(op: str | None = None, device: torch.device | str | None = None) -> str:

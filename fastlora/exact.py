@@ -22,7 +22,15 @@ from fastlora.delta import Delta, Tile
 # Named in every receipt: a receipt of another arithmetic is refused.
 KERNEL = "torch-exact-1"
 TILE = 1 << 16
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+NOT_MERGED = (
+    "weight: it is not the one that this receipt's merge left behind (edited since, or "
+    "another layer's); nothing was changed"
+)
+NOT_RESTORED = (
+    "receipt: it does not give back the original weight here (its adapters were edited, or "
+    "this machine's arithmetic differs); nothing was changed"
+)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def merge_(
@@ -39,7 +47,7 @@ def merge_(
     sums: list[Tensor] = []
     done: list[Tile] = []
     try:
-        for tile in _tiles(weight):
+        for tile in tiles(weight):
             before = weight[tile]
             delta = delta_of(tile)
             merged = _merged(before, delta)
@@ -86,7 +94,7 @@ def unmerge_(
     """Gives weight (N, K) every bit back that ``merge_`` found, or raises and changes nothing."""
     delta_of = Delta(weight, lora_A, lora_B, scalings)
     sizes = counts.tolist()
-    parts = list(zip(_tiles(weight), positions.split(sizes), bits.split(sizes), strict=True))
+    parts = list(zip(tiles(weight), positions.split(sizes), bits.split(sizes), strict=True))
     sums = []
     for tile, where, old in parts:
         restored = _restored(weight[tile], delta_of(tile), where, old)
@@ -94,15 +102,9 @@ def unmerge_(
         sums.append(torch.stack((merged, _checksum(restored))))
     found, expected = _combine(sums, weight).tolist(), checksums.tolist()
     if found[0] != expected[0]:
-        raise RuntimeError(
-            "weight: it is not the one that this receipt's merge left behind (edited since, or "
-            "another layer's); nothing was changed"
-        )
+        raise RuntimeError(NOT_MERGED)
     if found[1] != expected[1]:
-        raise RuntimeError(
-            "receipt: it does not give back the original weight here (its adapters were edited, or "
-            "this machine's arithmetic differs); nothing was changed"
-        )
+        raise RuntimeError(NOT_RESTORED)
     done: list[Tile] = []
     try:
         for tile, where, old in parts:
@@ -116,7 +118,8 @@ def unmerge_(
         raise
 
 
-def _tiles(weight: Tensor) -> Iterator[Tile]:
+def tiles(weight: Tensor) -> Iterator[Tile]:
+    """Whole rows, or parts of one: at most TILE elements each."""
     N, K = weight.shape
     width = min(K, TILE)
     height = max(1, TILE // max(1, width))
@@ -141,7 +144,7 @@ def _restored(merged: Tensor, delta: Tensor, where: Tensor, old: Tensor) -> Tens
 
 
 def _as_bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(_BITS[values.element_size()])
+    return values.contiguous().view(BITS[values.element_size()])
 
 
 def _finite_where(before: Tensor, merged: Tensor) -> bool:

@@ -136,7 +136,7 @@ def multi_lora_linear(
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (groups.order, groups.starts, scalings, ranks, _row_scales(row_scales, x))
-    backend = dispatch.choose("multi_lora_linear", x.device)
+    backend = dispatch.choose("multi_lora_linear", *_kind(x, lora_A))
     args = (_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B)
     y, _ = MultiLoRALinear.apply(*args) if tracked else _ops.multi_lora_linear(*args)
@@ -164,7 +164,7 @@ def multi_lora_add_(
     if tracked:
         rows = _kept(rows, y)
     h = _scratch(lora_A.shape[1], rows, lora_A, groups.order, groups.starts, ranks)
-    backend = dispatch.choose("multi_lora_add_", x.device)
+    backend = dispatch.choose("multi_lora_add_", *_kind(x, lora_A))
     args = (y, h, rows, lora_A, lora_B, *routing, backend)
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
@@ -186,9 +186,11 @@ def merge_(
     if receipt:
         # Copied before anything is written: it may be what memory does not suffice for.
         checked = [(A.clone(), B.clone(), scaling) for A, B, scaling in checked]
-    backend = dispatch.choose("merge_", weight.device)
+    backend = dispatch.choose("merge_", weight.device, weight.dtype)
     parts = _ops.merge_(weight, *columns(checked), backend)
-    return MergeReceipt.make(weight, checked, backend, parts) if receipt else None
+    if not receipt:
+        return None
+    return MergeReceipt.make(weight, checked, backend, dispatch.merge_kernel(backend), parts)
 
 
 @torch.no_grad()
@@ -200,17 +202,18 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
     """
     if not isinstance(receipt, MergeReceipt):
         raise TypeError(f"receipt: expected a MergeReceipt, got {type(receipt).__name__}")
-    receipt.check(weight)
+    receipt.check(weight, dispatch.merge_kernel(receipt.backend))
     _ops.unmerge_(weight, *receipt.operands(weight.device), receipt.backend)
 
 
 def _dropout(p: float, training: bool, x: Tensor) -> tuple[float, Tensor | None]:
-    return (p, dropout.new_seed(x.device)) if training and p > 0 else (0.0, None)
+    drops = training and dropout.threshold(p) > 0
+    return (p, dropout.new_seed(x.device)) if drops else (0.0, None)
 
 
 def _kind(x: Tensor, lora_A: Tensor) -> tuple[torch.device, torch.dtype, torch.dtype, int]:
     """What decides about the backend of a call."""
-    return x.device, x.dtype, lora_A.dtype, lora_A.shape[0]
+    return x.device, x.dtype, lora_A.dtype, lora_A.shape[-2]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora import exact
-
 # (lora_A (R, K), lora_B (N, R), scaling)
 Adapter = tuple[Tensor, Tensor, float]
 
@@ -41,11 +39,15 @@ class MergeReceipt:
 
     @staticmethod
     def make(
-        weight: Tensor, adapters: Sequence[Adapter], backend: str, parts: Sequence[Tensor]
+        weight: Tensor,
+        adapters: Sequence[Adapter],
+        backend: str,
+        kernel: str,
+        parts: Sequence[Tensor],
     ) -> MergeReceipt:
         """adapters: copies, which the receipt keeps."""
         shape = (weight.shape[0], weight.shape[1])
-        return MergeReceipt(shape, weight.dtype, backend, exact.KERNEL, tuple(adapters), *parts)
+        return MergeReceipt(shape, weight.dtype, backend, kernel, tuple(adapters), *parts)
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +56,8 @@ class MergeReceipt:
         held += [t for A, B, _ in self.adapters for t in (A, B)]
         return sum(t.nbytes for t in held)
 
-    def check(self, weight: Tensor) -> None:
-        """Raises unless the receipt can speak of a weight like this one."""
+    def check(self, weight: Tensor, kernel: str) -> None:
+        """Raises unless the receipt can speak of a weight like this one; ``kernel`` is today's."""
         if not isinstance(weight, Tensor) or weight.dtype != self.dtype:
             found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(f"weight: the receipt is for {self.dtype}, got {found}")
@@ -63,9 +65,9 @@ class MergeReceipt:
             raise ValueError(
                 f"weight: the receipt is for shape {self.shape}, got {tuple(weight.shape)}"
             )
-        if self.kernel != exact.KERNEL:
+        if self.kernel != kernel:
             raise RuntimeError(
-                f"receipt: made by kernel {self.kernel!r}, but this version has {exact.KERNEL!r}"
+                f"receipt: made by kernel {self.kernel!r}, but this version has {kernel!r}"
             )
 
     def operands(self, device: torch.device) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import dropout
-from fastlora.exact import merge_, unmerge_
+from fastlora.exact import KERNEL, merge_, unmerge_
 from fastlora.products import accumulator, adapter_gradient, base_gradient, row_blocks
 from fastlora.reference_multi import (
     group_rows,
@@ -29,6 +29,7 @@ from fastlora.reference_multi import (
 )
 
 __all__ = [
+    "KERNEL",
     "group_rows",
     "lora_add_",
     "lora_linear",

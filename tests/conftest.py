@@ -34,11 +34,24 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Every backend that has the single-adapter ops, asked for by name."""
-    reason = dispatch.cannot(request.param, device)
+def _asked_for(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    name, given = request.param, getattr(request.node, "callspec", None)
+    reason = dispatch.cannot(name, device, given and given.params.get("dtype"))
     if reason is not None:
         pytest.skip(reason)
-    with fastlora.use_backend(request.param):
-        yield request.param
+    with fastlora.use_backend(name):
+        yield name
+
+
+@pytest.fixture(params=["torch", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """Every backend that has the single-adapter ops, asked for by name."""
+    yield from _asked_for(request, device)
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def whole_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that has all ops, asked for by name."""
+    on = "device" in request.fixturenames
+    device = request.getfixturevalue("device") if on else torch.device("cpu")
+    yield from _asked_for(request, device)

@@ -15,7 +15,7 @@ transformers.logging.set_verbosity_error()
 VOCABULARY = 97
 # Relative norms, twice the worst of 25 seeds: rounding in another order, a few hundred products to
 # a sum, then two layers that pass it on. A half rounds what each layer gives to 2**-9 or 2**-12.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 7e-2, torch.float16: 6e-3}
 
 
 def llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:

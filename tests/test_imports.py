@@ -25,8 +25,8 @@ LAYERS = {
     "gradients": ["autograd"],
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
-    "backends": ["reference", "reference_multi"],
-    "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products"],
+    "backends": ["reference", "reference_multi", "cpu"],
+    "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products", "native"],
 }
 
 # What importing a file may import besides the standard library and fastlora. Inside its functions

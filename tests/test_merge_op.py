@@ -4,16 +4,18 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import exact
+from fastlora import dispatch, exact
 from fastlora import functional as F
 from tests import oracle
 from tests.calls import MERGED, weight_and_adapter
 from tests.helpers import LAYOUTS, Spy, bits, same_bits, unchanged
+
+pytestmark = pytest.mark.usefixtures("whole_backend")
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -244,7 +246,10 @@ def test_an_interrupted_unmerge_changes_nothing(op, count):
     assert same_bits(weight, before)
 
 
-@settings(max_examples=50, deadline=None)
+# One backend for all examples.
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     N=st.integers(0, 40),
     K=st.integers(0, 40),
@@ -254,7 +259,8 @@ def test_an_interrupted_unmerge_changes_nothing(op, count):
     layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**32),
 )
-def test_every_bit_comes_back(N, K, ranks, dtype, ratio, layout, seed):
+def test_every_bit_comes_back(whole_backend, N, K, ranks, dtype, ratio, layout, seed):
+    assume(dispatch.cannot(whole_backend, CPU, dtype) is None)
     torch.manual_seed(seed)
     weight = layout(weight_and_adapter(N, K, 1, dtype)[0])
     adapters = [weight_and_adapter(N, K, R, dtype, ratio=ratio)[1] for R in ranks]

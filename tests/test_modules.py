@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from fastlora import FastLoRALinear
+from fastlora import FastLoRALinear, use_backend
 from tests.helpers import same_bits
 from tests.models import TOLERANCE, assert_agree, error, randomise_lora, untouched
 
@@ -141,6 +141,7 @@ def test_initialised_as_peft_initialises(kind):
         assert same_bits(ours.lora_B.detach(), B.detach())
 
 
+@use_backend("torch")  # whose base product is nn.Linear's, bit for bit
 def test_from_linear_shares_freezes_and_inherits():
     calls = []
     linear = nn.Linear(12, 20).eval()

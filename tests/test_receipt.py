@@ -113,7 +113,7 @@ def test_an_edited_receipt_is_refused():
     [
         ({"dtype": torch.float16}, TypeError, "weight: the receipt is for torch.float16"),
         ({"shape": (31, 65)}, ValueError, r"weight: the receipt is for shape \(31, 65\)"),
-        ({"kernel": "another"}, RuntimeError, "receipt: made by kernel 'another', .*torch-exact-1"),
+        ({"kernel": "another"}, RuntimeError, "receipt: made by kernel 'another', "),
     ],
 )
 def test_a_receipt_for_something_else_is_refused(others, error, message):

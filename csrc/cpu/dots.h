@@ -1,0 +1,122 @@
+// Dot products of rows of x with rows of a weight, the weight read once, as it is stored.
+//
+// x is packed beforehand: STEP elements of each of MB rows lie side by side, so that its rows'
+// distance (a power of two, as a rule) does not put them all into one set of a cache. One
+// accumulator a product, whatever the tile: a product's bits do not depend on its neighbours.
+#pragma once
+
+#include <algorithm>
+
+#include "kinds.h"
+
+namespace fastlora::FL_ISA {
+
+// Rows of the weight a tile; rows of x a tile: as many as registers allow.
+constexpr int NB = 4;
+constexpr int MB = W == 16 ? 4 : 2;
+
+template <class X>
+constexpr int64_t packed_size(int64_t K) {
+    return (K + Kind<X>::STEP - 1) / Kind<X>::STEP * Kind<X>::STEP * MB;
+}
+
+// out [K / STEP, MB, STEP], zeros past K: row i is row(i).
+template <class X, class Row>
+inline void pack(X* out, int64_t rows, Row row, int64_t K) {
+    constexpr int64_t step = Kind<X>::STEP;
+    for (int64_t i = 0; i < rows; ++i) {
+        const X* from = row(i);
+        X* to = out + i * step;
+        const int64_t whole = K / step * step;
+        for (int64_t k = 0; k < whole; k += step, to += MB * step)
+            std::memcpy(to, from + k, step * sizeof(X));
+        if (whole < K) {
+            std::memset(to, 0, step * sizeof(X));
+            std::memcpy(to, from + whole, (K - whole) * sizeof(X));
+        }
+    }
+}
+
+template <class T, int BYTES>
+inline void prefetch(const T* p) {
+    for (int b = 0; b < BYTES; b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(p) + b, 0, 2);
+}
+
+// out[m][n] = x[m] . w[n], x packed. Meanwhile AHEAD rows from next[0] on come closer: hardware
+// alone fetches a third less.
+template <class X, class T, int ROWS, int AHEAD>
+inline void dot_tile(float out[][NB], const X* x, const T* const* w, const T* const* next,
+                     int64_t K) {
+    using kind = Kind<X>;
+    constexpr int step = kind::STEP;
+    F sum[ROWS][NB];
+    for (auto& row : sum)
+        for (F& s : row) s = zero();
+    int64_t k = 0;
+    for (; k + step <= K; k += step, x += MB * step) {
+        for (int n = 0; n < AHEAD; ++n) prefetch<T, step * int(sizeof(T))>(next[n] + k);
+        typename kind::Packet b[NB];
+        for (int n = 0; n < NB; ++n) b[n] = kind::packet(w[n] + k);
+        for (int m = 0; m < ROWS; ++m) {
+            const auto a = kind::packet(x + m * step);
+            for (int n = 0; n < NB; ++n) sum[m][n] = kind::dot(sum[m][n], a, b[n]);
+        }
+    }
+    if (k < K) {
+        for (int n = 0; n < NB; ++n) {
+            T padded[step] = {};
+            std::memcpy(padded, w[n] + k, (K - k) * sizeof(T));
+            const auto b = kind::packet(padded);
+            for (int m = 0; m < ROWS; ++m)
+                sum[m][n] = kind::dot(sum[m][n], kind::packet(x + m * step), b);
+        }
+    }
+    for (int m = 0; m < ROWS; ++m) sums(out[m], sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
+}
+
+template <class X, class T>
+inline void dot_tile(float out[][NB], int rows, int ahead, const X* x, const T* const* w,
+                     const T* const* next, int64_t K) {
+    if (rows == 1) return (ahead ? dot_tile<X, T, 1, NB> : dot_tile<X, T, 1, 0>)(out, x, w, next, K);
+    if (rows == 2) return (ahead ? dot_tile<X, T, 2, NB> : dot_tile<X, T, 2, 0>)(out, x, w, next, K);
+    if constexpr (MB == 4) {
+        if (rows == 3)
+            return (ahead ? dot_tile<X, T, 3, NB> : dot_tile<X, T, 3, 0>)(out, x, w, next, K);
+        if (ahead == 1) return dot_tile<X, T, 4, 1>(out, x, w, next, K);
+        if (ahead == 2) return dot_tile<X, T, 4, 2>(out, x, w, next, K);
+        return (ahead ? dot_tile<X, T, 4, NB> : dot_tile<X, T, 4, 0>)(out, x, w, next, K);
+    }
+}
+
+// emit(m, n, products, count) of products n ... n + count - 1 for rows m of packed x, in `blocks` of MB (first and count say which rows of
+// the one block, or every row of several), and `columns` rows of w. after is what is read next.
+template <class X, class T, class WRow, class Emit>
+inline void dots(const X* x, int64_t first, int64_t rows, int64_t columns, WRow w_row,
+                 const T* after, int64_t K, Emit emit) {
+    const int64_t blocks = (first + rows + MB - 1) / MB;
+    // Among the first blocks of x, so that each step of a tile fetches little.
+    const int ahead = MB < NB || blocks < 2 ? NB : blocks < 4 ? 2 : 1;
+    const T *w[NB], *next[NB];
+    for (int64_t n = 0; n < columns; n += NB) {
+        const int64_t ns = std::min<int64_t>(NB, columns - n);
+        for (int i = 0; i < NB; ++i) {
+            // Past the end the last one again: its products are not emitted.
+            w[i] = w_row(n + std::min<int64_t>(i, ns - 1));
+            const int64_t coming = n + NB + i;
+            next[i] = coming < columns ? w_row(coming) : after ? after : w[i];
+        }
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t from = block ? 0 : first;
+            const int64_t to = std::min<int64_t>(MB, first + rows - block * MB);
+            float out[MB][NB];
+            const bool fetching = block * ahead < NB && (to - from == MB || blocks == 1);
+            dot_tile<X, T>(out, int(to - from), fetching ? ahead : 0,
+                           x + block * packed_size<X>(K) + from * Kind<X>::STEP, w,
+                           next + (fetching ? block * ahead : 0), K);
+            for (int64_t i = from; i < to; ++i) emit(block * MB + i, n, out[i - from], ns);
+        }
+    }
+}
+
+}  // namespace fastlora::FL_ISA

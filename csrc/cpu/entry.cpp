@@ -1,0 +1,223 @@
+// The C functions: what must hold is checked here, the rest is the instruction set's.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "../fastlora.h"
+#include "table.h"
+
+namespace {
+
+using namespace fastlora;
+
+// Best first, as far as this build has them and this machine runs them.
+std::unique_ptr<const Table*[]> usable() {
+    std::unique_ptr<const Table*[]> found(new const Table*[5]());
+    int count = 0;
+#ifdef FL_HAS_AVX2
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+#ifdef FL_HAS_AVX512_BF16
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::table;
+#endif
+#ifdef FL_HAS_AVX512
+    if (avx512) found[count++] = &avx512::table;
+#endif
+    if (avx2) found[count++] = &avx2::table;
+#endif
+    found[count++] = &portable::table;
+    return found;
+}
+
+const std::unique_ptr<const Table*[]> tables = usable();
+std::atomic<const Table*> current{tables[0]};
+
+bool sizes(std::initializer_list<int64_t> values) {
+    for (int64_t value : values)
+        if (value < 0 || value > int64_t(1) << 40) return false;
+    return true;
+}
+
+// A matrix of `rows` rows whose distance is `stride`, `columns` wide.
+bool matrix(const void* p, int64_t rows, int64_t columns, int64_t stride) {
+    if (rows == 0 || columns == 0) return true;
+    return p && (rows == 1 || stride >= columns || stride <= -columns);
+}
+
+// The same, where rows may overlap: it is only read.
+bool readable(const void* p, int64_t rows, int64_t columns) {
+    return rows == 0 || columns == 0 || p;
+}
+
+int32_t checked(const LinearArgs& a) {
+    if (!sizes({a.M, a.K, a.N, a.R, a.S}) || a.threads < 1) return FASTLORA_BAD_ARGUMENT;
+    if (!matrix(a.y, a.M, a.N, a.ldy) || !matrix(a.h, a.M, a.R, a.ldh) ||
+        !readable(a.x, a.M, a.K) || !readable(a.A, a.S * a.R, a.K) ||
+        !readable(a.B, a.S * a.N, a.R) || !a.starts || (a.S && !a.scalings))
+        return FASTLORA_BAD_ARGUMENT;
+    if (a.starts[0] < 0 || a.starts[a.S] > a.M) return FASTLORA_BAD_ARGUMENT;
+    for (int64_t s = 0; s < a.S; ++s)
+        if (a.starts[s] > a.starts[s + 1]) return FASTLORA_BAD_ARGUMENT;
+    if (a.starts[a.S] != a.M) return FASTLORA_BAD_ARGUMENT;
+    for (int64_t i = 0; a.order && i < a.M; ++i)
+        if (a.order[i] < 0 || a.order[i] >= a.M) return FASTLORA_BAD_ARGUMENT;
+    if (a.M == 0 || (a.N == 0 && a.R == 0)) return FASTLORA_OK;
+    return current.load()->linear(a);
+}
+
+bool merge_arguments(const MergeArgs& a) {
+    return sizes({a.N, a.K, a.R}) && a.threads >= 1 && readable(a.weight, a.N, a.K) &&
+           readable(a.A, a.R, a.K) && readable(a.B, a.N, a.R);
+}
+
+template <class Call>
+int32_t guarded(Call call) {
+    try {
+        return call();
+    } catch (const std::bad_alloc&) {
+        return FASTLORA_NO_MEMORY;
+    } catch (...) {
+        return FASTLORA_BAD_ARGUMENT;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t fastlora_abi_version(void) { return FASTLORA_ABI_VERSION; }
+
+const char* fastlora_cpu_available(void) {
+    static const std::string names = [] {
+        std::string all;
+        for (int i = 0; tables[i]; ++i) all += (i ? "," : "") + std::string(tables[i]->name);
+        return all;
+    }();
+    return names.c_str();
+}
+
+const char* fastlora_cpu_current(void) { return current.load()->name; }
+
+int32_t fastlora_cpu_use(const char* name) {
+    for (int i = 0; name && tables[i]; ++i)
+        if (!std::strcmp(tables[i]->name, name)) {
+            current = tables[i];
+            return FASTLORA_OK;
+        }
+    return FASTLORA_BAD_ARGUMENT;
+}
+
+int32_t fastlora_lora_linear(
+    void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx, const void* weight,
+    int64_t ldw, const void* bias, const void* lora_A, int64_t lda, int64_t lda_column,
+    const void* lora_B, int64_t ldb, int64_t ldb_column, const void* lora_bias, int64_t M,
+    int64_t K, int64_t N, int64_t R, float scaling, int32_t x_dtype, int32_t lora_dtype,
+    int32_t threads) {
+    // One adapter, which every row has.
+    const int64_t starts[2] = {0, M};
+    return guarded([&] {
+        return checked({y, h, x, weight, bias, lora_A, lora_B, lora_bias, ldy, ldh, ldx, ldw, 0, lda,
+                        lda_column, 0, ldb, ldb_column, nullptr, starts, nullptr, &scaling, nullptr,
+                        M, K, N, R, 1, x_dtype, lora_dtype, threads});
+    });
+}
+
+int32_t fastlora_multi_lora_linear(
+    void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx, const void* weight,
+    int64_t ldw, const void* bias, const void* lora_A, int64_t lda_slot, int64_t lda,
+    const void* lora_B, int64_t ldb_slot, int64_t ldb, const int64_t* order, const int64_t* starts,
+    const float* scalings, const int64_t* ranks, const float* row_scales, int64_t M, int64_t K,
+    int64_t N, int64_t R, int64_t S, int32_t x_dtype, int32_t lora_dtype, int32_t threads) {
+    for (int64_t s = 0; scalings && starts && s < S; ++s)
+        if (starts[s] < starts[s + 1] && !std::isfinite(scalings[s])) return FASTLORA_NOT_FINITE;
+    return guarded([&] {
+        return checked({y, h, x, weight, bias, lora_A, lora_B, nullptr, ldy, ldh, ldx, ldw, lda_slot,
+                        lda, 1, ldb_slot, ldb, 1, order, starts, ranks, scalings, row_scales, M, K, N, R,
+                        S, x_dtype, lora_dtype, threads});
+    });
+}
+
+int32_t fastlora_gradient(void* out, int64_t out_row, int64_t out_column, const void* left,
+                          int64_t ld_left, const void* right, int64_t ld_right, int64_t M,
+                          int64_t R, int64_t C, float scaling, int32_t dtype, int32_t out_dtype,
+                          int32_t threads) {
+    if (!sizes({M, R, C}) || threads < 1 || !readable(out, R, C) || !readable(left, M, R) ||
+        !readable(right, M, C))
+        return FASTLORA_BAD_ARGUMENT;
+    return guarded([&] {
+        return current.load()->gradient({out, left, right, out_row, out_column, ld_left, ld_right, M,
+                                         R, C, scaling, dtype, out_dtype, threads});
+    });
+}
+
+int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* lora_A,
+                       const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
+                       int32_t threads, void** receipt) {
+    const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
+    if (!receipt || !merge_arguments(args)) return FASTLORA_BAD_ARGUMENT;
+    return guarded([&] {
+        std::unique_ptr<Receipt> made(new Receipt);
+        const int32_t code = current.load()->merge(args, *made);
+        if (code == FASTLORA_OK) *receipt = made.release();
+        return code;
+    });
+}
+
+int64_t fastlora_receipt_size(const void* receipt) {
+    int64_t size = 0;
+    if (receipt)
+        for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles)
+            size += int64_t(tile.positions.size());
+    return size;
+}
+
+int32_t fastlora_receipt_read(const void* receipt, uint16_t* positions, void* bits, int32_t* counts,
+                              int64_t* checksums) {
+    if (!receipt || !checksums) return FASTLORA_BAD_ARGUMENT;
+    const auto& held = *static_cast<const Receipt*>(receipt);
+    auto* raw = static_cast<unsigned char*>(bits);
+    uint64_t merged = 0, original = 0;
+    for (const auto& tile : held.tiles) {
+        const size_t count = tile.positions.size();
+        std::memcpy(positions, tile.positions.data(), count * sizeof *positions);
+        positions += count;
+        for (uint32_t each : tile.bits) {
+            std::memcpy(raw, &each, held.element_size);
+            raw += held.element_size;
+        }
+        *counts++ = int32_t(count);
+        merged += tile.merged;
+        original += tile.original;
+    }
+    checksums[0] = int64_t(merged);
+    checksums[1] = int64_t(original);
+    return FASTLORA_OK;
+}
+
+void fastlora_receipt_free(void* receipt) { delete static_cast<Receipt*>(receipt); }
+
+int32_t fastlora_unmerge(void* weight, int64_t row, int64_t column, const float* lora_A,
+                         const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
+                         int32_t threads, const uint16_t* positions, const void* bits,
+                         const int32_t* counts, int64_t size, const int64_t* checksums) {
+    const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
+    if (!merge_arguments(args) || !sizes({size}) || !checksums) return FASTLORA_BAD_ARGUMENT;
+    const int64_t tiles = Tiles(N, K).count;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < tiles; ++i) {
+        if (!counts || counts[i] < 0) return FASTLORA_BAD_ARGUMENT;
+        sum += counts[i];
+    }
+    if (sum != size || (size && (!positions || !bits))) return FASTLORA_BAD_ARGUMENT;
+    return guarded(
+        [&] { return current.load()->unmerge(args, {positions, bits, counts, checksums}); });
+}
+
+}  // extern "C"

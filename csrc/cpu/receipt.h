@@ -1,0 +1,40 @@
+// What a merge leaves so that it can be undone: elements that subtraction alone would not restore.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastlora {
+
+constexpr int64_t TILE = 1 << 16;  // elements at most: a position fits 16 bits
+
+// A matrix (N, K) in tiles of whole rows, or of parts of one row where a row has more elements.
+struct Tiles {
+    int64_t N, K, width, height, across, count;
+
+    Tiles(int64_t N, int64_t K) : N(N), K(K) {
+        width = K < TILE ? (K > 0 ? K : 1) : TILE;
+        height = TILE / width;
+        across = (K + width - 1) / width;
+        count = K > 0 && N > 0 ? (N + height - 1) / height * across : 0;
+    }
+
+    int64_t top(int64_t tile) const { return tile / across * height; }
+    int64_t left(int64_t tile) const { return tile % across * width; }
+    int64_t rows(int64_t tile) const { return height < N - top(tile) ? height : N - top(tile); }
+    int64_t columns(int64_t tile) const { return width < K - left(tile) ? width : K - left(tile); }
+};
+
+struct Receipt {
+    struct Tile {
+        std::vector<uint16_t> positions;
+        std::vector<uint32_t> bits;
+        uint64_t merged = 0, original = 0;  // checksums
+        int64_t done = 0;                   // blocks of the tile that were written
+    };
+
+    int64_t element_size = 0;
+    std::vector<Tile> tiles;
+};
+
+}  // namespace fastlora

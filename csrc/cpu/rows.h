@@ -1,0 +1,257 @@
+// y += s (x A^T) B^T for rows that each have their own adapter, or y = x W^T + bias + the same.
+//
+// Reads x, W, y and every adapter in use once. Two phases, each spread over the threads:
+//   h = x A^T        a task is a block of MB rows (for few rows: a part of its ranks)
+//   y = ... + h B^T  a task is a range of outputs (for many rows: a group of rows)
+// With W (few rows only) the sums of x W^T wait in float32 for the adapter's part: one rounding.
+#pragma once
+
+#include <vector>
+
+#include "buffer.h"
+#include "dots.h"
+#include "expand.h"
+#include "threads.h"
+
+namespace fastlora::FL_ISA {
+
+// A row's work is the same whatever surrounds it: so are its bits.
+struct Shape {
+    int64_t M, K, N, R, S;
+};
+
+template <class X, class T>
+struct Rows {
+    Shape shape;
+    X* y;
+    int64_t ldy;
+    X* h;
+    int64_t ldh;
+    const X* x;
+    int64_t ldx;
+    const X* weight;  // or null: y is added to
+    int64_t ldw;
+    const X* bias;
+    const T* A;
+    int64_t lda_slot, lda;
+    const T* B;
+    int64_t ldb_slot, ldb;
+    const float* lora_bias;
+    const int64_t* order;  // null: 0, 1, 2, ...
+    const int64_t* starts;
+    const float* scalings;
+    const int64_t* ranks;
+    const float* row_scales;
+    int threads;
+
+    int64_t row(int64_t i) const { return order ? order[i] : i; }
+
+    Slot<T> slot(int64_t s) const {
+        if (s < 0) return {0, nullptr, nullptr, nullptr};
+        const int64_t r = ranks ? std::clamp<int64_t>(ranks[s], 0, shape.R) : shape.R;
+        return {r, A + s * lda_slot, B + s * ldb_slot, lora_bias};
+    }
+
+    // Whether rows of this slot are changed at all.
+    bool idle(int64_t s) const { return s < 0 || (slot(s).r == 0 && !lora_bias); }
+
+    float scale(int64_t s, int64_t i) const {
+        return scalings[s] * (row_scales ? row_scales[row(i)] : 1.0f);
+    }
+
+    // visit(slot, first, count) for [first, last) of the grouped rows, cut where the slot changes.
+    template <class Visit>
+    void segments(int64_t first, int64_t last, Visit visit) const {
+        if (first < std::min(starts[0], last)) visit(-1, first, std::min(starts[0], last) - first);
+        int64_t s = std::upper_bound(starts, starts + shape.S + 1, first) - starts - 1;
+        for (s = std::max<int64_t>(s, 0); s < shape.S && starts[s] < last; ++s) {
+            const int64_t from = std::max(starts[s], first), to = std::min(starts[s + 1], last);
+            if (from < to) visit(s, from, to - from);
+        }
+    }
+};
+
+// Rows up to which a task of the second phase takes them all; beyond, groups of GROUP rows.
+constexpr int64_t FEW = 64, GROUP = 32;
+// Outputs a task: float32 sums of FEW rows stay in a core's cache.
+constexpr int64_t OUTPUTS = 256;
+
+template <class X, class T>
+class LoRARows {
+  public:
+    // Allocates; run() does not.
+    explicit LoRARows(const Rows<X, T>& rows) : a(rows), M(a.shape.M), K(a.shape.K) {
+        blocks = (M + MB - 1) / MB;
+        parts = blocks < a.threads ? std::min<int64_t>(a.threads, (a.shape.R + NB - 1) / NB) : 1;
+        parts = std::max<int64_t>(parts, 1);
+        ranks = quads<X>(a.shape.R) * QUAD<X>;
+        h.resize(M * ranks);
+        packed = Buffer<X>((a.weight ? blocks : a.threads) * packed_size<X>(K));
+        few = M <= FEW || a.weight;
+        group = few ? std::max<int64_t>(M, 1) : GROUP;
+        outputs = std::max<int64_t>(a.shape.N, 1);
+        if (few) {
+            // Four tasks a thread, so that none waits long for the last one.
+            const int64_t share = a.shape.N / (4 * a.threads) / W * W;
+            outputs = std::clamp<int64_t>(share, 2 * W, OUTPUTS);
+        }
+        columns = Buffer<F>(a.threads * columns_size());
+        wide = Buffer<float>(a.threads * MB * ranks);
+        y_rows = Buffer<X*>(a.threads * group);
+        scales = Buffer<float>(a.threads * group);
+        sums = Buffer<float>(a.weight ? a.threads * M * outputs : 0);
+    }
+
+    void run() {
+        const int64_t ranges = (a.shape.N + outputs - 1) / outputs;
+        const int64_t tasks = (M + group - 1) / group * ranges;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+        {
+            if (a.weight) {
+#pragma omp for schedule(static)
+                for (int64_t i = 0; i < blocks; ++i) pack_block(i, i);
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < blocks * parts; ++i) shrink(i / parts, i % parts);
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < tasks; ++i) {
+                const int64_t first = i / ranges * group, n = i % ranges * outputs;
+                expand_range(first, std::min(group, M - first), n,
+                             std::min(outputs, a.shape.N - n));
+            }
+        }
+    }
+
+  private:
+    using kind = Kind<X>;
+    using H = typename kind::H;
+
+    Rows<X, T> a;
+    int64_t M, K, blocks, parts, ranks, group, outputs;
+    bool few;
+    std::vector<H> h;       // [M, ranks], grouped rows, zeros past a slot's rank
+    Buffer<X> packed;  // [blocks] where x is needed twice, else [threads]
+    Buffer<float> wide;     // [threads, MB, ranks] of h
+    Buffer<F> columns;      // [threads] panels of B
+    Buffer<X*> y_rows;      // [threads, group]
+    Buffer<float> scales;   // [threads, group]
+    Buffer<float> sums;  // [threads, M, outputs]
+
+    int64_t columns_size() const { return panels_size<X>(a.shape.R); }
+
+    void pack_block(int64_t block, int64_t to) {
+        const int64_t first = block * MB;
+        pack<X>(packed.get() + to * packed_size<X>(K), std::min<int64_t>(MB, M - first),
+                [&](int64_t i) { return a.x + a.row(first + i) * a.ldx; }, K);
+    }
+
+    // h of a block's rows, the part'th share of the ranks.
+    void shrink(int64_t block, int64_t part) {
+        const int64_t begin = block * MB, end = std::min(begin + MB, M);
+        const int64_t place = a.weight ? block : omp_get_thread_num();
+        float* sum = wide.get() + omp_get_thread_num() * MB * ranks;
+        bool fresh = a.weight != nullptr;
+        a.segments(begin, end, [&](int64_t s, int64_t first, int64_t count) {
+            const Slot<T> slot = a.slot(s);
+            if (part == 0)
+                for (int64_t i = first; i < first + count; ++i)
+                    std::fill(h_row(i) + slot.r, h_row(i) + a.shape.R, X{});
+            const int64_t share = (slot.r + NB * parts - 1) / (NB * parts) * NB;
+            const int64_t from = part * share, to = std::min(from + share, slot.r);
+            if (from >= to) return;
+            if (!fresh) pack_block(block, place);
+            fresh = true;
+            dots<X, T>(
+                packed.get() + place * packed_size<X>(K), first - begin, count, to - from,
+                [&](int64_t r) { return slot.A + (from + r) * a.lda; }, next_A(first + count), K,
+                [&](int64_t m, int64_t r, const float* value, int64_t some) {
+                    std::memcpy(sum + m * ranks + from + r, value, some * sizeof *value);
+                });
+            for (int64_t i = first; i < first + count; ++i)
+                for (int64_t r = from; r < to; r += W) {
+                    const int64_t width = std::min<int64_t>(W, to - r);
+                    const F value = load_some(sum + (i - begin) * ranks + r, width);
+                    store_some(&h[i * ranks + r], width, value);
+                    store_some(h_row(i) + r, width, value);
+                }
+        });
+    }
+
+    X* h_row(int64_t i) const { return a.h + a.row(i) * a.ldh; }
+
+    const T* next_A(int64_t i) const {
+        const T* found = nullptr;
+        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s).A; });
+        return found;
+    }
+
+    // Outputs n ... n + count - 1 of grouped rows first ... first + rows - 1.
+    void expand_range(int64_t first, int64_t rows, int64_t n, int64_t count) {
+        float* sum = nullptr;
+        if (a.weight) {
+            sum = sums.get() + omp_get_thread_num() * M * outputs;
+            dots<X, X>(
+                packed.get(), 0, M, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
+                n + count < a.shape.N ? a.weight + (n + count) * a.ldw : nullptr, K,
+                [&](int64_t m, int64_t i, const float* value, int64_t some) {
+                    std::memcpy(sum + m * outputs + i, value, some * sizeof *value);
+                });
+        }
+        a.segments(first, first + rows, [&](int64_t s, int64_t from, int64_t count_rows) {
+            if (a.idle(s)) return a.weight ? finish_plain(sum, from, count_rows, n, count) : void();
+            add_slot(sum, s, from, count_rows, n, count);
+        });
+    }
+
+    void add_slot(float* sum, int64_t s, int64_t first, int64_t rows, int64_t n, int64_t count) {
+        Slot<T> slot = a.slot(s);
+        if (slot.B) slot.B += n * a.ldb;
+        if (slot.bias) slot.bias += n;
+        const T* next = few ? next_B(first + rows) : nullptr;
+        X** y_row = y_rows.get() + omp_get_thread_num() * group;
+        float* scale = scales.get() + omp_get_thread_num() * group;
+        for (int64_t i = 0; i < rows; ++i) {
+            y_row[i] = a.y + a.row(first + i) * a.ldy + n;
+            scale[i] = a.scale(s, first + i);
+        }
+        const H* from = &h[first * ranks];
+        expand<X, T>(
+            columns.get() + omp_get_thread_num() * columns_size(), slot,
+            next ? next + n * a.ldb : nullptr, a.ldb, count, rows,
+            [&](int64_t i) { return from + i * ranks; },
+            [&](int64_t i, int64_t at, int64_t width, F delta) {
+                X* y = y_row[i] + at;
+                F before;
+                if (sum) {
+                    before = based(sum + (first + i) * outputs + at, n + at, width);
+                } else {
+                    // Its next outputs, when the other rows have had their turn.
+                    __builtin_prefetch(y + 2 * W, 1);
+                    before = load_some(y, width);
+                }
+                store_some(y, width, fma(delta, splat(scale[i]), before));
+            });
+    }
+
+    void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {
+        for (int64_t i = first; i < first + rows; ++i)
+            for (int64_t at = 0; at < count; at += W) {
+                const int64_t width = std::min<int64_t>(W, count - at);
+                store_some(a.y + a.row(i) * a.ldy + n + at, width,
+                           based(sum + i * outputs + at, n + at, width));
+            }
+    }
+
+    F based(const float* sum, int64_t n, int64_t width) const {
+        const F product = load_some(sum, width);
+        return a.bias ? add(product, load_some(a.bias + n, width)) : product;
+    }
+
+    const T* next_B(int64_t i) const {
+        const T* found = nullptr;
+        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s).B; });
+        return found;
+    }
+};
+
+}  // namespace fastlora::FL_ISA

@@ -1,0 +1,64 @@
+// What one instruction set offers: filled by kernels.cpp, once for each.
+#pragma once
+
+#include <cstdint>
+
+#include "receipt.h"
+
+namespace fastlora {
+
+struct LinearArgs {
+    void *y, *h;
+    const void *x, *weight, *bias, *A, *B, *lora_bias;
+    int64_t ldy, ldh, ldx, ldw, lda_slot, lda, lda_column, ldb_slot, ldb, ldb_column;
+    const int64_t *order, *starts, *ranks;
+    const float *scalings, *row_scales;
+    int64_t M, K, N, R, S;
+    int32_t x_dtype, lora_dtype, threads;
+};
+
+struct GradientArgs {
+    void* out;
+    const void *left, *right;
+    int64_t out_row, out_column, ld_left, ld_right, M, R, C;
+    float scaling;
+    int32_t dtype, out_dtype, threads;
+};
+
+struct MergeArgs {
+    void* weight;
+    int64_t row, column, N, K, R;
+    const float *A, *B;
+    int32_t dtype, threads;
+};
+
+struct ReceiptArgs {
+    const uint16_t* positions;
+    const void* bits;
+    const int32_t* counts;
+    const int64_t* checksums;
+};
+
+// Every function returns a code of fastlora.h; memory that runs out is thrown as std::bad_alloc.
+struct Table {
+    const char* name;
+    int32_t (*linear)(const LinearArgs&);
+    int32_t (*gradient)(const GradientArgs&);
+    int32_t (*merge)(const MergeArgs&, Receipt&);
+    int32_t (*unmerge)(const MergeArgs&, const ReceiptArgs&);
+};
+
+namespace portable {
+extern const Table table;
+}
+namespace avx2 {
+extern const Table table;
+}
+namespace avx512 {
+extern const Table table;
+}
+namespace avx512_bf16 {
+extern const Table table;
+}
+
+}  // namespace fastlora

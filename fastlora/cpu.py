@@ -1,0 +1,351 @@
+"""The native CPU kernels as ops: the backend ``"cpu"``.
+
+Few rows run in one native call, which reads the weight once for everything. For many rows the base
+product stays torch's, whose GEMM is faster there, and the adapter's part is added natively. What
+the native kernels do not take (a weight without unit columns, dropout, other backwards) runs in
+plain torch, from ``fastlora/reference.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import functional as nnf
+
+from fastlora import exact, native, reference
+from fastlora.products import base_gradient
+from fastlora.reference import group_rows, multi_lora_linear_backward
+
+__all__ = [
+    "KERNEL",
+    "group_rows",
+    "lora_add_",
+    "lora_linear",
+    "lora_linear_backward",
+    "merge_",
+    "multi_lora_add_",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
+    "unmerge_",
+]
+
+# Named in every receipt: float32 sums of fused multiply-adds in the order of the ranks, which have
+# the same bits on every machine.
+KERNEL = "fma-1"
+
+# Rows up to which the native product is used.
+FEW_ROWS = 32
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+    M, N = x.shape[0], weight.shape[0]
+    h = x.new_empty(M, lora_A.shape[0])
+    if 0 < M <= FEW_ROWS and seed is None and h.numel() and _streams(weight):
+        y = x.new_empty(M, N)
+        _linear(y, h, x, weight, bias, lora_A, lora_B, lora_bias, scaling)
+        return y, h
+    y = nnf.linear(x, weight, bias)
+    lora_add_(y, h, x, *args)
+    return y, h
+
+
+def lora_add_(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    if seed is not None or y.stride(1) != 1 or h.stride(1) != 1:
+        return reference.lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+    _linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
+    return None
+
+
+def _linear(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+) -> None:
+    x = _rows(x)
+    lora_bias = None if lora_bias is None else _rows(lora_bias)
+    bias = None if bias is None else _rows(bias)
+    (M, N), K, R = y.shape, x.shape[1], lora_A.shape[0]
+    code = native.library().fastlora_lora_linear(
+        y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
+        *_matrix(weight), _pointer(bias), lora_A.data_ptr(), *lora_A.stride(), lora_B.data_ptr(),
+        *lora_B.stride(), _pointer(lora_bias), M, K, N, R, scaling, native.DTYPES[x.dtype],
+        native.DTYPES[lora_A.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(code, "lora_linear")
+    _written(y, h)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of (x, weight, bias, lora_A, lora_B, lora_bias): those that ``needs`` asks for."""
+    if seed is not None:
+        return reference.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs
+        )
+    need_x, need_weight, need_bias, need_A, need_B, need_lora_bias = needs
+    dx = base_gradient(dy, x, weight) if need_x else None
+    dA = None
+    if need_x or need_A:
+        # dx += scaling * g @ A is lora_add_ with the factors' roles exchanged, g its h.
+        g = dy.new_empty(dy.shape[0], lora_A.shape[0])
+        target, A = (dx, lora_A) if dx is not None else (g[:, :0], lora_A[:, :0])
+        _linear(target, g, dy, None, None, lora_B.T, A.T, None, scaling)
+        dA = _gradient(g, x, lora_A, scaling, transposed=False) if need_A else None
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    grads = [
+        dx,
+        dy.T @ x if need_weight else None,
+        dy.sum(0) if need_bias else None,
+        dA,
+        _gradient(h, dy, lora_B, scaling, transposed=True) if need_B else None,
+        dy.sum(0, dtype=wide).mul_(scaling).to(lora_B.dtype) if need_lora_bias else None,
+    ]
+    return [grad for grad in grads if grad is not None]
+
+
+def _gradient(
+    left: Tensor, right: Tensor, like: Tensor, scaling: float, *, transposed: bool
+) -> Tensor:
+    """``scaling * left.T @ right`` (R, C), or its transpose, in the dtype of ``like``."""
+    left, right = _rows(left), _rows(right)
+    (M, R), C = left.shape, right.shape[1]
+    out = right.new_empty((C, R) if transposed else (R, C), dtype=like.dtype)
+    row, column = (1, R) if transposed else (C, 1)
+    code = native.library().fastlora_gradient(
+        out.data_ptr(), row, column, *_matrix(left), *_matrix(right), M, R, C, scaling,
+        native.DTYPES[right.dtype], native.DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(code, "gradient")
+    return out
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    routing = (order, starts, scalings, ranks, row_scales)
+    M, N = x.shape[0], weight.shape[0]
+    h = x.new_empty(M, lora_A.shape[1])
+    if M <= FEW_ROWS and _streams(weight):
+        y = x.new_empty(M, N)
+        _multi(y, h, x, weight, bias, lora_A, lora_B, *routing)
+        return y, h
+    y = nnf.linear(x, weight, bias)
+    multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
+    return y, h
+
+
+def multi_lora_add_(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> None:
+    routing = (order, starts, scalings, ranks, row_scales)
+    if y.stride(1) != 1 or h.stride(1) != 1:
+        return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
+    _multi(y, h, x, None, None, lora_A, lora_B, *routing)
+    return None
+
+
+def _multi(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> None:
+    x, A, B = _rows(x), _rows(lora_A), _rows(lora_B)
+    bias = None if bias is None else _rows(bias)
+    scalings, order, starts = scalings.contiguous(), order.contiguous(), starts.contiguous()
+    ranks = None if ranks is None else ranks.to(torch.int64).contiguous()
+    if row_scales is not None:
+        row_scales = row_scales.to(torch.float32).contiguous()
+    (M, N), K, (S, R) = y.shape, x.shape[1], A.shape[:2]
+    code = native.library().fastlora_multi_lora_linear(
+        y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
+        *_matrix(weight), _pointer(bias), A.data_ptr(), A.stride(0), A.stride(1), B.data_ptr(),
+        B.stride(0), B.stride(1), order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),
+        _pointer(ranks), _pointer(row_scales), M, K, N, R, S,
+        native.DTYPES[x.dtype], native.DTYPES[A.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if code == native.NOT_FINITE:
+        slot = next(s for s, f in enumerate(scalings.tolist()) if not math.isfinite(f))
+        raise ValueError(
+            f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
+        )
+    native.check(code, "multi_lora_linear")
+    _written(y, h)
+
+
+def merge_(
+    weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adds the adapters to weight (N, K) in place; returns (positions, bits, counts, checksums)."""
+    library, handle = native.library(), ctypes.c_void_p()
+    A, B = _factors(weight, lora_A, lora_B, scalings)
+    args = _merge_arguments(weight, A, B)
+    try:
+        code = library.fastlora_merge(*args, ctypes.byref(handle))
+        if code == native.NOT_FINITE:
+            raise ValueError(
+                "adapters: merging gives values that are not finite; the weight is unchanged"
+            )
+        native.check(code, "merge_")
+        parts = _receipt(weight, handle)
+        _written(weight)
+    except BaseException:
+        # Interrupted or out of memory after the weight was written.
+        if handle:
+            library.fastlora_unmerge(*args, *_read(_receipt(weight, handle)))
+        raise
+    finally:
+        library.fastlora_receipt_free(handle)
+    return parts
+
+
+def unmerge_(
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    positions: Tensor,
+    bits: Tensor,
+    counts: Tensor,
+    checksums: Tensor,
+) -> None:
+    """Gives weight (N, K) every bit back that ``merge_`` found, or raises and changes nothing."""
+    A, B = _factors(weight, lora_A, lora_B, scalings)
+    parts = (positions.contiguous(), bits.contiguous(), counts.contiguous(), checksums.contiguous())
+    code = native.library().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
+    if code == native.NOT_MERGED:
+        raise RuntimeError(exact.NOT_MERGED)
+    if code == native.NOT_RESTORED:
+        raise RuntimeError(exact.NOT_RESTORED)
+    native.check(code, "unmerge_")
+    _written(weight)
+
+
+def _factors(
+    weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """All adapters as one: A (R, K), and B (N, R) with the scalings, in float32."""
+    N, K = weight.shape
+    A = [weight.new_empty(0, K, dtype=torch.float32), *lora_A]
+    # The factor is exact in float64; one rounding to float32.
+    scaled = [B.to(torch.float64).mul(s) for B, s in zip(lora_B, scalings, strict=True)]
+    B = [weight.new_empty(N, 0, dtype=torch.float32), *(b.to(torch.float32) for b in scaled)]
+    return torch.cat([a.to(torch.float32) for a in A]), torch.cat(B, 1)
+
+
+def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+    return (
+        weight.data_ptr(), *weight.stride(), A.data_ptr(), B.data_ptr(), *weight.shape, A.shape[0],
+        native.DTYPES[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _receipt(weight: Tensor, handle: ctypes.c_void_p) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    library = native.library()
+    size, bits = library.fastlora_receipt_size(handle), exact.BITS[weight.itemsize]
+    parts = (
+        torch.empty(size, dtype=torch.int16),
+        torch.empty(size, dtype=bits),
+        torch.empty(sum(1 for _ in exact.tiles(weight)), dtype=torch.int32),
+        torch.empty(2, dtype=torch.int64),
+    )
+    code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
+    native.check(code, "merge_")
+    return parts
+
+
+def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:
+    positions, bits, counts, checksums = parts
+    pointers = (positions.data_ptr(), bits.data_ptr(), counts.data_ptr())
+    return (*pointers, positions.numel(), checksums.data_ptr())
+
+
+def _written(*tensors: Tensor) -> None:
+    """What a kernel writes, torch does not see."""
+    increment_version([t for t in tensors if not t.is_inference()])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The same values with unit columns."""
+    return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
+
+
+def _matrix(t: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if t is None else (t.data_ptr(), t.stride(0))
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _streams(weight: Tensor) -> bool:
+    """Whether the native product can read it."""
+    return weight.stride(1) == 1 and weight.numel() > 0
