@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora import dispatch, jobs, ops, selftest, tuning
+from fastlora import dispatch, jobs, native, ops, selftest, tuning
 from fastlora.formula import DTYPES
 
 
@@ -182,7 +182,10 @@ def info() -> str:
     lines += ["", "backends"]
     for name in dispatch.BACKENDS:
         reason = dispatch.unusable(name)
-        lines.append(f"  {name:<6} " + ("usable" if reason is None else f"not usable: {reason}"))
+        usable = "usable"
+        if name == "cpu" and reason is None:
+            usable += f", with {native.instruction_set()} of {native.available()}"
+        lines.append(f"  {name:<6} " + (usable if reason is None else f"not usable: {reason}"))
     asked = os.environ.get("FASTLORA_BACKEND")
     lines += [f"  FASTLORA_BACKEND={asked}"] if asked else []
     lines += ["", "kernels", f"  cpu    runs lora_linear on {_chosen('lora_linear')}"]

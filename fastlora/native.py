@@ -2,7 +2,8 @@
 
 ``csrc/fastlora.h`` declares them. The library lies beside this file when the build found a
 compiler; without it everything works, on the other backends. ``FASTLORA_CPU_ISA`` names the
-instruction set to use in place of the best one.
+instruction set to use in place of the best one (``none``: no native library at all), and
+``FASTLORA_CPU_LIBRARY`` another file to load.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED = range(6)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
-PATH = Path(__file__).with_name(f"libfastlora_cpu{_SUFFIX}")
+PATH = Path(
+    os.environ.get("FASTLORA_CPU_LIBRARY") or Path(__file__).with_name(f"libfastlora_cpu{_SUFFIX}")
+)
 
 _p, _l, _i, _f, _s = (
     ctypes.c_void_p,
@@ -62,6 +65,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 @cache
 def load(path: Path = PATH) -> ctypes.CDLL | str:
     """The library, bound, or the reason why there is none."""
+    asked = os.environ.get("FASTLORA_CPU_ISA")
+    if asked == "none":
+        return "FASTLORA_CPU_ISA=none switches the native library off"
     if not path.exists():
         return "the native library was not built (no C++ compiler, or FASTLORA_BUILD said so)"
     try:
@@ -77,10 +83,9 @@ def load(path: Path = PATH) -> ctypes.CDLL | str:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
-    asked = os.environ.get("FASTLORA_CPU_ISA")
     if asked and library.fastlora_cpu_use(asked.encode()) != OK:
         usable = library.fastlora_cpu_available().decode().replace(",", ", ")
-        return f"FASTLORA_CPU_ISA: expected one of {usable}, got {asked!r}"
+        return f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {asked!r}"
     return library
 
 
@@ -101,6 +106,11 @@ def library() -> ctypes.CDLL:
 def instruction_set() -> str:
     """The instruction set that the CPU kernels use."""
     return library().fastlora_cpu_current().decode()
+
+
+def available() -> str:
+    """Those that the library has and this machine runs, best first."""
+    return library().fastlora_cpu_available().decode().replace(",", ", ")
 
 
 def check(code: int, what: str) -> None:

@@ -20,11 +20,11 @@ from fastlora.formula import DTYPES, Case, Subject, WrongResult, cases
 from fastlora.stamps import Stamps, poisoned
 
 OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "cpu", "triton")
 
 
 def paths_of(backend: str) -> tuple[str | None, ...]:
-    if backend == "torch":
+    if backend != "triton":
         return (None,)
     return importlib.import_module("fastlora.kernels.ledger").PATHS
 

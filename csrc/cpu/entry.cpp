@@ -133,7 +133,7 @@ int32_t fastlora_multi_lora_linear(
     void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx, const void* weight,
     int64_t ldw, const void* bias, const void* lora_A, int64_t lda_slot, int64_t lda,
     const void* lora_B, int64_t ldb_slot, int64_t ldb, const int64_t* order, const int64_t* starts,
-    const float* scalings, const int64_t* ranks, const float* row_scales, int64_t M, int64_t K,
+    const float* scalings, const int32_t* ranks, const float* row_scales, int64_t M, int64_t K,
     int64_t N, int64_t R, int64_t S, int32_t x_dtype, int32_t lora_dtype, int32_t threads) {
     for (int64_t s = 0; scalings && starts && s < S; ++s)
         if (starts[s] < starts[s + 1] && !std::isfinite(scalings[s])) return FASTLORA_NOT_FINITE;

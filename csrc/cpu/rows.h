@@ -40,7 +40,7 @@ struct Rows {
     const int64_t* order;  // null: 0, 1, 2, ...
     const int64_t* starts;
     const float* scalings;
-    const int64_t* ranks;
+    const int32_t* ranks;
     const float* row_scales;
     int threads;
 
@@ -137,7 +137,7 @@ class LoRARows {
     Buffer<float> scales;   // [threads, group]
     Buffer<float> sums;  // [threads, M, outputs]
 
-    int64_t columns_size() const { return panels_size<X>(a.shape.R); }
+    int64_t columns_size() const { return panel_size<X>(a.shape.R); }
 
     void pack_block(int64_t block, int64_t to) {
         const int64_t first = block * MB;
@@ -215,22 +215,25 @@ class LoRARows {
             scale[i] = a.scale(s, first + i);
         }
         const H* from = &h[first * ranks];
-        expand<X, T>(
-            columns.get() + omp_get_thread_num() * columns_size(), slot,
-            next ? next + n * a.ldb : nullptr, a.ldb, count, rows,
-            [&](int64_t i) { return from + i * ranks; },
-            [&](int64_t i, int64_t at, int64_t width, F delta) {
-                X* y = y_row[i] + at;
-                F before;
-                if (sum) {
-                    before = based(sum + (first + i) * outputs + at, n + at, width);
-                } else {
-                    // Its next outputs, when the other rows have had their turn.
-                    __builtin_prefetch(y + 2 * W, 1);
-                    before = load_some(y, width);
-                }
-                store_some(y, width, fma(delta, splat(scale[i]), before));
-            });
+        const auto h_row = [&](int64_t i) { return from + i * ranks; };
+        const auto finish = [&](int64_t i, int64_t at, int64_t width, F delta) {
+            X* y = y_row[i] + at;
+            F before;
+            if (sum) {
+                before = based(sum + (first + i) * outputs + at, n + at, width);
+            } else {
+                // Its next outputs, when the other rows have had their turn.
+                __builtin_prefetch(y + 2 * W, 1);
+                before = load_some(y, width);
+            }
+            store_some(y, width, fma(delta, splat(scale[i]), before));
+        };
+        Expand<X, T, decltype(h_row), decltype(finish)>{
+            slot,  next ? next + n * a.ldb : nullptr,
+            a.ldb, count,
+            rows,  h_row,
+            finish, columns.get() + omp_get_thread_num() * columns_size()}
+            .run();
     }
 
     void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {

@@ -11,7 +11,8 @@ struct LinearArgs {
     void *y, *h;
     const void *x, *weight, *bias, *A, *B, *lora_bias;
     int64_t ldy, ldh, ldx, ldw, lda_slot, lda, lda_column, ldb_slot, ldb, ldb_column;
-    const int64_t *order, *starts, *ranks;
+    const int64_t *order, *starts;
+    const int32_t* ranks;
     const float *scalings, *row_scales;
     int64_t M, K, N, R, S;
     int32_t x_dtype, lora_dtype, threads;
