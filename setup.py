@@ -34,8 +34,8 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 # and an addition are to be fused, the source says so. The two warnings come from GCC 12's headers.
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 CXXFLAGS += ["-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-_AVX2 = ["-DFL_AVX2", "-mavx2", "-mfma", "-mf16c"]
-_AVX512 = ["-DFL_AVX512", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+_AVX2 = ["-DFL_X86", "-DFL_AVX2", "-mavx2", "-mfma", "-mf16c"]
+_AVX512 = ["-DFL_X86", "-DFL_AVX512", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 _AVX512 += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
 # kernels.cpp is compiled once for each; the library picks the best that its machine has.
 INSTRUCTION_SETS = {
@@ -140,6 +140,16 @@ class BuildNative(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + SUFFIX
+
+    def run(self) -> None:
+        for name in BUILDERS:  # an earlier build's would be packed as if they were this one's
+            self.built(name).unlink(missing_ok=True)
+        super().run()
+        # A strict editable install links to all that is listed.
+        self.extensions = [ext for ext in self.extensions if self.built(ext.name).exists()]
+
+    def built(self, name: str) -> Path:
+        return Path(self.build_lib, self.get_ext_filename(name))
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

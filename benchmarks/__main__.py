@@ -26,14 +26,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse(f"--device cuda: torch {torch.__version__} finds no usable CUDA GPU here")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     folder = machine.folder_name(args.device) + ("-quick" if args.quick else "")
     where = (args.save or _RESULTS) / folder
     if args.show:
         files = [where / f"{suite}.jsonl" for suite in cases.SUITES]
         print(table.markdown([line for file in files for line in runner.read(file)]))
         return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.one:
         return _one(args)
     chosen = _select(args)

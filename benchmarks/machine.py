@@ -44,8 +44,11 @@ def device_name(device: str) -> str:
 
 
 def folder_name(device: str) -> str:
-    """The folder of results: ``cpu``, or the GPU's name in small letters and hyphens."""
-    return "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
+    """The folder of results: ``cpu/N-threads``, or the GPU's name in small letters and hyphens."""
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu/{threads}-thread{'s' if threads > 1 else ''}"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
 
 
 def _version(distribution: str) -> str | None:

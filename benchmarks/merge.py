@@ -33,6 +33,8 @@ class Merge(Work):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
+        if not unmerge:
+            self.providers["torch-split"] = self._torch_split
 
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")
@@ -69,6 +71,21 @@ class Merge(Work):
             seen = self._seen(weight)
             add(-SCALING)
             return {"merged": seen, "restored": weight}
+
+        return call
+
+    def _torch_split(self, case: Case, o: Operands) -> Call:
+        """Factors as a sum of two each, so that a half-precision product has float32's accuracy."""
+        weight, lora_A, lora_B = o["weight"], o["lora_A"], o["lora_B"]
+
+        def parts(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            high = t.to(weight.dtype)
+            return high, (t.to(torch.float32) - high).to(weight.dtype)
+
+        def call() -> Outputs:
+            (Ah, Al), (Bh, Bl) = parts(lora_A), parts(lora_B)
+            weight.addmm_(torch.cat([Bh, Bh, Bl], 1), torch.cat([Ah, Al, Ah]), alpha=SCALING)
+            return {"merged": weight}
 
         return call
 

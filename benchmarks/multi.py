@@ -29,8 +29,8 @@ class Multi(Work):
         self.phase = phase
         self.name = f"multi-{phase}"
         self.providers = {BASE: _base, "torch": _torch, "peft": _peft, "fastlora": _fastlora}
-        if phase == "decode":
-            # Copies an adapter for every row: of use while rows are few.
+        if phase != "mixed":
+            # Copies an adapter for every row or sequence: of use while they are few.
             self.providers["torch-gather"] = _torch_gather
 
     def operands(self, case: Case, seed: int) -> Operands:
@@ -121,14 +121,16 @@ def _torch(case: Case, o: Operands) -> Call:
 
 
 def _torch_gather(case: Case, o: Operands) -> Call:
-    """Two batched products with every row's own adapter gathered."""
+    """Two batched products with every row's, or sequence's, own adapter gathered."""
     x, ids = o["x"], o["ids"]
-    scale = o["scalings"].to(x.dtype)[ids, None, None]
+    rows = x[:, None] if x.dim() == 2 else x  # [B, L, K]
+    slots, none = ids.clamp(min=0), (ids < 0)[:, None, None]
+    scale = o["scalings"].to(x.dtype)[slots, None, None].masked_fill(none, 0)
 
     def call() -> Outputs:
         y = nnf.linear(x, o["weight"])
-        h = torch.bmm(o["lora_A"][ids].to(x.dtype), x[:, :, None]) * scale
-        y.add_(torch.bmm(o["lora_B"][ids].to(x.dtype), h)[:, :, 0])
+        h = torch.bmm(rows, o["lora_A"][slots].to(x.dtype).mT) * scale
+        y.view(*rows.shape[:2], -1).baddbmm_(h, o["lora_B"][slots].to(x.dtype).mT)
         return {"y": y}
 
     return call

@@ -82,7 +82,7 @@ FASTLORA_API int32_t fastlora_gradient(
 /* weight (N, K), any strides, becomes round(weight + d), d = lora_B lora_A in float32: one fused
  * multiply-add a rank, in the order of the ranks. lora_A (R, K) and lora_B (N, R) are contiguous
  * float32, scaling included. *receipt is what undoes it (see below); it is set when the code is
- * FASTLORA_OK, and before the call returns. */
+ * FASTLORA_OK, and before the call returns. Null: none is made, the merge is for good. */
 FASTLORA_API int32_t fastlora_merge(
     void *weight, int64_t row, int64_t column, const float *lora_A, const float *lora_B, int64_t N,
     int64_t K, int64_t R, int32_t dtype, int32_t threads, void **receipt);
@@ -91,7 +91,7 @@ FASTLORA_API int32_t fastlora_merge(
 FASTLORA_API int64_t fastlora_receipt_size(const void *receipt);
 
 /* Of a receipt: positions (each in its tile of 65536 elements), their raw bits, how many each tile
- * has, and two checksums, of the merged and of the original weight. */
+ * has, and two checksums, of the merged weight and of everything else. */
 FASTLORA_API int32_t fastlora_receipt_read(
     const void *receipt, uint16_t *positions, void *bits, int32_t *counts, int64_t *checksums);
 

@@ -87,6 +87,7 @@ def lora_add_(
     if seed is not None or y.stride(1) != 1 or h.stride(1) != 1:
         return reference.lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
     _linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
+    _written(y, h)
     return None
 
 
@@ -112,7 +113,6 @@ def _linear(
         native.DTYPES[lora_A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     native.check(code, "lora_linear")
-    _written(y, h)
 
 
 def lora_linear_backward(
@@ -209,6 +209,7 @@ def multi_lora_add_(
     if y.stride(1) != 1 or h.stride(1) != 1:
         return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
     _multi(y, h, x, None, None, lora_A, lora_B, *routing)
+    _written(y, h)
     return None
 
 
@@ -246,24 +247,27 @@ def _multi(
             f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
         )
     native.check(code, "multi_lora_linear")
-    _written(y, h)
 
 
 def merge_(
-    weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    receipt: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Adds the adapters to weight (N, K) in place; returns (positions, bits, counts, checksums)."""
     library, handle = native.library(), ctypes.c_void_p()
     A, B = _factors(weight, lora_A, lora_B, scalings)
     args = _merge_arguments(weight, A, B)
     try:
-        code = library.fastlora_merge(*args, ctypes.byref(handle))
+        code = library.fastlora_merge(*args, ctypes.byref(handle) if receipt else None)
         if code == native.NOT_FINITE:
             raise ValueError(
                 "adapters: merging gives values that are not finite; the weight is unchanged"
             )
         native.check(code, "merge_")
-        parts = _receipt(weight, handle)
+        parts = _receipt(weight, handle) if receipt else exact.nothing(weight)
         _written(weight)
     except BaseException:
         # Interrupted or out of memory after the weight was written.
@@ -357,7 +361,7 @@ def _pointer(t: Tensor | None) -> int | None:
 def _few(M: int, weight: Tensor) -> bool:
     """Whether the native product is the faster one, and can read the weight."""
     most = FEW_ROWS[native.instruction_set()][weight.dtype]
-    return M <= most and weight.stride(1) == 1 and weight.numel() > 0
+    return most >= M and weight.stride(1) == 1 and weight.numel() > 0
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,10 +34,15 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def merge_(
-    weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
+    weight: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scalings: Sequence[float],
+    receipt: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Adds the adapters to weight (N, K) in place; returns (positions, bits, counts, checksums).
 
+    Without ``receipt`` they are kept until the last tile is written, and not returned.
     A tile is checked before it is stored: a sum that is not finite where the weight was, or an
     interruption, restores the tiles already written and raises.
     """
@@ -64,11 +69,12 @@ def merge_(
             sums.append(torch.stack((_checksum(merged), _checksum(before))))
             done.append(tile)
             before.copy_(merged)
+        if not receipt:
+            return nothing(weight)
         counts = torch.tensor([len(p) for p in positions], dtype=torch.int32, device="cpu")
-        nothing = weight.new_empty(0, dtype=torch.int16)
-        no_bits = _as_bits(weight.new_empty(0))
+        no_positions, no_bits, *_ = nothing(weight)
         return (
-            torch.cat([nothing, *positions]),
+            torch.cat([no_positions, *positions]),
             torch.cat([no_bits, *bits]),
             counts,
             _combine(sums, weight),
@@ -79,6 +85,16 @@ def merge_(
             if _checksum(weight[tile]) == both[0]:
                 weight[tile] = _restored(weight[tile], delta_of(tile), where, old)
         raise
+
+
+def nothing(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of a receipt, empty."""
+    return (
+        weight.new_empty(0, dtype=torch.int16),
+        weight.new_empty(0, dtype=BITS[weight.itemsize]),
+        torch.empty(0, dtype=torch.int32, device="cpu"),
+        weight.new_zeros(2, dtype=torch.int64),
+    )
 
 
 def unmerge_(

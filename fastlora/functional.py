@@ -187,7 +187,7 @@ def merge_(
         # Copied before anything is written: it may be what memory does not suffice for.
         checked = [(A.clone(), B.clone(), scaling) for A, B, scaling in checked]
     backend = dispatch.choose("merge_", weight.device, weight.dtype)
-    parts = _ops.merge_(weight, *columns(checked), backend)
+    parts = _ops.merge_(weight, *columns(checked), receipt, backend)
     if not receipt:
         return None
     return MergeReceipt.make(weight, checked, backend, dispatch.merge_kernel(backend), parts)

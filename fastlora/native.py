@@ -22,6 +22,7 @@ OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED = range(6)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+ASKED = os.environ.get("FASTLORA_CPU_ISA")
 PATH = Path(
     os.environ.get("FASTLORA_CPU_LIBRARY") or Path(__file__).with_name(f"libfastlora_cpu{_SUFFIX}")
 )
@@ -62,11 +63,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-@cache
+@cache  # calls ask for it, hundreds a token
 def load(path: Path = PATH) -> ctypes.CDLL | str:
     """The library, bound, or the reason why there is none."""
-    asked = os.environ.get("FASTLORA_CPU_ISA")
-    if asked == "none":
+    if ASKED == "none":
         return "FASTLORA_CPU_ISA=none switches the native library off"
     if not path.exists():
         return "the native library was not built (no C++ compiler, or FASTLORA_BUILD said so)"
@@ -83,9 +83,9 @@ def load(path: Path = PATH) -> ctypes.CDLL | str:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
-    if asked and library.fastlora_cpu_use(asked.encode()) != OK:
+    if ASKED and library.fastlora_cpu_use(ASKED.encode()) != OK:
         usable = library.fastlora_cpu_available().decode().replace(",", ", ")
-        return f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {asked!r}"
+        return f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {ASKED!r}"
     return library
 
 
@@ -103,9 +103,17 @@ def library() -> ctypes.CDLL:
     return found
 
 
+@cache
 def instruction_set() -> str:
     """The instruction set that the CPU kernels use."""
     return library().fastlora_cpu_current().decode()
+
+
+def use(name: str) -> None:
+    """Makes the CPU kernels use another instruction set of those ``available``."""
+    if library().fastlora_cpu_use(name.encode()) != OK:
+        raise ValueError(f"name: expected one of {available()}, got {name!r}")
+    instruction_set.cache_clear()
 
 
 def available() -> str:

@@ -36,7 +36,8 @@ SCHEMAS = {
     "str backend) -> ()",
     "multi_lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, "
     f"{_GROUPS}, bool[] needs, str backend) -> Tensor[]",
-    "merge_": f"(Tensor(a!) weight, {_LIST}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "merge_": f"(Tensor(a!) weight, {_LIST}, bool receipt, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "unmerge_": f"(Tensor(a!) weight, {_LIST}, Tensor positions, Tensor bits, Tensor counts, "
     "Tensor checksums, str backend) -> ()",
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as nnf
 
-from benchmarks import cases, gate, one, runner, table, timer
+from benchmarks import cases, gate, machine, one, runner, table, timer
 from benchmarks.__main__ import main
 from benchmarks.linear import SCALING, Linear
 from benchmarks.merge import Merge
@@ -274,7 +274,7 @@ def bare(tmp_path):
             command, cwd=copy, env=env, capture_output=True, text=True, timeout=300
         )
         print(done.stdout, done.stderr)
-        file = copy / "benchmarks" / "results" / "cpu-quick" / "linear.jsonl"
+        file = copy / "benchmarks" / "results" / "cpu" / "1-thread-quick" / "linear.jsonl"
         lines = [json.loads(text) for text in file.read_text().splitlines()]
         return done, {line["provider"]: line for line in lines}
 
@@ -307,8 +307,9 @@ def test_a_bare_checkout_measures_without_peft(bare):
 
 
 def test_stored_results_are_shown_as_markdown(tmp_path, capsys):
-    file = tmp_path / "cpu" / "linear.jsonl"
-    file.parent.mkdir()
+    file = tmp_path / machine.folder_name("cpu") / "linear.jsonl"
+    assert file.parent.name == "1-thread"
+    file.parent.mkdir(parents=True)
     for line in one.measure(linear_case(wrong=linear_case().work.providers["base"]), seconds=0.02):
         one.write(line, file)
     assert main(["--show", "--save", str(tmp_path)]) == 0

@@ -230,7 +230,7 @@ def test_an_interrupted_merge_changes_nothing(op, count, layout):
     weight = layout(plain)
     interrupt = Interrupt(op, count, weight if op == "copy_" else None)
     with unchanged(weight), pytest.raises(KeyboardInterrupt), interrupt:
-        exact.merge_(weight, [A], [B], [scaling])
+        exact.merge_(weight, [A], [B], [scaling], True)
 
 
 @pytest.mark.parametrize("op, count", [("copy_", 1), ("copy_", 3), ("copy_", 5), ("sum", 6)])
@@ -238,7 +238,7 @@ def test_an_interrupted_unmerge_changes_nothing(op, count):
     weight, (A, B, scaling) = weight_and_adapter(700, 431, 3, torch.bfloat16, ratio=0.3)
     before = weight.clone()
     adapter = ([A], [B], [scaling])
-    parts = exact.merge_(weight, *adapter)
+    parts = exact.merge_(weight, *adapter, True)
     interrupt = Interrupt(op, count, weight if op == "copy_" else None)
     with unchanged(weight), pytest.raises(KeyboardInterrupt), interrupt:
         exact.unmerge_(weight, *adapter, *parts)

@@ -30,11 +30,11 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 def instruction_set(request):
     """Each one that runs here, forced."""
     before = native.instruction_set()
-    assert native.library().fastlora_cpu_use(request.param.encode()) == native.OK
+    native.use(request.param)
     assert native.instruction_set() == request.param
     with dispatch.use_backend("cpu"):
         yield request.param
-    native.library().fastlora_cpu_use(before.encode())
+    native.use(before)
 
 
 def declared() -> dict[str, tuple[str, list[str]]]:
@@ -53,9 +53,11 @@ def declared() -> dict[str, tuple[str, list[str]]]:
             return kinds[text]
         return "c_void_p" if "*" in text else kinds[text]
 
-    text = re.sub(r"/\*.*?\*/|^#.*?$", "", HEADER.read_text(), flags=re.S | re.M)
+    text = re.sub(r"/\*.*?\*/|^#.*?$", "", HEADER.read_text(), flags=re.DOTALL | re.MULTILINE)
     found = {}
-    for result, name, arguments in re.findall(r"FASTLORA_API ([^;(]*?)(\w+)\((.*?)\);", text, re.S):
+    for result, name, arguments in re.findall(
+        r"FASTLORA_API ([^;(]*?)(\w+)\((.*?)\);", text, re.DOTALL
+    ):
         parts = [] if arguments.strip() == "void" else arguments.replace("\n", " ").split(",")
         kept = kinds.get(result.strip(), "c_void_p")
         found[name] = (kept, [kind(part) for part in parts])
@@ -239,12 +241,12 @@ def test_merging_has_the_same_bits_on_every_instruction_set(dtype):
     before, results = native.instruction_set(), []
     with dispatch.use_backend("cpu"):
         for name in SETS:
-            native.library().fastlora_cpu_use(name.encode())
+            native.use(name)
             try:
                 merged = weight.clone()
                 receipt = F.merge_(merged, [adapter])
             finally:
-                native.library().fastlora_cpu_use(before.encode())
+                native.use(before)
             results.append((merged, receipt.positions, receipt.bits, receipt.checksums))
             back = merged.clone()
             F.unmerge_(back, receipt)
@@ -291,6 +293,13 @@ def test_inference_tensors():
         weight = torch.zeros(9, 8)
         F.unmerge_(weight, F.merge_(weight, [(A[0], B[0], 0.5)]))
         assert not weight.any()
+
+
+def test_an_unknown_instruction_set_is_refused():
+    before = native.instruction_set()
+    with pytest.raises(ValueError, match=r"name: expected one of .*portable, got 'mmx'"):
+        native.use("mmx")
+    assert native.instruction_set() == before
 
 
 def test_a_call_that_the_library_refuses_raises():

@@ -33,7 +33,7 @@ many = settings(max_examples=300, deadline=None)
 def _as_before() -> Iterator[None]:
     before = native.instruction_set()
     yield
-    LIBRARY.fastlora_cpu_use(before.encode())
+    native.use(before)
 
 
 def encoded(values: np.ndarray, dtype: int) -> np.ndarray:
@@ -106,7 +106,7 @@ seeds = st.integers(0, 2**32 - 1)
 def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, seed):
     draw = np.random.default_rng(seed)
     lora = F32 if wide else dtype
-    LIBRARY.fastlora_cpu_use(name.encode())
+    native.use(name)
 
     def matrix(rows: int, columns: int, of: int, size: float = 1.0) -> Matrix:
         return Matrix(draw.standard_normal((rows, columns)) * size, of, columns + gap)
@@ -205,7 +205,7 @@ def test_nonsense_is_refused(changes):
 )  # fmt: skip
 def test_gradient(name, M, R, C, dtype, wide, transposed, gap, threads, seed):
     draw = np.random.default_rng(seed)
-    LIBRARY.fastlora_cpu_use(name.encode())
+    native.use(name)
     left = Matrix(draw.standard_normal((M, R)), dtype, R + gap)
     right = Matrix(draw.standard_normal((M, C)), dtype, C + gap)
     shape = (C, R) if transposed else (R, C)
@@ -228,11 +228,13 @@ def test_gradient(name, M, R, C, dtype, wide, transposed, gap, threads, seed):
 @given(
     st.sampled_from(SETS), sizes, st.one_of(sizes, st.integers(60, 300)), st.integers(0, 9),
     st.sampled_from([F32, BF16, F16]), st.integers(0, 3), st.integers(1, 4), seeds,
-    st.sampled_from(["good", "not finite", "edited", "positions", "bits", "counts", "checksum"]),
+    st.sampled_from(
+        ["good", "for good", "not finite", "edited", "positions", "bits", "counts", "checksum"]
+    ),
 )  # fmt: skip
 def test_merge_and_unmerge(name, N, K, R, dtype, gap, threads, seed, story):
     draw = np.random.default_rng(seed)
-    LIBRARY.fastlora_cpu_use(name.encode())
+    native.use(name)
     weight = Matrix(draw.standard_normal((N, K)), dtype, K + gap)
     A = Matrix(draw.standard_normal((R, K)), F32, K)
     B = Matrix(draw.standard_normal((N, R)) * 0.3, F32, R)
@@ -240,7 +242,8 @@ def test_merge_and_unmerge(name, N, K, R, dtype, gap, threads, seed, story):
         B.rows()[draw.integers(N), draw.integers(R)] = np.inf
     arguments = (weight.pointer, weight.ld, 1, A.pointer, B.pointer, N, K, R, dtype, threads)
     handle = ctypes.c_void_p()
-    code = LIBRARY.fastlora_merge(*arguments, ctypes.byref(handle))
+    where = None if story == "for good" else ctypes.byref(handle)
+    code = LIBRARY.fastlora_merge(*arguments, where)
     if story == "not finite" and B.values.size and K:
         assert code == native.NOT_FINITE
         assert not handle
@@ -248,6 +251,12 @@ def test_merge_and_unmerge(name, N, K, R, dtype, gap, threads, seed, story):
         return
     assert code == native.OK
     assert weight.only_values_changed()
+    if story == "for good":
+        again = Matrix(weight.values, dtype, K + gap)
+        assert LIBRARY.fastlora_merge(again.pointer, *arguments[1:], ctypes.byref(handle)) == 0
+        LIBRARY.fastlora_receipt_free(handle)
+        assert again.raw.tobytes() == weight.raw.tobytes()
+        return
     tiles = 0 if not N * K else -(-N // (65536 // min(K, 65536)))
     size = LIBRARY.fastlora_receipt_size(handle)
     item = 4 if dtype == F32 else 2

@@ -40,7 +40,7 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
     _, order, starts = ops.group_rows(IDS, S, backend)
     some, every = (order, starts, SCALINGS, None, None), (order, starts, SCALINGS, RANKS, rand(M))
     merged, adapters = weight.clone(), ([A, A], [B, B], [0.5, 0.25])
-    parts = ops.merge_(merged, *adapters, backend)
+    parts = ops.merge_(merged, *adapters, True, backend)
     plain, dropped = (0.5, 0.0, None), (0.5, 0.25, seed)
     multi_needs = [True, False, False, True, False]
     return {
@@ -57,8 +57,8 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
         "multi_lora_add_ 2": (y, h, x, As, Bs, *every),
         "multi_lora_linear_backward 1": (dy, x, weight, As, Bs, h, *some, [True] * 5),
         "multi_lora_linear_backward 2": (dy, x, None, As, Bs, h, *every, multi_needs),
-        "merge_ 1": (weight, *adapters),
-        "merge_ 2": (weight, [], [], []),
+        "merge_ 1": (weight, *adapters, True),
+        "merge_ 2": (weight, [], [], [], False),
         "unmerge_ 1": (merged, *adapters, *parts),
     }
 

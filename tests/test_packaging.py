@@ -17,7 +17,9 @@ import pytest
 pytestmark = pytest.mark.packaging
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_BEHIND = (".*", "build", "dist", "results", "*.egg-info", "__pycache__")
+LIBRARY = "libfastlora_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
+# A checkout's own libraries too: each test says which ones it builds.
+LEFT_BEHIND = (".*", "build", "dist", "results", "*.egg-info", "__pycache__", "*.so", "*.dylib")
 
 # What a user would do first, in whatever way fastlora got there.
 PROBE = """
@@ -39,13 +41,17 @@ PROBE = """
     y = F.lora_linear(x, w, a, b, 0.5)
     torch.testing.assert_close(y, x @ w.T + 0.5 * (x @ a.T) @ b.T)
     seen = {"fastlora": fastlora.__file__, "philox": philox, "triton": triton is not None}
-    print(json.dumps(seen))
+    print(json.dumps(seen | {"backend": fastlora.backend()}))
 """
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
-    """The command's output; its failure fails the test with all that it said."""
-    clean = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
+    """The command's output; its failure fails the test with all that it said.
+
+    Unless the test says otherwise nothing is compiled, which takes long: tests/test_build.py does.
+    """
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FASTLORA_"))}
+    clean["FASTLORA_BUILD"] = "none"
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -84,15 +90,18 @@ class Site:
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
 
-    def install(self, *what: object) -> None:
+    def install(self, *what: object, **environment: str) -> None:
         pip = (sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps", "-q")
-        run(*pip, "--no-build-isolation", *what, cwd=self.elsewhere)
+        run(*pip, "--no-build-isolation", *what, cwd=self.elsewhere, **environment)
 
-    def probe(self, cwd: Path | None = None, before: str = "") -> tuple[Path, Path | None]:
-        """Where fastlora and its kernels came from, having shown that they work."""
+    def probe(
+        self, cwd: Path | None = None, before: str = "", backend: str = "torch"
+    ) -> tuple[Path, Path | None]:
+        """Where fastlora and its kernels came from, having shown that they work on ``backend``."""
         code = before + textwrap.dedent(PROBE)
         seen = json.loads(run(self.python, "-c", code, cwd=cwd or self.elsewhere).splitlines()[-1])
         assert (seen["philox"] is not None) == seen["triton"]
+        assert seen["backend"] == backend
         return Path(seen["fastlora"]), seen["philox"] and Path(seen["philox"])
 
     def info(self, *command: object, cwd: Path | None = None) -> None:
@@ -104,6 +113,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Straight from the sources, with the running environment's setuptools."""
     folder = tmp_path_factory.mktemp("wheel")
     tree = copy_of_checkout(folder / "tree")
+    (tree / "fastlora" / LIBRARY).touch()  # compiled in place: not for others
     flags = ["--wheel", "--no-isolation", "--outdir", folder]
     run(sys.executable, "-m", "build", *flags, cwd=tree)
     return next(folder.glob("*.whl"))
@@ -114,6 +124,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An sdist, and a wheel from it, where there is no torch: the way of `pip install <sdist>`."""
     folder = tmp_path_factory.mktemp("isolated")
     tree = copy_of_checkout(folder / "tree")
+    (tree / "fastlora" / LIBRARY).touch()
     run(sys.executable, "-m", "build", "--outdir", folder, cwd=tree)
     return folder
 
@@ -134,6 +145,7 @@ def test_wheel_files(wheel: Path) -> None:
     info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
     assert {name.split("/")[0] for name in names} == {"fastlora", info}
     assert {"fastlora/py.typed", "fastlora/kernels/philox.py"} < set(names)
+    assert not [name for name in names if name.endswith((".so", ".dylib"))]
     assert any(name.startswith(f"{info}/") and name.endswith("/LICENSE") for name in names)
 
     library = {p.relative_to(ROOT) for p in ROOT.glob("fastlora/**/*.py")}
@@ -164,7 +176,10 @@ def test_sdist_files(isolated: Path, wheel: Path) -> None:
     for folder in ("fastlora", "kernels", "tests", "benchmarks"):
         missing = {p.relative_to(ROOT).as_posix() for p in ROOT.glob(f"{folder}/**/*.py")} - names
         assert not missing
-    assert not [name for name in names if "__pycache__" in name]
+    compiled = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/**/*") if p.is_file()}
+    assert {Path(name).suffix for name in compiled} == {".h", ".cpp", ".cu"}
+    assert compiled < names
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".so", ".dylib"))]
     assert sorted(contents(next(isolated.glob("*.whl")))) == sorted(contents(wheel))
 
 

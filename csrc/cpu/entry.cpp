@@ -77,6 +77,22 @@ bool merge_arguments(const MergeArgs& a) {
            readable(a.A, a.R, a.K) && readable(a.B, a.N, a.R);
 }
 
+uint64_t factors(const MergeArgs& a) {
+    const auto digest = current.load()->digest;
+    const uint64_t shape = (uint64_t(a.N) * 31 + a.K) * 31 + a.R;
+    return digest(a.A, a.R * a.K * 4, shape) + digest(a.B, a.N * a.R * 4, ~shape);
+}
+
+// Of all that a receipt holds beside the checksum of the weight.
+uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts,
+                  int64_t size, int64_t element_size, int64_t tiles) {
+    const auto digest = current.load()->digest;
+    return digest(positions, size * 2, 1) + 3 * digest(bits, size * element_size, 2) +
+           5 * digest(counts, tiles * 4, 3);
+}
+
+int64_t element_size(int32_t dtype) { return dtype == FASTLORA_FLOAT32 ? 4 : 2; }
+
 template <class Call>
 int32_t guarded(Call call) {
     try {
@@ -161,11 +177,14 @@ int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* l
                        const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
                        int32_t threads, void** receipt) {
     const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
-    if (!receipt || !merge_arguments(args)) return FASTLORA_BAD_ARGUMENT;
+    if (!merge_arguments(args) || dtype < FASTLORA_FLOAT32 || dtype > FASTLORA_FLOAT16)
+        return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
+        if (!receipt && current.load()->merge_for_good(args)) return FASTLORA_OK;
         std::unique_ptr<Receipt> made(new Receipt);
+        made->factors = factors(args);
         const int32_t code = current.load()->merge(args, *made);
-        if (code == FASTLORA_OK) *receipt = made.release();
+        if (code == FASTLORA_OK && receipt) *receipt = made.release();
         return code;
     });
 }
@@ -174,7 +193,7 @@ int64_t fastlora_receipt_size(const void* receipt) {
     int64_t size = 0;
     if (receipt)
         for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles)
-            size += int64_t(tile.positions.size());
+            size += tile.size;
     return size;
 }
 
@@ -183,21 +202,23 @@ int32_t fastlora_receipt_read(const void* receipt, uint16_t* positions, void* bi
     if (!receipt || !checksums) return FASTLORA_BAD_ARGUMENT;
     const auto& held = *static_cast<const Receipt*>(receipt);
     auto* raw = static_cast<unsigned char*>(bits);
-    uint64_t merged = 0, original = 0;
-    for (const auto& tile : held.tiles) {
-        const size_t count = tile.positions.size();
-        std::memcpy(positions, tile.positions.data(), count * sizeof *positions);
-        positions += count;
-        for (uint32_t each : tile.bits) {
-            std::memcpy(raw, &each, held.element_size);
-            raw += held.element_size;
+    uint64_t merged = 0;
+    int64_t size = 0;
+    for (size_t i = 0; i < held.tiles.size(); ++i) {
+        const auto& tile = held.tiles[i];
+        if (tile.size) {
+            std::memcpy(positions + size, tile.positions.data(), tile.size * sizeof *positions);
+            std::memcpy(raw + size * held.element_size, tile.bits.data(),
+                        tile.size * held.element_size);
         }
-        *counts++ = int32_t(count);
-        merged += tile.merged;
-        original += tile.original;
+        counts[i] = int32_t(tile.size);
+        size += tile.size;
+        merged += tile.checksum;
     }
+    const int64_t tiles = int64_t(held.tiles.size());
     checksums[0] = int64_t(merged);
-    checksums[1] = int64_t(original);
+    checksums[1] = int64_t(
+        held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
     return FASTLORA_OK;
 }
 
@@ -216,8 +237,14 @@ int32_t fastlora_unmerge(void* weight, int64_t row, int64_t column, const float*
         sum += counts[i];
     }
     if (sum != size || (size && (!positions || !bits))) return FASTLORA_BAD_ARGUMENT;
-    return guarded(
-        [&] { return current.load()->unmerge(args, {positions, bits, counts, checksums}); });
+    if (dtype < FASTLORA_FLOAT32 || dtype > FASTLORA_FLOAT16) return FASTLORA_BAD_ARGUMENT;
+    const uint64_t held = contents(positions, bits, counts, size, element_size(dtype), tiles);
+    const uint64_t merged = uint64_t(checksums[0]);
+    return guarded([&] {
+        // A weight that is not this receipt's is the likelier mistake, and is named first.
+        const bool whole = uint64_t(checksums[1]) == factors(args) + held;
+        return current.load()->unmerge(args, {positions, bits, counts, merged, whole});
+    });
 }
 
 }  // extern "C"

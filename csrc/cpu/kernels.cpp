@@ -98,19 +98,32 @@ int32_t gradient(const GradientArgs& a) {
 }
 
 template <class T>
-Merge<T> merge_of(const MergeArgs& a) {
-    return {{as<T>(a.weight), a.row, a.column, a.N, a.K}, {a.A, a.B, a.K, a.R}, a.threads};
+Weight<T> weight_of(const MergeArgs& a) {
+    return {as<T>(a.weight), a.row, a.column, a.N, a.K};
 }
 
 int32_t merge(const MergeArgs& a, Receipt& receipt) {
-    return with_type(a.dtype, [&](auto t) { return merge_of<decltype(t)>(a).merge(receipt); });
+    const Delta delta(a.A, a.B, a.N, a.K, a.R);
+    return with_type(a.dtype, [&](auto t) {
+        using T = decltype(t);
+        return Merge<T>(weight_of<T>(a), delta, a.threads).merge(receipt);
+    });
+}
+
+bool merge_for_good(const MergeArgs& a) {
+    const Delta delta(a.A, a.B, a.N, a.K, a.R);
+    return with_type(a.dtype, [&](auto t) -> int32_t {
+        using T = decltype(t);
+        return Merge<T>(weight_of<T>(a), delta, a.threads).merge_for_good();
+    }) == 1;
 }
 
 int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
+    const Delta delta(a.A, a.B, a.N, a.K, a.R);
     return with_type(a.dtype, [&](auto t) {
         using T = decltype(t);
-        return merge_of<T>(a).unmerge(receipt.positions, as<T>(receipt.bits), receipt.counts,
-                                      receipt.checksums);
+        return Merge<T>(weight_of<T>(a), delta, a.threads)
+            .unmerge(receipt.positions, as<T>(receipt.bits), receipt.counts, receipt.merged, receipt.whole);
     });
 }
 
@@ -118,6 +131,6 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
 
 #define FL_TEXT(name) FL_TEXT_(name)
 #define FL_TEXT_(name) #name
-extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, merge, unmerge};
+extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, merge, merge_for_good, unmerge, digest};
 
 }  // namespace fastlora::FL_ISA

@@ -2,44 +2,49 @@
 //
 // d is a chain of fused multiply-adds in float32 in the order of the ranks: IEEE 754 fixes every
 // bit, whatever the instruction set, compiler or number of threads. Reads and writes W once; A (as
-// a strip of 64 columns) stays in a cache. A block of 4 x 64 is computed, checked and noted in the
+// a strip of 64 columns) stays in a cache. A block of 16 x 64 is computed, checked and noted in the
 // receipt before it is stored.
 //
-// Checksum: words of 8 bytes, a key that follows from the place added to each half, the halves'
+// Checksums: words of 8 bytes, a key that follows from the place added to each half, the halves'
 // product summed modulo 2^64 (NH, of Black et al., "UMAC: fast and secure message authentication",
-// 1999, with keys that are not secret).
+// 1999, with keys that are not secret). One is of the merged weight, the other of what the receipt
+// holds and of the factors: those right, the weight comes back right.
 #pragma once
 
 #include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "../fastlora.h"
+#include "buffer.h"
 #include "receipt.h"
 #include "simd.h"
 #include "threads.h"
 
 namespace fastlora::FL_ISA {
 
-constexpr int64_t HIGH = 4, WIDE = 64;
+constexpr int64_t HIGH = 16, WIDE = 64;
+// A row of a block's scratch: no power of two, or stores wait for loads 4096 bytes apart.
+constexpr int64_t LINE = WIDE + 16;
 
 template <class T>
 struct Weight {
     T* data;
     int64_t row, column, N, K;
 
-    // A row of a block, zeros past its end.
-    void read(T* to, int64_t n, int64_t k, int64_t count) const {
-        const T* from = data + n * row + k * column;
-        if (column == 1 && count == WIDE) {
-            std::memcpy(to, from, WIDE * sizeof(T));
-            return;
-        }
-        std::memset(to, 0, WIDE * sizeof(T));
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i * column];
+    T* at(int64_t n, int64_t k) const { return data + n * row + k * column; }
+
+    // A row of a block: where it lies, or a copy with zeros past its end.
+    const T* read(T* copy, int64_t n, int64_t k, int64_t count) const {
+        const T* from = at(n, k);
+        if (column == 1 && count == WIDE) return from;
+        std::memset(copy, 0, WIDE * sizeof(T));
+        for (int64_t i = 0; i < count; ++i) copy[i] = from[i * column];
+        return copy;
     }
 
     void write(const T* from, int64_t n, int64_t k, int64_t count) const {
-        T* to = data + n * row + k * column;
+        T* to = at(n, k);
         if (column == 1 && count == WIDE)
             std::memcpy(to, from, WIDE * sizeof(T));
         else
@@ -47,94 +52,109 @@ struct Weight {
     }
 };
 
-struct Delta {
-    const float *A, *B;  // [R, K], [N, R]
-    int64_t K, R;
-
-    // d [HIGH, WIDE] at (n, k); what lies past `rows` and `count` is anything.
-    void operator()(float d[HIGH][WIDE], int64_t n, int64_t k, int64_t rows, int64_t count) const {
-        constexpr int step = W == 16 ? 64 : W == 8 ? 16 : 4;  // columns that fit the registers
-        for (int64_t at = 0; at < count; at += step) {
-            if (at + step <= count && rows == HIGH)
-                part<HIGH, step / W>(d, n, k, at);
-            else
-                for (int64_t i = 0; i < rows; ++i)
-                    for (int64_t j = at; j < std::min(at + step, count); ++j) {
-                        float sum = 0;
-                        for (int64_t r = 0; r < R; ++r)
-                            sum = std::fma(B[(n + i) * R + r], A[r * K + k + j], sum);
-                        d[i][j] = sum;
-                    }
-        }
-    }
-
-    template <int ROWS, int VECTORS>
-    void part(float d[HIGH][WIDE], int64_t n, int64_t k, int64_t at) const {
-        F sum[ROWS][VECTORS];
-        for (auto& row : sum)
-            for (F& s : row) s = zero();
-        for (int64_t r = 0; r < R; ++r) {
-            F a[VECTORS];
-            for (int v = 0; v < VECTORS; ++v) a[v] = load(A + r * K + k + at + v * W);
-            for (int i = 0; i < ROWS; ++i) {
-                const F b = splat(B[(n + i) * R + r]);
-                for (int v = 0; v < VECTORS; ++v) sum[i][v] = fused(b, a[v], sum[i][v]);
+// d for blocks of HIGH rows and WIDE columns.
+class Delta {
+  public:
+    // A (R, K), B (N, R).
+    Delta(const float* A, const float* B, int64_t N, int64_t K, int64_t R)
+        : strips((K + WIDE - 1) / WIDE), A(strips * WIDE * R), B(B), N(N), R(R) {
+        // Strips of WIDE columns, zeros past the last: rows that a power of two lies between would
+        // fall into one set of the cache.
+        for (int64_t k = 0; k < K; k += WIDE)
+            for (int64_t r = 0; r < R; ++r) {
+                float* to = &this->A[k * R + r * WIDE];
+                const int64_t count = std::min(WIDE, K - k);
+                std::fill(std::copy(A + r * K + k, A + r * K + k + count, to), to + WIDE, 0.0f);
             }
-        }
-        for (int i = 0; i < ROWS; ++i)
-            for (int v = 0; v < VECTORS; ++v) store(d[i] + at + v * W, sum[i][v]);
     }
+
+    void operator()(float d[HIGH][LINE], int64_t n, int64_t k) const {
+        for (int64_t i = 0; i < HIGH && n + i < N; i += TALL) tile(d + i, n + i, k);
+    }
+
+    // No |d| is larger.
+    double bound() const {
+        std::vector<double> most(R);
+        for (int64_t i = 0; i < strips * R; ++i)
+            for (int64_t j = 0; j < WIDE; ++j) {
+                const double size = std::fabs(A[i * WIDE + j]);
+                if (!(size <= most[i % R])) most[i % R] = size;  // NaN too
+            }
+        double bound = 0;
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int64_t r = 0; r < R; ++r) sum += std::fabs(B[n * R + r]) * most[r];
+            if (!(sum <= bound)) bound = sum;
+        }
+        return bound;
+    }
+
+  private:
+    // Rows, and vectors of each, whose sums registers hold.
+    static constexpr int64_t TALL = 4;
+    static constexpr int vectors = W == 16 ? 4 : W == 8 ? 2 : 1;
+
+    void tile(float d[TALL][LINE], int64_t n, int64_t k) const {
+        const float* row[TALL];
+        for (int64_t i = 0; i < TALL; ++i) row[i] = B + std::min(n + i, N - 1) * R;
+        for (int64_t at = 0; at < WIDE; at += vectors * W) {
+            F sum[TALL][vectors];
+            for (auto& each : sum)
+                for (F& s : each) s = zero();
+            for (int64_t r = 0; r < R; ++r) {
+                F a[vectors];
+                for (int v = 0; v < vectors; ++v) a[v] = load(&A[k * R + r * WIDE] + at + v * W);
+                for (int i = 0; i < TALL; ++i)
+                    for (int v = 0; v < vectors; ++v)
+                        sum[i][v] = fused(splat(row[i][r]), a[v], sum[i][v]);
+            }
+            for (int i = 0; i < TALL; ++i)
+                for (int v = 0; v < vectors; ++v) store(d[i] + at + v * W, sum[i][v]);
+        }
+    }
+
+    int64_t strips;
+    Buffer<float> A;  // [K / WIDE, R, WIDE]
+    const float* B;
+    int64_t N, R;
 };
 
-// to = round(from + sign * d), W elements at a time.
-template <class T>
-inline void shifted(T* to, const T* from, const float* d, float sign) {
-    for (int i = 0; i < WIDE; i += W)
-        store_exact(to + i, fused(splat(sign), load(d + i), load(from + i)));
+inline float largest_finite(float) { return 0x1.fffffep127f; }
+inline bf16 largest_finite(bf16) { return {0x7f7f}; }
+inline f16 largest_finite(f16) { return {0x7bff}; }
+
+// Odd: 2^64 over the golden ratio.
+constexpr uint64_t STEP = 0x9e3779b97f4a7c15u;
+
+inline uint64_t digest(const void* data, int64_t bytes, uint64_t first) {
+    const char* from = static_cast<const char*>(data);
+    const int64_t whole = bytes / 64 * 64;
+    Sum sum{};
+    for (int64_t at = 0; at < whole; at += 64)
+        sum = keyed_sum(sum, from + at, 8, first + at / 8 + 1, STEP);
+    char rest[64] = {};
+    if (whole < bytes) std::memcpy(rest, from + whole, bytes - whole);
+    return total(keyed_sum(sum, rest, 8, first + whole / 8 + 1, STEP));
 }
 
-template <class T>
-inline uint32_t raw(T value) {
-    uint32_t bits = 0;
-    std::memcpy(&bits, &value, sizeof value);
-    return bits;
-}
+// Rounding to nearest, denormals kept, whatever the thread had: other modes have other bits.
+class Rounding {
+#ifdef FL_X86
+    const unsigned before = _mm_getcsr();
 
-// What an infinity has in its exponent, and NaN too.
-inline uint32_t exponent(float) { return 0x7f800000; }
-inline uint32_t exponent(bf16) { return 0x7f80; }
-inline uint32_t exponent(f16) { return 0x7c00; }
-
-template <class T>
-inline bool finite(T value) {
-    return (raw(value) & exponent(value)) != exponent(value);
-}
-
-template <class T>
-inline bool all_finite(const T* values) {
-    bool good = true;
-    for (int i = 0; i < WIDE; ++i) good &= finite(values[i]);
-    return good;
-}
-
-// Of a row of a block, whose words' places begin at `place`.
-template <class T>
-inline uint64_t checksum(const T* row, uint64_t place) {
-    constexpr int words = WIDE * sizeof(T) / 8;
-    uint64_t word[words], sum = 0;
-    std::memcpy(word, row, sizeof word);
-    for (int i = 0; i < words; ++i) {
-        const uint64_t key = (place + i + 1) * 0x9e3779b97f4a7c15u;
-        sum += uint64_t(uint32_t(word[i]) + uint32_t(key)) *
-               uint64_t(uint32_t(word[i] >> 32) + uint32_t(key >> 32));
-    }
-    return sum;
-}
+  public:
+    Rounding() { _mm_setcsr(0x1f80); }
+    ~Rounding() { _mm_setcsr(before); }
+#else
+  public:
+    Rounding() {}
+#endif
+};
 
 template <class T>
 class Merge {
   public:
-    Merge(Weight<T> weight, Delta delta, int threads)
+    Merge(Weight<T> weight, const Delta& delta, int threads)
         : w(weight), delta(delta), tiles(weight.N, weight.K), threads(threads) {}
 
     // FASTLORA_OK with the receipt, or another code, the weight as before.
@@ -144,6 +164,7 @@ class Merge {
         std::atomic<int> code{FASTLORA_OK};
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < tiles.count; ++i) {
+            const Rounding rounding;
             try {
                 if (code == FASTLORA_OK && !merge_tile(i, receipt.tiles[i]))
                     code = FASTLORA_NOT_FINITE;
@@ -151,38 +172,67 @@ class Merge {
                 code = FASTLORA_NO_MEMORY;
             }
         }
-        if (code != FASTLORA_OK)
-            for (int64_t i = 0; i < tiles.count; ++i) roll_back(i, receipt.tiles[i]);
+        if (code != FASTLORA_OK) {
+            const Rounding rounding;
+            for (int64_t i = 0; i < tiles.count; ++i) {
+                const Receipt::Tile& of = receipt.tiles[i];
+                restore(i, of.positions.data(), reinterpret_cast<const T*>(of.bits.data()), of.size,
+                        of.done);
+            }
+        }
         return code;
     }
 
-    int unmerge(const uint16_t* positions, const T* bits, const int32_t* counts,
-                const int64_t* checksums) const {
-        std::vector<int64_t> first(tiles.count + 1);
-        for (int64_t i = 0; i < tiles.count; ++i) first[i + 1] = first[i] + counts[i];
-        std::vector<uint64_t> merged(tiles.count), original(tiles.count);
-        const auto all = [&](bool write) {
+    // The same without a receipt, which costs half of the time; false, nothing done, where a value
+    // might not be finite: without a receipt there is no way back.
+    bool merge_for_good() const {
+        uint32_t largest_bits = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : largest_bits) if (threads > 1)
+        for (int64_t i = 0; i < tiles.count; ++i)
+            largest_bits = std::max(largest_bits, largest_of(i));
+        // Half of the largest number leaves room for every rounding on the way.
+        const double weight = bit_cast<float>(largest_bits), most = widen(largest_finite(T{}));
+        if (!(weight + delta.bound() < most / 2)) return false;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-            for (int64_t i = 0; i < tiles.count; ++i)
-                restore(i, positions + first[i], bits + first[i], counts[i], INT64_MAX, write,
-                        merged[i], original[i]);
-        };
-        all(false);
-        if (total(merged) != uint64_t(checksums[0])) return FASTLORA_NOT_MERGED;
-        if (total(original) != uint64_t(checksums[1])) return FASTLORA_NOT_RESTORED;
-        all(true);
-        return FASTLORA_OK;
+        for (int64_t i = 0; i < tiles.count; ++i) {
+            const Rounding rounding;
+            blocks(i, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t) {
+                alignas(64) float d[HIGH][LINE];
+                alignas(64) T copy[WIDE], merged[WIDE];
+                delta(d, n, k);
+                for (int64_t j = 0; j < rows; ++j) {
+                    const T* before = w.read(copy, n + j, k, count);
+                    T* to = before == copy ? merged : w.at(n + j, k);
+                    for (int v = 0; v < WIDE; v += W)
+                        put(to + v, rounded<T>(add(load(before + v), load(d[j] + v))));
+                    if (before == copy) w.write(merged, n + j, k, count);
+                }
+                return true;
+            });
+        }
+        return true;
     }
 
-    static uint64_t total(const std::vector<uint64_t>& sums) {
-        uint64_t sum = 0;
-        for (uint64_t each : sums) sum += each;
-        return sum;
+    int unmerge(const uint16_t* positions, const T* bits, const int32_t* counts,
+                uint64_t merged, bool whole) const {
+        std::vector<int64_t> first(tiles.count + 1);
+        for (int64_t i = 0; i < tiles.count; ++i) first[i + 1] = first[i] + counts[i];
+        uint64_t found = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found) if (threads > 1)
+        for (int64_t i = 0; i < tiles.count; ++i) found += checksum_of(i);
+        if (found != merged) return FASTLORA_NOT_MERGED;
+        if (!whole) return FASTLORA_NOT_RESTORED;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < tiles.count; ++i) {
+            const Rounding rounding;
+            restore(i, positions + first[i], bits + first[i], counts[i], INT64_MAX);
+        }
+        return FASTLORA_OK;
     }
 
   private:
     Weight<T> w;
-    Delta delta;
+    const Delta& delta;
     Tiles tiles;
     int threads;
 
@@ -199,92 +249,141 @@ class Merge {
         return true;
     }
 
-    // Words before (n, k), every row beginning with a word of its own.
-    uint64_t place(int64_t n, int64_t k) const {
-        const uint64_t words = (w.K * sizeof(T) + 7) / 8;
-        return n * words + k * sizeof(T) / 8;
+    uint32_t largest_of(int64_t tile) const {
+        Exponents seen{};
+        blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t) {
+            alignas(64) T copy[WIDE];
+            for (int64_t i = 0; i < rows; ++i) {
+                const T* row = w.read(copy, n + i, k, count);
+                for (int v = 0; v < WIDE; v += W) seen = largest(seen, load(row + v));
+            }
+            return true;
+        });
+        return largest(seen);
+    }
+
+    // Of a row of a block. Words are counted from the weight's first, rows begin with a new one.
+    Sum checksum(Sum sum, const T* row, int64_t n, int64_t k) const {
+        const uint64_t before = n * ((w.K * sizeof(T) + 7) / 8) + k * sizeof(T) / 8;
+        return keyed_sum(sum, row, WIDE * sizeof(T) / 8, before + 1, STEP);
+    }
+
+    uint64_t checksum_of(int64_t tile) const {
+        Sum sum{};
+        blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t) {
+            alignas(64) T copy[WIDE];
+            for (int64_t i = 0; i < rows; ++i)
+                sum = checksum(sum, w.read(copy, n + i, k, count), n + i, k);
+            return true;
+        });
+        return total(sum);
     }
 
     bool merge_tile(int64_t tile, Receipt::Tile& noted) const {
         const int64_t width = tiles.columns(tile);
-        return blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t first) {
-            alignas(64) float d[HIGH][WIDE] = {};
-            alignas(64) T merged[HIGH][WIDE], before[WIDE], back[WIDE];
-            delta(d, n, k, rows, count);
-            uint64_t sums[2] = {0, 0};
-            const size_t held = noted.positions.size();
+        Sum sum{};
+        const bool good = blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count,
+                                           int64_t first) {
+            alignas(64) float d[HIGH][LINE];
+            alignas(64) T merged[HIGH][LINE], copy[WIDE];
+            delta(d, n, k);
+            make_room(noted);
+            uint16_t* positions = noted.positions.data() + noted.size;
+            T* bits = reinterpret_cast<T*>(noted.bits.data()) + noted.size;
+            int64_t size = 0;
             for (int64_t i = 0; i < rows; ++i) {
-                w.read(before, n + i, k, count);
-                if (count < WIDE) std::fill(d[i] + count, d[i] + WIDE, 0.0f);
-                shifted(merged[i], before, d[i], 1);
-                if (!all_finite(merged[i]) && worse(before, merged[i])) {
-                    noted.positions.resize(held);
-                    noted.bits.resize(held);
-                    return false;
+                const T* before = w.read(copy, n + i, k, count);
+                Exponents seen{};
+                for (int v = 0; v < WIDE; v += W) {
+                    const F old = load(before + v), change = load(d[i] + v);
+                    const F fresh = rounded<T>(add(old, change));
+                    seen = largest(seen, fresh);
+                    put(merged[i] + v, fresh);
+                    const uint32_t differ = differs(rounded<T>(subtract(fresh, change)), old);
+                    size += note(positions + size, bits + size, differ,
+                                 int(first + i * width + v), before + v);
                 }
-                shifted(back, merged[i], d[i], -1);
-                uint64_t changed = different(back, before);
-                if (count < WIDE) changed &= (uint64_t(1) << count) - 1;
-                for (; changed; changed &= changed - 1) {
-                    const int j = __builtin_ctzll(changed);
-                    noted.positions.push_back(uint16_t(first + i * width + j));
-                    noted.bits.push_back(raw(before[j]));
-                }
-                sums[0] += checksum(merged[i], place(n + i, k));
-                sums[1] += checksum(before, place(n + i, k));
+                if (!finite(seen)) return odd_block(noted, n, k, rows, count, first, width, d, sum);
             }
-            for (int64_t i = 0; i < rows; ++i) w.write(merged[i], n + i, k, count);
-            noted.merged += sums[0];
-            noted.original += sums[1];
+            for (int64_t i = 0; i < rows; ++i) {
+                sum = checksum(sum, merged[i], n + i, k);
+                w.write(merged[i], n + i, k, count);
+            }
+            noted.size += size;
             ++noted.done;
             return true;
         });
+        noted.checksum = total(sum);
+        return good;
     }
 
-    // Whether a value is finite before and not after.
-    static bool worse(const T* before, const T* after) {
-        for (int64_t i = 0; i < WIDE; ++i)
-            if (finite(before[i]) && !finite(after[i])) return true;
-        return false;
+    // The same for a block with infinities or NaN in it; false, nothing stored, where one is new.
+    bool odd_block(Receipt::Tile& noted, int64_t n, int64_t k, int64_t rows, int64_t count,
+                   int64_t first, int64_t width, const float d[HIGH][LINE], Sum& sum) const {
+        T merged[HIGH][WIDE], copy[WIDE], back[WIDE];
+        uint16_t* positions = noted.positions.data() + noted.size;
+        T* bits = reinterpret_cast<T*>(noted.bits.data()) + noted.size;
+        int64_t size = 0;
+        for (int64_t i = 0; i < rows; ++i) {
+            const T* before = w.read(copy, n + i, k, count);
+            for (int v = 0; v < WIDE; v += W)
+                store_exact(merged[i] + v, add(load(before + v), load(d[i] + v)));
+            restore_row(back, merged[i], d[i]);
+            if (count < WIDE) std::memset(&merged[i][count], 0, (WIDE - count) * sizeof(T));
+            for (int64_t j = 0; j < count; ++j) {
+                if (is_finite(before[j]) && !is_finite(merged[i][j])) return false;
+                if (std::memcmp(&back[j], &before[j], sizeof(T)) == 0) continue;
+                positions[size] = uint16_t(first + i * width + j);
+                bits[size++] = before[j];
+            }
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+            sum = checksum(sum, merged[i], n + i, k);
+            w.write(merged[i], n + i, k, count);
+        }
+        noted.size += size;
+        ++noted.done;
+        return true;
     }
 
-    void roll_back(int64_t tile, const Receipt::Tile& noted) const {
-        uint64_t merged, original;
-        restore(tile, noted.positions.data(), noted.bits.data(), int64_t(noted.bits.size()),
-                noted.done, true, merged, original);
+    static bool is_finite(T value) { return std::isfinite(widen(value)); }
+
+    // For every element of a block and for what a vector writes past the last one.
+    static void make_room(Receipt::Tile& noted) {
+        const size_t most = noted.size + HIGH * WIDE + W;
+        if (most <= noted.positions.size()) return;
+        const size_t room = std::max<size_t>(most + most / 2, TILE / 16);
+        noted.positions.resize(room);
+        noted.bits.resize(room * sizeof(T));
     }
 
     // The first `limit` blocks of a tile as they were; what is noted is in the blocks' order.
-    // Bits: T, or the low end of a wider word.
-    template <class Bits>
-    void restore(int64_t tile, const uint16_t* positions, const Bits* bits, int64_t size,
-                 int64_t limit, bool write, uint64_t& merged_sum, uint64_t& original_sum) const {
+    void restore(int64_t tile, const uint16_t* positions, const T* bits, int64_t size,
+                 int64_t limit) const {
         const int64_t width = tiles.columns(tile);
         int64_t next = 0, done = 0;
-        merged_sum = original_sum = 0;
         blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t first) {
             if (done++ == limit) return false;
-            alignas(64) float d[HIGH][WIDE] = {};
-            alignas(64) T merged[WIDE], back[HIGH][WIDE];
-            delta(d, n, k, rows, count);
+            alignas(64) float d[HIGH][LINE];
+            alignas(64) T copy[WIDE], back[WIDE];
+            delta(d, n, k);
             for (int64_t i = 0; i < rows; ++i) {
-                w.read(merged, n + i, k, count);
-                if (count < WIDE) std::fill(d[i] + count, d[i] + WIDE, 0.0f);
-                shifted(back[i], merged, d[i], -1);
+                restore_row(back, w.read(copy, n + i, k, count), d[i]);
                 const int64_t begin = first + i * width;
                 for (; next < size; ++next) {
                     const int64_t j = positions[next] - begin;
                     if (j < 0 || j >= count) break;
-                    std::memcpy(&back[i][j], &bits[next], sizeof(T));
+                    back[j] = bits[next];
                 }
-                if (count < WIDE) std::memset(&back[i][count], 0, (WIDE - count) * sizeof(T));
-                merged_sum += checksum(merged, place(n + i, k));
-                original_sum += checksum(back[i], place(n + i, k));
+                w.write(back, n + i, k, count);
             }
-            if (write)
-                for (int64_t i = 0; i < rows; ++i) w.write(back[i], n + i, k, count);
             return true;
         });
+    }
+
+    static void restore_row(T* back, const T* merged, const float* d) {
+        for (int v = 0; v < WIDE; v += W)
+            store_exact(back + v, subtract(load(merged + v), load(d + v)));
     }
 };
 

@@ -27,13 +27,15 @@ struct Tiles {
 
 struct Receipt {
     struct Tile {
-        std::vector<uint16_t> positions;
-        std::vector<uint32_t> bits;
-        uint64_t merged = 0, original = 0;  // checksums
-        int64_t done = 0;                   // blocks of the tile that were written
+        std::vector<uint16_t> positions;  // room for more; the first `size` are set
+        std::vector<unsigned char> bits;
+        int64_t size = 0;
+        uint64_t checksum = 0;  // of the merged tile
+        int64_t done = 0;       // blocks of the tile that were written
     };
 
     int64_t element_size = 0;
+    uint64_t factors = 0;  // digest of A and B
     std::vector<Tile> tiles;
 };
 

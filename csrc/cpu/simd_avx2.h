@@ -15,6 +15,7 @@ using Q = __m128;  // four floats on their way into a transposition
 inline F zero() { return _mm256_setzero_ps(); }
 inline F splat(float value) { return _mm256_set1_ps(value); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F fused(F a, F b, F c) { return fma(a, b, c); }
 
@@ -68,26 +69,88 @@ inline void columns(F out[4], const Q q[W]) {
     out[3] = _mm256_shuffle_ps(b, d, 0xee);
 }
 
-// Which of 64 elements differ in their bits.
+// Lanes whose bits differ.
+inline uint32_t differs(F a, F b) {
+    const __m256i same = _mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b));
+    return ~_mm256_movemask_ps(_mm256_castsi256_ps(same)) & 0xff;
+}
+
+// A value rounded to T, still a float; of bfloat16 no NaN. put() stores what is rounded.
 template <class T>
-inline uint64_t different(const T* a, const T* b) {
-    constexpr int step = 32 / sizeof(T);
-    uint64_t mask = 0;
-    for (int i = 0; i < 64; i += step) {
-        const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i));
-        const __m256i right = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i));
-        uint32_t same;
-        if constexpr (sizeof(T) == 4) {
-            same = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(left, right)));
-        } else {
-            const __m256i equal = _mm256_cmpeq_epi16(left, right);
-            const __m256i bytes = _mm256_packs_epi16(equal, _mm256_setzero_si256());
-            same = _mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)) & 0xffff;
-        }
-        constexpr uint32_t all = (1u << step) - 1;
-        mask |= uint64_t(~same & all) << i;
+inline F rounded(F a);
+template <>
+inline F rounded<float>(F a) {
+    return a;
+}
+template <>
+inline F rounded<bf16>(F a) {
+    const __m256i bits = _mm256_castps_si256(a), one = _mm256_set1_epi32(1);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), even);
+    return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(int(0xffff0000))));
+}
+template <>
+inline F rounded<f16>(F a) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void put(float* p, F a) { store(p, a); }
+inline void put(f16* p, F a) { store(p, a); }
+inline void put(bf16* p, F a) {
+    const __m256i words = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns how
+// many. Room for W of them.
+template <class T>
+inline int note(uint16_t* positions, T* bits, uint32_t mask, int base, const T* raw) {
+    int count = 0;
+    for (; mask; mask &= mask - 1, ++count) {
+        const int lane = __builtin_ctz(mask);
+        positions[count] = uint16_t(base + lane);
+        bits[count] = raw[lane];
     }
-    return mask;
+    return count;
+}
+
+// The largest magnitudes seen, as bits.
+using Exponents = __m256i;
+inline Exponents largest(Exponents seen, F a) {
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_max_epi32(seen, bits);
+}
+inline uint32_t largest(Exponents seen) {
+    uint32_t lanes[8], most = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), seen);
+    for (uint32_t lane : lanes) most = lane > most ? lane : most;
+    return most;
+}
+inline bool finite(Exponents seen) {
+    const __m256i odd = _mm256_cmpgt_epi32(seen, _mm256_set1_epi32(0x7f7fffff));
+    return _mm256_testz_si256(odd, odd);
+}
+
+// Sum over words i of (low half + low half of key) * (high half + high half of key), key = (first +
+// i) * step, words a multiple of 8; total() of what was begun as Sum{}.
+using Sum = __m256i;
+inline Sum keyed_sum(Sum sum, const void* data, int words, uint64_t first, uint64_t step) {
+    const __m256i lanes = _mm256_set_epi64x(3 * step, 2 * step, step, 0);
+    __m256i key = _mm256_add_epi64(_mm256_set1_epi64x(first * step), lanes);
+    const __m256i next = _mm256_set1_epi64x(4 * step);
+    for (int i = 0; i < words; i += 4) {
+        const char* at = static_cast<const char*>(data) + 8 * i;
+        const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        const __m256i both = _mm256_add_epi32(word, key);
+        sum = _mm256_add_epi64(sum, _mm256_mul_epu32(both, _mm256_srli_epi64(both, 32)));
+        key = _mm256_add_epi64(key, next);
+    }
+    return sum;
+}
+inline uint64_t total(Sum sum) {
+    uint64_t parts[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), sum);
+    return parts[0] + parts[1] + parts[2] + parts[3];
 }
 
 }  // namespace fastlora::FL_ISA

@@ -37,7 +37,8 @@ struct ReceiptArgs {
     const uint16_t* positions;
     const void* bits;
     const int32_t* counts;
-    const int64_t* checksums;
+    uint64_t merged;  // checksum of the merged weight
+    bool whole;       // its own checksum is right
 };
 
 // Every function returns a code of fastlora.h; memory that runs out is thrown as std::bad_alloc.
@@ -46,7 +47,11 @@ struct Table {
     int32_t (*linear)(const LinearArgs&);
     int32_t (*gradient)(const GradientArgs&);
     int32_t (*merge)(const MergeArgs&, Receipt&);
+    // False, nothing done, where a value might not be finite.
+    bool (*merge_for_good)(const MergeArgs&);
     int32_t (*unmerge)(const MergeArgs&, const ReceiptArgs&);
+    // A checksum of bytes whose first word has the number `first`.
+    uint64_t (*digest)(const void*, int64_t bytes, uint64_t first);
 };
 
 namespace portable {
