@@ -10,10 +10,11 @@ JOBS   ?= 2
 OLD_TRITON ?= 3.6.0
 
 BIN := $(VENV)/bin
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 HAS_GPU = nvidia-smi -L 2>/dev/null | grep -q GPU
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo bench aot gpu sanitize lint format types wheel clean
+.PHONY: help setup test native asan demo bench aot gpu sanitize lint format types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,13 +33,36 @@ $(VENV)/.torch:
 	fi
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(BIN)/pip install -q -e ".[test,demo,bench]"
 	@touch $@
 
 # One thread a worker, or they fight over the cores.
 test: setup ## run the whole test-suite, packaging included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+
+native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
+	$(PYTHON) setup.py -q build_ext --inplace
+
+# Beside the checkout's own library. Halting at the first undefined behaviour makes it a failure.
+ASAN := $(abspath $(VENV))/asan
+ASAN_FLAGS = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -Og
+$(ASAN)/fastlora/libfastlora_cpu.so: $(SOURCES) | setup
+	CXX=g++ FASTLORA_BUILD=cpu FASTLORA_CXXFLAGS="$(ASAN_FLAGS)" \
+		$(BIN)/python setup.py -q build_ext --build-lib $(ASAN) --build-temp $(ASAN)/objects
+
+# Python is not instrumented, so the runtime comes first, with the libstdc++ whose exceptions it
+# intercepts. -s, or pytest keeps the report of a process that ends at once. A write just past a
+# buffer shows beforehand that somebody watches.
+PAST_THE_END = import torch; from fastlora import native; a, short = torch.ones(64), torch.ones(63); \
+	p, q = a.data_ptr(), short.data_ptr(); \
+	native.library().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
+asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the CPU library under AddressSanitizer and UBSan (g++, Linux)
+	@export FASTLORA_CPU_LIBRARY=$< OMP_NUM_THREADS=1; \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
+	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
+	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
 	$(BIN)/python -m fastlora demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)

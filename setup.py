@@ -162,6 +162,7 @@ class BuildNative(build_ext):
         except NotBuilt as error:
             if MODE != "auto":
                 raise SystemExit(f"fastlora: {target.name} cannot be built: {error}") from error
+            target.unlink(missing_ok=True)  # an older one, in place, is not what these sources say
             say(f"{target.name} is left out, everything works without it: {error}")
         else:
             say(f"{target.name} built in {time.monotonic() - start:.0f} s ({what})")

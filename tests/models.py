@@ -14,7 +14,8 @@ transformers.logging.set_verbosity_error()
 
 VOCABULARY = 97
 # Relative norms, above twice the worst of 25 seeds: rounding in another order, a few hundred
-# products to a sum, then two layers that pass it on. A half rounds what each layer gives to 2**-9 or 2**-12.
+# products to a sum, then two layers that pass it on. A half rounds what each layer gives to 2**-9
+# or 2**-12.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 7e-2, torch.float16: 6e-3}
 
 

@@ -166,6 +166,11 @@ inline Sum keyed_sum(Sum sum, const void* data, int words, uint64_t first, uint6
     }
     return sum;
 }
-inline uint64_t total(Sum sum) { return _mm512_reduce_add_epi64(sum); }
+inline uint64_t total(Sum sum) {
+    uint64_t lanes[8], all = 0;
+    _mm512_storeu_si512(lanes, sum);
+    for (uint64_t lane : lanes) all += lane;
+    return all;
+}
 
 }  // namespace fastlora::FL_ISA
