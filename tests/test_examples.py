@@ -13,8 +13,8 @@ def test_generate_mixed(dtype, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     main = runpy.run_path(str(EXAMPLES / "generate_mixed.py"))["main"]
-    sizes = "--rows 5 --adapters 3 --hidden 64 --layers 2 --tokens 4 --rounds 1 --threads 1".split()
-    main([*sizes, "--dtype", dtype])
+    sizes = {"rows": 5, "adapters": 3, "hidden": 64, "layers": 2, "tokens": 4, "rounds": 1}
+    main([*(f"--{name}={size}" for name, size in sizes.items()), "--threads=1", f"--dtype={dtype}"])
     said = capsys.readouterr().out
     assert "5 rows, 3 adapters" in said
     rows = {line.split()[0]: float(line.split()[1]) for line in said.splitlines()[1:]}
