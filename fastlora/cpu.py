@@ -8,16 +8,15 @@ plain torch, from ``fastlora/reference.py``.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.nn import functional as nnf
 
-from fastlora import exact, native, reference
+from fastlora import native, reference
+from fastlora.cpu_merge import KERNEL, merge_, unmerge_, written
 from fastlora.products import base_gradient
 from fastlora.reference import group_rows, multi_lora_linear_backward
 
@@ -33,10 +32,6 @@ __all__ = [
     "multi_lora_linear_backward",
     "unmerge_",
 ]
-
-# Named in every receipt: float32 sums of fused multiply-adds in the order of the ranks, which have
-# the same bits on every machine.
-KERNEL = "fma-1"
 
 # Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
 # for K = N from 512 to 4096, 1 and 2 threads (docs/kernels.md). Without BF16 instructions bfloat16
@@ -87,7 +82,7 @@ def lora_add_(
     if seed is not None or y.stride(1) != 1 or h.stride(1) != 1:
         return reference.lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
     _linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
-    _written(y, h)
+    written(y, h)
     return None
 
 
@@ -209,7 +204,7 @@ def multi_lora_add_(
     if y.stride(1) != 1 or h.stride(1) != 1:
         return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
     _multi(y, h, x, None, None, lora_A, lora_B, *routing)
-    _written(y, h)
+    written(y, h)
     return None
 
 
@@ -247,102 +242,6 @@ def _multi(
             f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
         )
     native.check(code, "multi_lora_linear")
-
-
-def merge_(
-    weight: Tensor,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    receipt: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adds the adapters to weight (N, K) in place; returns (positions, bits, counts, checksums)."""
-    library, handle = native.library(), ctypes.c_void_p()
-    A, B = _factors(weight, lora_A, lora_B, scalings)
-    args = _merge_arguments(weight, A, B)
-    try:
-        code = library.fastlora_merge(*args, ctypes.byref(handle) if receipt else None)
-        if code == native.NOT_FINITE:
-            raise ValueError(
-                "adapters: merging gives values that are not finite; the weight is unchanged"
-            )
-        native.check(code, "merge_")
-        parts = _receipt(weight, handle) if receipt else exact.nothing(weight)
-        _written(weight)
-    except BaseException:
-        # Interrupted or out of memory after the weight was written.
-        if handle:
-            library.fastlora_unmerge(*args, *_read(_receipt(weight, handle)))
-        raise
-    finally:
-        library.fastlora_receipt_free(handle)
-    return parts
-
-
-def unmerge_(
-    weight: Tensor,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scalings: Sequence[float],
-    positions: Tensor,
-    bits: Tensor,
-    counts: Tensor,
-    checksums: Tensor,
-) -> None:
-    """Gives weight (N, K) every bit back that ``merge_`` found, or raises and changes nothing."""
-    A, B = _factors(weight, lora_A, lora_B, scalings)
-    parts = (positions.contiguous(), bits.contiguous(), counts.contiguous(), checksums.contiguous())
-    code = native.library().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
-    if code == native.NOT_MERGED:
-        raise RuntimeError(exact.NOT_MERGED)
-    if code == native.NOT_RESTORED:
-        raise RuntimeError(exact.NOT_RESTORED)
-    native.check(code, "unmerge_")
-    _written(weight)
-
-
-def _factors(
-    weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """All adapters as one: A (R, K), and B (N, R) with the scalings, in float32."""
-    N, K = weight.shape
-    A = [weight.new_empty(0, K, dtype=torch.float32), *lora_A]
-    # The factor is exact in float64; one rounding to float32.
-    scaled = [B.to(torch.float64).mul(s) for B, s in zip(lora_B, scalings, strict=True)]
-    B = [weight.new_empty(N, 0, dtype=torch.float32), *(b.to(torch.float32) for b in scaled)]
-    return torch.cat([a.to(torch.float32) for a in A]), torch.cat(B, 1)
-
-
-def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
-    return (
-        weight.data_ptr(), *weight.stride(), A.data_ptr(), B.data_ptr(), *weight.shape, A.shape[0],
-        native.DTYPES[weight.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _receipt(weight: Tensor, handle: ctypes.c_void_p) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    library = native.library()
-    size, bits = library.fastlora_receipt_size(handle), exact.BITS[weight.itemsize]
-    parts = (
-        torch.empty(size, dtype=torch.int16),
-        torch.empty(size, dtype=bits),
-        torch.empty(sum(1 for _ in exact.tiles(weight)), dtype=torch.int32),
-        torch.empty(2, dtype=torch.int64),
-    )
-    code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
-    native.check(code, "merge_")
-    return parts
-
-
-def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:
-    positions, bits, counts, checksums = parts
-    pointers = (positions.data_ptr(), bits.data_ptr(), counts.data_ptr())
-    return (*pointers, positions.numel(), checksums.data_ptr())
-
-
-def _written(*tensors: Tensor) -> None:
-    """What a kernel writes, torch does not see."""
-    increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _rows(t: Tensor) -> Tensor:

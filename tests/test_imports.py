@@ -25,7 +25,7 @@ LAYERS = {
     "gradients": ["autograd"],
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
-    "backends": ["reference", "reference_multi", "cpu"],
+    "backends": ["reference", "reference_multi", "cpu", "cpu_merge"],
     "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products", "native"],
 }
 

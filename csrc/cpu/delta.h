@@ -1,0 +1,103 @@
+// What a merge adds, d = sum over ranks of B[n, r] A[r, k], in bits that nothing changes.
+//
+// A chain of fused multiply-adds in float32 in the order of the ranks: IEEE 754 fixes every bit,
+// whatever the instruction set, compiler or number of threads. A block's sums stay in registers; A,
+// as a strip of its columns, in a cache.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "buffer.h"
+#include "simd.h"
+
+namespace fastlora::FL_ISA {
+
+// Rows and columns of a block.
+constexpr int64_t HIGH = 16, WIDE = 64;
+// A row of a block's scratch: no power of two, or stores wait for loads 4096 bytes apart.
+constexpr int64_t LINE = WIDE + 16;
+
+// Rounding to nearest, denormals kept, whatever the thread had: other modes have other bits.
+class Rounding {
+#ifdef FL_X86
+    const unsigned before = _mm_getcsr();
+
+  public:
+    Rounding() { _mm_setcsr(0x1f80); }
+    ~Rounding() { _mm_setcsr(before); }
+#else
+  public:
+    Rounding() {}
+#endif
+};
+
+// d for blocks of HIGH rows and WIDE columns.
+class Delta {
+  public:
+    // A (R, K), B (N, R).
+    Delta(const float* A, const float* B, int64_t N, int64_t K, int64_t R)
+        : strips((K + WIDE - 1) / WIDE), A(strips * WIDE * R), B(B), N(N), R(R) {
+        // Strips of WIDE columns, zeros past the last: rows that a power of two lies between would
+        // fall into one set of the cache.
+        for (int64_t k = 0; k < K; k += WIDE)
+            for (int64_t r = 0; r < R; ++r) {
+                float* to = &this->A[k * R + r * WIDE];
+                const int64_t count = std::min(WIDE, K - k);
+                std::fill(std::copy(A + r * K + k, A + r * K + k + count, to), to + WIDE, 0.0f);
+            }
+    }
+
+    void operator()(float d[HIGH][LINE], int64_t n, int64_t k) const {
+        for (int64_t i = 0; i < HIGH && n + i < N; i += TALL) tile(d + i, n + i, k);
+    }
+
+    // No |d| is larger.
+    double bound() const {
+        std::vector<double> most(R);
+        for (int64_t i = 0; i < strips * R; ++i)
+            for (int64_t j = 0; j < WIDE; ++j) {
+                const double size = std::fabs(A[i * WIDE + j]);
+                if (!(size <= most[i % R])) most[i % R] = size;  // NaN too
+            }
+        double bound = 0;
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int64_t r = 0; r < R; ++r) sum += std::fabs(B[n * R + r]) * most[r];
+            if (!(sum <= bound)) bound = sum;
+        }
+        return bound;
+    }
+
+  private:
+    // Rows, and vectors of each, whose sums registers hold.
+    static constexpr int64_t TALL = 4;
+    static constexpr int vectors = W == 16 ? 4 : W == 8 ? 2 : 1;
+
+    void tile(float d[TALL][LINE], int64_t n, int64_t k) const {
+        const float* row[TALL];
+        for (int64_t i = 0; i < TALL; ++i) row[i] = B + std::min(n + i, N - 1) * R;
+        for (int64_t at = 0; at < WIDE; at += vectors * W) {
+            F sum[TALL][vectors];
+            for (auto& each : sum)
+                for (F& s : each) s = zero();
+            for (int64_t r = 0; r < R; ++r) {
+                F a[vectors];
+                for (int v = 0; v < vectors; ++v) a[v] = load(&A[k * R + r * WIDE] + at + v * W);
+                for (int i = 0; i < TALL; ++i)
+                    for (int v = 0; v < vectors; ++v)
+                        sum[i][v] = fused(splat(row[i][r]), a[v], sum[i][v]);
+            }
+            for (int i = 0; i < TALL; ++i)
+                for (int v = 0; v < vectors; ++v) store(d[i] + at + v * W, sum[i][v]);
+        }
+    }
+
+    int64_t strips;
+    Buffer<float> A;  // [K / WIDE, R, WIDE]
+    const float* B;
+    int64_t N, R;
+};
+
+}  // namespace fastlora::FL_ISA
