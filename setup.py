@@ -34,10 +34,11 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 # and an addition are to be fused, the source says so. The two warnings come from GCC 12's headers.
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 CXXFLAGS += ["-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-_AVX2 = ["-DFL_X86", "-DFL_AVX2", "-mavx2", "-mfma", "-mf16c"]
-_AVX512 = ["-DFL_X86", "-DFL_AVX512", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+_AVX2 = ["-DFL_AVX2", "-mavx2", "-mfma", "-mf16c"]
+_AVX512 = ["-DFL_AVX512", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 _AVX512 += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
-# kernels.cpp is compiled once for each; the library picks the best that its machine has.
+# kernels.cpp is compiled once for each; the library picks the best that its machine has. Of inline
+# code that all share the linker keeps the first object's: portable must come before the others.
 INSTRUCTION_SETS = {
     "portable": [],
     "avx2": _AVX2,

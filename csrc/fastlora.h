@@ -63,8 +63,8 @@ FASTLORA_API int32_t fastlora_lora_linear(
 /* Rows order[starts[s]] ... order[starts[s + 1] - 1] of x have adapter s of S: as above for each,
  * lora_A (S, R, K) and lora_B (S, N, R) with distances lda_slot and ldb_slot of two slots, scaled
  * by scalings[s] * row_scales[row]. ranks (null: all R) says how many of a slot's R ranks count;
- * others are never read into a result. order must hold rows of [0, M), each at most once; rows that
- * it does not name before starts[S] have no adapter. h is zeroed where no rank counts. */
+ * others are never read into a result. order names each of the M rows once (null: 0, 1, 2, ...), starts[S]
+ * is M, and the first starts[0] of them have no adapter. h is zeroed where no rank counts. */
 FASTLORA_API int32_t fastlora_multi_lora_linear(
     void *y, int64_t ldy, void *h, int64_t ldh, const void *x, int64_t ldx, const void *weight,
     int64_t ldw, const void *bias, const void *lora_A, int64_t lda_slot, int64_t lda,
@@ -94,6 +94,11 @@ FASTLORA_API int64_t fastlora_receipt_size(const void *receipt);
  * has, and two checksums, of the merged weight and of everything else. */
 FASTLORA_API int32_t fastlora_receipt_read(
     const void *receipt, uint16_t *positions, void *bits, int32_t *counts, int64_t *checksums);
+
+/* weight as it was before the merge that made this receipt, where the caller could not read it. */
+FASTLORA_API int32_t fastlora_receipt_undo(
+    void *weight, int64_t row, int64_t column, const float *lora_A, const float *lora_B, int64_t N,
+    int64_t K, int64_t R, int32_t dtype, int32_t threads, const void *receipt);
 
 FASTLORA_API void fastlora_receipt_free(void *receipt);
 

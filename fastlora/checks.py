@@ -149,11 +149,13 @@ def adapters(
     weight: Tensor, given: Sequence[tuple[Tensor, Tensor, float]]
 ) -> list[tuple[Tensor, Tensor, float]]:
     N, K = _weight(weight)
-    if any(
-        step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
-    ):
+    (row, column), whole = weight.stride(), weight.numel() > 0
+    by_rows = N < 2 or row > (K - 1) * column
+    by_columns = K < 2 or column > (N - 1) * row
+    alone = (by_rows and (K < 2 or column > 0)) or (by_columns and (N < 2 or row > 0))
+    if whole and not alone:
         raise ValueError(
-            f"weight: expected elements of their own, got an expanded tensor of shape "
+            f"weight: expected elements of their own, got overlapping ones: shape "
             f"{tuple(weight.shape)} and strides {weight.stride()}"
         )
     if isinstance(given, Tensor) or not isinstance(given, Sequence):

@@ -79,7 +79,7 @@ def lora_add_(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    if seed is not None or y.stride(1) != 1 or h.stride(1) != 1:
+    if seed is not None or not _writable(y) or not _writable(h):
         return reference.lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
     _linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
     written(y, h)
@@ -201,7 +201,7 @@ def multi_lora_add_(
     row_scales: Tensor | None,
 ) -> None:
     routing = (order, starts, scalings, ranks, row_scales)
-    if y.stride(1) != 1 or h.stride(1) != 1:
+    if not _writable(y) or not _writable(h):
         return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
     _multi(y, h, x, None, None, lora_A, lora_B, *routing)
     written(y, h)
@@ -224,11 +224,17 @@ def _multi(
 ) -> None:
     x, A, B = _rows(x), _rows(lora_A), _rows(lora_B)
     bias = None if bias is None else _rows(bias)
-    scalings, order, starts = scalings.contiguous(), order.contiguous(), starts.contiguous()
+    scalings = scalings.to(torch.float32).contiguous()
+    order, starts = order.to(torch.int64).contiguous(), starts.to(torch.int64).contiguous()
     ranks = None if ranks is None else ranks.to(torch.int32).contiguous()
     if row_scales is not None:
         row_scales = row_scales.to(torch.float32).contiguous()
     (M, N), K, (S, R) = y.shape, x.shape[1], A.shape[:2]
+    if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
+        raise ValueError(
+            f"adapter_ids: expected an order of {M} rows and starts of {S} slots, got "
+            f"{order.numel()} and {starts.numel() - 1}"
+        )
     code = native.library().fastlora_multi_lora_linear(
         y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
         *_matrix(weight), _pointer(bias), A.data_ptr(), A.stride(0), A.stride(1), B.data_ptr(),
@@ -255,6 +261,11 @@ def _matrix(t: Tensor | None) -> tuple[int | None, int]:
 
 def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
+
+
+def _writable(t: Tensor) -> bool:
+    """Whether a kernel can write it: unit columns, and rows of their own."""
+    return t.stride(1) == 1 and (t.stride(0) >= t.shape[1] or t.shape[0] < 2)
 
 
 def _few(M: int, weight: Tensor) -> bool:

@@ -43,7 +43,7 @@ def merge_(
     except BaseException:
         # Interrupted or out of memory after the weight was written.
         if handle:
-            library.fastlora_unmerge(*args, *_read(_receipt(weight, handle)))
+            library.fastlora_receipt_undo(*args, handle)
         raise
     finally:
         library.fastlora_receipt_free(handle)
@@ -62,6 +62,12 @@ def unmerge_(
 ) -> None:
     """Gives weight (N, K) every bit back that ``merge_`` found, or raises and changes nothing."""
     A, B = _factors(weight, lora_A, lora_B, scalings)
+    wanted = (torch.int16, exact.BITS[weight.itemsize], torch.int32, torch.int64)
+    given = (positions, bits, counts, checksums)
+    tiles = sum(1 for _ in exact.tiles(weight))
+    sizes = (positions.numel(), positions.numel(), tiles, 2)
+    if any(t.dtype != d or t.numel() != n for t, d, n in zip(given, wanted, sizes, strict=True)):
+        raise RuntimeError(exact.NOT_RESTORED)
     parts = (positions.contiguous(), bits.contiguous(), counts.contiguous(), checksums.contiguous())
     code = native.library().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
     if code == native.NOT_MERGED:

@@ -58,6 +58,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastlora_merge": (_i, [*_MERGED, _p]),
     "fastlora_receipt_size": (_l, [_p]),
     "fastlora_receipt_read": (_i, [_p, _p, _p, _p, _p]),
+    "fastlora_receipt_undo": (_i, [*_MERGED, _p]),
     "fastlora_receipt_free": (None, [_p]),
     "fastlora_unmerge": (_i, [*_MERGED, _p, _p, _p, _l, _p]),
 }

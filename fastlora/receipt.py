@@ -24,7 +24,8 @@ class MergeReceipt:
     adapters: copies of what was merged. positions (P,) and bits (P,): the elements that subtraction
     alone would not restore, each by its place in its tile (16 bits without a sign, in an int16) and
     its raw bits; counts (tiles,): how many each tile has.
-    checksums (2,) int64 of the merged and the original weight. kernel names the arithmetic.
+    checksums (2,) int64 of the merged weight, and of the original one or all that gives it back.
+    kernel names the arithmetic.
     """
 
     shape: tuple[int, int]

@@ -140,7 +140,7 @@ def test_a_backend_that_was_asked_for_shows():
         ("demo --seed x", 2, "--seed"),
         ("check --help", 0, "--quick"),
         ("check --device gpu", 2, "expected cpu or cuda[:N], got 'gpu'"),
-        ("check --backend cpu", 2, "--backend"),
+        ("check --backend cuda", 2, "--backend"),
         ("tune --help", 0, "--shapes"),
         ("tune --shapes 1,2,3", 2, "expected M,K,N,R of 1 or more, got '1,2,3'"),
         ("tune --shapes 1,2,3,4 1,2,3,0", 2, "got '1,2,3,0'"),

@@ -9,6 +9,12 @@
 #include <cmath>
 #include <vector>
 
+#ifdef __SSE__
+#include <xmmintrin.h>
+#else
+#include <cfenv>
+#endif
+
 #include "buffer.h"
 #include "simd.h"
 
@@ -21,15 +27,21 @@ constexpr int64_t LINE = WIDE + 16;
 
 // Rounding to nearest, denormals kept, whatever the thread had: other modes have other bits.
 class Rounding {
-#ifdef FL_X86
+#ifdef __SSE__
     const unsigned before = _mm_getcsr();
 
   public:
     Rounding() { _mm_setcsr(0x1f80); }
     ~Rounding() { _mm_setcsr(before); }
 #else
+    std::fenv_t before;
+
   public:
-    Rounding() {}
+    Rounding() {
+        std::fegetenv(&before);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~Rounding() { std::fesetenv(&before); }
 #endif
 };
 
@@ -53,21 +65,24 @@ class Delta {
         for (int64_t i = 0; i < HIGH && n + i < N; i += TALL) tile(d + i, n + i, k);
     }
 
-    // No |d| is larger.
+    // No |d| is larger; infinite where a factor is not finite.
     double bound() const {
         std::vector<double> most(R);
+        bool finite = true;
         for (int64_t i = 0; i < strips * R; ++i)
             for (int64_t j = 0; j < WIDE; ++j) {
                 const double size = std::fabs(A[i * WIDE + j]);
-                if (!(size <= most[i % R])) most[i % R] = size;  // NaN too
+                finite &= size < HUGE_VAL;
+                if (size > most[i % R]) most[i % R] = size;
             }
         double bound = 0;
         for (int64_t n = 0; n < N; ++n) {
             double sum = 0;
             for (int64_t r = 0; r < R; ++r) sum += std::fabs(B[n * R + r]) * most[r];
-            if (!(sum <= bound)) bound = sum;
+            finite &= sum < HUGE_VAL;
+            bound = std::max(bound, sum);
         }
-        return bound;
+        return finite ? bound : HUGE_VAL;
     }
 
   private:

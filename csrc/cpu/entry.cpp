@@ -45,6 +45,9 @@ bool sizes(std::initializer_list<int64_t> values) {
     return true;
 }
 
+// Of threads: more than any machine has cores are a mistake.
+bool count(int32_t threads) { return threads >= 1 && threads <= 4096; }
+
 // A matrix of `rows` rows whose distance is `stride`, `columns` wide.
 bool matrix(const void* p, int64_t rows, int64_t columns, int64_t stride) {
     if (rows == 0 || columns == 0) return true;
@@ -57,12 +60,12 @@ bool readable(const void* p, int64_t rows, int64_t columns) {
 }
 
 int32_t checked(const LinearArgs& a) {
-    if (!sizes({a.M, a.K, a.N, a.R, a.S}) || a.threads < 1) return FASTLORA_BAD_ARGUMENT;
+    if (!sizes({a.M, a.K, a.N, a.R, a.S}) || !count(a.threads)) return FASTLORA_BAD_ARGUMENT;
     if (!matrix(a.y, a.M, a.N, a.ldy) || !matrix(a.h, a.M, a.R, a.ldh) ||
         !readable(a.x, a.M, a.K) || !readable(a.A, a.S * a.R, a.K) ||
         !readable(a.B, a.S * a.N, a.R) || !a.starts || (a.S && !a.scalings))
         return FASTLORA_BAD_ARGUMENT;
-    if (a.starts[0] < 0 || a.starts[a.S] > a.M) return FASTLORA_BAD_ARGUMENT;
+    if (a.starts[0] < 0) return FASTLORA_BAD_ARGUMENT;
     for (int64_t s = 0; s < a.S; ++s)
         if (a.starts[s] > a.starts[s + 1]) return FASTLORA_BAD_ARGUMENT;
     if (a.starts[a.S] != a.M) return FASTLORA_BAD_ARGUMENT;
@@ -73,7 +76,7 @@ int32_t checked(const LinearArgs& a) {
 }
 
 bool merge_arguments(const MergeArgs& a) {
-    return sizes({a.N, a.K, a.R}) && a.threads >= 1 && readable(a.weight, a.N, a.K) &&
+    return sizes({a.N, a.K, a.R}) && count(a.threads) && readable(a.weight, a.N, a.K) &&
            readable(a.A, a.R, a.K) && readable(a.B, a.N, a.R);
 }
 
@@ -164,7 +167,7 @@ int32_t fastlora_gradient(void* out, int64_t out_row, int64_t out_column, const 
                           int64_t ld_left, const void* right, int64_t ld_right, int64_t M,
                           int64_t R, int64_t C, float scaling, int32_t dtype, int32_t out_dtype,
                           int32_t threads) {
-    if (!sizes({M, R, C}) || threads < 1 || !readable(out, R, C) || !readable(left, M, R) ||
+    if (!sizes({M, R, C}) || !count(threads) || !readable(out, R, C) || !readable(left, M, R) ||
         !readable(right, M, C))
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
@@ -220,6 +223,17 @@ int32_t fastlora_receipt_read(const void* receipt, uint16_t* positions, void* bi
     checksums[1] = int64_t(
         held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
     return FASTLORA_OK;
+}
+
+int32_t fastlora_receipt_undo(void* weight, int64_t row, int64_t column, const float* lora_A,
+                              const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
+                              int32_t threads, const void* receipt) {
+    const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
+    const auto* held = static_cast<const Receipt*>(receipt);
+    if (!held || !merge_arguments(args) || int64_t(held->tiles.size()) != Tiles(N, K).count ||
+        held->element_size != element_size(dtype))
+        return FASTLORA_BAD_ARGUMENT;
+    return guarded([&] { return current.load()->undo(args, *held); });
 }
 
 void fastlora_receipt_free(void* receipt) { delete static_cast<Receipt*>(receipt); }

@@ -66,7 +66,9 @@ struct Expand {
 
     void come_closer(int64_t n, int64_t width) const {
         if (!next) return;
-        const int64_t step = std::max<int64_t>(1, 64 / (ldb * int64_t(sizeof(T))));
+        // Of rows that share a line, one.
+        const int64_t row = std::max<int64_t>(1, ldb * int64_t(sizeof(T)));
+        const int64_t step = std::max<int64_t>(1, 64 / row);
         for (int64_t i = 0; i < width; i += step) __builtin_prefetch(next + (n + i) * ldb, 0, 2);
     }
 

@@ -118,6 +118,15 @@ bool merge_for_good(const MergeArgs& a) {
     }) == 1;
 }
 
+int32_t undo(const MergeArgs& a, const Receipt& receipt) {
+    const Delta delta(a.A, a.B, a.N, a.K, a.R);
+    return with_type(a.dtype, [&](auto t) {
+        using T = decltype(t);
+        Merge<T>(weight_of<T>(a), delta, a.threads).undo(receipt);
+        return FASTLORA_OK;
+    });
+}
+
 int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
     const Delta delta(a.A, a.B, a.N, a.K, a.R);
     return with_type(a.dtype, [&](auto t) {
@@ -131,6 +140,7 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
 
 #define FL_TEXT(name) FL_TEXT_(name)
 #define FL_TEXT_(name) #name
-extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, merge, merge_for_good, unmerge, digest};
+extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, merge, merge_for_good, undo,
+                            unmerge, digest};
 
 }  // namespace fastlora::FL_ISA

@@ -66,15 +66,18 @@ class Merge {
                 code = FASTLORA_NO_MEMORY;
             }
         }
-        if (code != FASTLORA_OK) {
-            const Rounding rounding;
-            for (int64_t i = 0; i < tiles.count; ++i) {
-                const Receipt::Tile& of = receipt.tiles[i];
-                restore(i, of.positions.data(), reinterpret_cast<const T*>(of.bits.data()), of.size,
-                        of.done);
-            }
-        }
+        if (code != FASTLORA_OK) undo(receipt);
         return code;
+    }
+
+    // What merge() has written, as it was.
+    void undo(const Receipt& receipt) const {
+        const Rounding rounding;
+        for (int64_t i = 0; i < tiles.count; ++i) {
+            const Receipt::Tile& of = receipt.tiles[i];
+            restore(i, of.positions.data(), reinterpret_cast<const T*>(of.bits.data()), of.size,
+                    of.done);
+        }
     }
 
     // The same without a receipt, which costs half of the time; false, nothing done, where a value
@@ -159,7 +162,7 @@ class Merge {
     // Of a row of a block. Words are counted from the weight's first, rows begin with a new one.
     Sum checksum(Sum sum, const T* row, int64_t n, int64_t k) const {
         const uint64_t before = n * ((w.K * sizeof(T) + 7) / 8) + k * sizeof(T) / 8;
-        return keyed_sum(sum, row, WIDE * sizeof(T) / 8, before + 1, STEP);
+        return keyed_sum(sum, row, WIDE * sizeof(T) / 8, before + 1, KEY);
     }
 
     uint64_t checksum_of(int64_t tile) const {
@@ -190,8 +193,9 @@ class Merge {
                 Exponents seen{};
                 for (int v = 0; v < WIDE; v += W) {
                     const F old = load(before + v), change = load(d[i] + v);
-                    const F fresh = rounded<T>(add(old, change));
-                    seen = largest(seen, fresh);
+                    const F exact = add(old, change), fresh = rounded<T>(exact);
+                    // Of bfloat16 rounded() may make a number of a NaN.
+                    seen = largest(largest(seen, exact), fresh);
                     put(merged[i] + v, fresh);
                     const uint32_t differ = differs(rounded<T>(subtract(fresh, change)), old);
                     size += note(positions + size, bits + size, differ,

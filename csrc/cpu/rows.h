@@ -171,7 +171,7 @@ class LoRARows {
                 for (int64_t r = from; r < to; r += W) {
                     const int64_t width = std::min<int64_t>(W, to - r);
                     const F value = load_some(sum + (i - begin) * ranks + r, width);
-                    store_some(&h[i * ranks + r], width, value);
+                    store_some(h.data() + i * ranks + r, width, value);
                     store_some(h_row(i) + r, width, value);
                 }
         });
@@ -214,7 +214,7 @@ class LoRARows {
             y_row[i] = a.y + a.row(first + i) * a.ldy + n;
             scale[i] = a.scale(s, first + i);
         }
-        const H* from = &h[first * ranks];
+        const H* from = h.data() + first * ranks;
         const auto h_row = [&](int64_t i) { return from + i * ranks; };
         const auto finish = [&](int64_t i, int64_t at, int64_t width, F delta) {
             X* y = y_row[i] + at;
