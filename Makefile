@@ -62,7 +62,7 @@ asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the CPU library under AddressS
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
-	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py $(ARGS)
+	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
 	$(BIN)/python -m fastlora demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -15,7 +15,9 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fastlora
-from fastlora import dispatch
+from fastlora import dispatch, native
+
+SETS = [] if native.unusable() else native.available().split(", ")
 
 # What tests compute is small: on a busy machine a second thread costs five times what it brings.
 torch.set_num_threads(1)
@@ -55,3 +57,14 @@ def whole_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     on = "device" in request.fixturenames
     device = request.getfixturevalue("device") if on else torch.device("cpu")
     yield from _asked_for(request, device)
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the native library that runs here, forced."""
+    before = native.instruction_set()
+    native.use(request.param)
+    assert native.instruction_set() == request.param
+    with fastlora.use_backend("cpu"):
+        yield request.param
+    native.use(before)
