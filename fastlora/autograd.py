@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_ops = torch.ops.fastlora
+from fastlora import ops
 
 
 class _Gradients(Function):
@@ -25,8 +25,8 @@ class _Gradients(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(op: Any, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(op(*args))
+    def forward(op: str, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(ops.call(op, *args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -37,13 +37,13 @@ class _Gradients(Function):
         raise RuntimeError("fastlora: LoRA ops are differentiable once, not twice")
 
 
-def _gradients(op: Any, needs: tuple[bool, ...], *args: Any) -> tuple[Tensor | None, ...]:
+def _gradients(op: str, needs: tuple[bool, ...], *args: Any) -> tuple[Tensor | None, ...]:
     """The op's gradients at the places that asked for one."""
     if not any(needs):
         return (None,) * len(needs)
     # A compiled graph refuses double backward by itself.
     twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    grads = iter(_Gradients.apply(op, *args) if twice else op(*args))
+    grads = iter(_Gradients.apply(op, *args) if twice else ops.call(op, *args))
     return tuple(next(grads) if need else None for need in needs)
 
 
@@ -79,7 +79,7 @@ class LoRALinear(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _ops.lora_linear(*args)
+        return ops.call("lora_linear", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -96,7 +96,7 @@ class LoRALinear(Function):
         *saved, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
         grads = _gradients(
-            _ops.lora_linear_backward, needs,
+            "lora_linear_backward", needs,
             dy, *saved, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
         return (*grads, None, None, None, None)
@@ -109,7 +109,7 @@ class LoRAAdd(Function):
     def forward(*args: Any) -> Tensor:
         y, h, x, lora_A, lora_B, *rest = args
         rows = _matrix(y)
-        _ops.lora_add_(rows, h, x, lora_A, lora_B, None, *rest)
+        ops.call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
         return _written(y, rows)
 
     @staticmethod
@@ -125,7 +125,7 @@ class LoRAAdd(Function):
         need_y, _, need_x, need_A, need_B = ctx.needs_input_grad[:5]
         needs = (need_x, False, False, need_A, need_B, False)
         dx, _, _, dA, dB, _ = _gradients(
-            _ops.lora_linear_backward, needs,
+            "lora_linear_backward", needs,
             _matrix(dy), x, None, lora_A, lora_B, h, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
         return (dy if need_y else None, None, dx, dA, dB, None, None, None, None)
@@ -145,7 +145,7 @@ class MultiLoRALinear(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _ops.multi_lora_linear(*args)
+        return ops.call("multi_lora_linear", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -161,7 +161,7 @@ class MultiLoRALinear(Function):
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[:5]
         grads = _gradients(
-            _ops.multi_lora_linear_backward, needs, dy, *ctx.saved_tensors, needs, ctx.backend
+            "multi_lora_linear_backward", needs, dy, *ctx.saved_tensors, needs, ctx.backend
         )
         return (*grads, *(None,) * 6)
 
@@ -173,7 +173,7 @@ class MultiLoRAAdd(Function):
     def forward(*args: Any) -> Tensor:
         y, *rest = args
         rows = _matrix(y)
-        _ops.multi_lora_add_(rows, *rest)
+        ops.call("multi_lora_add_", rows, *rest)
         return _written(y, rows)
 
     @staticmethod
@@ -189,7 +189,7 @@ class MultiLoRAAdd(Function):
         need_y, _, need_x, need_A, need_B = ctx.needs_input_grad[:5]
         needs = (need_x, False, False, need_A, need_B)
         dx, _, _, dA, dB = _gradients(
-            _ops.multi_lora_linear_backward, needs,
+            "multi_lora_linear_backward", needs,
             _matrix(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
         )  # fmt: skip
         return (dy if need_y else None, None, dx, dA, dB, *(None,) * 6)

@@ -19,7 +19,7 @@ def autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as autocast casts a linear's operands, float64 left alone; else returns them."""
     _tensor("x", x)
-    if not _autocasts(x.device):
+    if not _autocasts(x):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
@@ -29,7 +29,7 @@ def autocast_to(x: Tensor, y: Tensor) -> Tensor:
     """Under autocast x in y's dtype, which the base layer has chosen."""
     _tensor("x", x)
     _tensor("y", y)
-    return x.to(y.dtype) if _autocasts(x.device) else x
+    return x.to(y.dtype) if _autocasts(x) else x
 
 
 def scaling(value: float) -> float:
@@ -174,9 +174,12 @@ def adapters(
     return checked
 
 
-def _autocasts(device: torch.device) -> bool:
+def _autocasts(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     # torch knows no autocast for meta tensors and raises.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
@@ -190,16 +193,18 @@ def _tensor(name: str, value: object) -> None:
 
 def _weight(weight: Tensor) -> tuple[int, int]:
     _tensor("weight", weight)
+    shape = weight.shape
     if weight.dtype not in _FLOATS:
         raise TypeError(f"weight: expected one of {_names(_FLOATS)}, got {weight.dtype}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape (N, K), got {tuple(weight.shape)}")
-    return weight.shape[0], weight.shape[1]
+    if len(shape) != 2:
+        raise ValueError(f"weight: expected shape (N, K), got {tuple(shape)}")
+    return shape[0], shape[1]
 
 
 def _input(x: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: expected shape (..., {K}), got {tuple(x.shape)}")
+    shape = x.shape
+    if not shape or shape[-1] != K:
+        raise ValueError(f"x: expected shape (..., {K}), got {tuple(shape)}")
     if x.dtype != dtype:
         raise TypeError(f"x: expected the weight's dtype {dtype}, got {x.dtype}")
     if x.device != device:
@@ -233,18 +238,21 @@ def tracked_output(y: Tensor) -> None:
 
 def not_differentiable(**tensors: object) -> None:
     """Refuses what would silently get no gradient."""
+    if not torch.is_grad_enabled():
+        return
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(f"{name}: expected one that requires no grad, it gets none: detach it")
 
 
 def _adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:
     _tensor("lora_A", lora_A)
     _tensor("lora_B", lora_B)
-    if lora_A.dim() != 2 or lora_A.shape[1] != K:
-        raise ValueError(f"lora_A: expected shape (R, {K}), got {tuple(lora_A.shape)}")
-    R = lora_A.shape[0]
-    if lora_B.dim() != 2 or tuple(lora_B.shape) != (N, R):
+    shape = lora_A.shape
+    if len(shape) != 2 or shape[1] != K:
+        raise ValueError(f"lora_A: expected shape (R, {K}), got {tuple(shape)}")
+    R = shape[0]
+    if tuple(lora_B.shape) != (N, R):
         raise ValueError(f"lora_B: expected shape ({N}, {R}), got {tuple(lora_B.shape)}")
     _pair(lora_A, lora_B, x)
 
@@ -260,9 +268,10 @@ def _slots(
 ) -> None:
     _tensor("lora_A", lora_A)
     _tensor("lora_B", lora_B)
-    if lora_A.dim() != 3 or lora_A.shape[2] != K:
-        raise ValueError(f"lora_A: expected shape (S, R, {K}), got {tuple(lora_A.shape)}")
-    S, R = lora_A.shape[:2]
+    shape = lora_A.shape
+    if len(shape) != 3 or shape[2] != K:
+        raise ValueError(f"lora_A: expected shape (S, R, {K}), got {tuple(shape)}")
+    S, R = shape[0], shape[1]
     if tuple(lora_B.shape) != (S, N, R):
         raise ValueError(f"lora_B: expected shape ({S}, {N}, {R}), got {tuple(lora_B.shape)}")
     _pair(lora_A, lora_B, x)
@@ -279,9 +288,10 @@ def _pair(lora_A: Tensor, lora_B: Tensor, x: Tensor) -> None:
         raise TypeError(f"lora_A: expected one of {_names(_FLOATS)}, got {lora_A.dtype}")
     if lora_B.dtype != lora_A.dtype:
         raise TypeError(f"lora_B: expected lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
+    device = x.device
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected the device {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected the device {device}, got {tensor.device}")
 
 
 def _vector(name: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:

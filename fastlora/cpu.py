@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ FEW_ROWS = {
     "avx2": {_F32: 16, _BF16: 1, _F16: 128},
     "portable": {_F32: 4, _BF16: 0, _F16: 0},
 }
+
+
+_Given = TypeVar("_Given", Tensor, Tensor | None)
 
 
 def lora_linear(
@@ -224,11 +228,9 @@ def _multi(
 ) -> None:
     x, A, B = _rows(x), _rows(lora_A), _rows(lora_B)
     bias = None if bias is None else _rows(bias)
-    scalings = scalings.to(torch.float32).contiguous()
-    order, starts = order.to(torch.int64).contiguous(), starts.to(torch.int64).contiguous()
-    ranks = None if ranks is None else ranks.to(torch.int32).contiguous()
-    if row_scales is not None:
-        row_scales = row_scales.to(torch.float32).contiguous()
+    scalings, row_scales = _list(scalings, torch.float32), _list(row_scales, torch.float32)
+    order, starts = _list(order, torch.int64), _list(starts, torch.int64)
+    ranks = _list(ranks, torch.int32)
     (M, N), K, (S, R) = y.shape, x.shape[1], A.shape[:2]
     if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
         raise ValueError(
@@ -253,6 +255,13 @@ def _multi(
 def _rows(t: Tensor) -> Tensor:
     """The same values with unit columns."""
     return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
+
+
+def _list(t: _Given, dtype: torch.dtype) -> _Given:
+    """The same numbers in that dtype, one behind the other."""
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()
 
 
 def _matrix(t: Tensor | None) -> tuple[int | None, int]:

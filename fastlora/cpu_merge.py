@@ -82,12 +82,21 @@ def _factors(
     weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scalings: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """All adapters as one: A (R, K), and B (N, R) with the scalings, in float32."""
+    A = [a.to(torch.float32) for a in lora_A]
+    B = [_scaled(b, s) for b, s in zip(lora_B, scalings, strict=True)]
+    if len(A) == 1:
+        return A[0].contiguous(), B[0].contiguous()
     N, K = weight.shape
-    A = [weight.new_empty(0, K, dtype=torch.float32), *lora_A]
-    # The factor is exact in float64; one rounding to float32.
-    scaled = [B.to(torch.float64).mul(s) for B, s in zip(lora_B, scalings, strict=True)]
-    B = [weight.new_empty(N, 0, dtype=torch.float32), *(b.to(torch.float32) for b in scaled)]
-    return torch.cat([a.to(torch.float32) for a in A]), torch.cat(B, 1)
+    none = weight.new_empty(0, K, dtype=torch.float32), weight.new_empty(N, 0, dtype=torch.float32)
+    return torch.cat([none[0], *A]), torch.cat([none[1], *B], 1)
+
+
+def _scaled(lora_B: Tensor, scaling: float) -> Tensor:
+    """The product, rounded once to float32."""
+    if lora_B.dtype != torch.float64 and ctypes.c_float(scaling).value == scaling:
+        return lora_B.to(torch.float32) * scaling
+    # Exact in float64 where lora_B is narrower.
+    return (lora_B.to(torch.float64) * scaling).to(torch.float32)
 
 
 def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ _asked = _Asked()
 # but, in torch 2.10, reads a thread-local's class instead.
 _latest = _Asked.name
 _loaded: dict[str, ModuleType] = {}
+_on_cpu: dict[tuple[Any, ...], str] = {}
 _said: set[str] = set()
 
 
@@ -159,7 +160,26 @@ def choose(
 
     Raises RuntimeError when the one asked for has the op but cannot run the call.
     """
-    asked = _latest if torch.compiler.is_compiling() else _asked.name
+    compiling = torch.compiler.is_compiling()
+    asked = _latest if compiling else _asked.name
+    if compiling or asked is not None or device.type != "cpu":
+        return _choose(op, asked, device, dtype, lora_dtype, rank)
+    # Where nothing but these decides, once: small layers would feel it.
+    call = op, dtype, lora_dtype
+    found = _on_cpu.get(call)
+    if found is None:
+        found = _on_cpu[call] = _choose(op, None, device, dtype, lora_dtype, rank)
+    return found
+
+
+def _choose(
+    op: str,
+    asked: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    rank: int,
+) -> str:
     if asked is not None and op in OPS.get(_known(asked), (op,)):
         reason = cannot(asked, device, dtype, lora_dtype, rank)
         if reason is not None:

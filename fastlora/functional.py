@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora import checks, dispatch, dropout
-from fastlora import ops as ops
+from fastlora import checks, dispatch, dropout, ops
 from fastlora.autograd import LoRAAdd, LoRALinear, MultiLoRAAdd, MultiLoRALinear
 from fastlora.grouping import RowGroups
 from fastlora.receipt import Adapter, MergeReceipt, columns
@@ -64,7 +63,7 @@ def lora_linear(
     backend = dispatch.choose("lora_linear", *_kind(x, lora_A))
     args = (_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B, lora_bias)
-    y, _ = LoRALinear.apply(*args) if tracked else _ops.lora_linear(*args)
+    y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -105,7 +104,7 @@ def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
     """
     checks.adapter_ids(adapter_ids, num_slots)
     backend = dispatch.choose("group_rows", adapter_ids.device)
-    ids, order, starts = _ops.group_rows(adapter_ids.reshape(-1), num_slots, backend)
+    ids, order, starts = ops.call("group_rows", adapter_ids.reshape(-1), num_slots, backend)
     return RowGroups(ids, order, starts, num_slots, tuple(adapter_ids.shape))
 
 
@@ -139,7 +138,7 @@ def multi_lora_linear(
     backend = dispatch.choose("multi_lora_linear", *_kind(x, lora_A))
     args = (_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B)
-    y, _ = MultiLoRALinear.apply(*args) if tracked else _ops.multi_lora_linear(*args)
+    y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -217,6 +216,8 @@ def _kind(x: Tensor, lora_A: Tensor) -> tuple[torch.device, torch.dtype, torch.d
 
 
 def _rows(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 

@@ -119,16 +119,22 @@ def test_the_gpu_s_own_time_is_measured():
 def test_providers_take_turns_on_their_copies():
     order = []
     calls = {
-        name: [lambda n=name, i=i: order.append((n, i)) for i in range(2)]
+        name: [lambda n=name, i=i: order.append((n, i)) for i in range(3)]
         for name in ("a", "b", "c")
     }
     rounds = len(timer.interleaved(calls, "cpu", 0.0)["a"].ms)
-    timed = order[-3 * rounds :]
+    turns = order[-6 * rounds :]  # each of two calls: one warms the code, one is timed
     assert rounds == 10
-    assert [n for n, _ in timed[:6]] == ["a", "b", "c", "b", "c", "a"]
-    assert [i for n, i in timed if n == "b"] == [i % 2 for i in range(rounds)]
+    assert [n for n, _ in turns[:12]] == [*"aabbcc", *"bbccaa"]
+    assert [i for n, i in turns if n == "b"] == [i % 3 for i in range(2 * rounds)]
     assert timer.copies(2**20, 4) == 50
-    assert timer.copies(2**30, 4) == 1
+    assert timer.copies(2**30, 4) == 2
+
+
+def test_of_a_turn_the_last_call_is_timed():
+    calls = {"base": [lambda: time.sleep(0.02), lambda: None]}
+    samples = timer.interleaved(calls, "cpu", 0.0)["base"]
+    assert timer.spread(samples.ms)["p50"] < 10
 
 
 REGISTERED = {case.name: case for case in (*cases.CPU, *cases.CUDA)}

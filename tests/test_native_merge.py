@@ -72,6 +72,59 @@ def test_receipts_do_not_depend_on_the_threads_rounding(instruction_set):
     assert same_bits(merged, tiny)
 
 
+def cases_for_good():
+    """(weight, adapters): whole blocks and parts of them, ordinary and tiny values."""
+    for dtype in FLOATS:
+        for size in (1.0, 1e-37):
+            weight, (A, B, _) = weight_and_adapter(83, 200, 5, dtype, ratio=0.3)
+            yield weight * size, [(A, B * size, 0.1)]
+        weight, adapter = weight_and_adapter(83, 200, 5, dtype, ratio=0.3)
+        yield weight.T.contiguous().T, [adapter, weight_and_adapter(83, 200, 2, dtype)[1]]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_for_good_has_the_bits_of_a_merge_with_a_receipt(name):
+    before = native.instruction_set()
+    native.use(name)
+    try:
+        with dispatch.use_backend("cpu"):
+            for weight, adapters in cases_for_good():
+                with_receipt, for_good = weight.clone(), weight.clone()
+                assert for_good.stride() == weight.stride()
+                F.merge_(with_receipt, adapters)
+                assert F.merge_(for_good, adapters, receipt=False) is None
+                assert not same_bits(for_good, weight)
+                assert same_bits(for_good, with_receipt), (weight.dtype, adapters[0][2])
+    finally:
+        native.use(before)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (9, 64), (20, 199), (41, 130), (81, 7), (82, 199)])
+def test_for_good_nothing_is_written_before_all_is_known_to_be_finite(place):
+    for dtype in FLOATS:
+        largest = torch.finfo(dtype).max
+        weight = torch.randn(83, 200).to(dtype)
+        weight[place] = largest
+        before = weight.clone()
+        A, B = torch.full((1, 200), 1.0), torch.full((83, 1), largest / 8)
+        with dispatch.use_backend("cpu"), pytest.raises(ValueError, match="not finite"):
+            F.merge_(weight, [(A, B, 1.0)], receipt=False)
+        assert same_bits(weight, before)
+
+
+def test_a_merge_that_fails_at_its_receipt_is_undone(monkeypatch):
+    weight, adapter = weight_and_adapter(83, 200, 5, torch.bfloat16, ratio=0.3)
+    before = weight.clone()
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", out_of_memory)
+    with dispatch.use_backend("cpu"), pytest.raises(torch.OutOfMemoryError):
+        F.merge_(weight, [adapter])
+    assert same_bits(weight, before)
+
+
 def test_a_receipt_of_other_lengths_is_refused():
     weight, adapter = weight_and_adapter(300, 431, 3, torch.bfloat16, ratio=0.3)
     with dispatch.use_backend("cpu"):

@@ -62,53 +62,57 @@ class Delta {
     }
 
     void operator()(float d[HIGH][LINE], int64_t n, int64_t k) const {
-        for (int64_t i = 0; i < HIGH && n + i < N; i += TALL) tile(d + i, n + i, k);
+        for (int64_t i = 0; i < HIGH && n + i < N; i += TALL)
+            tile(n + i, k, [&](int64_t j, int64_t at, const F(&sum)[VECTORS]) {
+                for (int v = 0; v < VECTORS; ++v) store(d[i + j] + at + v * W, sum[v]);
+            });
+    }
+
+    // Rows, and vectors of each, whose sums registers hold.
+    static constexpr int64_t TALL = 4;
+    static constexpr int VECTORS = W == 16 ? 4 : W == 8 ? 2 : 1;
+
+    // emit(row, column, sums) for TALL rows from n on and WIDE columns from k on, VECTORS a time.
+    template <class Emit>
+    void tile(int64_t n, int64_t k, Emit emit) const {
+        const float* row[TALL];
+        for (int64_t i = 0; i < TALL; ++i) row[i] = B + std::min(n + i, N - 1) * R;
+        for (int64_t at = 0; at < WIDE; at += VECTORS * W) {
+            F sum[TALL][VECTORS];
+            for (auto& each : sum)
+                for (F& s : each) s = zero();
+            for (int64_t r = 0; r < R; ++r) {
+                F a[VECTORS];
+                for (int v = 0; v < VECTORS; ++v) a[v] = load(&A[k * R + r * WIDE] + at + v * W);
+                for (int i = 0; i < TALL; ++i)
+                    for (int v = 0; v < VECTORS; ++v)
+                        sum[i][v] = fused(splat(row[i][r]), a[v], sum[i][v]);
+            }
+            // Unrolled, or the sums would go through memory.
+#pragma GCC unroll 4
+            for (int i = 0; i < TALL; ++i) emit(i, at, sum[i]);
+        }
     }
 
     // No |d| is larger; infinite where a factor is not finite.
     double bound() const {
-        std::vector<double> most(R);
-        bool finite = true;
+        // Magnitudes of floats compare as their bits do, NaN last; so compilers can use vectors.
+        const auto size = [](float value) { return bit_cast<int32_t>(value) & 0x7fffffff; };
+        std::vector<int32_t> left(R), right(R);
         for (int64_t i = 0; i < strips * R; ++i)
-            for (int64_t j = 0; j < WIDE; ++j) {
-                const double size = std::fabs(A[i * WIDE + j]);
-                finite &= size < HUGE_VAL;
-                if (size > most[i % R]) most[i % R] = size;
-            }
-        double bound = 0;
-        for (int64_t n = 0; n < N; ++n) {
-            double sum = 0;
-            for (int64_t r = 0; r < R; ++r) sum += std::fabs(B[n * R + r]) * most[r];
-            finite &= sum < HUGE_VAL;
-            bound = std::max(bound, sum);
+            for (int64_t j = 0; j < WIDE; ++j)
+                right[i % R] = std::max(right[i % R], size(A[i * WIDE + j]));
+        for (int64_t n = 0; n < N; ++n)
+            for (int64_t r = 0; r < R; ++r) left[r] = std::max(left[r], size(B[n * R + r]));
+        double sum = 0;
+        for (int64_t r = 0; r < R; ++r) {
+            if (std::max(left[r], right[r]) >= size(HUGE_VALF)) return HUGE_VAL;
+            sum += double(bit_cast<float>(left[r])) * bit_cast<float>(right[r]);
         }
-        return finite ? bound : HUGE_VAL;
+        return sum;
     }
 
   private:
-    // Rows, and vectors of each, whose sums registers hold.
-    static constexpr int64_t TALL = 4;
-    static constexpr int vectors = W == 16 ? 4 : W == 8 ? 2 : 1;
-
-    void tile(float d[TALL][LINE], int64_t n, int64_t k) const {
-        const float* row[TALL];
-        for (int64_t i = 0; i < TALL; ++i) row[i] = B + std::min(n + i, N - 1) * R;
-        for (int64_t at = 0; at < WIDE; at += vectors * W) {
-            F sum[TALL][vectors];
-            for (auto& each : sum)
-                for (F& s : each) s = zero();
-            for (int64_t r = 0; r < R; ++r) {
-                F a[vectors];
-                for (int v = 0; v < vectors; ++v) a[v] = load(&A[k * R + r * WIDE] + at + v * W);
-                for (int i = 0; i < TALL; ++i)
-                    for (int v = 0; v < vectors; ++v)
-                        sum[i][v] = fused(splat(row[i][r]), a[v], sum[i][v]);
-            }
-            for (int i = 0; i < TALL; ++i)
-                for (int v = 0; v < vectors; ++v) store(d[i] + at + v * W, sum[i][v]);
-        }
-    }
-
     int64_t strips;
     Buffer<float> A;  // [K / WIDE, R, WIDE]
     const float* B;

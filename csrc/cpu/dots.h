@@ -89,9 +89,9 @@ inline auto tile_for(int rows, int ahead) {
     return ahead ? dot_tile<X, T, 2, COLUMNS, COLUMNS> : dot_tile<X, T, 2, COLUMNS, 0>;
 }
 
-template <class X, class T, int COLUMNS, class WRow, class Emit>
+template <class X, class T, int COLUMNS, class WRow, class After, class Emit>
 inline void dots_by(const X* x, int64_t first, int64_t rows, int64_t columns, WRow w_row,
-                    const T* after, int64_t K, Emit emit) {
+                    After after, int64_t K, Emit emit) {
     const int64_t blocks = (first + rows + MB - 1) / MB;
     // Among the first blocks of x, so that each step of a tile fetches little.
     const int ahead = MB < NB || blocks < 2 ? COLUMNS : blocks < 4 ? 2 : 1;
@@ -102,7 +102,8 @@ inline void dots_by(const X* x, int64_t first, int64_t rows, int64_t columns, WR
             // Past the end the last one again: its products are not emitted.
             w[i] = w_row(n + std::min<int64_t>(i, ns - 1));
             const int64_t coming = n + COLUMNS + i;
-            next[i] = coming < columns ? w_row(coming) : after ? after : w[i];
+            const T* later = coming < columns ? nullptr : after(coming - columns);
+            next[i] = coming < columns ? w_row(coming) : later ? later : w[i];
         }
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t from = block ? 0 : first;
@@ -120,10 +121,10 @@ inline void dots_by(const X* x, int64_t first, int64_t rows, int64_t columns, WR
 
 // emit(m, n, products, count) of products n ... n + count - 1 for rows m of packed x, in `blocks`
 // of MB (first and rows say which of the one block, or every row of several), and `columns` rows
-// of w. after is what is read next.
-template <class X, class T, class WRow, class Emit>
-inline void dots(const X* x, int64_t first, int64_t rows, int64_t columns, WRow w_row,
-                 const T* after, int64_t K, Emit emit) {
+// of w. after(i) are the rows that are read next, or null.
+template <class X, class T, class WRow, class After, class Emit>
+inline void dots(const X* x, int64_t first, int64_t rows, int64_t columns, WRow w_row, After after,
+                 int64_t K, Emit emit) {
     // One row alone has registers to spare: more of the weight is under way.
     if (rows == 1)
         dots_by<X, T, 2 * NB>(x, first, rows, columns, w_row, after, K, emit);

@@ -1,6 +1,7 @@
 // Every CPU kernel for one instruction set, FL_ISA. The build compiles this file once for each.
 #include <type_traits>
 
+#include "for_good.h"
 #include "gradient.h"
 #include "merge.h"
 #include "rows.h"
@@ -114,7 +115,7 @@ bool merge_for_good(const MergeArgs& a) {
     const Delta delta(a.A, a.B, a.N, a.K, a.R);
     return with_type(a.dtype, [&](auto t) -> int32_t {
         using T = decltype(t);
-        return Merge<T>(weight_of<T>(a), delta, a.threads).merge_for_good();
+        return ForGood<T>(weight_of<T>(a), delta, a.threads).merge();
     }) == 1;
 }
 

@@ -1,7 +1,7 @@
 // W = round(W + d) in place, and back again, bit for bit.
 //
-// Reads and writes W once (for good, without a receipt: reads it once more). A block of 16 x 64 is
-// computed, checked and noted in the receipt before it is stored. The receipt keeps what round(M - d)
+// Reads and writes W once. A block of 16 x 64 is computed, checked and noted in the receipt before
+// it is stored. The receipt keeps what round(M - d)
 // does not give back of W, and two checksums: of the merged weight, and of all else that it holds
 // with the factors. Those right, the weight comes back right.
 #pragma once
@@ -10,40 +10,11 @@
 
 #include "../fastlora.h"
 #include "checksum.h"
-#include "delta.h"
 #include "receipt.h"
 #include "threads.h"
+#include "weight.h"
 
 namespace fastlora::FL_ISA {
-
-template <class T>
-struct Weight {
-    T* data;
-    int64_t row, column, N, K;
-
-    T* at(int64_t n, int64_t k) const { return data + n * row + k * column; }
-
-    // A row of a block: where it lies, or a copy with zeros past its end.
-    const T* read(T* copy, int64_t n, int64_t k, int64_t count) const {
-        const T* from = at(n, k);
-        if (column == 1 && count == WIDE) return from;
-        std::memset(copy, 0, WIDE * sizeof(T));
-        for (int64_t i = 0; i < count; ++i) copy[i] = from[i * column];
-        return copy;
-    }
-
-    void write(const T* from, int64_t n, int64_t k, int64_t count) const {
-        T* to = at(n, k);
-        if (column == 1 && count == WIDE)
-            std::memcpy(to, from, WIDE * sizeof(T));
-        else
-            for (int64_t i = 0; i < count; ++i) to[i * column] = from[i];
-    }
-};
-
-inline float largest_finite(float) { return 0x1.fffffep127f; }
-inline bf16 largest_finite(bf16) { return {0x7f7f}; }
-inline f16 largest_finite(f16) { return {0x7bff}; }
 
 template <class T>
 class Merge {
@@ -80,36 +51,6 @@ class Merge {
         }
     }
 
-    // The same without a receipt, which costs half of the time; false, nothing done, where a value
-    // might not be finite: without a receipt there is no way back.
-    bool merge_for_good() const {
-        uint32_t largest_bits = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : largest_bits) if (threads > 1)
-        for (int64_t i = 0; i < tiles.count; ++i)
-            largest_bits = std::max(largest_bits, largest_of(i));
-        // Half of the largest number leaves room for every rounding on the way.
-        const double weight = bit_cast<float>(largest_bits), most = widen(largest_finite(T{}));
-        if (!(weight + delta.bound() < most / 2)) return false;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < tiles.count; ++i) {
-            const Rounding rounding;
-            blocks(i, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t) {
-                alignas(64) float d[HIGH][LINE];
-                alignas(64) T copy[WIDE], merged[WIDE];
-                delta(d, n, k);
-                for (int64_t j = 0; j < rows; ++j) {
-                    const T* before = w.read(copy, n + j, k, count);
-                    T* to = before == copy ? merged : w.at(n + j, k);
-                    for (int v = 0; v < WIDE; v += W)
-                        put(to + v, rounded<T>(add(load(before + v), load(d[j] + v))));
-                    if (before == copy) w.write(merged, n + j, k, count);
-                }
-                return true;
-            });
-        }
-        return true;
-    }
-
     int unmerge(const uint16_t* positions, const T* bits, const int32_t* counts,
                 uint64_t merged, bool whole) const {
         std::vector<int64_t> first(tiles.count + 1);
@@ -133,30 +74,9 @@ class Merge {
     Tiles tiles;
     int threads;
 
-    // visit(n, k, rows, count, position of its first element) for the tile's blocks, until false.
     template <class Visit>
     bool blocks(int64_t tile, Visit visit) const {
-        const int64_t top = tiles.top(tile), left = tiles.left(tile);
-        const int64_t height = tiles.rows(tile), width = tiles.columns(tile);
-        for (int64_t n = 0; n < height; n += HIGH)
-            for (int64_t k = 0; k < width; k += WIDE)
-                if (!visit(top + n, left + k, std::min(HIGH, height - n), std::min(WIDE, width - k),
-                           n * width + k))
-                    return false;
-        return true;
-    }
-
-    uint32_t largest_of(int64_t tile) const {
-        Exponents seen{};
-        blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t) {
-            alignas(64) T copy[WIDE];
-            for (int64_t i = 0; i < rows; ++i) {
-                const T* row = w.read(copy, n + i, k, count);
-                for (int v = 0; v < WIDE; v += W) seen = largest(seen, load(row + v));
-            }
-            return true;
-        });
-        return largest(seen);
+        return visit_blocks(tiles, tile, visit);
     }
 
     // Of a row of a block. Words are counted from the weight's first, rows begin with a new one.

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "ahead.h"
 #include "buffer.h"
 #include "dots.h"
 #include "expand.h"
@@ -100,6 +101,7 @@ class LoRARows {
         y_rows = Buffer<X*>(a.threads * group);
         scales = Buffer<float>(a.threads * group);
         sums = Buffer<float>(a.weight ? a.threads * M * outputs : 0);
+        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? M : 0);
     }
 
     void run() {
@@ -136,6 +138,7 @@ class LoRARows {
     Buffer<X*> y_rows;      // [threads, group]
     Buffer<float> scales;   // [threads, group]
     Buffer<float> sums;  // [threads, M, outputs]
+    std::vector<Ahead<T>> ahead;  // [threads]
 
     int64_t columns_size() const { return panel_size<X>(a.shape.R); }
 
@@ -163,7 +166,9 @@ class LoRARows {
             fresh = true;
             dots<X, T>(
                 packed.get() + place * packed_size<X>(K), first - begin, count, to - from,
-                [&](int64_t r) { return slot.A + (from + r) * a.lda; }, next_A(first + count), K,
+                [&](int64_t r) { return slot.A + (from + r) * a.lda; },
+                [&, next = next_A(first + count)](int64_t r) { return next ? next + r * a.lda : next; },
+                K,
                 [&](int64_t m, int64_t r, const float* value, int64_t some) {
                     std::memcpy(sum + m * ranks + from + r, value, some * sizeof *value);
                 });
@@ -190,11 +195,18 @@ class LoRARows {
         float* sum = nullptr;
         if (a.weight) {
             sum = sums.get() + omp_get_thread_num() * M * outputs;
+            // Products of many rows take longer than W's bytes: B comes meanwhile.
+            Ahead<T>& coming = next_B(n, count);
+            const int64_t lines = coming.lines() * NB / (M * count) + 1;
             dots<X, X>(
                 packed.get(), 0, M, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
-                n + count < a.shape.N ? a.weight + (n + count) * a.ldw : nullptr, K,
+                [&](int64_t i) {
+                    return n + count + i < a.shape.N ? a.weight + (n + count + i) * a.ldw : nullptr;
+                },
+                K,
                 [&](int64_t m, int64_t i, const float* value, int64_t some) {
                     std::memcpy(sum + m * outputs + i, value, some * sizeof *value);
+                    coming.fetch(lines);
                 });
         }
         a.segments(first, first + rows, [&](int64_t s, int64_t from, int64_t count_rows) {
@@ -248,6 +260,16 @@ class LoRARows {
     F based(const float* sum, int64_t n, int64_t width) const {
         const F product = load_some(sum, width);
         return a.bias ? add(product, load_some(a.bias + n, width)) : product;
+    }
+
+    // Every slot's B for outputs n ... n + count - 1.
+    Ahead<T>& next_B(int64_t n, int64_t count) {
+        Ahead<T>& all = ahead[omp_get_thread_num()];
+        all.clear(a.ldb, count);
+        a.segments(0, M, [&](int64_t s, int64_t, int64_t) {
+            if (!a.idle(s) && a.slot(s).r) all.add(a.slot(s).B + n * a.ldb);
+        });
+        return all;
     }
 
     const T* next_B(int64_t i) const {
