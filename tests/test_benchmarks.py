@@ -119,20 +119,23 @@ def test_the_gpu_s_own_time_is_measured():
 def test_providers_take_turns_on_their_copies():
     order = []
     calls = {
-        name: [lambda n=name, i=i: order.append((n, i)) for i in range(3)]
+        name: [lambda n=name, i=i: order.append((n, i)) for i in range(4)]
         for name in ("a", "b", "c")
     }
     rounds = len(timer.interleaved(calls, "cpu", 0.0)["a"].ms)
-    turns = order[-6 * rounds :]  # each of two calls: one warms the code, one is timed
+    turns = order[-9 * rounds :]  # each of three calls: two warm the code, one is timed
     assert rounds == 10
-    assert [n for n, _ in turns[:12]] == [*"aabbcc", *"bbccaa"]
-    assert [i for n, i in turns if n == "b"] == [i % 3 for i in range(2 * rounds)]
+    assert [n for n, _ in turns[:18]] == [*"aaabbbccc", *"bbbcccaaa"]
+    assert [i for n, i in turns if n == "b"] == [i % 4 for i in range(3 * rounds)]
     assert timer.copies(2**20, 4) == 50
-    assert timer.copies(2**30, 4) == 2
+    assert timer.copies(2**30, 4) == 3
 
 
 def test_of_a_turn_the_last_call_is_timed():
-    calls = {"base": [lambda: time.sleep(0.02), lambda: None]}
+    def slow():
+        return time.sleep(0.02)
+
+    calls = {"base": [slow, slow, lambda: None]}
     samples = timer.interleaved(calls, "cpu", 0.0)["base"]
     assert timer.spread(samples.ms)["p50"] < 10
 
