@@ -21,8 +21,10 @@ from fastlora.config import LoRAConfig
 from fastlora.dispatch import backend, use_backend
 from fastlora.inject import Report, replace_linear, report
 from fastlora.merging import disable_adapter, merge_adapter, merge_and_unload, unmerge_adapter
-from fastlora.modules import FastLoRALinear, MultiLoRALinear
+from fastlora.modules import FastLoRALinear
+from fastlora.multi_modules import MultiLoRALinear
 from fastlora.serving import MultiLoRAModel
+from fastlora.training import adapter_parameters, use_adapters
 
 __all__ = [
     "FastLoRALinear",
@@ -30,6 +32,7 @@ __all__ = [
     "MultiLoRALinear",
     "MultiLoRAModel",
     "Report",
+    "adapter_parameters",
     "adapter_state_dict",
     "backend",
     "disable_adapter",
@@ -41,5 +44,6 @@ __all__ = [
     "report",
     "save_adapter",
     "unmerge_adapter",
+    "use_adapters",
     "use_backend",
 ]

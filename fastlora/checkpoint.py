@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,29 +11,43 @@ from torch import Tensor, nn
 from fastlora import adapter_files as files
 from fastlora.adapter_files import Shape
 from fastlora.config import LoRAConfig
-from fastlora.inject import Injection, Plan, injection, plan, remember, replace_linear, report
+from fastlora.inject import (
+    Injection,
+    Plan,
+    injection,
+    plan,
+    remember,
+    replace_linear,
+    report,
+    training_rows,
+)
 from fastlora.modules import FastLoRALinear, lora_layers
+from fastlora.multi_modules import trained_layers
 from fastlora.wrapping import unwrapped
 
 # PEFT's name of each adapter parameter.
 _KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     """The adapter's tensors (and the biases it trains) under PEFT's names, not copied.
 
-    Raises RuntimeError when the model has no FastLoRALinear or its adapter is merged.
+    adapter_name: which, where the model trains several. Raises ValueError for a name it does not
+    have, RuntimeError when the model has no FastLoRALinear or its adapter is merged.
     """
-    return {files.PREFIX + name: tensor for name, tensor in _tensors(model).items()}
+    tensors = _tensors(model, adapter_name)
+    return {files.PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, adapter_name: str | None = None
+) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads too.
 
-    Raises RuntimeError when the model has no adapter or it is merged, ValueError for a bad
-    directory.
+    adapter_name: which, where the model trains several. Raises RuntimeError when the model has no
+    adapter or it is merged, ValueError for a bad directory or a name the model does not have.
     """
-    tensors = _tensors(model)
+    tensors = _tensors(model, adapter_name)
     settings = injection(model).config
     base = settings.base_model_name_or_path or getattr(
         getattr(unwrapped(model), "config", None), "name_or_path", None
@@ -40,18 +55,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     values = settings.to_dict() | {"base_model_name_or_path": base or None}
     if settings.all_linear:
         # As PEFT does: the file names the layers, so that it means the same to every reader.
-        values["target_modules"] = [name for name, _ in lora_layers(model)]
+        values["target_modules"] = [name for name, _ in _layers(model)]
     files.write(directory, LoRAConfig.from_dict(values), tensors)
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, is_trainable: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    is_trainable: bool = False,
+    adapter_name: str | None = None,
 ) -> nn.Module:
     """Loads an adapter that fastlora or PEFT saved into ``model``, in place; returns ``model``.
 
     Replaces the linears that the adapter's config names, or, where the model has FastLoRALinear
     layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
-    the adapter.
+    the adapter. adapter_name: which one to fill, where the model trains several; what its layers
+    are set to must then be the file's settings.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
@@ -59,6 +79,10 @@ def load_adapter(
     """
     config = files.read_config(directory)
     inner = unwrapped(model)
+    if adapter_name is not None:
+        return _load_one(model, directory, config, adapter_name, is_trainable)
+    if next(trained_layers(inner), None):
+        raise ValueError("adapter_name: expected which of the model's adapters to fill, got None")
     existing = dict(lora_layers(inner))
     chosen = None
     if existing:
@@ -91,8 +115,52 @@ def adapter_shapes(name: str, weight: Tensor, config: LoRAConfig) -> dict[str, S
     return shapes
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    layers = dict(lora_layers(model))
+def _load_one(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    config: LoRAConfig,
+    adapter_name: str,
+    is_trainable: bool,
+) -> nn.Module:
+    """Fills one of the adapters that ``model`` trains side by side."""
+    layers, index = dict(trained_layers(model)), training_rows(model).index(adapter_name)
+    if config.lora_bias or config.bias != "none":
+        raise ValueError(
+            "config: of adapters trained together none has biases of its own, got "
+            f"lora_bias={config.lora_bias}, bias={config.bias!r}"
+        )
+    expected = {}
+    for name, layer in layers.items():
+        _check_named(name, layer.r, config)
+        if layer.scaling != config.scaling_of(name):
+            raise ValueError(
+                f"{name}: the layer scales by {layer.scaling:g}, the adapter by "
+                f"{config.scaling_of(name):g}"
+            )
+        expected |= adapter_shapes(name, layer.weight, config)
+    tensors = files.read_tensors(directory, expected)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for kind, parameter in layer.adapter_parameters(index).items():
+                parameter.copy_(tensors[f"{name}.{_KEYS[kind]}"])
+                parameter.requires_grad_(is_trainable)
+    return model
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from lora_layers(model)
+    yield from trained_layers(model)
+
+
+def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+    layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
+    if trained or adapter_name is not None:
+        index = training_rows(model).index(adapter_name)
+        return {
+            f"{name}.{_KEYS[kind]}": parameter
+            for name, layer in trained.items()
+            for kind, parameter in layer.adapter_parameters(index).items()
+        }
     if not layers:
         raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -130,14 +198,16 @@ def _check_existing(layers: dict[str, FastLoRALinear], config: LoRAConfig) -> No
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged: unmerge_adapter before loading another adapter")
-        if config.excludes(name) or not (config.all_linear or config.targets(name)):
-            raise ValueError(f"{name}: the layer has LoRA, the adapter's config does not name it")
-        if layer.r != config.rank_of(name):
-            raise ValueError(
-                f"{name}: the layer has r={layer.r}, the adapter r={config.rank_of(name)}"
-            )
+        _check_named(name, layer.r, config)
         if (layer.lora_bias is not None) != config.lora_bias:
             raise ValueError(f"{name}: lora_bias: the layer and the adapter's config disagree")
+
+
+def _check_named(name: str, r: int, config: LoRAConfig) -> None:
+    if config.excludes(name) or not (config.all_linear or config.targets(name)):
+        raise ValueError(f"{name}: the layer has LoRA, the adapter's config does not name it")
+    if r != config.rank_of(name):
+        raise ValueError(f"{name}: the layer has r={r}, the adapter r={config.rank_of(name)}")
 
 
 def _apply(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from fastlora.adapter_files import check_name
 from fastlora.config import LoRAConfig
-from fastlora.modules import FastLoRALinear, MultiLoRALinear, lora_layers
+from fastlora.modules import FastLoRALinear, lora_layers
+from fastlora.multi_modules import (
+    MultiLoRALinear,
+    TrainableMultiLoRALinear,
+    TrainingRows,
+    trained_layers,
+)
 from fastlora.wrapping import unsupported, unwrapped
 
 _RECORD = "_fastlora_injection"
@@ -17,10 +24,14 @@ _RECORD = "_fastlora_injection"
 
 @dataclass(frozen=True)
 class Injection:
-    """What ``replace_linear`` was asked for, and what it left alone and why."""
+    """What ``replace_linear`` was asked for, and what it left alone and why.
+
+    rows: of several adapters in training, which the batch's rows belong to.
+    """
 
     config: LoRAConfig
     skipped: dict[str, str]
+    rows: TrainingRows | None = None
 
 
 @dataclass(frozen=True)
@@ -57,18 +68,28 @@ class Report:
         return "\n".join(lines)
 
 
-def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True) -> nn.Module:
+def replace_linear(
+    model: nn.Module,
+    config: object,
+    *,
+    freeze_base: bool = True,
+    adapter_names: Sequence[str] | None = None,
+) -> nn.Module:
     """Replaces in place the linears that ``config`` names by ``FastLoRALinear``; returns ``model``.
 
     config: ``LoRAConfig`` or ``peft.LoraConfig``. freeze_base: everything but the adapters (and the
-    biases that ``config.bias`` asks for) stops requiring gradients. ``report(model)`` says what was
-    replaced and what was skipped and why.
+    biases that ``config.bias`` asks for) stops requiring gradients. adapter_names: several adapters
+    on the one base instead, trained together: ``use_adapters`` says whose each row of a batch is,
+    ``save_adapter(..., adapter_name=)`` saves one. ``report(model)`` says what was replaced and
+    what was skipped and why.
 
     Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
-    layer that was named cannot be replaced, or the model has LoRA layers already.
+    layer that was named cannot be replaced, or the model has LoRA layers already; for several
+    adapters also when ``config`` asks for biases, which belong to no single one.
     """
     settings = LoRAConfig.of(config)
     model = _checked(model)
+    rows = None if adapter_names is None else _rows_for(adapter_names, settings)
     chosen = plan(model, settings)
     present = [name for name, _ in lora_layers(model)]
     if present:
@@ -77,20 +98,11 @@ def replace_linear(model: nn.Module, config: object, *, freeze_base: bool = True
             "speak for all: name all layers at once, rank_pattern and alpha_pattern tell them apart"
         )
     layers = {
-        name: FastLoRALinear._sharing(
-            linear,
-            settings.rank_of(name),
-            lora_alpha=settings.alpha_of(name),
-            lora_dropout=settings.lora_dropout,
-            use_rslora=settings.use_rslora,
-            lora_bias=settings.lora_bias,
-            init_lora_weights=settings.init_lora_weights,
-        )
-        for name, (linear, _) in chosen.linears.items()
+        name: _layer(name, linear, settings, rows) for name, (linear, _) in chosen.linears.items()
     }
     for name, layer in layers.items():
         swap(model, chosen.linears[name][1], layer)
-    remember(model, Injection(settings, chosen.skipped))
+    remember(model, Injection(settings, chosen.skipped, rows))
     if freeze_base:
         _freeze(unwrapped(model), settings)
     return model
@@ -103,10 +115,11 @@ def report(model: nn.Module) -> Report:
     served = {
         n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
     }
+    trained = {name: layer.r for name, layer in trained_layers(inner)}
     parameters = list(inner.parameters())
     record: Injection | None = getattr(inner, _RECORD, None)
     return Report(
-        replaced={name: layer.r for name, layer in layers.items()} | served,
+        replaced={name: layer.r for name, layer in layers.items()} | served | trained,
         skipped=dict(record.skipped) if record else {},
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
@@ -120,6 +133,16 @@ def injection(model: nn.Module) -> Injection:
     if record is None:
         raise RuntimeError("model: expected one that went through fastlora.replace_linear")
     return record
+
+
+def training_rows(model: nn.Module) -> TrainingRows:
+    """What ``use_adapters`` tells the layers of ``model``."""
+    rows = injection(model).rows
+    if rows is None:
+        raise RuntimeError(
+            "model: expected one with several adapters, of replace_linear(..., adapter_names=)"
+        )
+    return rows
 
 
 def remember(model: nn.Module, record: Injection) -> None:
@@ -157,7 +180,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         reason = _bypassed(inner, known_as) or unsupported(module)
         if any(config.excludes(name) for name in known_as):
             skipped[first] = "excluded by exclude_modules"
-        elif isinstance(module, (FastLoRALinear, MultiLoRALinear)):
+        elif getattr(module, "holds_lora", False):
             refused[first] = str(reason)
         elif not named and module is head:
             skipped[first] = 'the output embedding, which "all-linear" leaves out'
@@ -180,6 +203,35 @@ def swap(model: nn.Module, names: Iterable[str], layer: nn.Module) -> None:
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(unwrapped(model).get_submodule(parent), child, layer)
+
+
+def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+        raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
+    names = [check_name(name) for name in adapter_names]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"adapter_names: expected different names, got {names!r}")
+    if config.lora_bias or config.bias != "none":
+        raise ValueError(
+            "config: of adapters trained together none has biases of its own, got "
+            f"lora_bias={config.lora_bias}, bias={config.bias!r}"
+        )
+    return TrainingRows(names)
+
+
+def _layer(
+    name: str, linear: nn.Linear, config: LoRAConfig, rows: TrainingRows | None
+) -> nn.Linear:
+    options = {
+        "lora_alpha": config.alpha_of(name),
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": config.init_lora_weights,
+    }
+    r = config.rank_of(name)
+    if rows is not None:
+        return TrainableMultiLoRALinear.from_linear(linear, rows, r, **options)
+    return FastLoRALinear._sharing(linear, r, lora_bias=config.lora_bias, **options)
 
 
 def _checked(model: nn.Module) -> nn.Module:
@@ -231,6 +283,8 @@ def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> 
 def _freeze(model: nn.Module, config: LoRAConfig) -> None:
     layers = list(lora_layers(model))
     adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
+    for _, layer in trained_layers(model):
+        adapters |= {id(p) for p in (*layer.lora_A, *layer.lora_B)}
     for name, parameter in model.named_parameters():
         is_bias = name.rpartition(".")[2] == "bias"
         trained = id(parameter) in adapters or (config.bias == "all" and is_bias)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastlora.inject import forget, swap
 from fastlora.modules import FastLoRALinear, lora_layers
+from fastlora.multi_modules import trained_layers
 from fastlora.wrapping import unwrapped
 
 
@@ -63,12 +64,12 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     What was merged is merged again at the end, whatever became of the adapter in between.
     """
-    layers = dict(lora_layers(model))
-    if not layers:
+    layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
+    if not layers and not trained:
         raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     remerge = _unmerge(merged)
-    before = {layer: layer.adapter_disabled for layer in layers.values()}
+    before = {layer: layer.adapter_disabled for layer in (*layers.values(), *trained.values())}
     for layer in before:
         layer.adapter_disabled = True
     try:

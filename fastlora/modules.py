@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -125,14 +125,7 @@ class FastLoRALinear(nn.Linear):
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Initialises the adapter as ``init_lora_weights`` says."""
-        if self.init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        if self.init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B)
+        init_lora(self.lora_A, self.lora_B, self.init_lora_weights)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
@@ -252,111 +245,17 @@ class FastLoRALinear(nn.Linear):
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
 
-class MultiLoRALinear(nn.Linear):
-    """A frozen linear and S slots of adapters; each row of x goes through the slot its id names.
-
-    Buffers, not in the state_dict: lora_A (S, R, in_features), lora_B (S, out_features, R),
-    scalings (S,), ranks (S,), zero while a slot is free. ``routing`` gives the rows' ids where the
-    caller of the model cannot pass them to the layer.
-    """
-
-    holds_lora = True
-    lora_A: Tensor
-    lora_B: Tensor
-    scalings: Tensor
-    ranks: Tensor
-    routing: Callable[[Tensor], F.RowGroups] | None
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        max_adapters: int,
-        max_rank: int,
-        lora_dtype: torch.dtype | None = None,
-    ) -> MultiLoRALinear:
-        """Shares ``linear``'s weight; lora_dtype None is its dtype. Errors as FastLoRALinear's."""
-        reason = unsupported(linear)
-        if reason is not None:
-            raise TypeError(f"linear: {reason}")
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        adopt(layer, linear)
-        S, R, weight = max_adapters, max_rank, linear.weight
-        zeros = {"device": weight.device, "dtype": lora_dtype or weight.dtype}
-        buffers = {
-            "lora_A": torch.zeros(S, R, layer.in_features, **zeros),
-            "lora_B": torch.zeros(S, layer.out_features, R, **zeros),
-            "scalings": torch.zeros(S, device=weight.device, dtype=torch.float32),
-            "ranks": torch.zeros(S, device=weight.device, dtype=torch.int32),
-        }
-        for name, buffer in buffers.items():
-            layer.register_buffer(name, buffer, persistent=False)
-        layer.routing = None
-        return layer
-
-    def forward(self, input: Tensor, adapter_ids: Tensor | F.RowGroups | None = None) -> Tensor:
-        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,), by default ``routing``'s."""
-        if adapter_ids is None:
-            if self.routing is None:
-                raise RuntimeError(
-                    "adapter_ids: expected ids or row groups, the layer has no routing"
-                )
-            adapter_ids = self.routing(input)
-        return F.multi_lora_linear(
-            input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            adapter_ids,
-            self.scalings,
-            bias=self.bias,
-            ranks=self.ranks,
-        )
-
-    @torch.no_grad()
-    def set_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-        """Puts an adapter (r, K), (N, r), r at most the slots' rank, into ``slot``.
-
-        Raises TypeError or ValueError, the slot as it was, for what does not fit.
-        """
-        self._check_slot(slot)
-        (_, R, K), N = self.lora_A.shape, self.lora_B.shape[1]
-        r = lora_A.shape[0] if lora_A.dim() == 2 else -1
-        if tuple(lora_A.shape) != (r, K) or r > R:
-            raise ValueError(
-                f"lora_A: expected shape (r, {K}), r at most {R}, got {tuple(lora_A.shape)}"
-            )
-        if tuple(lora_B.shape) != (N, r):
-            raise ValueError(f"lora_B: expected shape ({N}, {r}), got {tuple(lora_B.shape)}")
-        settings.check_number("scaling", scaling)
-        self.clear_adapter(slot)
-        self.lora_A[slot, :r] = lora_A
-        self.lora_B[slot, :, :r] = lora_B
-        self.scalings[slot] = scaling
-        self.ranks[slot] = r
-
-    @torch.no_grad()
-    def clear_adapter(self, slot: int) -> None:
-        """Frees ``slot``: what it held is zeroed."""
-        self._check_slot(slot)
-        for buffer in (self.ranks, self.scalings, self.lora_A, self.lora_B):
-            buffer[slot] = 0
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < len(self.scalings):
-            raise ValueError(f"slot: expected one of 0 to {len(self.scalings) - 1}, got {slot}")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
-        scalings = self.scalings
-        super()._apply(fn, recurse)
-        if self.scalings.dtype != scalings.dtype:
-            # float32 whatever the weights become.
-            self.scalings = scalings.to(self.scalings.device)
-        return self
-
-    def extra_repr(self) -> str:
-        S, R = self.lora_A.shape[:2]
-        return f"{super().extra_repr()}, max_adapters={S}, max_rank={R}"
+@torch.no_grad()
+def init_lora(lora_A: Tensor, lora_B: Tensor, how: bool | str) -> None:
+    """Draws lora_A (r, K), lora_B (N, r) in place as ``init_lora_weights=how`` says."""
+    if how == "gaussian":
+        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if how is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, FastLoRALinear]]:

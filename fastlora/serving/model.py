@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import adapter_files as files
-from fastlora import functional as F
 from fastlora.checkpoint import adapter_shapes
 from fastlora.config import LoRAConfig, check_rank
 from fastlora.inject import plan, swap
-from fastlora.modules import MultiLoRALinear
+from fastlora.multi_modules import MultiLoRALinear
+from fastlora.routing import Routing
 from fastlora.wrapping import unwrapped
 
 BASE = "__base__"
@@ -62,7 +62,7 @@ class MultiLoRAModel(nn.Module):
             )
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self._slots: dict[str, int] = {}
-        self._batch = _Batch(max_adapters)
+        self._batch = _Batch("call the MultiLoRAModel, not the model in it")
         layers = {
             name: MultiLoRALinear.from_linear(linear, max_adapters, max_rank, lora_dtype)
             for name, (linear, _) in chosen.linears.items()
@@ -156,7 +156,7 @@ class MultiLoRAModel(nn.Module):
         if len(adapter_names) != rows:
             raise ValueError(f"adapter_names: expected {rows}, one a row, got {len(adapter_names)}")
         slots = [-1 if name in (None, BASE) else self._slot(name) for name in adapter_names]
-        with self._batch.routing(slots, copies):
+        with self._batch.running(slots, self.max_adapters, copies):
             yield
 
     def _slot(self, name: object) -> int:
@@ -202,49 +202,12 @@ class MultiLoRAModel(nn.Module):
         return named
 
 
-class _Batch(threading.local):
-    """The adapter of each row of the batch that this thread is running, grouped once a step."""
-
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.slots: Tensor | None = None
-        self.copies = 1
-        self.groups: dict[tuple[int, tuple[int, ...], torch.device], F.RowGroups] = {}
+class _Batch(Routing, threading.local):
+    """The batch that this thread is running."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model runs no batch; thread-local state cannot be copied anyway.
-        return _Batch, (self.num_slots,)
-
-    @contextmanager
-    def routing(self, slots: list[int], copies: int) -> Iterator[None]:
-        before = self.slots, self.copies, self.groups
-        self.slots, self.copies = torch.tensor(slots, dtype=torch.int32), copies
-        self.groups = {}
-        try:
-            yield
-        finally:
-            self.slots, self.copies, self.groups = before
-
-    def groups_for(self, x: Tensor) -> F.RowGroups:
-        """The groups of a layer's input x (B, ..., K), or of ``copies`` neighbours a batch row."""
-        if self.slots is None:
-            raise RuntimeError(
-                "no adapters were named: call the MultiLoRAModel, not the model in it"
-            )
-        rows, inner = x.shape[0], tuple(x.shape[1:-1])
-        key = (rows, inner, x.device)
-        if key not in self.groups:
-            given = len(self.slots)
-            if x.dim() < 2 or rows not in (given, given * self.copies):
-                raise RuntimeError(
-                    f"x: expected {given} rows first, one an adapter name, got shape "
-                    f"{tuple(x.shape)}: this layer "
-                    "does not see the batch; leave it out with exclude_modules"
-                )
-            ids = self.slots.repeat_interleave(rows // given) if given else self.slots
-            groups = F.group_rows(ids.to(x.device), self.num_slots)
-            self.groups[key] = groups.repeat(inner[0]) if len(inner) == 1 else groups
-        return self.groups[key]
+        return _Batch, (self.outside,)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

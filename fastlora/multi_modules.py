@@ -1,0 +1,237 @@
+"""Linear layers with several adapters on one weight: served from slots, or trained side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from fastlora import config as settings
+from fastlora import functional as F
+from fastlora.modules import init_lora
+from fastlora.routing import Routing
+from fastlora.wrapping import adopt, lora_dtype_for, unsupported, unwrapped
+
+
+class MultiLoRALinear(nn.Linear):
+    """A frozen linear and S slots of adapters; each row of x goes through the slot its id names.
+
+    Buffers, not in the state_dict: lora_A (S, R, in_features), lora_B (S, out_features, R),
+    scalings (S,), ranks (S,), zero while a slot is free. ``routing`` gives the rows' ids where the
+    caller of the model cannot pass them to the layer.
+    """
+
+    holds_lora = True
+    lora_A: Tensor
+    lora_B: Tensor
+    scalings: Tensor
+    ranks: Tensor
+    routing: Callable[[Tensor], F.RowGroups] | None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        max_adapters: int,
+        max_rank: int,
+        lora_dtype: torch.dtype | None = None,
+    ) -> MultiLoRALinear:
+        """Shares ``linear``'s weight; lora_dtype None is its dtype. Errors as FastLoRALinear's."""
+        reason = unsupported(linear)
+        if reason is not None:
+            raise TypeError(f"linear: {reason}")
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        adopt(layer, linear)
+        S, R, weight = max_adapters, max_rank, linear.weight
+        zeros = {"device": weight.device, "dtype": lora_dtype or weight.dtype}
+        buffers = {
+            "lora_A": torch.zeros(S, R, layer.in_features, **zeros),
+            "lora_B": torch.zeros(S, layer.out_features, R, **zeros),
+            "scalings": torch.zeros(S, device=weight.device, dtype=torch.float32),
+            "ranks": torch.zeros(S, device=weight.device, dtype=torch.int32),
+        }
+        for name, buffer in buffers.items():
+            layer.register_buffer(name, buffer, persistent=False)
+        layer.routing = None
+        return layer
+
+    def forward(self, input: Tensor, adapter_ids: Tensor | F.RowGroups | None = None) -> Tensor:
+        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,), by default ``routing``'s."""
+        if adapter_ids is None:
+            if self.routing is None:
+                raise RuntimeError(
+                    "adapter_ids: expected ids or row groups, the layer has no routing"
+                )
+            adapter_ids = self.routing(input)
+        return F.multi_lora_linear(
+            input,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            adapter_ids,
+            self.scalings,
+            bias=self.bias,
+            ranks=self.ranks,
+        )
+
+    @torch.no_grad()
+    def set_adapter(self, slot: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+        """Puts an adapter (r, K), (N, r), r at most the slots' rank, into ``slot``.
+
+        Raises TypeError or ValueError, the slot as it was, for what does not fit.
+        """
+        self._check_slot(slot)
+        (_, R, K), N = self.lora_A.shape, self.lora_B.shape[1]
+        r = lora_A.shape[0] if lora_A.dim() == 2 else -1
+        if tuple(lora_A.shape) != (r, K) or r > R:
+            raise ValueError(
+                f"lora_A: expected shape (r, {K}), r at most {R}, got {tuple(lora_A.shape)}"
+            )
+        if tuple(lora_B.shape) != (N, r):
+            raise ValueError(f"lora_B: expected shape ({N}, {r}), got {tuple(lora_B.shape)}")
+        settings.check_number("scaling", scaling)
+        self.clear_adapter(slot)
+        self.lora_A[slot, :r] = lora_A
+        self.lora_B[slot, :, :r] = lora_B
+        self.scalings[slot] = scaling
+        self.ranks[slot] = r
+
+    @torch.no_grad()
+    def clear_adapter(self, slot: int) -> None:
+        """Frees ``slot``: what it held is zeroed."""
+        self._check_slot(slot)
+        for buffer in (self.ranks, self.scalings, self.lora_A, self.lora_B):
+            buffer[slot] = 0
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < len(self.scalings):
+            raise ValueError(f"slot: expected one of 0 to {len(self.scalings) - 1}, got {slot}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        scalings = self.scalings
+        super()._apply(fn, recurse)
+        if self.scalings.dtype != scalings.dtype:
+            # float32 whatever the weights become.
+            self.scalings = scalings.to(self.scalings.device)
+        return self
+
+    def extra_repr(self) -> str:
+        S, R = self.lora_A.shape[:2]
+        return f"{super().extra_repr()}, max_adapters={S}, max_rank={R}"
+
+
+class TrainingRows(Routing):
+    """Whose each row of the batch in training is; only adapters that are present get a slot."""
+
+    def __init__(self, adapters: Sequence[str]) -> None:
+        super().__init__("run the model, and its backward, within fastlora.use_adapters")
+        self.adapters = tuple(adapters)
+        self.present: tuple[int, ...] = ()
+
+    @contextmanager
+    def named(self, adapter_names: Sequence[str | None]) -> Iterator[None]:
+        """Within, row i of the batch trains ``adapter_names[i]``, or none."""
+        rows = [-1 if name is None else self.index(name) for name in adapter_names]
+        before, self.present = self.present, tuple(sorted({row for row in rows if row >= 0}))
+        slot = {row: i for i, row in enumerate(self.present)}
+        try:
+            with self.running([slot.get(row, -1) for row in rows], len(slot)):
+                yield
+        finally:
+            self.present = before
+
+    def index(self, name: object) -> int:
+        """Where ``name`` stands among the adapters; ValueError where it does not."""
+        if name not in self.adapters:
+            known = ", ".join(self.adapters)
+            raise ValueError(f"adapter_names: expected one of {known}, got {name!r}")
+        return self.adapters.index(str(name))
+
+
+class TrainableMultiLoRALinear(nn.Linear):
+    """A frozen linear and several adapters in training; a batch's rows each belong to one.
+
+    Parameters: lora_A and lora_B, lists with (r, in_features) and (out_features, r) an adapter.
+    Those that no row of a batch uses take no part in it: their gradients stay None. ``routing``,
+    which all layers of a model share, says whose each row is. Arithmetic as ``FastLoRALinear``'s;
+    dropout is torch's own and draws a mask of x.
+    """
+
+    holds_lora = True
+    bias: nn.Parameter | None
+    lora_A: nn.ParameterList
+    lora_B: nn.ParameterList
+    routing: TrainingRows
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    scaling: float
+    adapter_disabled: bool
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        routing: TrainingRows,
+        r: int = 8,
+        *,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_dtype: torch.dtype | None = None,
+    ) -> TrainableMultiLoRALinear:
+        """Shares ``linear``'s weight; ``routing`` names the adapters, each has its own draw.
+
+        Options and errors as FastLoRALinear's.
+        """
+        reason = unsupported(linear)
+        if reason is not None:
+            raise TypeError(f"linear: {reason}")
+        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        adopt(layer, linear)
+        layer.r, layer.lora_alpha, layer.lora_dropout = r, lora_alpha, float(lora_dropout)
+        layer.scaling = settings.scaling(lora_alpha, r, use_rslora)
+        layer.adapter_disabled = False
+        layer.routing = routing
+        base = linear.weight
+        kind = {"device": base.device, "dtype": lora_dtype or lora_dtype_for(base.dtype)}
+        N, K = base.shape
+        layer.lora_A = nn.ParameterList([torch.empty(r, K, **kind) for _ in routing.adapters])
+        layer.lora_B = nn.ParameterList([torch.empty(N, r, **kind) for _ in routing.adapters])
+        for A, B in zip(layer.lora_A, layer.lora_B, strict=True):
+            init_lora(A, B, init_lora_weights)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (B, ..., in_features), a row of the batch first, to (B, ..., out_features)."""
+        present = self.routing.present
+        if self.adapter_disabled or (not present and self.routing.slots is not None):
+            return nnf.linear(input, self.weight, self.bias)
+        groups = self.routing.groups_for(input)
+        lora_A = torch.stack([self.lora_A[i] for i in present])
+        lora_B = torch.stack([self.lora_B[i] for i in present])
+        scalings = input.new_full((len(present),), self.scaling, dtype=torch.float32)
+        factors = (lora_A, lora_B, groups, scalings)
+        if not (self.training and self.lora_dropout):
+            return F.multi_lora_linear(input, self.weight, *factors, bias=self.bias)
+        y = nnf.linear(input, self.weight, self.bias)
+        return F.multi_lora_add_(y, nnf.dropout(input, self.lora_dropout), *factors)
+
+    def adapter_parameters(self, index: int) -> dict[str, nn.Parameter]:
+        """One adapter's parameters: lora_A, lora_B."""
+        return {"lora_A": self.lora_A[index], "lora_B": self.lora_B[index]}
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"adapters={len(self.lora_A)}", f"r={self.r}"]
+        return ", ".join([*parts, f"lora_alpha={self.lora_alpha:g}"])
+
+
+def trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainableMultiLoRALinear]]:
+    """(full name, layer) of every TrainableMultiLoRALinear in ``model``, each once."""
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, TrainableMultiLoRALinear):
+            yield name, module
