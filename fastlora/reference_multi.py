@@ -71,10 +71,10 @@ def multi_lora_add_(
     row_scales: Tensor | None,
 ) -> None:
     h.zero_()
-    for slot, rows, r, scaling in _groups(order, starts, scalings, ranks, lora_A.shape[1]):
-        h_rows = _take(x, rows) @ lora_A[slot, :r].to(x.dtype).T
+    for slot, rows, r, scaling in groups(order, starts, scalings, ranks, lora_A.shape[1]):
+        h_rows = take(x, rows) @ lora_A[slot, :r].to(x.dtype).T
         h[rows, :r] = h_rows
-        h_rows = _row_scaled(h_rows, row_scales, rows)
+        h_rows = row_scaled(h_rows, row_scales, rows)
         _add_product(y, rows, h_rows, lora_B[slot, :, :r].to(x.dtype).T, scaling)
 
 
@@ -95,19 +95,19 @@ def multi_lora_linear_backward(
     """Gradients of (x, weight, bias, lora_A, lora_B): those that ``needs`` asks for."""
     need_x, need_weight, need_bias, need_A, need_B = needs
     dx = base_gradient(dy, x, weight) if need_x else None
-    dA = _zeros_wide(lora_A) if need_A else None
-    dB = _zeros_wide(lora_B) if need_B else None
-    for slot, rows, r, scaling in _groups(order, starts, scalings, ranks, lora_A.shape[1]):
-        dy_rows = _take(dy, rows)
+    dA = zeros_wide(lora_A) if need_A else None
+    dB = zeros_wide(lora_B) if need_B else None
+    for slot, rows, r, scaling in groups(order, starts, scalings, ranks, lora_A.shape[1]):
+        dy_rows = take(dy, rows)
         if dx is not None or dA is not None:
             g = dy_rows @ lora_B[slot, :, :r].to(dy.dtype)
-            g = _row_scaled(g, row_scales, rows)
+            g = row_scaled(g, row_scales, rows)
             if dx is not None:
                 _add_product(dx, rows, g, lora_A[slot, :r].to(x.dtype), scaling)
             if dA is not None:
-                dA[slot, :r] += adapter_gradient(g, _take(x, rows), dA.dtype, scaling)
+                dA[slot, :r] += adapter_gradient(g, take(x, rows), dA.dtype, scaling)
         if dB is not None:
-            h_rows = _row_scaled(h[rows, :r], row_scales, rows)
+            h_rows = row_scaled(h[rows, :r], row_scales, rows)
             dB[slot, :, :r] += adapter_gradient(dy_rows, h_rows, dB.dtype, scaling)
     grads = [
         dx,
@@ -119,7 +119,7 @@ def multi_lora_linear_backward(
     return [grad for grad in grads if grad is not None]
 
 
-def _groups(
+def groups(
     order: Tensor, starts: Tensor, scalings: Tensor, ranks: Tensor | None, R: int
 ) -> Iterator[Group]:
     """The groups that have rows and a rank; scattered rows in parts of at most ``_GATHER``."""
@@ -142,7 +142,7 @@ def _groups(
                 yield slot, part, r, factors[slot]
 
 
-def _take(t: Tensor, rows: Rows) -> Tensor:
+def take(t: Tensor, rows: Rows) -> Tensor:
     return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
 
 
@@ -153,12 +153,12 @@ def _add_product(y: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: fl
         y.index_add_(0, rows, left @ right, alpha=scaling)
 
 
-def _row_scaled(h_rows: Tensor, row_scales: Tensor | None, rows: Rows) -> Tensor:
+def row_scaled(h_rows: Tensor, row_scales: Tensor | None, rows: Rows) -> Tensor:
     if row_scales is None:
         return h_rows
     wide = torch.promote_types(h_rows.dtype, torch.float32)
     return (h_rows * row_scales[rows, None].to(wide)).to(h_rows.dtype)
 
 
-def _zeros_wide(like: Tensor) -> Tensor:
+def zeros_wide(like: Tensor) -> Tensor:
     return like.new_zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32))

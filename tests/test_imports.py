@@ -27,7 +27,7 @@ LAYERS = {
     "gradients": ["autograd"],
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
-    "backends": ["reference", "reference_multi", "cpu", "cpu_merge"],
+    "backends": ["reference", "reference_multi", "cpu", "cpu_linear", "cpu_multi", "cpu_merge"],
     "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products", "native"],
 }
 

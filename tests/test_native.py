@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import cpu, dispatch, native
+from fastlora import cpu_linear, cpu_multi, dispatch, native
 from fastlora import functional as F
 from tests.calls import weight_and_adapter
 from tests.helpers import assert_accurate, same_bits, signed
@@ -154,7 +154,7 @@ def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
         y = x.new_empty(T, N)
         groups, nothing = F.group_rows(ids, 3), x.new_empty(T, R)
         routing = (groups.order, groups.starts, scalings, None, None)
-        cpu._multi(y, nothing, x, weight, None, A, B, *routing)
+        cpu_multi.run_multi(y, nothing, x, weight, None, A, B, *routing)
         assert_accurate(y, want, unfused, dtype, tokens=T)
 
 
@@ -166,7 +166,7 @@ def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
 def test_gradients_of_every_instruction_set(M, R, C, dtype, transposed, instruction_set):
     left, right = signed(M, R, dtype=dtype, device=CPU), signed(M, C, dtype=dtype, device=CPU)
     like = torch.empty(0, dtype=torch.float32)
-    got = cpu._gradient(left, right, like, 0.5, transposed=transposed)
+    got = cpu_linear.gradient(left, right, like, 0.5, transposed=transposed)
     want = 0.5 * left.double().T @ right.double()
     error = (got.double() - (want.T if transposed else want)).norm()
     # Products of halves are exact in float32, sums are not.
@@ -190,7 +190,7 @@ def test_threads_do_not_change_the_bits(dtype, instruction_set):
             h = x.new_empty(70, 16)
             added = F.multi_lora_add_(x.new_zeros(70, 300), x, A, B, ids, scalings)
             few = x.new_empty(70, 300)
-            cpu._linear(few, h, x, W, None, A[0], B[0], None, 0.5)
+            cpu_linear.run_linear(few, h, x, W, None, A[0], B[0], None, 0.5)
         finally:
             torch.set_num_threads(1)
         parts = (receipt.positions, receipt.bits, receipt.checksums)
@@ -211,7 +211,7 @@ def test_a_rows_delta_has_the_same_bits_in_any_batch(dtype, lora_dtype, instruct
     def native_linear(rows):
         groups, (out, h) = F.group_rows(ids[rows], S), (x.new_empty(len(rows), n) for n in (N, R))
         routing = (groups.order, groups.starts, scalings, None, None)
-        cpu._multi(out, h, x[rows], W, None, A, B, *routing)
+        cpu_multi.run_multi(out, h, x[rows], W, None, A, B, *routing)
         return out
 
     one = F.lora_add_(base.clone(), x, A[0], B[0], 0.5)
@@ -240,7 +240,7 @@ def test_sizes_past_2_to_the_31(instruction_set):
     routing = (groups.order, groups.starts, scalings, None, None)
     given = (far_apart(x), far_apart(W), None, far_apart(A.flatten(1)), far_apart(B.flatten(1)))
     slots = (given[3].unflatten(1, (2, 40)), given[4].unflatten(1, (2, 2)))
-    cpu._multi(y, h, *given[:3], *slots, *routing)
+    cpu_multi.run_multi(y, h, *given[:3], *slots, *routing)
     assert torch.allclose(y, want, rtol=0.02, atol=0.02)
 
     weight, adapter = weight_and_adapter(2, 40, 3, torch.bfloat16)

@@ -31,7 +31,9 @@ from tests.models import (
 
 NAMES = ("anna", "ben", "c.d-e", "dora")
 CONFIG = LoRAConfig(r=4, lora_alpha=12, target_modules="all-linear")
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is deprecated"
+)
 
 
 def together(base: nn.Module | None = None, config: LoRAConfig = CONFIG) -> nn.Module:
@@ -115,8 +117,8 @@ def test_four_at_once_reach_the_losses_of_four_runs():
             apart[name].zero_grad()
             # Adam divides by what may be tiny: differences of rounding grow from step to step.
             torch.testing.assert_close(mine[name], loss, rtol=1e-3, atol=0)
-            first.setdefault(name, float(loss))
-    assert all(float(mine[name]) < 0.9 * first[name] for name in NAMES)
+            first.setdefault(name, loss.item())
+    assert all(mine[name].item() < 0.9 * first[name] for name in NAMES)
 
 
 def test_rows_of_none_are_the_base_s():

@@ -1,0 +1,192 @@
+"""One adapter on the native CPU kernels, and what every call of them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from fastlora import native, reference
+from fastlora.cpu_merge import written
+from fastlora.products import base_gradient
+
+# Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
+# for K = N from 512 to 4096, 1 and 2 threads (docs/kernels.md). Without BF16 instructions bfloat16
+# is widened by hand; in float16 torch's own product is four times slower than ours.
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+FEW_ROWS = {
+    "avx512_bf16": {_F32: 128, _BF16: 64, _F16: 128},
+    "avx512": {_F32: 128, _BF16: 4, _F16: 128},
+    "avx2": {_F32: 16, _BF16: 1, _F16: 128},
+    "portable": {_F32: 4, _BF16: 0, _F16: 0},
+}
+
+
+_Given = TypeVar("_Given", Tensor, Tensor | None)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+    M, N = x.shape[0], weight.shape[0]
+    h = x.new_empty(M, lora_A.shape[0])
+    if seed is None and h.numel() and few(M, weight):
+        y = x.new_empty(M, N)
+        run_linear(y, h, x, weight, bias, lora_A, lora_B, lora_bias, scaling)
+        return y, h
+    y = product(x, weight, bias)
+    lora_add_(y, h, x, *args)
+    return y, h
+
+
+def lora_add_(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    if seed is not None or not writable(y) or not writable(h):
+        return reference.lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+    run_linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
+    written(y, h)
+    return None
+
+
+def run_linear(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_bias: Tensor | None,
+    scaling: float,
+) -> None:
+    x = unit_columns(x)
+    lora_bias = None if lora_bias is None else unit_columns(lora_bias)
+    bias = None if bias is None else unit_columns(bias)
+    (M, N), K, R = y.shape, x.shape[1], lora_A.shape[0]
+    code = native.library().fastlora_lora_linear(
+        y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
+        *matrix(weight), pointer(bias), lora_A.data_ptr(), *lora_A.stride(), lora_B.data_ptr(),
+        *lora_B.stride(), pointer(lora_bias), M, K, N, R, scaling, native.DTYPES[x.dtype],
+        native.DTYPES[lora_A.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(code, "lora_linear")
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of (x, weight, bias, lora_A, lora_B, lora_bias): those that ``needs`` asks for."""
+    if seed is not None:
+        return reference.lora_linear_backward(
+            dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs
+        )
+    need_x, need_weight, need_bias, need_A, need_B, need_lora_bias = needs
+    dx = base_gradient(dy, x, weight) if need_x else None
+    dA = None
+    if need_x or need_A:
+        # dx += scaling * g @ A is lora_add_ with the factors' roles exchanged, g its h.
+        g = dy.new_empty(dy.shape[0], lora_A.shape[0])
+        target, A = (dx, lora_A) if dx is not None else (g[:, :0], lora_A[:, :0])
+        run_linear(target, g, dy, None, None, lora_B.T, A.T, None, scaling)
+        dA = gradient(g, x, lora_A, scaling) if need_A else None
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    grads = [
+        dx,
+        dy.T @ x if need_weight else None,
+        dy.sum(0) if need_bias else None,
+        dA,
+        gradient(h, dy, lora_B, scaling, transposed=True) if need_B else None,
+        dy.sum(0, dtype=wide).mul_(scaling).to(lora_B.dtype) if need_lora_bias else None,
+    ]
+    return [grad for grad in grads if grad is not None]
+
+
+def gradient(
+    left: Tensor, right: Tensor, like: Tensor, scaling: float, *, transposed: bool = False
+) -> Tensor:
+    """``scaling * left.T @ right`` (R, C), or its transpose, in the dtype of ``like``."""
+    left, right = unit_columns(left), unit_columns(right)
+    (M, R), C = left.shape, right.shape[1]
+    out = right.new_empty((C, R) if transposed else (R, C), dtype=like.dtype)
+    row, column = (1, R) if transposed else (C, 1)
+    code = native.library().fastlora_gradient(
+        out.data_ptr(), row, column, *matrix(left), *matrix(right), M, R, C, scaling,
+        native.DTYPES[right.dtype], native.DTYPES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    native.check(code, "gradient")
+    return out
+
+
+def unit_columns(t: Tensor) -> Tensor:
+    """The same values with unit columns."""
+    return t if t.stride(-1) == 1 or t.numel() == 0 else t.contiguous()
+
+
+def flat(t: _Given, dtype: torch.dtype) -> _Given:
+    """The same numbers in that dtype, one behind the other."""
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()
+
+
+def matrix(t: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if t is None else (t.data_ptr(), t.stride(0))
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def writable(t: Tensor) -> bool:
+    """Whether a kernel can write it: unit columns, and rows of their own."""
+    return t.stride(1) == 1 and (t.stride(0) >= t.shape[1] or t.shape[0] < 2)
+
+
+def few(M: int, weight: Tensor) -> bool:
+    """Whether the native product is the faster one, and can read the weight."""
+    most = FEW_ROWS[native.instruction_set()][weight.dtype]
+    return most >= M and weight.stride(1) == 1 and weight.numel() > 0
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The base product of many rows."""
+    most = FEW_ROWS[native.instruction_set()][_F16]
+    if x.dtype != _F16 or not most or not few(1, weight):
+        return nnf.linear(x, weight, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for rows in range(0, x.shape[0], most):
+        part = slice(rows, rows + most)
+        h = x.new_empty(len(y[part]), 0)
+        A, B = x[:0], weight[:, :0]
+        run_linear(y[part], h, x[part], weight, bias, A, B, None, 0.0)
+    return y

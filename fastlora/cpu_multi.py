@@ -1,0 +1,153 @@
+"""Several adapters in one batch on the native CPU kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora import native
+from fastlora import reference_multi as reference
+from fastlora.cpu_linear import (
+    few,
+    flat,
+    gradient,
+    matrix,
+    pointer,
+    product,
+    unit_columns,
+    writable,
+)
+from fastlora.cpu_merge import written
+from fastlora.products import base_gradient
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    routing = (order, starts, scalings, ranks, row_scales)
+    M, N = x.shape[0], weight.shape[0]
+    h = x.new_empty(M, lora_A.shape[1])
+    if few(M, weight):
+        y = x.new_empty(M, N)
+        run_multi(y, h, x, weight, bias, lora_A, lora_B, *routing)
+        return y, h
+    y = product(x, weight, bias)
+    multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
+    return y, h
+
+
+def multi_lora_add_(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> None:
+    routing = (order, starts, scalings, ranks, row_scales)
+    if not writable(y) or not writable(h):
+        return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
+    run_multi(y, h, x, None, None, lora_A, lora_B, *routing)
+    written(y, h)
+    return None
+
+
+def run_multi(
+    y: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> None:
+    x, A, B = unit_columns(x), unit_columns(lora_A), unit_columns(lora_B)
+    bias = None if bias is None else unit_columns(bias)
+    scalings, row_scales = flat(scalings, torch.float32), flat(row_scales, torch.float32)
+    order, starts = flat(order, torch.int64), flat(starts, torch.int64)
+    ranks = flat(ranks, torch.int32)
+    (M, N), K, (S, R) = y.shape, x.shape[1], A.shape[:2]
+    if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
+        raise ValueError(
+            f"adapter_ids: expected an order of {M} rows and starts of {S} slots, got "
+            f"{order.numel()} and {starts.numel() - 1}"
+        )
+    code = native.library().fastlora_multi_lora_linear(
+        y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
+        *matrix(weight), pointer(bias), A.data_ptr(), A.stride(0), A.stride(1), B.data_ptr(),
+        B.stride(0), B.stride(1), order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),
+        pointer(ranks), pointer(row_scales), M, K, N, R, S,
+        native.DTYPES[x.dtype], native.DTYPES[A.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if code == native.NOT_FINITE:
+        slot = next(s for s, f in enumerate(scalings.tolist()) if not math.isfinite(f))
+        raise ValueError(
+            f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
+        )
+    native.check(code, "multi_lora_linear")
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of (x, weight, bias, lora_A, lora_B): those that ``needs`` asks for."""
+    need_x, need_weight, need_bias, need_A, need_B = needs
+    dx = base_gradient(dy, x, weight) if need_x else None
+    g = dy.new_empty(dy.shape[0], lora_A.shape[1])
+    if need_x or need_A:
+        # dx += scaling * g @ A is multi_lora_add_ with the factors' roles exchanged, g its h.
+        y, A = (g[:, :0], lora_A[:, :, :0]) if dx is None else (dx, lora_A)
+        factors = lora_B.transpose(1, 2), A.transpose(1, 2)
+        run_multi(y, g, dy, None, None, *factors, order, starts, scalings, ranks, row_scales)
+    dA = reference.zeros_wide(lora_A) if need_A else None
+    dB = reference.zeros_wide(lora_B) if need_B else None
+    adapters = dA is not None or dB is not None
+    groups = reference.groups(order, starts, scalings, ranks, lora_A.shape[1])
+    for slot, rows, r, scaling in groups if adapters else ():
+        if dA is not None:
+            g_rows = reference.row_scaled(g[rows, :r], row_scales, rows)
+            dA[slot, :r] += gradient(g_rows, reference.take(x, rows), dA, scaling)
+        if dB is not None:
+            h_rows = reference.row_scaled(h[rows, :r], row_scales, rows)
+            dy_rows = reference.take(dy, rows)
+            dB[slot, :, :r] += gradient(h_rows, dy_rows, dB, scaling, transposed=True)
+    grads = [
+        dx,
+        dy.T @ x if need_weight else None,
+        dy.sum(0) if need_bias else None,
+        None if dA is None else dA.to(lora_A.dtype),
+        None if dB is None else dB.to(lora_B.dtype),
+    ]
+    return [grad for grad in grads if grad is not None]
