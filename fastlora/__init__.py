@@ -20,6 +20,7 @@ from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from fastlora.config import LoRAConfig
 from fastlora.dispatch import backend, use_backend
 from fastlora.inject import Report, replace_linear, report
+from fastlora.invariance import batch_invariant
 from fastlora.merging import disable_adapter, merge_adapter, merge_and_unload, unmerge_adapter
 from fastlora.modules import FastLoRALinear
 from fastlora.multi_modules import MultiLoRALinear
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "backend",
+    "batch_invariant",
     "disable_adapter",
     "functional",
     "load_adapter",

@@ -38,11 +38,14 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+    if invariant and (seed is not None or not readable(weight)):
+        return reference.lora_linear(x, weight, bias, *args, invariant=True)
     M, N = x.shape[0], weight.shape[0]
     h = x.new_empty(M, lora_A.shape[0])
-    if seed is None and h.numel() and few(M, weight):
+    if invariant or (seed is None and h.numel() and few(M, weight)):
         y = x.new_empty(M, N)
         run_linear(y, h, x, weight, bias, lora_A, lora_B, lora_bias, scaling)
         return y, h
@@ -61,9 +64,11 @@ def lora_add_(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    invariant: bool = False,
 ) -> None:
     if seed is not None or not writable(y) or not writable(h):
-        return reference.lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+        args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+        return reference.lora_add_(y, h, x, *args, invariant)
     run_linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
     written(y, h)
     return None
@@ -175,18 +180,18 @@ def writable(t: Tensor) -> bool:
 def few(M: int, weight: Tensor) -> bool:
     """Whether the native product is the faster one, and can read the weight."""
     most = FEW_ROWS[native.instruction_set()][weight.dtype]
-    return most >= M and weight.stride(1) == 1 and weight.numel() > 0
+    return most >= M and readable(weight)
+
+
+def readable(weight: Tensor) -> bool:
+    """Whether the native product can read the weight."""
+    return weight.stride(1) == 1 and weight.numel() > 0
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The base product of many rows."""
-    most = FEW_ROWS[native.instruction_set()][_F16]
-    if x.dtype != _F16 or not most or not few(1, weight):
+    if x.dtype != _F16 or not few(1, weight):
         return nnf.linear(x, weight, bias)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    for rows in range(0, x.shape[0], most):
-        part = slice(rows, rows + most)
-        h = x.new_empty(len(y[part]), 0)
-        A, B = x[:0], weight[:, :0]
-        run_linear(y[part], h, x[part], weight, bias, A, B, None, 0.0)
+    y, h = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], 0)
+    run_linear(y, h, x, weight, bias, x[:0], weight[:, :0], None, 0.0)
     return y

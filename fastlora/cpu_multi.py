@@ -17,6 +17,7 @@ from fastlora.cpu_linear import (
     matrix,
     pointer,
     product,
+    readable,
     unit_columns,
     writable,
 )
@@ -35,11 +36,14 @@ def multi_lora_linear(
     scalings: Tensor,
     ranks: Tensor | None,
     row_scales: Tensor | None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     routing = (order, starts, scalings, ranks, row_scales)
+    if invariant and not readable(weight):
+        return reference.multi_lora_linear(x, weight, bias, lora_A, lora_B, *routing, invariant)
     M, N = x.shape[0], weight.shape[0]
     h = x.new_empty(M, lora_A.shape[1])
-    if few(M, weight):
+    if invariant or few(M, weight):
         y = x.new_empty(M, N)
         run_multi(y, h, x, weight, bias, lora_A, lora_B, *routing)
         return y, h
@@ -59,10 +63,11 @@ def multi_lora_add_(
     scalings: Tensor,
     ranks: Tensor | None,
     row_scales: Tensor | None,
+    invariant: bool = False,
 ) -> None:
     routing = (order, starts, scalings, ranks, row_scales)
     if not writable(y) or not writable(h):
-        return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
+        return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing, invariant)
     run_multi(y, h, x, None, None, lora_A, lora_B, *routing)
     written(y, h)
     return None

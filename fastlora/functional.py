@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as nnf
 
-from fastlora import checks, dispatch, dropout, ops
+from fastlora import checks, dispatch, dropout, invariance, ops
 from fastlora.autograd import LoRAAdd, LoRALinear, MultiLoRAAdd, MultiLoRALinear
 from fastlora.grouping import RowGroups
 from fastlora.receipt import Adapter, MergeReceipt, columns
@@ -60,11 +61,19 @@ def lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
-    backend = dispatch.choose("lora_linear", *_kind(x, lora_A))
+    backend = invariance.marked(dispatch.choose("lora_linear", *_kind(x, lora_A)))
     args = (_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B, lora_bias)
     y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``: torch's, or within ``batch_invariant`` that of a LoRA of no rank."""
+    if not invariance.asked():
+        return nnf.linear(x, weight, bias)
+    N, K = weight.shape
+    return lora_linear(x, weight, weight.new_empty(0, K), weight.new_empty(N, 0), 0.0, bias=bias)
 
 
 def lora_add_(
@@ -91,7 +100,7 @@ def lora_add_(
     if tracked:
         rows = _kept(rows, y)
     h = _scratch(lora_A.shape[0], rows, lora_A, seed)
-    backend = dispatch.choose("lora_add_", *_kind(x, lora_A))
+    backend = invariance.marked(dispatch.choose("lora_add_", *_kind(x, lora_A)))
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
     return LoRAAdd.apply(*args) if tracked else LoRAAdd.forward(*args)
 
@@ -135,7 +144,7 @@ def multi_lora_linear(
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (groups.order, groups.starts, scalings, ranks, _row_scales(row_scales, x))
-    backend = dispatch.choose("multi_lora_linear", *_kind(x, lora_A))
+    backend = invariance.marked(dispatch.choose("multi_lora_linear", *_kind(x, lora_A)))
     args = (_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
     tracked = _tracked(x, weight, bias, lora_A, lora_B)
     y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
@@ -163,7 +172,7 @@ def multi_lora_add_(
     if tracked:
         rows = _kept(rows, y)
     h = _scratch(lora_A.shape[1], rows, lora_A, groups.order, groups.starts, ranks)
-    backend = dispatch.choose("multi_lora_add_", *_kind(x, lora_A))
+    backend = invariance.marked(dispatch.choose("multi_lora_add_", *_kind(x, lora_A)))
     args = (y, h, rows, lora_A, lora_B, *routing, backend)
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from fastlora import config as settings
 from fastlora import functional as F
@@ -133,9 +132,9 @@ class FastLoRALinear(nn.Linear):
         """input (..., in_features) of the weight's dtype to (..., out_features)."""
         if self._receipt is not None:
             self._refuse_training()
-            return nnf.linear(input, self.weight, self.merged_bias())
+            return F.base_linear(input, self.weight, self.merged_bias())
         if self.adapter_disabled:
-            return nnf.linear(input, self.weight, self.bias)
+            return F.base_linear(input, self.weight, self.bias)
         return F.lora_linear(
             input,
             self.weight,

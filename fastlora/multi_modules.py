@@ -210,7 +210,7 @@ class TrainableMultiLoRALinear(nn.Linear):
         """input (B, ..., in_features), a row of the batch first, to (B, ..., out_features)."""
         present = self.routing.present
         if self.adapter_disabled or (not present and self.routing.slots is not None):
-            return nnf.linear(input, self.weight, self.bias)
+            return F.base_linear(input, self.weight, self.bias)
         groups = self.routing.groups_for(input)
         lora_A = torch.stack([self.lora_A[i] for i in present])
         lora_B = torch.stack([self.lora_B[i] for i in present])
@@ -218,7 +218,7 @@ class TrainableMultiLoRALinear(nn.Linear):
         factors = (lora_A, lora_B, groups, scalings)
         if not (self.training and self.lora_dropout):
             return F.multi_lora_linear(input, self.weight, *factors, bias=self.bias)
-        y = nnf.linear(input, self.weight, self.bias)
+        y = F.base_linear(input, self.weight, self.bias)
         return F.multi_lora_add_(y, nnf.dropout(input, self.lora_dropout), *factors)
 
     def adapter_parameters(self, index: int) -> dict[str, nn.Parameter]:

@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlora import dispatch
+from fastlora.invariance import unmarked
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B"
 _DROPOUT = "float scaling, float dropout_p, Tensor? seed"
 _GROUPS = "Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? row_scales"
 _LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings"
+
+# Those that give each row of x a row of y, and may be asked to do so whatever the others are.
+_ROWS = ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_")
 
 SCHEMAS = {
     "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, Tensor? lora_bias, "
@@ -116,12 +120,15 @@ FAKES: dict[str, Callable[..., Any]] = {
 def _implementation(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         *operands, backend = args
+        backend, invariant = unmarked(backend)
+        how = {"invariant": True} if invariant and name in _ROWS else {}
+        function = dispatch.implementation(name, backend)
         if torch._C._is_any_autocast_enabled():
             device = operands[0].device.type
             # The caller has cast what autocast wants cast; inside, dtypes are as written.
             with torch.autocast(device, enabled=False):
-                return dispatch.implementation(name, backend)(*operands)
-        return dispatch.implementation(name, backend)(*operands)
+                return function(*operands, **how)
+        return function(*operands, **how)
 
     def run_as_written(*args: Any) -> Any:
         # After a graph break torch.compile compiles the frames in here too, and would contract

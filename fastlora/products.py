@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 # Elements that are widened or masked at a time. On a CPU the block's float32 copy (1 MiB) should
 # stay in a core's L2 cache; elsewhere few launches matter more (not measured on a GPU).
@@ -24,6 +25,21 @@ def accumulator(*dtypes: torch.dtype) -> torch.dtype:
     for dtype in dtypes:
         wide = torch.promote_types(wide, dtype)
     return wide
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool) -> Tensor:
+    """The base product (M, N); invariant: one library call a row, each of the same shape."""
+    if not invariant:
+        return nnf.linear(x, weight, bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for row in range(x.shape[0]):
+        y[row] = nnf.linear(alone(x, row), weight, bias)[0]
+    return y
+
+
+def alone(t: Tensor, row: int) -> Tensor:
+    """A row (1, C) in memory of its own: a library may look at how it lies."""
+    return t[row : row + 1].clone(memory_format=torch.contiguous_format)
 
 
 def base_gradient(dy: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -16,11 +16,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from fastlora import dropout
 from fastlora.exact import KERNEL, merge_, unmerge_
-from fastlora.products import accumulator, adapter_gradient, base_gradient, row_blocks
+from fastlora.products import (
+    accumulator,
+    adapter_gradient,
+    alone,
+    base_gradient,
+    linear,
+    row_blocks,
+)
 from fastlora.reference_multi import (
     group_rows,
     multi_lora_add_,
@@ -52,10 +58,11 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    y = nnf.linear(x, weight, bias)
+    y = linear(x, weight, bias, invariant)
     h = x.new_empty(x.shape[0], lora_A.shape[0])
-    lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
+    lora_add_(y, h, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed, invariant)
     return y, h
 
 
@@ -69,8 +76,20 @@ def lora_add_(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    invariant: bool = False,
 ) -> None:
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if invariant:
+        for row in range(x.shape[0]):
+            x_row = alone(x, row)
+            if seed is not None:
+                x_row = dropout.dropped(x_row, dropout_p, seed, row)
+            h[row] = (x_row @ A.T)[0]
+        for row in range(x.shape[0]):
+            y[row] = alone(y, row).addmm_(alone(h, row), B.T, alpha=scaling)[0]
+        if lora_bias is not None:
+            y.add_(lora_bias, alpha=scaling)
+        return
     if seed is None:
         torch.mm(x, A.T, out=h)
     else:

@@ -13,9 +13,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
-from fastlora.products import adapter_gradient, base_gradient
+from fastlora.products import adapter_gradient, base_gradient, linear
 
 # Scattered rows that are gathered at a time: bounds what is held beside y to so many rows of N.
 _GATHER = 256
@@ -51,10 +50,12 @@ def multi_lora_linear(
     scalings: Tensor,
     ranks: Tensor | None,
     row_scales: Tensor | None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    y = nnf.linear(x, weight, bias)
+    y = linear(x, weight, bias, invariant)
     h = x.new_empty(x.shape[0], lora_A.shape[1])
-    multi_lora_add_(y, h, x, lora_A, lora_B, order, starts, scalings, ranks, row_scales)
+    routing = (order, starts, scalings, ranks, row_scales)
+    multi_lora_add_(y, h, x, lora_A, lora_B, *routing, invariant)
     return y, h
 
 
@@ -69,9 +70,11 @@ def multi_lora_add_(
     scalings: Tensor,
     ranks: Tensor | None,
     row_scales: Tensor | None,
+    invariant: bool = False,
 ) -> None:
     h.zero_()
-    for slot, rows, r, scaling in groups(order, starts, scalings, ranks, lora_A.shape[1]):
+    given = groups(order, starts, scalings, ranks, lora_A.shape[1])
+    for slot, rows, r, scaling in _single(given) if invariant else given:
         h_rows = take(x, rows) @ lora_A[slot, :r].to(x.dtype).T
         h[rows, :r] = h_rows
         h_rows = row_scaled(h_rows, row_scales, rows)
@@ -140,6 +143,14 @@ def groups(
         else:
             for part in rows.split(_GATHER):
                 yield slot, part, r, factors[slot]
+
+
+def _single(given: Iterator[Group]) -> Iterator[Group]:
+    """The same, a row a group."""
+    for slot, rows, r, scaling in given:
+        each = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
+        for row in each:
+            yield slot, torch.tensor([row]), r, scaling
 
 
 def take(t: Tensor, rows: Rows) -> Tensor:

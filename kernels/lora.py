@@ -34,11 +34,12 @@ def lora_linear(
     dropout_p: float,
     seed: Tensor | None,
     path: str | None = None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     y, h = x.new_empty(M, N), x.new_empty(M, R)
     given = (x, weight.T, lora_A, lora_B.T, y, h, scaling, _dense(bias), _dense(lora_bias))
-    run(Product(*given, Dropout.of(dropout_p, seed)), "lora_linear", path)
+    run(Product(*given, Dropout.of(dropout_p, seed), invariant=invariant), "lora_linear", path)
     return y, h
 
 
@@ -53,13 +54,14 @@ def lora_add_(
     dropout_p: float,
     seed: Tensor | None,
     path: str | None = None,
+    invariant: bool = False,
 ) -> None:
     own = h if _rows_of_ones(h) else h.new_empty(h.shape)
     if torch._C._is_alias_of(y, x):
         # One launch would write tiles of y that it has yet to read as x; two read all of x first.
         path = "two_pass"
     given = (x, None, lora_A, lora_B.T, y, own, scaling, None, _dense(lora_bias))
-    run(Product(*given, Dropout.of(dropout_p, seed)), "lora_add_", path)
+    run(Product(*given, Dropout.of(dropout_p, seed), invariant=invariant), "lora_add_", path)
     # What a kernel writes, torch does not see.
     written = [t for t in (y, own) if not t.is_inference()]
     torch.autograd.graph.increment_version(written)

@@ -23,6 +23,10 @@ from fastlora.kernels.numerics import precise
 from fastlora.kernels.one_pass import one_pass
 from fastlora.kernels.shrink import shrink
 
+# Rows that a batch-invariant product's config is chosen for: a decode step's tiles would starve a
+# prefill, a prefill's waste half of their rows in decoding. Unmeasured.
+INVARIANT_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Product:
@@ -39,10 +43,13 @@ class Product:
     lora_bias: Tensor | None = None
     drop: Dropout | None = None
     drops_x: bool = True  # else what was dropped in forward is dropped from y
+    invariant: bool = False  # a row's bits must not follow from the number of rows
 
     @property
     def problem(self) -> Problem:
         (M, K), N, R = self.x.shape, self.y.shape[1], self.a.shape[0]
+        # A row is summed in the order of its config's steps, and those follow M.
+        M = INVARIANT_ROWS if self.invariant else M
         masked = "" if self.drop is None else "x" if self.drops_x else "y"
         sizes = {"size": self.x.itemsize, "lora_size": self.a.itemsize}
         how = {"masked": masked, "precise": precise(self.x.dtype)}
@@ -61,6 +68,8 @@ class Product:
 def run(product: Product, op: str, path: str | None = None) -> None:
     """Computes the product along ``path``, by default the one that ``choice`` says."""
     p = product
+    if p.invariant:
+        path = "two_pass"
     if path is None:
         path = choice.path_of(op, p.problem, p.x.dtype, p.a.dtype, p.first, p.x.device)
     elif not choice.possible(path, p.problem, arch_of(p.x.device), p.first):
@@ -84,7 +93,8 @@ def _two_pass(p: Product, overlap: bool = False) -> None:
         return
     scaled = None if p.first else torch.empty_like(p.h)
     _shrink(p, scaled, overlap)
-    tma = arch_of(p.x.device) >= 90 and fits_tma(p.x, p.w, p.y)
+    # Descriptors need an alignment that one batch may have and another not.
+    tma = arch_of(p.x.device) >= 90 and fits_tma(p.x, p.w, p.y) and not p.invariant
     gemm(
         p.x, p.w, p.y, p.h if scaled is None else scaled, p.b, p.scaling,
         p.config("gemm_tma" if tma else "gemm"),

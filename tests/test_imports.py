@@ -28,6 +28,7 @@ LAYERS = {
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
     "backends": ["reference", "reference_multi", "cpu", "cpu_linear", "cpu_multi", "cpu_merge"],
+    "what was asked for": ["invariance"],
     "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products", "native"],
 }
 

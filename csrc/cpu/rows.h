@@ -3,7 +3,7 @@
 // Reads x, W, y and every adapter in use once. Two phases, each spread over the threads:
 //   h = x A^T        a task is a block of MB rows (for few rows: a part of its ranks)
 //   y = ... + h B^T  a task is a range of outputs (for many rows: a group of rows)
-// With W (few rows only) the sums of x W^T wait in float32 for the adapter's part: one rounding.
+// With W the sums of x W^T wait in float32 for the adapter's part: one rounding.
 #pragma once
 
 #include <vector>
@@ -72,8 +72,8 @@ struct Rows {
     }
 };
 
-// Rows up to which a task of the second phase takes them all; beyond, groups of GROUP rows.
-constexpr int64_t FEW = 64, GROUP = 32;
+// Rows up to which a task of the second phase takes them all, without W and with it; beyond, groups.
+constexpr int64_t FEW = 64, FEW_WITH_W = 128, GROUP = 32;
 // Outputs a task: float32 sums of FEW rows stay in a core's cache.
 constexpr int64_t OUTPUTS = 256;
 
@@ -88,10 +88,10 @@ class LoRARows {
         ranks = quads<X>(a.shape.R) * QUAD<X>;
         h.resize(M * ranks);
         packed = Buffer<X>((a.weight ? blocks : a.threads) * packed_size<X>(K));
-        few = M <= FEW || a.weight;
-        group = few ? std::max<int64_t>(M, 1) : GROUP;
+        few = M <= (a.weight ? FEW_WITH_W : FEW);
+        group = few ? std::max<int64_t>(M, 1) : a.weight ? FEW : GROUP;
         outputs = std::max<int64_t>(a.shape.N, 1);
-        if (few) {
+        if (few || a.weight) {
             // Four tasks a thread, so that none waits long for the last one.
             const int64_t share = a.shape.N / (4 * a.threads) / W * W;
             outputs = std::clamp<int64_t>(share, 2 * W, OUTPUTS);
@@ -100,13 +100,13 @@ class LoRARows {
         wide = Buffer<float>(a.threads * MB * ranks);
         y_rows = Buffer<X*>(a.threads * group);
         scales = Buffer<float>(a.threads * group);
-        sums = Buffer<float>(a.weight ? a.threads * M * outputs : 0);
-        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? M : 0);
+        sums = Buffer<float>(a.weight ? a.threads * group * outputs : 0);
+        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? group : 0);
     }
 
     void run() {
         const int64_t ranges = (a.shape.N + outputs - 1) / outputs;
-        const int64_t tasks = (M + group - 1) / group * ranges;
+        const int64_t groups = (M + group - 1) / group;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
         {
             if (a.weight) {
@@ -116,8 +116,10 @@ class LoRARows {
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < blocks * parts; ++i) shrink(i / parts, i % parts);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < tasks; ++i) {
-                const int64_t first = i / ranges * group, n = i % ranges * outputs;
+            for (int64_t i = 0; i < groups * ranges; ++i) {
+                // W's rows stay in a cache while the groups pass by, otherwise y's.
+                const int64_t first = (a.weight ? i % groups : i / ranges) * group;
+                const int64_t n = (a.weight ? i / groups : i % ranges) * outputs;
                 expand_range(first, std::min(group, M - first), n,
                              std::min(outputs, a.shape.N - n));
             }
@@ -137,7 +139,7 @@ class LoRARows {
     Buffer<F> columns;      // [threads] panels of B
     Buffer<X*> y_rows;      // [threads, group]
     Buffer<float> scales;   // [threads, group]
-    Buffer<float> sums;  // [threads, M, outputs]
+    Buffer<float> sums;  // [threads, group, outputs]
     std::vector<Ahead<T>> ahead;  // [threads]
 
     int64_t columns_size() const { return panel_size<X>(a.shape.R); }
@@ -194,12 +196,12 @@ class LoRARows {
     void expand_range(int64_t first, int64_t rows, int64_t n, int64_t count) {
         float* sum = nullptr;
         if (a.weight) {
-            sum = sums.get() + omp_get_thread_num() * M * outputs;
+            sum = sums.get() + omp_get_thread_num() * group * outputs;
             // Products of many rows take longer than W's bytes: B comes meanwhile.
-            Ahead<T>& coming = next_B(n, count);
-            const int64_t lines = coming.lines() * NB / (M * count) + 1;
+            Ahead<T>& coming = next_B(first, rows, n, count);
+            const int64_t lines = coming.lines() * NB / (rows * count) + 1;
             dots<X, X>(
-                packed.get(), 0, M, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
+                packed.get() + first / MB * packed_size<X>(K), 0, rows, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
                 [&](int64_t i) {
                     return n + count + i < a.shape.N ? a.weight + (n + count + i) * a.ldw : nullptr;
                 },
@@ -210,11 +212,13 @@ class LoRARows {
                 });
         }
         a.segments(first, first + rows, [&](int64_t s, int64_t from, int64_t count_rows) {
-            if (a.idle(s)) return a.weight ? finish_plain(sum, from, count_rows, n, count) : void();
-            add_slot(sum, s, from, count_rows, n, count);
+            float* own = sum ? sum + (from - first) * outputs : nullptr;
+            if (a.idle(s)) return own ? finish_plain(own, from, count_rows, n, count) : void();
+            add_slot(own, s, from, count_rows, n, count);
         });
     }
 
+    // sum: of x W^T, from row `first` on, or null.
     void add_slot(float* sum, int64_t s, int64_t first, int64_t rows, int64_t n, int64_t count) {
         Slot<T> slot = a.slot(s);
         if (slot.B) slot.B += n * a.ldb;
@@ -232,7 +236,7 @@ class LoRARows {
             X* y = y_row[i] + at;
             F before;
             if (sum) {
-                before = based(sum + (first + i) * outputs + at, n + at, width);
+                before = based(sum + i * outputs + at, n + at, width);
             } else {
                 // Its next outputs, when the other rows have had their turn.
                 __builtin_prefetch(y + 2 * W, 1);
@@ -249,10 +253,10 @@ class LoRARows {
     }
 
     void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {
-        for (int64_t i = first; i < first + rows; ++i)
+        for (int64_t i = 0; i < rows; ++i)
             for (int64_t at = 0; at < count; at += W) {
                 const int64_t width = std::min<int64_t>(W, count - at);
-                store_some(a.y + a.row(i) * a.ldy + n + at, width,
+                store_some(a.y + a.row(first + i) * a.ldy + n + at, width,
                            based(sum + i * outputs + at, n + at, width));
             }
     }
@@ -262,11 +266,11 @@ class LoRARows {
         return a.bias ? add(product, load_some(a.bias + n, width)) : product;
     }
 
-    // Every slot's B for outputs n ... n + count - 1.
-    Ahead<T>& next_B(int64_t n, int64_t count) {
+    // Every slot's B for outputs n ... n + count - 1 of `rows` rows.
+    Ahead<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
         Ahead<T>& all = ahead[omp_get_thread_num()];
         all.clear(a.ldb, count);
-        a.segments(0, M, [&](int64_t s, int64_t, int64_t) {
+        a.segments(first, first + rows, [&](int64_t s, int64_t, int64_t) {
             if (!a.idle(s) && a.slot(s).r) all.add(a.slot(s).B + n * a.ldb);
         });
         return all;
