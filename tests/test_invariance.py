@@ -227,3 +227,22 @@ def test_it_is_the_mark_that_does_it(monkeypatch):
         F.lora_linear(x, weight, A, B, 0.5)
         F.lora_linear(x, weight, A.requires_grad_(), B, 0.5)
     assert told == [False, True, True]
+
+
+def test_triton_chooses_path_and_tiles_whatever_the_number_of_rows(monkeypatch):
+    pytest.importorskip("triton")
+    from fastlora.kernels import lora, product
+
+    def recorded(path):
+        return lambda p: ran.append((path, *(p.config(k) for k in ("shrink", "gemm", "expand"))))
+
+    monkeypatch.setattr(product, "_RUN", {path: recorded(path) for path in product._RUN})
+    for invariant, several in ((True, False), (False, True)):
+        ran = []
+        for rows in (1, 100, 8192):
+            x, weight = torch.empty(rows, 64), torch.empty(4096, 64)
+            factors = (torch.empty(4, 64), torch.empty(4096, 4), None, 0.5, 0.0, None)
+            lora.lora_linear(x, weight, None, *factors, invariant=invariant)
+        assert (len(set(ran)) > 1) == several
+        # Not the library's, whatever a table of timings says.
+        assert several or ran[0][0] == "two_pass"
