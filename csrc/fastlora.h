@@ -79,6 +79,12 @@ FASTLORA_API int32_t fastlora_gradient(
     const void *right, int64_t ld_right, int64_t M, int64_t R, int64_t C, float scaling,
     int32_t dtype, int32_t out_dtype, int32_t threads);
 
+/* out (M, K) = scale * keep * x, or with add out += it, both of dtype. keep is the mask of rows
+ * first_row, ... for the seed: see fastlora/dropout.py. threshold: lanes of 16 bits below it drop. */
+FASTLORA_API int32_t fastlora_dropout(
+    void *out, int64_t ldo, const void *x, int64_t ldx, int64_t M, int64_t K, int64_t first_row,
+    int64_t seed, int32_t threshold, float scale, int32_t add, int32_t dtype, int32_t threads);
+
 /* weight (N, K), any strides, becomes round(weight + d), d = lora_B lora_A in float32: one fused
  * multiply-add a rank, in the order of the ranks. lora_A (R, K) and lora_B (N, R) are contiguous
  * float32, scaling included. *receipt is what undoes it (see below); it is set when the code is

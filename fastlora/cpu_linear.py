@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from fastlora import native, reference
+from fastlora import dropout, native, reference
 from fastlora.cpu_merge import written
-from fastlora.products import base_gradient
+from fastlora.products import base_gradient, row_blocks
 
 # Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
 # for K = N from 512 to 4096, 1 and 2 threads (docs/kernels.md). Without BF16 instructions bfloat16
@@ -41,15 +41,15 @@ def lora_linear(
     invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
-    if invariant and (seed is not None or not readable(weight)):
+    if invariant and not readable(weight):
         return reference.lora_linear(x, weight, bias, *args, invariant=True)
     M, N = x.shape[0], weight.shape[0]
     h = x.new_empty(M, lora_A.shape[0])
-    if invariant or (seed is None and h.numel() and few(M, weight)):
+    if seed is None and (invariant or (h.numel() and few(M, weight))):
         y = x.new_empty(M, N)
         run_linear(y, h, x, weight, bias, lora_A, lora_B, lora_bias, scaling)
         return y, h
-    y = product(x, weight, bias)
+    y = product(x, weight, bias, invariant)
     lora_add_(y, h, x, *args)
     return y, h
 
@@ -66,12 +66,50 @@ def lora_add_(
     seed: Tensor | None,
     invariant: bool = False,
 ) -> None:
-    if seed is not None or not writable(y) or not writable(h):
+    if not writable(y) or not writable(h):
         args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
         return reference.lora_add_(y, h, x, *args, invariant)
-    run_linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
+    if seed is None:
+        run_linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
+    else:
+        drop = Dropout(dropout_p, seed)
+        for rows in row_blocks(x):
+            seen = drop(x[rows], rows.start)
+            run_linear(y[rows], h[rows], seen, None, None, lora_A, lora_B, lora_bias, scaling)
     written(y, h)
     return None
+
+
+class Dropout:
+    """The mask of a seed, made natively."""
+
+    def __init__(self, p: float, seed: Tensor) -> None:
+        self.threshold, self.scale = dropout.threshold(p), dropout.keep_scale(p)
+        self.seed = int(seed)
+
+    def __call__(self, x: Tensor, first_row: int) -> Tensor:
+        """``dropout(x)`` of rows ``first_row …`` (M, K), new."""
+        out = x.new_empty(x.shape)
+        self._run(out, x, first_row, self.scale, add=False)
+        return out
+
+    def masked(self, x: Tensor, first_row: int) -> Tensor:
+        """The same without its scale."""
+        out = x.new_empty(x.shape)
+        self._run(out, x, first_row, 1.0, add=False)
+        return out
+
+    def add_(self, y: Tensor, x: Tensor, first_row: int) -> None:
+        """Adds ``dropout(x)`` to y (M, K)."""
+        self._run(y, x, first_row, self.scale, add=True)
+
+    def _run(self, out: Tensor, x: Tensor, first_row: int, scale: float, *, add: bool) -> None:
+        x = unit_columns(x)
+        code = native.library().fastlora_dropout(
+            *matrix(out), *matrix(x), *x.shape, first_row, self.seed, self.threshold,
+            scale, add, native.DTYPES[x.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        native.check(code, "dropout")
 
 
 def run_linear(
@@ -111,19 +149,17 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias, lora_A, lora_B, lora_bias): those that ``needs`` asks for."""
-    if seed is not None:
-        return reference.lora_linear_backward(
-            dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, needs
-        )
     need_x, need_weight, need_bias, need_A, need_B, need_lora_bias = needs
     dx = base_gradient(dy, x, weight) if need_x else None
     dA = None
     if need_x or need_A:
-        # dx += scaling * g @ A is lora_add_ with the factors' roles exchanged, g its h.
         g = dy.new_empty(dy.shape[0], lora_A.shape[0])
-        target, A = (dx, lora_A) if dx is not None else (g[:, :0], lora_A[:, :0])
-        run_linear(target, g, dy, None, None, lora_B.T, A.T, None, scaling)
-        dA = gradient(g, x, lora_A, scaling) if need_A else None
+        drop = None if seed is None else Dropout(dropout_p, seed)
+        _add_through(dx, g, dy, lora_A, lora_B, scaling, drop)
+        if need_A and drop is not None:
+            dA = _masked_gradient(g, x, lora_A, scaling, drop)
+        elif need_A:
+            dA = gradient(g, x, lora_A, scaling)
     wide = torch.promote_types(dy.dtype, torch.float32)
     grads = [
         dx,
@@ -134,6 +170,38 @@ def lora_linear_backward(
         dy.sum(0, dtype=wide).mul_(scaling).to(lora_B.dtype) if need_lora_bias else None,
     ]
     return [grad for grad in grads if grad is not None]
+
+
+def _add_through(
+    dx: Tensor | None,
+    g: Tensor,
+    dy: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    drop: Dropout | None,
+) -> None:
+    """Fills ``g = dy @ lora_B``, adds ``dropout(scaling * g @ lora_A)`` to dx.
+
+    It is lora_add_ with the factors' roles exchanged, g its h.
+    """
+    if dx is None:
+        run_linear(g[:, :0], g, dy, None, None, lora_B.T, lora_A[:, :0].T, None, scaling)
+    elif drop is None:
+        run_linear(dx, g, dy, None, None, lora_B.T, lora_A.T, None, scaling)
+    else:
+        for rows in row_blocks(dx):
+            part = torch.zeros_like(dx[rows])
+            run_linear(part, g[rows], dy[rows], None, None, lora_B.T, lora_A.T, None, scaling)
+            drop.add_(dx[rows], part, rows.start)
+
+
+def _masked_gradient(g: Tensor, x: Tensor, lora_A: Tensor, scaling: float, drop: Dropout) -> Tensor:
+    total = lora_A.new_zeros(lora_A.shape, dtype=torch.float32)
+    for rows in row_blocks(x):
+        seen = drop.masked(x[rows], rows.start)
+        total += gradient(g[rows], seen, total, scaling * drop.scale)
+    return total.to(lora_A.dtype)
 
 
 def gradient(
@@ -188,9 +256,9 @@ def readable(weight: Tensor) -> bool:
     return weight.stride(1) == 1 and weight.numel() > 0
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool = False) -> Tensor:
     """The base product of many rows."""
-    if x.dtype != _F16 or not few(1, weight):
+    if not invariant and (x.dtype != _F16 or not few(1, weight)):
         return nnf.linear(x, weight, bias)
     y, h = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], 0)
     run_linear(y, h, x, weight, bias, x[:0], weight[:, :0], None, 0.0)

@@ -55,6 +55,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     # out, left, right, M R C, scaling, dtypes, threads
     "fastlora_gradient": (_i, [_p, _l, _l, *_MATRIX * 2, *[_l] * 3, _f, _i, _i, _i]),
+    # out, x, M K, first row, seed, threshold, scale, add, dtype, threads
+    "fastlora_dropout": (_i, [*_MATRIX * 2, *[_l] * 4, _i, _f, _i, _i, _i]),
     "fastlora_merge": (_i, [*_MERGED, _p]),
     "fastlora_receipt_size": (_l, [_p]),
     "fastlora_receipt_read": (_i, [_p, _p, _p, _p, _p]),

@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import cpu_linear, cpu_multi, dispatch, native
+from fastlora import cpu_linear, cpu_multi, dispatch, dropout, native
 from fastlora import functional as F
 from tests.calls import weight_and_adapter
-from tests.helpers import assert_accurate, same_bits, signed
+from tests.helpers import (
+    assert_accurate,
+    contiguous,
+    same_bits,
+    signed,
+    strided,
+    transposed,
+)
 
 HEADER = Path(__file__).parent.parent / "csrc" / "fastlora.h"
 CPU = torch.device("cpu")
@@ -60,7 +67,7 @@ def test_the_table_is_the_header():
     }
     wanted = {name: of for name, of in declared().items() if "cuda" not in name}
     assert bound == wanted
-    assert len(bound) == 13
+    assert len(bound) == 14
 
 
 def test_the_codes_and_the_version_are_the_headers():
@@ -156,6 +163,25 @@ def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
         routing = (groups.order, groups.starts, scalings, None, None)
         cpu_multi.run_multi(y, nothing, x, weight, None, A, B, *routing)
         assert_accurate(y, want, unfused, dtype, tokens=T)
+
+
+@pytest.mark.parametrize("M, K", [(1, 1), (3, 7), (5, 128), (4, 431), (0, 5), (2, 0)])
+@pytest.mark.parametrize("lay", [contiguous, strided, transposed])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_dropout_mask_is_the_one_of_every_backend(M, K, dtype, lay, instruction_set):
+    seed, p, first_row = dropout.new_seed(CPU), 0.3, 9
+    x = lay(signed(M, K, dtype=dtype, device=CPU))
+    want = dropout.dropped(x, p, seed, first_row)
+    drop = cpu_linear.Dropout(p, seed)
+    # Minus zero and zero are the same to whom it matters here.
+    assert torch.equal(drop(x, first_row), want)
+    assert torch.equal(drop.masked(x, first_row), x * dropout.keep_mask(M, K, p, seed, first_row))
+    y = signed(M, K, dtype=dtype, device=CPU)
+    summed = y.clone()
+    drop.add_(summed, x, first_row)
+    scale = dropout.keep_scale(p)
+    mask = dropout.keep_mask(M, K, p, seed, first_row)
+    torch.testing.assert_close(summed, (y.double() + scale * x.double() * mask).to(dtype))
 
 
 @pytest.mark.parametrize(

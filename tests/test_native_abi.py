@@ -224,6 +224,58 @@ def test_gradient(name, M, R, C, dtype, wide, transposed, gap, threads, seed):
     assert error <= ROUNDING[out.dtype] * (np.abs(want).max(initial=0) + 1)
 
 
+def kept(M: int, K: int, first_row: int, seed: int, threshold: int) -> np.ndarray:
+    """The mask, a counter at a time, as its definition says."""
+    keep = np.zeros((M, K), bool)
+    for m in range(M):
+        for group in range(-(-K // 8)):
+            c, k = [group, first_row + m, 0, 0], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+            for _ in range(7):
+                p, q = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+                c = [q >> 32 ^ c[1] ^ k[0], q & 0xFFFFFFFF, p >> 32 ^ c[3] ^ k[1], p & 0xFFFFFFFF]
+                k = [k[0] + 0x9E3779B9 & 0xFFFFFFFF, k[1] + 0xBB67AE85 & 0xFFFFFFFF]
+            lanes = [half for word in c for half in (word & 0xFFFF, word >> 16)]
+            for i, lane in enumerate(lanes[: K - 8 * group]):
+                keep[m, 8 * group + i] = lane >= threshold
+    return keep
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(SETS), st.integers(0, 5), st.one_of(sizes, st.integers(120, 300)),
+    st.integers(0, 2**32 - 6), st.integers(-(2**63), 2**63 - 1),
+    st.sampled_from([0, 1, 6554, 32768, 65535, 65536]), st.booleans(),
+    st.sampled_from([F32, BF16, F16]), st.integers(0, 3), st.integers(1, 4), seeds,
+)  # fmt: skip
+def test_dropout(name, M, K, first_row, key, threshold, add, dtype, gap, threads, seed):
+    draw = np.random.default_rng(seed)
+    native.use(name)
+    x = Matrix(draw.standard_normal((M, K)), dtype, K + gap)
+    out = Matrix(draw.standard_normal((M, K)), dtype, K + 2 * gap)
+    before = out.get().copy()
+    code = LIBRARY.fastlora_dropout(
+        out.pointer, out.ld, x.pointer, x.ld, M, K, first_row, key, threshold, 1.5, add, dtype,
+        threads,
+    )  # fmt: skip
+    assert code == native.OK
+    assert x.same()
+    assert out.only_values_changed()
+    keep = kept(M, K, first_row, key, threshold)
+    if not add:
+        assert np.array_equal(out.get() != 0, keep & (x.get() != 0))
+    want = 1.5 * keep * x.get() + (before if add else 0)
+    assert np.abs(out.get() - want).max(initial=0) <= ROUNDING[dtype] * 8
+    bad = {"threshold": 65537, "M": -1, "threads": 0, "dtype": 3, "first_row": -1}
+    given_values = {"M": M, "first_row": first_row, "threshold": threshold}
+    for argument, value in bad.items():
+        v = given_values | {"dtype": dtype, "threads": threads, argument: value}
+        code = LIBRARY.fastlora_dropout(
+            out.pointer, out.ld, x.pointer, x.ld, v["M"], K, v["first_row"], key, v["threshold"],
+            1.5, add, v["dtype"], v["threads"],
+        )  # fmt: skip
+        assert code == native.BAD_ARGUMENT
+
+
 @many
 @given(
     st.sampled_from(SETS), sizes, st.one_of(sizes, st.integers(60, 300)), st.integers(0, 9),

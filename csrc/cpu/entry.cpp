@@ -176,6 +176,18 @@ int32_t fastlora_gradient(void* out, int64_t out_row, int64_t out_column, const 
     });
 }
 
+int32_t fastlora_dropout(void* out, int64_t ldo, const void* x, int64_t ldx, int64_t M, int64_t K,
+                         int64_t first_row, int64_t seed, int32_t threshold, float scale,
+                         int32_t add, int32_t dtype, int32_t threads) {
+    if (!sizes({M, K, first_row}) || !count(threads) || !readable(out, M, K) || !readable(x, M, K) ||
+        threshold < 0 || threshold > 65536)
+        return FASTLORA_BAD_ARGUMENT;
+    return guarded([&] {
+        return current.load()->dropout({out, x, ldo, ldx, M, K, first_row, uint64_t(seed),
+                                        uint32_t(threshold), scale, add != 0, dtype, threads});
+    });
+}
+
 int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* lora_A,
                        const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
                        int32_t threads, void** receipt) {

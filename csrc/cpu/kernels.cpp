@@ -1,6 +1,7 @@
 // Every CPU kernel for one instruction set, FL_ISA. The build compiles this file once for each.
 #include <type_traits>
 
+#include "dropout.h"
 #include "for_good.h"
 #include "gradient.h"
 #include "merge.h"
@@ -98,6 +99,15 @@ int32_t gradient(const GradientArgs& a) {
     });
 }
 
+int32_t dropout(const DropoutArgs& a) {
+    return with_type(a.dtype, [&](auto x) {
+        using X = decltype(x);
+        FL_ISA::dropout(as<X>(a.out), a.ldo, as<X>(a.x), a.ldx, a.M, a.K, a.first_row, a.seed,
+                        a.threshold, a.scale, a.add, a.threads);
+        return FASTLORA_OK;
+    });
+}
+
 template <class T>
 Weight<T> weight_of(const MergeArgs& a) {
     return {as<T>(a.weight), a.row, a.column, a.N, a.K};
@@ -141,7 +151,7 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
 
 #define FL_TEXT(name) FL_TEXT_(name)
 #define FL_TEXT_(name) #name
-extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, merge, merge_for_good, undo,
+extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, dropout, merge, merge_for_good, undo,
                             unmerge, digest};
 
 }  // namespace fastlora::FL_ISA

@@ -26,6 +26,17 @@ struct GradientArgs {
     int32_t dtype, out_dtype, threads;
 };
 
+struct DropoutArgs {
+    void* out;
+    const void* x;
+    int64_t ldo, ldx, M, K, first_row;
+    uint64_t seed;
+    uint32_t threshold;
+    float scale;
+    bool add;
+    int32_t dtype, threads;
+};
+
 struct MergeArgs {
     void* weight;
     int64_t row, column, N, K, R;
@@ -46,6 +57,7 @@ struct Table {
     const char* name;
     int32_t (*linear)(const LinearArgs&);
     int32_t (*gradient)(const GradientArgs&);
+    int32_t (*dropout)(const DropoutArgs&);
     int32_t (*merge)(const MergeArgs&, Receipt&);
     // False, nothing done, where a value might not be finite.
     bool (*merge_for_good)(const MergeArgs&);
