@@ -123,7 +123,8 @@ def _load_one(
     is_trainable: bool,
 ) -> nn.Module:
     """Fills one of the adapters that ``model`` trains side by side."""
-    layers, index = dict(trained_layers(model)), training_rows(model).index(adapter_name)
+    layers = dict(trained_layers(model))
+    training_rows(model).index(adapter_name)
     if config.lora_bias or config.bias != "none":
         raise ValueError(
             "config: of adapters trained together none has biases of its own, got "
@@ -141,7 +142,7 @@ def _load_one(
     tensors = files.read_tensors(directory, expected)
     with torch.no_grad():
         for name, layer in layers.items():
-            for kind, parameter in layer.adapter_parameters(index).items():
+            for kind, parameter in layer.adapter_parameters(adapter_name).items():
                 parameter.copy_(tensors[f"{name}.{_KEYS[kind]}"])
                 parameter.requires_grad_(is_trainable)
     return model
@@ -155,11 +156,11 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
     if trained or adapter_name is not None:
-        index = training_rows(model).index(adapter_name)
+        training_rows(model).index(adapter_name)
         return {
             f"{name}.{_KEYS[kind]}": parameter
             for name, layer in trained.items()
-            for kind, parameter in layer.adapter_parameters(index).items()
+            for kind, parameter in layer.adapter_parameters(str(adapter_name)).items()
         }
     if not layers:
         raise RuntimeError("model: expected one with FastLoRALinear layers, found none")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import dropout, native, reference
-from fastlora.cpu_merge import written
+from fastlora.cpu_merge import written as seen
 from fastlora.products import base_gradient, row_blocks
 
 # Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
@@ -66,18 +66,15 @@ def lora_add_(
     seed: Tensor | None,
     invariant: bool = False,
 ) -> None:
-    if not writable(y) or not writable(h):
-        args = (lora_A, lora_B, lora_bias, scaling, dropout_p, seed)
-        return reference.lora_add_(y, h, x, *args, invariant)
+    to_y, to_h = writable(y), writable(h)
+    factors = (None, None, lora_A, lora_B, lora_bias, scaling)
     if seed is None:
-        run_linear(y, h, x, None, None, lora_A, lora_B, lora_bias, scaling)
+        run_linear(to_y, to_h, x, *factors)
     else:
         drop = Dropout(dropout_p, seed)
         for rows in row_blocks(x):
-            seen = drop(x[rows], rows.start)
-            run_linear(y[rows], h[rows], seen, None, None, lora_A, lora_B, lora_bias, scaling)
-    written(y, h)
-    return None
+            run_linear(to_y[rows], to_h[rows], drop(x[rows], rows.start), *factors)
+    written((y, to_y), (h, to_h))
 
 
 class Dropout:
@@ -240,9 +237,19 @@ def pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def writable(t: Tensor) -> bool:
-    """Whether a kernel can write it: unit columns, and rows of their own."""
-    return t.stride(1) == 1 and (t.stride(0) >= t.shape[1] or t.shape[0] < 2)
+def writable(t: Tensor) -> Tensor:
+    """What a kernel writes for t: itself, or a copy with unit columns and rows of their own."""
+    own = t.stride(1) == 1 and (t.stride(0) >= t.shape[1] or t.shape[0] < 2)
+    return t if own else t.clone(memory_format=torch.contiguous_format)
+
+
+def written(*pairs: tuple[Tensor, Tensor]) -> None:
+    """Of each tensor and what was written for it: the values, and that torch sees it."""
+    for tensor, own in pairs:
+        if own is tensor:
+            seen(tensor)
+        else:
+            tensor.copy_(own)
 
 
 def few(M: int, weight: Tensor) -> bool:

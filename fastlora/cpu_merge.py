@@ -92,10 +92,9 @@ def _factors(
 
 
 def _scaled(lora_B: Tensor, scaling: float) -> Tensor:
-    """The product, rounded once to float32."""
+    """The product in float32: rounded once, but for a float32 lora_B by a wider scaling."""
     if lora_B.dtype != torch.float64 and ctypes.c_float(scaling).value == scaling:
         return lora_B.to(torch.float32) * scaling
-    # Exact in float64 where lora_B is narrower.
     return (lora_B.to(torch.float64) * scaling).to(torch.float32)
 
 

@@ -20,8 +20,8 @@ from fastlora.cpu_linear import (
     readable,
     unit_columns,
     writable,
+    written,
 )
-from fastlora.cpu_merge import written
 from fastlora.products import base_gradient
 
 
@@ -65,12 +65,10 @@ def multi_lora_add_(
     row_scales: Tensor | None,
     invariant: bool = False,
 ) -> None:
+    to_y, to_h = writable(y), writable(h)
     routing = (order, starts, scalings, ranks, row_scales)
-    if not writable(y) or not writable(h):
-        return reference.multi_lora_add_(y, h, x, lora_A, lora_B, *routing, invariant)
-    run_multi(y, h, x, None, None, lora_A, lora_B, *routing)
-    written(y, h)
-    return None
+    run_multi(to_y, to_h, x, None, None, lora_A, lora_B, *routing)
+    written((y, to_y), (h, to_h))
 
 
 def run_multi(

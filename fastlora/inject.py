@@ -91,7 +91,7 @@ def replace_linear(
     model = _checked(model)
     rows = None if adapter_names is None else _rows_for(adapter_names, settings)
     chosen = plan(model, settings)
-    present = [name for name, _ in lora_layers(model)]
+    present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]
     if present:
         raise ValueError(
             f"model: {len(present)} layers have LoRA already ({present[0]}, …) and one config must "
@@ -209,8 +209,8 @@ def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
     names = [check_name(name) for name in adapter_names]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"adapter_names: expected different names, got {names!r}")
+    if not names or len(set(names)) < len(names) or "__base__" in names:
+        raise ValueError(f'adapter_names: expected different names, none "__base__", got {names!r}')
     if config.lora_bias or config.bias != "none":
         raise ValueError(
             "config: of adapters trained together none has biases of its own, got "
@@ -284,7 +284,7 @@ def _freeze(model: nn.Module, config: LoRAConfig) -> None:
     layers = list(lora_layers(model))
     adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
     for _, layer in trained_layers(model):
-        adapters |= {id(p) for p in (*layer.lora_A, *layer.lora_B)}
+        adapters |= {id(p) for p in (*layer.lora_A.values(), *layer.lora_B.values())}
     for name, parameter in model.named_parameters():
         is_bias = name.rpartition(".")[2] == "bias"
         trained = id(parameter) in adapters or (config.bias == "all" and is_bias)

@@ -21,8 +21,10 @@ class _Asked(threading.local):
 
 
 _asked = _Asked()
-# How deep any thread went last: what torch.compile traces with, as in ``dispatch``.
-_latest = 0
+# Whether any thread is within: what torch.compile traces with, which cannot read a thread's own.
+_lock = threading.Lock()
+_open = 0
+_anywhere = False
 
 
 @contextmanager
@@ -30,21 +32,28 @@ def batch_invariant() -> Iterator[None]:
     """This thread's forward passes give every row the bits that it would have alone.
 
     Of LoRA layers the whole output, of everything else nothing: attention, norms and other linears
-    of a model are not this library's. Backward passes are as ever. Costs are in docs/support.md.
+    of a model are not this library's. Backward passes are as ever; a dropout mask follows a row's
+    place. Compiled functions are traced again for it, and also when another thread is within.
+    Costs are in docs/support.md.
     """
-    global _latest
-    _asked.depth += 1
-    _latest = _asked.depth
+    _entered(1)
     try:
         yield
     finally:
-        _asked.depth -= 1
-        _latest = _asked.depth
+        _entered(-1)
+
+
+def _entered(change: int) -> None:
+    global _open, _anywhere
+    _asked.depth += change
+    with _lock:
+        _open += change
+        _anywhere = _open > 0
 
 
 def asked() -> bool:
     """Whether this thread is within ``batch_invariant``."""
-    return (_latest if torch.compiler.is_compiling() else _asked.depth) > 0
+    return _anywhere if torch.compiler.is_compiling() else _asked.depth > 0
 
 
 def marked(backend: str) -> str:

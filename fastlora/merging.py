@@ -43,7 +43,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     layers = dict(lora_layers(inner))
     if not layers:
-        raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
+        raise RuntimeError(f"model: expected one with FastLoRALinear layers, found {_found(model)}")
     fresh = {name: layer for name, layer in layers.items() if not layer.merged}
     _refuse_tied(inner, fresh)
     _all_or_none(fresh, FastLoRALinear.merge, FastLoRALinear.unmerge)
@@ -80,10 +80,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         _all_or_none(merged, remerge, FastLoRALinear.unmerge)
 
 
+def _found(model: nn.Module) -> str:
+    several = next(trained_layers(model), None) is not None
+    return "several adapters in training: save one and load it alone" if several else "none"
+
+
 def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
     layers = dict(lora_layers(model))
     if not layers:
-        raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
+        raise RuntimeError(f"model: expected one with FastLoRALinear layers, found {_found(model)}")
     wrong = [name for name, layer in layers.items() if layer.merged != merged]
     if wrong:
         state = "not merged" if merged else "merged already"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.nn import functional as nnf
 
 from fastlora import config as settings
 from fastlora import functional as F
+from fastlora.invariance import asked
 from fastlora.modules import init_lora
 from fastlora.routing import Routing
 from fastlora.wrapping import adopt, lora_dtype_for, unsupported, unwrapped
@@ -124,24 +127,50 @@ class MultiLoRALinear(nn.Linear):
 
 
 class TrainingRows(Routing):
-    """Whose each row of the batch in training is; only adapters that are present get a slot."""
+    """Whose each row of the batch in training is; only adapters that are present get a slot.
+
+    One thread's at a time: backward runs in threads of its own, which must see it too.
+    """
 
     def __init__(self, adapters: Sequence[str]) -> None:
         super().__init__("run the model, and its backward, within fastlora.use_adapters")
         self.adapters = tuple(adapters)
         self.present: tuple[int, ...] = ()
+        # The layers that ran in this block; the block's thread, while there is one.
+        self.ran: set[int] = set()
+        self.owner: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model runs no batch.
+        return TrainingRows, (self.adapters,)
 
     @contextmanager
     def named(self, adapter_names: Sequence[str | None]) -> Iterator[None]:
         """Within, row i of the batch trains ``adapter_names[i]``, or none."""
         rows = [-1 if name is None else self.index(name) for name in adapter_names]
-        before, self.present = self.present, tuple(sorted({row for row in rows if row >= 0}))
+        if self.owner not in (None, threading.get_ident()):
+            raise RuntimeError("use_adapters: another thread is in such a block of this model")
+        before = self.present, self.ran, self.owner
+        ran: set[int] = set()
+        self.present, self.ran = tuple(sorted({row for row in rows if row >= 0})), ran
+        self.owner = threading.get_ident()
         slot = {row: i for i, row in enumerate(self.present)}
         try:
             with self.running([slot.get(row, -1) for row in rows], len(slot)):
                 yield
+                if self.ran is not ran:
+                    raise RuntimeError("use_adapters: its blocks were left in another order")
         finally:
-            self.present = before
+            self.present, self.ran, self.owner = before
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuses a layer that runs again, in a backward, in a block that is not its forward's."""
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self.ran.add(id(layer))
+        elif id(layer) not in self.ran:
+            raise RuntimeError(f"these are not the rows of its forward: {self.outside}")
 
     def index(self, name: object) -> int:
         """Where ``name`` stands among the adapters; ValueError where it does not."""
@@ -154,16 +183,16 @@ class TrainingRows(Routing):
 class TrainableMultiLoRALinear(nn.Linear):
     """A frozen linear and several adapters in training; a batch's rows each belong to one.
 
-    Parameters: lora_A and lora_B, lists with (r, in_features) and (out_features, r) an adapter.
-    Those that no row of a batch uses take no part in it: their gradients stay None. ``routing``,
-    which all layers of a model share, says whose each row is. Arithmetic as ``FastLoRALinear``'s;
-    dropout is torch's own and draws a mask of x.
+    Parameters: lora_A and lora_B, (r, in_features) and (out_features, r) for each adapter under its
+    name, in which "." is "%2E". Those that no row of a batch uses take no part in it: their
+    gradients stay None. ``routing``, which all layers of a model share, says whose each row is.
+    Arithmetic as ``FastLoRALinear``'s; dropout is torch's own and draws a mask of x.
     """
 
     holds_lora = True
     bias: nn.Parameter | None
-    lora_A: nn.ParameterList
-    lora_B: nn.ParameterList
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
     routing: TrainingRows
     r: int
     lora_alpha: float
@@ -191,6 +220,10 @@ class TrainableMultiLoRALinear(nn.Linear):
         reason = unsupported(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
+        settings.check_rank("r", r)
+        settings.check_number("lora_alpha", lora_alpha)
+        settings.check_dropout(lora_dropout)
+        settings.check_init(init_lora_weights)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         adopt(layer, linear)
         layer.r, layer.lora_alpha, layer.lora_dropout = r, lora_alpha, float(lora_dropout)
@@ -200,20 +233,25 @@ class TrainableMultiLoRALinear(nn.Linear):
         base = linear.weight
         kind = {"device": base.device, "dtype": lora_dtype or lora_dtype_for(base.dtype)}
         N, K = base.shape
-        layer.lora_A = nn.ParameterList([torch.empty(r, K, **kind) for _ in routing.adapters])
-        layer.lora_B = nn.ParameterList([torch.empty(N, r, **kind) for _ in routing.adapters])
-        for A, B in zip(layer.lora_A, layer.lora_B, strict=True):
-            init_lora(A, B, init_lora_weights)
+        keys = [_key(name) for name in routing.adapters]
+        layer.lora_A = nn.ParameterDict({key: torch.empty(r, K, **kind) for key in keys})
+        layer.lora_B = nn.ParameterDict({key: torch.empty(N, r, **kind) for key in keys})
+        for key in keys:
+            init_lora(layer.lora_A[key], layer.lora_B[key], init_lora_weights)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """input (B, ..., in_features), a row of the batch first, to (B, ..., out_features)."""
-        present = self.routing.present
-        if self.adapter_disabled or (not present and self.routing.slots is not None):
+        if self.adapter_disabled:
+            return F.base_linear(input, self.weight, self.bias)
+        self.routing.slots_for(input)
+        self.routing.check(self)
+        present = [_key(self.routing.adapters[i]) for i in self.routing.present]
+        # Invariant, rows of none have the bits that they have beside others: by the same op.
+        if not present and not asked():
             return F.base_linear(input, self.weight, self.bias)
         groups = self.routing.groups_for(input)
-        lora_A = torch.stack([self.lora_A[i] for i in present])
-        lora_B = torch.stack([self.lora_B[i] for i in present])
+        lora_A, lora_B = _stacked(self.lora_A, present), _stacked(self.lora_B, present)
         scalings = input.new_full((len(present),), self.scaling, dtype=torch.float32)
         factors = (lora_A, lora_B, groups, scalings)
         if not (self.training and self.lora_dropout):
@@ -221,13 +259,25 @@ class TrainableMultiLoRALinear(nn.Linear):
         y = F.base_linear(input, self.weight, self.bias)
         return F.multi_lora_add_(y, nnf.dropout(input, self.lora_dropout), *factors)
 
-    def adapter_parameters(self, index: int) -> dict[str, nn.Parameter]:
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """One adapter's parameters: lora_A, lora_B."""
-        return {"lora_A": self.lora_A[index], "lora_B": self.lora_B[index]}
+        return {"lora_A": self.lora_A[_key(name)], "lora_B": self.lora_B[_key(name)]}
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"adapters={len(self.lora_A)}", f"r={self.r}"]
         return ", ".join([*parts, f"lora_alpha={self.lora_alpha:g}"])
+
+
+def _stacked(parameters: nn.ParameterDict, keys: list[str]) -> Tensor:
+    """Those of ``keys`` (len(keys), ...), which may be none."""
+    if not keys:
+        return next(iter(parameters.values()))[None][:0]
+    return torch.stack([parameters[key] for key in keys])
+
+
+def _key(name: str) -> str:
+    """An adapter's name as a parameter's, which has no dots; "%" is in no adapter's name."""
+    return name.replace(".", "%2E")
 
 
 def trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainableMultiLoRALinear]]:

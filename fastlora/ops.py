@@ -185,9 +185,11 @@ def _watched() -> bool:
 
 
 def _plain(value: Any) -> bool:
-    """Whether an operand is what it seems: no subclass, no negation that is still to be done."""
+    """Whether an operand is what it seems: no subclass, nothing still to be done, and there."""
     kind = type(value)
-    return not value.is_neg() if kind is Tensor or kind is Parameter else kind in _VALUES
+    if kind is not Tensor and kind is not Parameter:
+        return kind in _VALUES
+    return not (value.is_neg() or value.is_meta or value._is_zerotensor())
 
 
 # A tuple is of bools: which gradients are wanted.

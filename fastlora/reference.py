@@ -86,9 +86,8 @@ def lora_add_(
                 x_row = dropout.dropped(x_row, dropout_p, seed, row)
             h[row] = (x_row @ A.T)[0]
         for row in range(x.shape[0]):
-            y[row] = alone(y, row).addmm_(alone(h, row), B.T, alpha=scaling)[0]
-        if lora_bias is not None:
-            y.add_(lora_bias, alpha=scaling)
+            y_row = alone(y, row).addmm_(alone(h, row), B.T, alpha=scaling)
+            y[row] = (y_row if lora_bias is None else y_row.add_(lora_bias, alpha=scaling))[0]
         return
     if seed is None:
         torch.mm(x, A.T, out=h)

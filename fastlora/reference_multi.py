@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastlora.products import adapter_gradient, base_gradient, linear
+from fastlora.products import adapter_gradient, alone, base_gradient, linear
 
 # Scattered rows that are gathered at a time: bounds what is held beside y to so many rows of N.
 _GATHER = 256
@@ -73,12 +73,19 @@ def multi_lora_add_(
     invariant: bool = False,
 ) -> None:
     h.zero_()
-    given = groups(order, starts, scalings, ranks, lora_A.shape[1])
-    for slot, rows, r, scaling in _single(given) if invariant else given:
-        h_rows = take(x, rows) @ lora_A[slot, :r].to(x.dtype).T
+    for slot, rows, r, scaling in groups(order, starts, scalings, ranks, lora_A.shape[1]):
+        A, B = lora_A[slot, :r].to(x.dtype).T, lora_B[slot, :, :r].to(x.dtype).T
+        if invariant:
+            for row in range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist():
+                h_row = alone(x, row) @ A
+                h[row, :r] = h_row[0]
+                h_row = row_scaled(h_row, row_scales, slice(row, row + 1))
+                y[row] = alone(y, row).addmm_(h_row, B, alpha=scaling)[0]
+            continue
+        h_rows = take(x, rows) @ A
         h[rows, :r] = h_rows
         h_rows = row_scaled(h_rows, row_scales, rows)
-        _add_product(y, rows, h_rows, lora_B[slot, :, :r].to(x.dtype).T, scaling)
+        _add_product(y, rows, h_rows, B, scaling)
 
 
 def multi_lora_linear_backward(
@@ -143,14 +150,6 @@ def groups(
         else:
             for part in rows.split(_GATHER):
                 yield slot, part, r, factors[slot]
-
-
-def _single(given: Iterator[Group]) -> Iterator[Group]:
-    """The same, a row a group."""
-    for slot, rows, r, scaling in given:
-        each = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
-        for row in each:
-            yield slot, torch.tensor([row]), r, scaling
 
 
 def take(t: Tensor, rows: Rows) -> Tensor:

@@ -22,34 +22,41 @@ class Routing:
         self.num_slots = 0
         self.slots: Tensor | None = None
         self.copies = 1
-        self.groups: dict[tuple[int, tuple[int, ...], torch.device], F.RowGroups] = {}
+        self.groups: dict[tuple[object, ...], F.RowGroups] = {}
 
     @contextmanager
     def running(self, slots: list[int], num_slots: int, copies: int = 1) -> Iterator[None]:
         """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples)."""
         before = self.num_slots, self.slots, self.copies, self.groups
         self.num_slots, self.copies, self.groups = num_slots, copies, {}
-        self.slots = torch.tensor(slots, dtype=torch.int32)
+        with torch.inference_mode(False):
+            self.slots = torch.tensor(slots, dtype=torch.int32)
         try:
             yield
         finally:
             self.num_slots, self.slots, self.copies, self.groups = before
 
-    def groups_for(self, x: Tensor) -> F.RowGroups:
-        """The groups of a layer's input x (B, ..., K), or of ``copies`` neighbours a batch row."""
+    def slots_for(self, x: Tensor) -> Tensor:
+        """The slots, for a layer whose input x has the batch's rows first; else RuntimeError."""
         if self.slots is None:
             raise RuntimeError(f"no adapters were named: {self.outside}")
-        rows, inner = x.shape[0], tuple(x.shape[1:-1])
-        key = (rows, inner, x.device)
+        given = len(self.slots)
+        if x.dim() < 2 or x.shape[0] not in (given, given * self.copies):
+            raise RuntimeError(
+                f"x: expected {given} rows first, one an adapter name, got shape "
+                f"{tuple(x.shape)}: this layer "
+                "does not see the batch; leave it out with exclude_modules"
+            )
+        return self.slots
+
+    def groups_for(self, x: Tensor) -> F.RowGroups:
+        """The groups of a layer's input x (B, ..., K), or of ``copies`` neighbours a batch row."""
+        slots = self.slots_for(x)
+        rows, inner, given = x.shape[0], tuple(x.shape[1:-1]), len(slots)
+        # What is made in inference mode cannot be saved for backward.
+        key = (rows, inner, x.device, torch.is_inference_mode_enabled())
         if key not in self.groups:
-            given = len(self.slots)
-            if x.dim() < 2 or rows not in (given, given * self.copies):
-                raise RuntimeError(
-                    f"x: expected {given} rows first, one an adapter name, got shape "
-                    f"{tuple(x.shape)}: this layer "
-                    "does not see the batch; leave it out with exclude_modules"
-                )
-            ids = self.slots.repeat_interleave(rows // given) if given else self.slots
+            ids = slots.repeat_interleave(rows // given) if given else slots
             groups = F.group_rows(ids.to(x.device), self.num_slots)
             self.groups[key] = groups.repeat(inner[0]) if len(inner) == 1 else groups
         return self.groups[key]

@@ -16,10 +16,13 @@ def use_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Itera
     """Inside the block row i of the batch goes through ``adapter_names[i]``; None is the base.
 
     For models of ``replace_linear(..., adapter_names=)``. Each adapter gets the gradients that its
-    rows alone would give it; one without rows gets none. Backward belongs into the block where
-    activations are checkpointed, since layers then run once more in it.
+    rows alone would give it; one without rows gets none (DistributedDataParallel then needs
+    ``find_unused_parameters=True``). The batch is every layer's first dimension. Where activations
+    are checkpointed, layers run once more in backward, which belongs into its forward's block: of
+    two batches that share their layers, each into its own.
 
-    Raises ValueError for a name that the model does not have, RuntimeError for other models.
+    Raises ValueError for a name that the model does not have, RuntimeError for other models, and
+    while another thread is in such a block of this model.
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names: expected a list with a name a row, got {adapter_names!r}")
@@ -29,6 +32,6 @@ def use_adapters(model: nn.Module, adapter_names: Sequence[str | None]) -> Itera
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     """The parameters of one of several adapters, for an optimizer or a gradient norm of its own."""
-    index = training_rows(model).index(adapter_name)
+    training_rows(model).index(adapter_name)
     layers = [layer for _, layer in trained_layers(model)]
-    return [p for layer in layers for p in layer.adapter_parameters(index).values()]
+    return [p for layer in layers for p in layer.adapter_parameters(adapter_name).values()]

@@ -103,6 +103,15 @@ def test_subclasses_go_through_the_dispatcher(dispatched):
     assert "lora_linear" in dispatched
 
 
+def test_tensors_that_are_not_there(dispatched):
+    meta = [t.to("meta") for t in operands()]
+    assert call(*meta).is_meta
+    _, *rest = operands()
+    zero = torch._efficientzerotensor((3, 8))
+    assert not call(zero, *rest).any()
+    assert "lora_linear" in dispatched
+
+
 def test_a_negation_still_to_be_done_is_done(dispatched):
     x, *rest = operands()
     late = torch._neg_view(x)

@@ -91,6 +91,41 @@ def test_with_many_adapters(dtype, whole_backend):
     torch.testing.assert_close(whole, call(every), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_that_lie_otherwise(dtype, whole_backend):
+    """Columns one behind the other; one column, on which a sum's vectors would end anywhere."""
+    x, _, A, B = operands(dtype)
+    scalings, ids = torch.rand(S) + 0.5, torch.randint(-1, S, (M,))
+    slots = torch.stack([A] * S), torch.stack([B] * S)
+    y = signed(N, M, dtype=dtype, device=CPU)
+    one = signed(1, K, dtype=dtype, device=CPU), signed(1, R, dtype=dtype, device=CPU)
+    bias = signed(1, dtype=dtype, device=CPU)
+
+    def calls(rows):
+        by_columns = [y[:, rows].contiguous().T for _ in range(2)]
+        yield F.lora_add_(by_columns[0], x[rows], A, B, 0.7)
+        yield F.multi_lora_add_(by_columns[1], x[rows], *slots, ids[rows], scalings)
+        yield F.lora_linear(x[rows], one[0], A, one[1], 0.7, lora_bias=bias)
+
+    with fastlora.batch_invariant():
+        whole = list(calls(torch.arange(M)))
+        for rows in batches(M, 10):
+            for got, want in zip(calls(rows), whole, strict=True):
+                assert same_bits(got.contiguous(), want[rows].contiguous())
+
+
+def test_rows_of_none_beside_adapters_in_training(backend):
+    model = nn.Sequential(nn.Linear(K, N))
+    config = fastlora.LoRAConfig(target_modules=["0"])
+    fastlora.replace_linear(model, config, adapter_names=["a", "b"])
+    x = torch.randn(3, K)
+    with torch.no_grad(), fastlora.batch_invariant():
+        with fastlora.use_adapters(model, ["a", None, "b"]):
+            mixed = model(x)
+        with fastlora.use_adapters(model, [None]):
+            assert same_bits(model(x[1:2]), mixed[1:2])
+
+
 @pytest.mark.parametrize("rows", [1, 63, 129, 431])
 def test_many_rows_natively(rows, instruction_set):
     """More than one group of rows to a weight's panel."""
@@ -205,6 +240,9 @@ def test_a_thread_asks_for_itself():
         thread = threading.Thread(target=lambda: found.append(invariance.asked()))
         thread.start()
         thread.join()
+        # A compiler, which sees no thread's own, is told of any.
+        assert invariance._anywhere
+    assert not invariance._anywhere
     assert found == [False]
     assert not invariance.asked()
     with pytest.raises(KeyError), fastlora.batch_invariant():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional as nnf
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.inject import training_rows
-from fastlora.multi_modules import trained_layers
+from fastlora.multi_modules import TrainableMultiLoRALinear, trained_layers
 from tests.helpers import same_bits
 from tests.models import (
     assert_agree,
@@ -187,6 +188,7 @@ def test_a_loaded_adapter_must_fit(tmp_path):
         ([], CONFIG, ValueError, "adapter_names: expected different names"),
         (["a", "a"], CONFIG, ValueError, "adapter_names: expected different names"),
         (["../a"], CONFIG, ValueError, "expected to match"),
+        (["a", "__base__"], CONFIG, ValueError, 'none "__base__"'),
         (["a"], LoRAConfig(target_modules=["q_proj"], bias="all"), ValueError, "bias='all'"),
         (["a"], LoRAConfig(target_modules=["q_proj"], lora_bias=True), ValueError, "lora_bias"),
         (["a"], LoRAConfig(target_modules=["q_pro"]), ValueError, "no linear layer matches"),
@@ -288,6 +290,100 @@ def test_copies_have_rows_of_their_own():
                 logits(other, ids)
         with fastlora.use_adapters(other, ["ben"] * 2):
             assert same_bits(logits(other, ids), want)
+
+
+def test_a_state_dict_goes_by_names():
+    model, other, ids = together(), llama(), tokens(2, 5)
+    fastlora.replace_linear(other, CONFIG, adapter_names=[*reversed(NAMES)])
+    other.load_state_dict(model.state_dict())
+    with fastlora.use_adapters(model, ["ben", "c.d-e"]):
+        want = logits(model, ids)
+    with fastlora.use_adapters(other, ["ben", "c.d-e"]):
+        assert same_bits(logits(other, ids), want)
+    strangers = fastlora.replace_linear(llama(), CONFIG, adapter_names=["ben", "eve"])
+    with pytest.raises(RuntimeError, match=r"lora_A\.eve"):
+        strangers.load_state_dict(model.state_dict())
+
+
+def test_every_layer_must_see_the_batch_even_of_the_base():
+    model, ids = together(), tokens(4, 5)
+    for rows in ([], [None] * 3):
+        with (
+            fastlora.use_adapters(model, rows),
+            pytest.raises(RuntimeError, match=f"expected {len(rows)} rows first"),
+        ):
+            model(input_ids=ids)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_in_another_block_is_refused(reentrant):
+    model, x = together().train(), tokens(3, 7)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with fastlora.use_adapters(model, ["ben"] * 3):
+        loss = losses(model, x).sum()
+    with (
+        fastlora.use_adapters(model, ["anna"] * 3),
+        pytest.raises(RuntimeError, match="not the rows of its forward"),
+    ):
+        loss.backward()
+
+
+def test_blocks_are_one_thread_s_and_end_in_order():
+    model, ids = together(), tokens(2, 5)
+    failed: list[str] = []
+
+    def another() -> None:
+        try:
+            with fastlora.use_adapters(model, ["anna"] * 2):
+                pass
+        except RuntimeError as error:
+            failed.append(str(error))
+
+    with fastlora.use_adapters(model, ["ben"] * 2):
+        thread = threading.Thread(target=another)
+        thread.start()
+        thread.join()
+        copied = copy.deepcopy(model)
+    assert failed == ["use_adapters: another thread is in such a block of this model"]
+    with pytest.raises(RuntimeError, match="no adapters were named"):
+        copied(input_ids=ids)
+    one, two = (fastlora.use_adapters(model, [name] * 2) for name in ("ben", "anna"))
+    one.__enter__()
+    two.__enter__()
+    with pytest.raises(RuntimeError, match="another order"):
+        one.__exit__(None, None, None)
+
+
+def test_inference_first_and_training_after_in_one_block():
+    model, ids = together(), tokens(2, 5)
+    with torch.inference_mode():
+        block = fastlora.use_adapters(model, ["ben", "anna"])
+        block.__enter__()
+        model(input_ids=ids)
+    losses(model, ids).sum().backward()
+    block.__exit__(None, None, None)
+    assert all(p.grad is not None for p in fastlora.adapter_parameters(model, "ben"))
+
+
+def test_what_such_a_model_refuses():
+    model = together()
+    for step in (fastlora.merge_adapter, fastlora.merge_and_unload):
+        with untouched(model), pytest.raises(RuntimeError, match="several adapters in training"):
+            step(model)
+    half = fastlora.replace_linear(
+        llama(), LoRAConfig(target_modules=["q_proj"]), adapter_names=["a"]
+    )
+    with untouched(half), pytest.raises(ValueError, match="have LoRA already"):
+        fastlora.replace_linear(half, LoRAConfig(target_modules=["v_proj"]))
+    rows = training_rows(model)
+    for options, message in (
+        ({"r": 0}, "r: expected"),
+        ({"lora_dropout": 7}, "lora_dropout"),
+        ({"init_lora_weights": "bogus"}, "init_lora_weights"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            TrainableMultiLoRALinear.from_linear(nn.Linear(3, 3), rows, **options)
 
 
 def test_another_architecture():
