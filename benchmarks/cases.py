@@ -1,7 +1,7 @@
 """The one list of cases: the command line, pytest and the tests all read it.
 
-CPU sizes keep the whole list at five minutes or so on two cores. CUDA sizes are those of a layer 4096
-wide; the most telling come first, in case the machine is taken away.
+CPU sizes keep the whole list at five minutes or so on two cores. CUDA sizes are those of a layer
+4096 wide; the most telling come first, in case the machine is taken away.
 """
 
 from __future__ import annotations
