@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import functional as nnf
 
 from fastlora import dropout, native, reference
-from fastlora.cpu_merge import written as seen
 from fastlora.products import base_gradient, row_blocks
 
 # Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
@@ -246,10 +246,10 @@ def writable(t: Tensor) -> Tensor:
 def written(*pairs: tuple[Tensor, Tensor]) -> None:
     """Of each tensor and what was written for it: the values, and that torch sees it."""
     for tensor, own in pairs:
-        if own is tensor:
-            seen(tensor)
-        else:
+        if own is not tensor:
             tensor.copy_(own)
+        elif not tensor.is_inference():
+            increment_version([tensor])
 
 
 def few(M: int, weight: Tensor) -> bool:

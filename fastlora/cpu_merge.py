@@ -39,7 +39,7 @@ def merge_(
             )
         native.check(code, "merge_")
         parts = _receipt(weight, handle) if receipt else exact.nothing(weight)
-        written(weight)
+        _written(weight)
     except BaseException:
         # Interrupted or out of memory after the weight was written.
         if handle:
@@ -75,7 +75,7 @@ def unmerge_(
     if code == native.NOT_RESTORED:
         raise RuntimeError(exact.NOT_RESTORED)
     native.check(code, "unmerge_")
-    written(weight)
+    _written(weight)
 
 
 def _factors(
@@ -125,6 +125,7 @@ def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (*pointers, positions.numel(), checksums.data_ptr())
 
 
-def written(*tensors: Tensor) -> None:
+def _written(weight: Tensor) -> None:
     """What a kernel writes, torch does not see."""
-    increment_version([t for t in tensors if not t.is_inference()])
+    if not weight.is_inference():
+        increment_version([weight])
