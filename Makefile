@@ -56,7 +56,7 @@ $(ASAN)/fastlora/libfastlora_cpu.so: $(SOURCES) | setup
 # buffer shows beforehand that somebody watches.
 PAST_THE_END = import torch; from fastlora import native; a, short = torch.ones(64), torch.ones(63); \
 	p, q = a.data_ptr(), short.data_ptr(); \
-	native.library().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
+	native.functions().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
 asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the CPU library under AddressSanitizer and UBSan (g++, Linux)
 	@export FASTLORA_CPU_LIBRARY=$< OMP_NUM_THREADS=1; \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \

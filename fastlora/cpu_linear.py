@@ -84,16 +84,10 @@ class Dropout:
         self.threshold, self.scale = dropout.threshold(p), dropout.keep_scale(p)
         self.seed = int(seed)
 
-    def __call__(self, x: Tensor, first_row: int) -> Tensor:
-        """``dropout(x)`` of rows ``first_row …`` (M, K), new."""
+    def __call__(self, x: Tensor, first_row: int, *, scaled: bool = True) -> Tensor:
+        """``dropout(x)`` of rows ``first_row …`` (M, K), new; or the same without its scale."""
         out = x.new_empty(x.shape)
-        self._run(out, x, first_row, self.scale, add=False)
-        return out
-
-    def masked(self, x: Tensor, first_row: int) -> Tensor:
-        """The same without its scale."""
-        out = x.new_empty(x.shape)
-        self._run(out, x, first_row, 1.0, add=False)
+        self._run(out, x, first_row, self.scale if scaled else 1.0, add=False)
         return out
 
     def add_(self, y: Tensor, x: Tensor, first_row: int) -> None:
@@ -102,7 +96,7 @@ class Dropout:
 
     def _run(self, out: Tensor, x: Tensor, first_row: int, scale: float, *, add: bool) -> None:
         x = unit_columns(x)
-        code = native.library().fastlora_dropout(
+        code = native.functions().fastlora_dropout(
             *matrix(out), *matrix(x), *x.shape, first_row, self.seed, self.threshold,
             scale, add, native.DTYPES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
@@ -124,7 +118,7 @@ def run_linear(
     lora_bias = None if lora_bias is None else unit_columns(lora_bias)
     bias = None if bias is None else unit_columns(bias)
     (M, N), K, R = y.shape, x.shape[1], lora_A.shape[0]
-    code = native.library().fastlora_lora_linear(
+    code = native.functions().fastlora_lora_linear(
         y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
         *matrix(weight), pointer(bias), lora_A.data_ptr(), *lora_A.stride(), lora_B.data_ptr(),
         *lora_B.stride(), pointer(lora_bias), M, K, N, R, scaling, native.DTYPES[x.dtype],
@@ -196,7 +190,7 @@ def _add_through(
 def _masked_gradient(g: Tensor, x: Tensor, lora_A: Tensor, scaling: float, drop: Dropout) -> Tensor:
     total = lora_A.new_zeros(lora_A.shape, dtype=torch.float32)
     for rows in row_blocks(x):
-        seen = drop.masked(x[rows], rows.start)
+        seen = drop(x[rows], rows.start, scaled=False)
         total += gradient(g[rows], seen, total, scaling * drop.scale)
     return total.to(lora_A.dtype)
 
@@ -209,7 +203,7 @@ def gradient(
     (M, R), C = left.shape, right.shape[1]
     out = right.new_empty((C, R) if transposed else (R, C), dtype=like.dtype)
     row, column = (1, R) if transposed else (C, 1)
-    code = native.library().fastlora_gradient(
+    code = native.functions().fastlora_gradient(
         out.data_ptr(), row, column, *matrix(left), *matrix(right), M, R, C, scaling,
         native.DTYPES[right.dtype], native.DTYPES[out.dtype], torch.get_num_threads(),
     )  # fmt: skip

@@ -28,7 +28,7 @@ def merge_(
     receipt: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Adds the adapters to weight (N, K) in place; returns (positions, bits, counts, checksums)."""
-    library, handle = native.library(), ctypes.c_void_p()
+    library, handle = native.functions(), ctypes.c_void_p()
     A, B = _factors(weight, lora_A, lora_B, scalings)
     args = _merge_arguments(weight, A, B)
     try:
@@ -69,7 +69,7 @@ def unmerge_(
     if any(t.dtype != d or t.numel() != n for t, d, n in zip(given, wanted, sizes, strict=True)):
         raise RuntimeError(exact.NOT_RESTORED)
     parts = (positions.contiguous(), bits.contiguous(), counts.contiguous(), checksums.contiguous())
-    code = native.library().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
+    code = native.functions().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
     if code == native.NOT_MERGED:
         raise RuntimeError(exact.NOT_MERGED)
     if code == native.NOT_RESTORED:
@@ -106,7 +106,7 @@ def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
 
 
 def _receipt(weight: Tensor, handle: ctypes.c_void_p) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    library = native.library()
+    library = native.functions()
     size, bits = library.fastlora_receipt_size(handle), exact.BITS[weight.itemsize]
     parts = (
         torch.empty(size, dtype=torch.int16),

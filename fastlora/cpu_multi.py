@@ -96,7 +96,7 @@ def run_multi(
             f"adapter_ids: expected an order of {M} rows and starts of {S} slots, got "
             f"{order.numel()} and {starts.numel() - 1}"
         )
-    code = native.library().fastlora_multi_lora_linear(
+    code = native.functions().fastlora_multi_lora_linear(
         y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
         *matrix(weight), pointer(bias), A.data_ptr(), A.stride(0), A.stride(1), B.data_ptr(),
         B.stride(0), B.stride(1), order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),

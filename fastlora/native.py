@@ -98,8 +98,8 @@ def unusable() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def library() -> ctypes.CDLL:
-    """The library; raises RuntimeError with the reason where there is none."""
+def functions() -> ctypes.CDLL:
+    """The library with its functions bound; RuntimeError with the reason where there is none."""
     found = load()
     if isinstance(found, str):
         raise RuntimeError(found)
@@ -109,19 +109,19 @@ def library() -> ctypes.CDLL:
 @cache
 def instruction_set() -> str:
     """The instruction set that the CPU kernels use."""
-    return library().fastlora_cpu_current().decode()
+    return functions().fastlora_cpu_current().decode()
 
 
 def use(name: str) -> None:
     """Makes the CPU kernels use another instruction set of those ``available``."""
-    if library().fastlora_cpu_use(name.encode()) != OK:
+    if functions().fastlora_cpu_use(name.encode()) != OK:
         raise ValueError(f"name: expected one of {available()}, got {name!r}")
     instruction_set.cache_clear()
 
 
 def available() -> str:
     """Those that the library has and this machine runs, best first."""
-    return library().fastlora_cpu_available().decode().replace(",", ", ")
+    return functions().fastlora_cpu_available().decode().replace(",", ", ")
 
 
 def check(code: int, what: str) -> None:

@@ -19,7 +19,7 @@ from fastlora import native
 if native.unusable() is not None:
     pytest.skip(str(native.unusable()), allow_module_level=True)
 
-LIBRARY = native.library()
+LIBRARY = native.functions()
 SETS = native.available().split(", ")
 GUARD = 0 if "ASAN_OPTIONS" in os.environ else 64
 F32, BF16, F16 = 0, 1, 2
