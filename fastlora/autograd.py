@@ -136,9 +136,9 @@ class LoRAAdd(Function):
 
 
 class MultiLoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, the rows' five, backend) -> (y, h).
+    """(x, weight, bias, lora_A, lora_B, the rows' six, backend) -> (y, h).
 
-    The five say which adapter a row has: order, starts, scalings, ranks, row_scales.
+    The six say which adapter a row has: ids, order, starts, scalings, ranks, row_scales.
     """
 
     generate_vmap_rule = True
@@ -163,11 +163,11 @@ class MultiLoRALinear(Function):
         grads = _gradients(
             "multi_lora_linear_backward", needs, dy, *ctx.saved_tensors, needs, ctx.backend
         )
-        return (*grads, *(None,) * 6)
+        return (*grads, *(None,) * 7)
 
 
 class MultiLoRAAdd(Function):
-    """(y, h, x, lora_A, lora_B, the rows' five, backend) -> y, written in place; h is filled."""
+    """(y, h, x, lora_A, lora_B, the rows' six, backend) -> y, written in place; h is filled."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -192,7 +192,7 @@ class MultiLoRAAdd(Function):
             "multi_lora_linear_backward", needs,
             _matrix(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
         )  # fmt: skip
-        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 6)
+        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 7)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

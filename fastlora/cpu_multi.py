@@ -31,6 +31,7 @@ def multi_lora_linear(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,
@@ -38,7 +39,7 @@ def multi_lora_linear(
     row_scales: Tensor | None,
     invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    routing = (order, starts, scalings, ranks, row_scales)
+    routing = (ids, order, starts, scalings, ranks, row_scales)
     if invariant and not readable(weight):
         return reference.multi_lora_linear(x, weight, bias, lora_A, lora_B, *routing, invariant)
     M, N = x.shape[0], weight.shape[0]
@@ -58,6 +59,7 @@ def multi_lora_add_(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,
@@ -66,7 +68,7 @@ def multi_lora_add_(
     invariant: bool = False,
 ) -> None:
     to_y, to_h = writable(y), writable(h)
-    routing = (order, starts, scalings, ranks, row_scales)
+    routing = (ids, order, starts, scalings, ranks, row_scales)
     run_multi(to_y, to_h, x, None, None, lora_A, lora_B, *routing)
     written((y, to_y), (h, to_h))
 
@@ -79,6 +81,7 @@ def run_multi(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,
@@ -118,6 +121,7 @@ def multi_lora_linear_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,
@@ -133,7 +137,7 @@ def multi_lora_linear_backward(
         # dx += scaling * g @ A is multi_lora_add_ with the factors' roles exchanged, g its h.
         y, A = (g[:, :0], lora_A[:, :, :0]) if dx is None else (dx, lora_A)
         factors = lora_B.transpose(1, 2), A.transpose(1, 2)
-        run_multi(y, g, dy, None, None, *factors, order, starts, scalings, ranks, row_scales)
+        run_multi(y, g, dy, None, None, *factors, ids, order, starts, scalings, ranks, row_scales)
     dA = reference.zeros_wide(lora_A) if need_A else None
     dB = reference.zeros_wide(lora_B) if need_B else None
     adapters = dA is not None or dB is not None

@@ -24,6 +24,11 @@ class RowGroups:
     num_slots: int
     shape: tuple[int, ...]
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, order, starts: as the ops take them."""
+        return self.ids, self.order, self.starts
+
     def repeat(self, count: int) -> RowGroups:
         """Every row ``count`` times, in place: from one id a sequence to one id a token."""
         if count == 1:

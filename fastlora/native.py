@@ -50,7 +50,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "fastlora_multi_lora_linear": (
         _i,
-        # y, h, x, weight, bias, lora_A, lora_B, the rows' five, M K N R S, dtypes, threads
+        # y, h, x, weight, bias, lora_A, lora_B, order, starts, scalings, ranks, row_scales,
+        # M K N R S, dtypes, threads
         [*_MATRIX * 4, _p, *[_p, _l, _l] * 2, *[_p] * 5, *[_l] * 5, _i, _i, _i],
     ),
     # out, left, right, M R C, scaling, dtypes, threads

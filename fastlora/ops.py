@@ -21,7 +21,9 @@ from fastlora.invariance import unmarked
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B"
 _DROPOUT = "float scaling, float dropout_p, Tensor? seed"
-_GROUPS = "Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? row_scales"
+_GROUPS = (
+    "Tensor ids, Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? row_scales"
+)
 _LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings"
 
 # Those that give each row of x a row of y, and may be asked to do so whatever the others are.

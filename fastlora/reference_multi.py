@@ -45,6 +45,7 @@ def multi_lora_linear(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,
@@ -54,7 +55,7 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor]:
     y = linear(x, weight, bias, invariant)
     h = x.new_empty(x.shape[0], lora_A.shape[1])
-    routing = (order, starts, scalings, ranks, row_scales)
+    routing = (ids, order, starts, scalings, ranks, row_scales)
     multi_lora_add_(y, h, x, lora_A, lora_B, *routing, invariant)
     return y, h
 
@@ -65,6 +66,7 @@ def multi_lora_add_(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,
@@ -95,6 +97,7 @@ def multi_lora_linear_backward(
     lora_A: Tensor,
     lora_B: Tensor,
     h: Tensor,
+    ids: Tensor,
     order: Tensor,
     starts: Tensor,
     scalings: Tensor,

@@ -42,6 +42,7 @@ from fastlora.kernels.aot_cases import (
     N,
     cases,
 )
+from fastlora.kernels.aot_multi import launch_multi
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.gradient import gradient
@@ -91,6 +92,9 @@ def launch(case: Case) -> None:
     """Calls the kernel's launcher as ``product`` and ``lora`` do, with operands of no values."""
     v, config = case.variant, case.config
     dtype, lora_dtype = DTYPES[case.dtype]
+    if case.kernel.startswith("multi_"):
+        launch_multi(case, dtype, lora_dtype)
+        return
     m, n, k, rank = (ODD_M, ODD_N, ODD_K, ODD_R) if v.odd else (M, N, K, v.rank)
     m, n, k, rank = (1, 1, 1, 1) if v.one else (m, n, k, rank)
     if case.kernel == "one_pass" and not v.one:
@@ -168,10 +172,11 @@ def compile_case(case: Case) -> list[aot_checks.Row]:
 def wanted(case: Case) -> tuple[str, ...]:
     """Instructions without which the kernel would be slow: they must be in its PTX."""
     found = []
-    if case.kernel == "gemm_tma":
+    kernel = case.kernel.removeprefix("multi_")
+    if kernel == "gemm_tma":
         found += ["cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global"]
     # A group of four warps multiplies 64 rows at a time.
-    rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(case.kernel)
+    rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(kernel)
     if rows and rows <= case.config.BM and case.dtype != "fp32" and not case.variant.no_weight:
         found.append({90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(case.arch, "mma.sync"))
     return tuple(found)
@@ -199,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Of consumers' targets the defaults, to see that they fit.
     archs = options.arch or ARCHS + CONSUMER * options.sample
     kernels = options.kernel or KERNELS
-    pairs = [(k, arch) for k in kernels for arch in archs if k != "gemm_tma" or arch >= 90]
+    pairs = [(k, arch) for k in kernels for arch in archs if not k.endswith("_tma") or arch >= 90]
     chosen = [case for k, arch in pairs for case in cases(arch, k, options.sample)]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as fresh:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -40,6 +42,10 @@ class Variant:
     few: bool = False  # one row, or too few to split
     one: bool = False  # of one row, column and rank, which triton takes for constants
     no_weight: bool = False
+    # Of many adapters: in pages, of a packed projection, with h in parts.
+    paged: bool = False
+    packed: bool = False
+    split: bool = False
 
     def __str__(self) -> str:
         flags = [name for name, value in vars(self).items() if value is True]
@@ -67,11 +73,12 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
         # A decoding step's and a training batch's.
         defaults = dict.fromkeys(configs.default(kernel, m, N, arch) for m in (16, M))
         shipped = () if sample else configs.CANDIDATES[kernel]
-        forms = [(config, form) for config in defaults for form in _forms(kernel, arch, sample)]
-        forms += [(config, form) for config in shipped for form in _main_forms(kernel, config)]
+        every, main = _forms_of(kernel, arch, sample)
+        forms = [(config, form) for config in defaults for form in every]
+        forms += [(config, form) for config in shipped for form in main(config)]
         found = []
         for config, form in forms:
-            if dtype == "fp16" and kernel.startswith("gemm"):
+            if dtype == "fp16" and kernel.removeprefix("multi_").startswith("gemm"):
                 if form.overlap:
                     continue
                 form = replace(form, first=True)  # as products of float16 always are
@@ -82,6 +89,14 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
             fitted = fitting.fitted(config, choice.need(kernel, asked, dtype, arch))
             found.append(Case(kernel, dtype, fitted, arch, form))
         yield from dict.fromkeys(found)
+
+
+def _forms_of(kernel: str, arch: int, sample: bool):
+    """Every form of a call, and a function of a config for the main ones."""
+    if kernel.startswith("multi_"):
+        many = importlib.import_module("fastlora.kernels.aot_multi")
+        return many.forms(kernel, arch, sample), lambda config: many.main_forms()
+    return _forms(kernel, arch, sample), partial(_main_forms, kernel)
 
 
 def _main_forms(kernel: str, config: Config) -> tuple[Variant, ...]:

@@ -20,9 +20,10 @@ import triton
 
 from fastlora.kernels import configs, fitting, ledger, records
 from fastlora.kernels.launch import arch_of, interpreted
-from fastlora.kernels.ledger import PATHS, Problem
+from fastlora.kernels.ledger import MULTI_PATHS, PATHS, Problem
 from fastlora.kernels.numerics import precision
 
+EVERY_PATH = tuple(dict.fromkeys(PATHS + MULTI_PATHS))
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MOST_RANKS = 512
 # Beyond a factor of 4 in all dimensions together (log2), a tuned shape says nothing about another.
@@ -58,7 +59,7 @@ def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
         if wanted.items() <= row.items():
             # The user's own rows come first, and say more of this machine than those that ship.
             passed.setdefault((row.get("dtype"), row.get("path")), row.get("passed", True))
-    good = dict.fromkeys(path for (_, path), well in passed.items() if well and path in PATHS)
+    good = dict.fromkeys(path for (_, path), well in passed.items() if well and path in EVERY_PATH)
     return tuple(good)
 
 
@@ -69,8 +70,8 @@ _asked: str | None = None
 @contextmanager
 def use_path(path: str) -> Iterator[None]:
     """Runs products along ``path`` wherever it can run them: to measure a path, or to test it."""
-    if path not in PATHS:
-        raise ValueError(f"path: expected one of {', '.join(PATHS)}, got {path!r}")
+    if path not in EVERY_PATH:
+        raise ValueError(f"path: expected one of {', '.join(EVERY_PATH)}, got {path!r}")
     global _asked
     before, _asked = _asked, path
     try:
@@ -96,7 +97,8 @@ def path_of(
 @lru_cache(maxsize=4096)
 def _best(op: str, problem: Problem, dtype: str, first: bool, device: torch.device) -> str:
     arch = arch_of(device)
-    can = tuple(path for path in PATHS if possible(path, problem, arch, first))
+    paths = PATHS if problem.slots is None else MULTI_PATHS
+    can = tuple(path for path in paths if possible(path, problem, arch, first))
     known = tuple(path for path in can if path in verified(op, dtype, arch))
     allowed = known or can
     tuned = _nearest(f"path of {op}", dtype.split("+")[0], problem, device)
@@ -107,12 +109,25 @@ def _best(op: str, problem: Problem, dtype: str, first: bool, device: torch.devi
 
 def possible(path: str, problem: Problem, arch: int, first: bool) -> bool:
     """Whether ``path`` can run the product on such a GPU at all."""
+    if problem.slots is not None:
+        return _possible_multi(path, problem, arch, first)
+    if path not in PATHS:
+        return False
     if path == "one_pass":
         return _most_ranks_in_one_pass(problem) >= problem.R
     if path == "overlapped":
         # Dependent launches exist from Hopper on, and not under the interpreter.
         return arch >= 90 and not first and problem.weight and not interpreted()
     return problem.weight or path != "library"
+
+
+def _possible_multi(path: str, problem: Problem, arch: int, first: bool) -> bool:
+    if path not in MULTI_PATHS or problem.weight == (path == "added"):
+        return False
+    if path.endswith("_beside"):
+        waits_at_once = first and path.startswith("prefill")
+        return arch >= 90 and not waits_at_once and not interpreted()
+    return True
 
 
 def config_of(
@@ -170,7 +185,7 @@ def _understood(row: records.Row) -> bool:
     if not (shape and isinstance(kernel, str) and isinstance(dtype, str)):
         return False
     if kernel.startswith("path of "):
-        return row.get("path") in PATHS
+        return row.get("path") in EVERY_PATH
     return row.get("config") in [vars(config) for config in configs.CANDIDATES.get(kernel, ())]
 
 

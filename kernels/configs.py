@@ -44,6 +44,17 @@ class Gemm:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """Tiles of y [BM, BN], K in steps of BK, an adapter's ranks a row at a time."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Expand:
     """Tiles of y [BM, BN]."""
 
@@ -63,7 +74,7 @@ class Gradient:
     stages: int
 
 
-Config = OnePass | Shrink | Gemm | Expand | Gradient
+Config = OnePass | Shrink | Gemm | Decode | Expand | Gradient
 
 # For 2-byte elements; ``fitting`` makes of one what a call needs.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
@@ -106,6 +117,19 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Gradient(64, 128, 4, 3),
         Gradient(128, 64, 4, 3),
     ),
+    # Of many adapters. These two decide over the bits of a row's adapter part, so there is one each.
+    "multi_shrink": (Shrink(16, 256, 4, 3),),
+    "multi_expand": (Expand(16, 128, 4),),
+    "multi_decode": (
+        Decode(16, 32, 256, 4, 4),
+        Decode(16, 64, 128, 4, 4),
+        Decode(32, 32, 128, 4, 4),
+        Decode(64, 32, 128, 4, 4),
+        Decode(64, 64, 64, 8, 4),
+    ),
+    "multi_gemm": (Gemm(64, 64, 32, 8, 4, 4), Gemm(128, 128, 32, 8, 8, 4)),
+    "multi_gemm_tma": (Gemm(64, 128, 64, 8, 4, 4), Gemm(128, 128, 64, 8, 8, 4)),
+    "multi_gradient": (Gradient(32, 64, 4, 4), Gradient(64, 64, 4, 4)),
 }
 
 
@@ -185,6 +209,38 @@ def _gradient(M: int, N: int, arch: int) -> Config:
     return Gradient(64, 64, 4, 4)
 
 
+def _multi_shrink(M: int, N: int, arch: int) -> Config:
+    # 16 rows are what a tensor core takes, and of many adapters more are seldom found together.
+    return Shrink(16, 256, 4, 3)
+
+
+def _multi_expand(M: int, N: int, arch: int) -> Config:
+    return Expand(16, 128, 4)
+
+
+def _multi_decode(M: int, N: int, arch: int) -> Config:
+    # As ``one_pass``, whose stream of the weight this is; each row takes registers for its own b.
+    if M <= 16:
+        return Decode(16, 32, 256, 4, 4) if arch >= 90 else Decode(16, 64, 128, 4, 4)
+    return Decode(32, 32, 128, 4, 4) if M <= 32 else Decode(64, 32, 128, 4, 4)
+
+
+def _multi_gemm(M: int, N: int, arch: int) -> Config:
+    return _gemm(M, N, arch)
+
+
+def _multi_gemm_tma(M: int, N: int, arch: int) -> Config:
+    # Not the widest tile: beside its sums there is no register for choosing among rows.
+    if -(-M // 128) * -(-N // 128) >= 132:
+        return Gemm(128, 128, 64, 8, 8, 4)
+    return Gemm(64, 128, 64, 8, 4, 4)
+
+
+def _multi_gradient(M: int, N: int, arch: int) -> Config:
+    # An adapter's rows may be few: steps of 32 waste less.
+    return Gradient(32, 64, 4, 4)
+
+
 _DEFAULTS = {
     "one_pass": _one_pass,
     "shrink": _shrink,
@@ -193,4 +249,10 @@ _DEFAULTS = {
     "gemm_tma": _gemm_tma,
     "expand": _expand,
     "gradient": _gradient,
+    "multi_shrink": _multi_shrink,
+    "multi_expand": _multi_expand,
+    "multi_decode": _multi_decode,
+    "multi_gemm": _multi_gemm,
+    "multi_gemm_tma": _multi_gemm_tma,
+    "multi_gradient": _multi_gradient,
 }

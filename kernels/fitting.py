@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from fastlora.kernels.configs import (
     Config,
+    Decode,
     Expand,
     Gemm,
     Gradient,
@@ -60,6 +61,8 @@ def shared(config: Config, need: Need) -> int:
         return stages * config.BK * step
     if isinstance(config, Shrink):
         return stages * config.BK * (config.BM * need.size + ranks * need.lora_size)
+    if isinstance(config, Decode):
+        return stages * config.BK * (config.BM + config.BN) * need.size
     if isinstance(config, Gemm):
         tile = config.BM * config.BN * need.size
         return (stages * (config.BM + config.BN) * config.BK) * need.size + tile
@@ -110,6 +113,12 @@ def _fitted_shrink(config: Shrink, need: Need) -> Shrink:
     return config
 
 
+def _fitted_decode(config: Decode, need: Need) -> Decode:
+    if need.precise:
+        return Decode(min(config.BM, 32), 32, 16, 4, min(config.stages, 3))
+    return config
+
+
 def _fitted_gemm(config: Gemm, need: Need) -> Gemm:
     if need.precise:
         # Operands in registers: what 4 warps hold of 64 x 64 sums.
@@ -134,6 +143,7 @@ _FITTED = {
     OnePass: _fitted_one_pass,
     Shrink: _fitted_shrink,
     Gemm: _fitted_gemm,
+    Decode: _fitted_decode,
     Expand: _fitted_expand,
     Gradient: _fitted_gradient,
 }

@@ -20,8 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.configs import Gemm, rank_block
 from fastlora.kernels.launch import Dropout, compiled_as, device_of, dropout_arguments
-from fastlora.kernels.numerics import dot, narrow, precise, precision
+from fastlora.kernels.numerics import narrow, precise, precision
 from fastlora.kernels.rank import add_biases, rank_step, scaled, tile_of
+from fastlora.kernels.steps import base_steps, base_steps_tma
 
 
 @triton.jit
@@ -44,16 +45,9 @@ def _gemm(
                 acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
             )
             acc = scaled(acc, factor, p_seed, threshold, rows, column * BN, BM, BN, DROPOUT)
-        o_x = rows.to(tl.int64)[:, None] * s_x_m
-        o_w = columns.to(tl.int64)[None, :] * s_w_n
-        for first in range(0, K, BK):
-            inner = first + tl.arange(0, BK)
-            m_x = (rows[:, None] < M) & (inner[None, :] < K)
-            m_w = (inner[:, None] < K) & (columns[None, :] < N)
-            o_inner = inner.to(tl.int64)
-            b_x = tl.load(p_x + o_x + o_inner[None, :] * s_x_k, mask=m_x, other=0.0)  # [BM, BK]
-            b_w = tl.load(p_w + o_w + o_inner[:, None] * s_w_k, mask=m_w, other=0.0)  # [BK, BN]
-            acc = dot(b_x, b_w, acc, PRECISION)
+        acc = base_steps(
+            acc, p_x, p_w, rows, columns, M, N, K, s_x_m, s_x_k, s_w_k, s_w_n, BK, PRECISION
+        )
         if not FIRST:
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()
@@ -86,13 +80,9 @@ def _gemm_tma(
                 acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
             )
             acc = scaled(acc, factor, p_seed, threshold, rows, column * BN, BM, BN, DROPOUT)
-        for first in range(0, K, BK):
-            b_x = d_x.load([row * BM, first])  # [BM, BK]
-            if W_TRANSPOSED:
-                b_w = d_w.load([column * BN, first]).T  # [BK, BN]
-            else:
-                b_w = d_w.load([first, column * BN])  # [BK, BN]
-            acc = dot(b_x, b_w, acc, PRECISION)
+        acc = base_steps_tma(
+            acc, d_x, d_w, row * BM, column * BN, K, BK, W_TRANSPOSED, PRECISION
+        )
         if not FIRST:
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from fastlora.kernels.configs import rank_tile
 
 PATHS = ("one_pass", "two_pass", "overlapped", "library")
+# Of many adapters; without a base product there is one.
+MULTI_PATHS = ("decode", "decode_beside", "prefill", "prefill_beside", "library", "added")
 
 
 class Machine(NamedTuple):
@@ -38,6 +40,7 @@ class Problem(NamedTuple):
     lora_size: int = 0  # bytes of an element of the adapters; 0: the same
     masked: str = ""  # "x" or "y": where dropout is
     precise: bool = False  # float32 without tensor cores
+    slots: int | None = None  # of many adapters: how many there are
 
 
 # What our products reach of the library's rate: assumed. Ours without tensor cores are plain loops.
@@ -99,6 +102,36 @@ def predicted(path: str, p: Problem, on: Machine) -> float:
     return shrink(p, on, deep) + product + 2 * on.launch
 
 
+def predicted_multi(path: str, p: Problem, on: Machine) -> float:
+    """µs of a path of many adapters, all of which have rows, each as many."""
+    n = min(p.slots or 0, p.M)
+    narrow = p.size * p.M * p.K + (p.lora_size or p.size) * n * p.R * p.K
+    # Four waits for the memory a part of K, all parts at a time for few rows.
+    waits = (4 if p.M <= 64 else p.K / 256) * LATENCY
+    shrinking = max(narrow / on.bandwidth, waits)
+    factors = (p.lora_size or p.size) * n * p.R * p.N
+    written = 2 * p.size * p.M * p.N / on.bandwidth
+    if path in ("library", "added"):
+        expanding = written + max(factors / on.bandwidth, 2 * LATENCY)
+        return shrinking + expanding + (base(p, on) + on.launch if p.weight else 0) + 2 * on.launch
+    beside = path.endswith("_beside")
+    if path.startswith("decode"):
+        # Each 64 rows read the weight again, every row its b, both through L2.
+        again = (-(-p.M // 64) - 1) * p.size * p.K * p.N
+        from_l2 = (again + (p.lora_size or p.size) * p.M * p.R * p.N) / (3 * on.bandwidth)
+        wide = max(factors / on.bandwidth + from_l2, p.R / 8 * LATENCY)
+    else:
+        # A tile's adapters follow each other, each with a wait for its b.
+        a_tile = min(128, p.slots or 0, 1 + 128 * n / max(p.M, 1))
+        waves = max(1.0, -(-p.M // 128) * -(-p.N // 128) / 132)
+        wide = a_tile * max(1, p.R / 64) * LATENCY * waves
+    product = base(p, on, ours=True) + wide
+    if not beside:
+        return shrinking + product + 2 * on.launch
+    return max(product, shrinking + wide) + 0.1 * shrinking + on.launch
+
+
 def best(p: Problem, arch: int, allowed: tuple[str, ...]) -> str:
     """The allowed path of the least predicted time; of equals the first."""
-    return min(allowed, key=lambda path: predicted(path, p, machine(arch)))
+    predict = predicted if p.slots is None else predicted_multi
+    return min(allowed, key=lambda path: predict(path, p, machine(arch)))

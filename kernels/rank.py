@@ -60,7 +60,12 @@ def add_biases(
 @triton.jit
 def tile_of(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Tile (row, column) number ``index``: down GROUP rows, then right, so that L2 serves both."""
-    down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    return tile_among(index, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+
+
+@triton.jit
+def tile_among(index, down, across, GROUP: tl.constexpr):
+    """The same of ``down`` rows of tiles and ``across`` columns."""
     first = index // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
     within = index % (GROUP * across)

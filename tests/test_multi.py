@@ -239,7 +239,7 @@ def test_h_is_an_output_only(device, whole_backend):
     h = y.new_full((4, 3), math.nan)
     groups = F.group_rows(routing["adapter_ids"], 2)
     per_row = (routing["scalings"], routing["ranks"], routing["row_scales"])
-    given = (tensors["x"], tensors["lora_A"], tensors["lora_B"], groups.order, groups.starts)
+    given = (tensors["x"], tensors["lora_A"], tensors["lora_B"], *groups.tensors)
     torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, whole_backend)
     assert same_bits(y, want)
     assert (h != 0).sum(1).tolist() == [2, 0, 0, 2]

@@ -1,0 +1,21 @@
+"""The Triton kernels as ops: the backend ``"triton"``, of one adapter and of many."""
+
+from fastlora.kernels.lora import lora_add_, lora_linear, lora_linear_backward
+from fastlora.kernels.multi import (
+    multi_lora_add_,
+    multi_lora_linear,
+    multi_lora_linear_backward,
+    packed_lora_add_,
+    packed_lora_linear,
+)
+
+__all__ = [
+    "lora_add_",
+    "lora_linear",
+    "lora_linear_backward",
+    "multi_lora_add_",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
+    "packed_lora_add_",
+    "packed_lora_linear",
+]

@@ -1,0 +1,127 @@
+"""The base product of few rows with every row's own adapter: ``y[t] = x[t] @ w + s_t h[t] @ b``.
+
+x (T, K), w (K, N), h from ``multi_shrink``, usually in parts; b (S, R, N) or in pages; s_t is the
+adapter's scaling times the row's own; biases, one rounding. Of a packed projection every slice of
+columns has its own R columns of h.
+
+w streams through once a tile of rows; meanwhile the shrink runs beside (programmatic dependent
+launch), whose h is waited for after the K loop. Then a row at a time takes its own adapter's b, a
+rank after the other: no tile of other adapters, so nothing of theirs enters a row's sum, and
+ranks cost what they are. Moves e * (KN + T (K + N)) bytes for the product and e * n R (K + N) for
+n adapters, of which T R N come through L2. Computes 2 T N (K + R) flops: bound by reading w.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.adapters import (
+    factors_of,
+    load_h,
+    places,
+    ranks_of,
+    slice_of,
+    slots_of,
+)
+from fastlora.kernels.batch import Adapters, Rows
+from fastlora.kernels.configs import Decode
+from fastlora.kernels.launch import compiled_as, device_of
+from fastlora.kernels.multi_expand import tiles_of
+from fastlora.kernels.numerics import narrow, precision
+from fastlora.kernels.steps import base_steps
+
+# Ranks whose loads are under way at a time: a cache line of a dense B's ranks, and registers enough.
+RANKS_AT_A_TIME = 8
+
+
+@triton.jit
+def _multi_decode(
+    p_x, p_w, p_b, p_y, p_h, p_out, p_bias, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
+    T, K, R, S, pages, parts, ends,
+    s_x_t, s_x_k, s_w_k, s_w_n, s_y_t, s_y_n, s_h_part, s_h_t, s_b_slot, s_b_r, s_b_n, s_out,
+    s_table,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    which, begin, end, first_column = slice_of(tl.program_id(1), ends, BN)
+    columns = first_column + tl.arange(0, BN)
+    acc = tl.zeros([BM, BN], tl.float32)
+    acc = base_steps(
+        acc, p_x, p_w, rows, columns, T, end, K, s_x_t, s_x_k, s_w_k, s_w_n, BK, PRECISION
+    )
+    slots = slots_of(p_ids, rows, rows < T, S)
+    b_ranks = ranks_of(p_ranks, slots, R, RANKS)
+    b_factors = factors_of(p_scalings, p_row_scales, slots, rows, ROW_SCALES)
+    o_rows = rows.to(tl.int64)[:, None]
+    o_columns = columns.to(tl.int64)[None, :]
+    # Of an h that comes in parts, one program writes the sum, ranks that a row has not too.
+    kept = tl.where(first_column == begin, R, 0)
+    last = tl.maximum(tl.max(b_ranks), kept) if SPLIT else tl.max(b_ranks)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    for first in range(0, last, BR):
+        ranks = first + tl.arange(0, BR)
+        o_h = o_rows * s_h_t + (which * R + ranks)[None, :]
+        m_h = ranks[None, :] < b_ranks[:, None]
+        b_h = load_h(p_h, o_h, m_h, parts, s_h_part, SPLIT)  # [BM, BR]
+        if SPLIT:
+            o_out = o_rows * s_out + (which * R + ranks)[None, :]
+            m_out = (rows < T)[:, None] & (ranks < kept)[None, :]
+            tl.store(p_out + o_out, narrow(b_h, p_out.dtype.element_ty), mask=m_out)
+        b_h *= b_factors[:, None]
+        for i in tl.static_range(BR):
+            rank = first + i + tl.zeros([1], tl.int32)
+            o_rank, m_rank = places(
+                p_table, slots, rank, rank < b_ranks, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
+            )
+            m_b = m_rank[:, None] & (columns < end)[None, :]
+            b_b = tl.load(p_b + o_rank[:, None] + o_columns * s_b_n, mask=m_b, other=0.0)
+            # [BM], and 0 where a row has no such rank, so that its sum stays as it is.
+            b_one = tl.sum(tl.where(tl.arange(0, BR)[None, :] == i, b_h, 0.0), 1)
+            acc += b_one[:, None] * b_b.to(tl.float32)
+    if BIAS:
+        acc += tl.load(p_bias + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]
+    m_y = (rows < T)[:, None] & (columns < end)[None, :]
+    tl.store(p_y + o_rows * s_y_t + o_columns * s_y_n, narrow(acc, p_y.dtype.element_ty), mask=m_y)
+
+
+def multi_decode(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    h: torch.Tensor,
+    adapters: Adapters,
+    rows: Rows,
+    ends: tuple[int, ...],
+    config: Decode,
+    *,
+    out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """Fills y (T, N); h (T, C * R), or parts of it in float32, which ``out`` takes the sum of.
+
+    ends: of the C slices of columns, the last is N. overlap: launched while the shrink still runs.
+    """
+    (T, K), S, R = x.shape, adapters.S, adapters.R
+    split = h.dim() == 3
+    if T == 0 or (y.numel() == 0 and not split):
+        return
+    out = h if out is None else out
+    table, pages, s_table = adapters.pages
+    grid = triton.cdiv(T, config.BM), tiles_of(ends, config.BN)
+    options = {"launch_pdl": True} if overlap else {}
+    with device_of(x):
+        _multi_decode[grid](
+            x, w, adapters.b, y, h, out, y if bias is None else bias, *rows.pointers, table,
+            T, K, R if h.numel() else 0, S, pages, h.shape[0], ends,
+            *x.stride(), *w.stride(), *y.stride(), h.stride(0) if split else 0, h.stride(-2),
+            *adapters.b.stride(), out.stride(-2), s_table,
+            BM=config.BM, BN=config.BN, BK=config.BK, BR=RANKS_AT_A_TIME,
+            **rows.given, **adapters.form, SPLIT=split, BIAS=bias is not None, OVERLAP=overlap,
+            PRECISION=precision(x.dtype), **compiled_as(config), **options,
+        )  # fmt: skip

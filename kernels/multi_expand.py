@@ -1,0 +1,105 @@
+"""The wide half for rows of different adapters, onto any output: ``y[t] += s_t * h[t] @ b``.
+
+y (T, N), h (T, R), b (S, R, N) or in pages; s_t is the adapter's scaling times the row's own. Of a
+packed projection every slice of y's columns has its own R columns of h. One rounding.
+
+A program takes one adapter's rows among BM sorted ones and BN columns: it reads and writes no
+other row, so those of none are left alone, and a row's bits do not depend on the batch. Moves
+2 e TN bytes and e n R N, n the adapters present. Computes 2 T R N flops: bound by bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.adapters import factors_of, load_h, places, ranks_of, run_of, slice_of
+from fastlora.kernels.batch import Adapters, Rows, distinct
+from fastlora.kernels.configs import Expand, rank_block
+from fastlora.kernels.launch import compiled_as, device_of
+from fastlora.kernels.numerics import dot, narrow, precise, precision
+
+
+@triton.jit
+def _multi_expand(
+    p_y, p_h, p_b, p_out, p_order, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
+    T, R, S, pages, parts, ends,
+    s_y_t, s_y_n, s_h_part, s_h_t, s_b_slot, s_b_r, s_b_n, s_out, s_table,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    rows, mine, slot = run_of(p_order, p_ids, tl.program_id(0), tl.program_id(1), T, S, BM)
+    if slot == S:
+        return
+    which, begin, end, first_column = slice_of(tl.program_id(2), ends, BN)
+    columns = first_column + tl.arange(0, BN)
+    DTYPE: tl.constexpr = p_y.dtype.element_ty
+    r = ranks_of(p_ranks, slot, R, RANKS)
+    # Of an h that comes in parts, one program writes the sum, ranks that the adapter has not too.
+    kept = tl.where(first_column == begin, R, 0)
+    last = tl.maximum(r, kept) if SPLIT else r
+    acc = tl.zeros([BM, BN], tl.float32)
+    for first in range(0, last, BR):
+        ranks = first + tl.arange(0, BR)
+        o_h = rows[:, None] * s_h_t + (which * R + ranks)[None, :]
+        m_h = mine[:, None] & (ranks < r)[None, :]
+        b_h = narrow(load_h(p_h, o_h, m_h, parts, s_h_part, SPLIT), DTYPE)  # [BM, BR]
+        if SPLIT:
+            o_out = rows[:, None] * s_out + (which * R + ranks)[None, :]
+            tl.store(p_out + o_out, b_h, mask=mine[:, None] & (ranks < kept)[None, :])
+        o_rank, m_rank = places(
+            p_table, slot, ranks, ranks < r, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
+        )
+        o_b = o_rank[:, None] + columns.to(tl.int64)[None, :] * s_b_n
+        m_b = m_rank[:, None] & (columns < end)[None, :]
+        b_b = tl.load(p_b + o_b, mask=m_b, other=0.0)  # [BR, BN]
+        acc = dot(b_h, narrow(b_b, DTYPE), acc, PRECISION)
+    if r == 0:
+        return
+    b_factors = factors_of(p_scalings, p_row_scales, tl.where(mine, slot, -1), rows, ROW_SCALES)
+    o_y = rows[:, None] * s_y_t + columns.to(tl.int64)[None, :] * s_y_n
+    m_y = mine[:, None] & (columns < end)[None, :]
+    acc = acc * b_factors[:, None] + tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)
+    tl.store(p_y + o_y, narrow(acc, p_y.dtype.element_ty), mask=m_y)
+
+
+def multi_expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    adapters: Adapters,
+    rows: Rows,
+    ends: tuple[int, ...],
+    config: Expand,
+    *,
+    out: torch.Tensor | None = None,
+) -> None:
+    """Adds to y (T, N); h (T, C * R), or parts of it in float32, which ``out`` takes the sum of.
+
+    ends: of the C slices of y's columns, the last is N.
+    """
+    (T, N), S, R = y.shape, adapters.S, adapters.R
+    split = h.dim() == 3
+    if h.numel() == 0 or (N == 0 and not split):
+        return
+    out = h if out is None else out
+    BR = rank_block(R, 16 if precise(y.dtype) else 64)
+    table, pages, s_table = adapters.pages
+    tiles = tiles_of(ends, config.BN)
+    grid = triton.cdiv(T, config.BM), distinct(T, S, config.BM), tiles
+    with device_of(y):
+        _multi_expand[grid](
+            y, h, adapters.b, out, rows.order, *rows.pointers, table,
+            T, R, S, pages, h.shape[0], ends,
+            *y.stride(), h.stride(0) if split else 0, h.stride(-2), *adapters.b.stride(),
+            out.stride(-2), s_table,
+            BM=config.BM, BN=config.BN, BR=BR, **rows.given, **adapters.form,
+            SPLIT=split, PRECISION=precision(y.dtype), **compiled_as(config),
+        )  # fmt: skip
+
+
+def tiles_of(ends: tuple[int, ...], BN: int) -> int:
+    """How many tiles of columns the slices have, none across an end; one at least."""
+    starts = (0, *ends[:-1])
+    return max(1, sum(triton.cdiv(end - start, BN) for start, end in zip(starts, ends, strict=True)))
