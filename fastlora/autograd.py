@@ -6,7 +6,6 @@ nobody asked for are not computed. Backward is itself not differentiable: trying
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastlora import ops
+from fastlora.calls import as_rows, written_back
 
 
 class _Gradients(Function):
@@ -45,17 +45,6 @@ def _gradients(op: str, needs: tuple[bool, ...], *args: Any) -> tuple[Tensor | N
     twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     grads = iter(_Gradients.apply(op, *args) if twice else ops.call(op, *args))
     return tuple(next(grads) if need else None for need in needs)
-
-
-def _matrix(y: Tensor) -> Tensor:
-    return y.flatten(0, -2) if y.dim() > 1 else y.unsqueeze(0)
-
-
-def _written(y: Tensor, rows: Tensor) -> Tensor:
-    """y, once ``rows = _matrix(y)`` was written: copied back where rows could be no view of y."""
-    lead = [(y.shape[i], y.stride(i)) for i in range(y.dim() - 1) if y.shape[i] != 1]
-    view = all(outer == size * inner for (_, outer), (size, inner) in pairwise(lead))
-    return y if view else y.copy_(rows.view_as(y))
 
 
 def _vmap_in_place(function: type[Function], info: Any, in_dims: Any, *args: Any) -> Any:
@@ -108,9 +97,9 @@ class LoRAAdd(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         y, h, x, lora_A, lora_B, *rest = args
-        rows = _matrix(y)
+        rows = as_rows(y)
         ops.call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
-        return _written(y, rows)
+        return written_back(y, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,7 +115,7 @@ class LoRAAdd(Function):
         needs = (need_x, False, False, need_A, need_B, False)
         dx, _, _, dA, dB, _ = _gradients(
             "lora_linear_backward", needs,
-            _matrix(dy), x, None, lora_A, lora_B, h, *ctx.scalars, seed, needs, ctx.backend,
+            as_rows(dy), x, None, lora_A, lora_B, h, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
         return (dy if need_y else None, None, dx, dA, dB, None, None, None, None)
 
@@ -172,9 +161,9 @@ class MultiLoRAAdd(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         y, *rest = args
-        rows = _matrix(y)
+        rows = as_rows(y)
         ops.call("multi_lora_add_", rows, *rest)
-        return _written(y, rows)
+        return written_back(y, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,7 +179,7 @@ class MultiLoRAAdd(Function):
         needs = (need_x, False, False, need_A, need_B)
         dx, _, _, dA, dB = _gradients(
             "multi_lora_linear_backward", needs,
-            _matrix(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
+            as_rows(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
         )  # fmt: skip
         return (dy if need_y else None, None, dx, dA, dB, *(None,) * 7)
 

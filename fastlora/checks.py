@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.grouping import RowGroups
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -18,7 +16,7 @@ def autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as autocast casts a linear's operands, float64 left alone; else returns them."""
-    _tensor("x", x)
+    tensor("x", x)
     if not _autocasts(x):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -27,8 +25,8 @@ def autocast(
 
 def autocast_to(x: Tensor, y: Tensor) -> Tensor:
     """Under autocast x in y's dtype, which the base layer has chosen."""
-    _tensor("x", x)
-    _tensor("y", y)
+    tensor("x", x)
+    tensor("y", y)
     return x.to(y.dtype) if _autocasts(x) else x
 
 
@@ -57,98 +55,26 @@ def linear(
     bias: Tensor | None,
     lora_bias: Tensor | None,
 ) -> None:
-    N, K = _weight(weight)
-    _input(x, K, weight.dtype, weight.device)
+    N, K = matrix_of(weight)
+    input_of(x, K, weight.dtype, weight.device)
     _adapter(lora_A, lora_B, N, K, x)
-    _vector("bias", bias, N, x.dtype, x)
-    _vector("lora_bias", lora_bias, N, lora_B.dtype, x)
+    vector("bias", bias, N, x.dtype, x)
+    vector("lora_bias", lora_bias, N, lora_B.dtype, x)
 
 
 def added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    _tensor("lora_A", lora_A)
-    _tensor("lora_B", lora_B)
+    tensor("lora_A", lora_A)
+    tensor("lora_B", lora_B)
     N = lora_B.shape[0] if lora_B.dim() == 2 else -1
     K = lora_A.shape[1] if lora_A.dim() == 2 else -1
     _adapter(lora_A, lora_B, N, K, x)
-    _output(y, x, N, K)
-
-
-def multi(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    N, K = _weight(weight)
-    _input(x, K, weight.dtype, weight.device)
-    _slots(lora_A, lora_B, scalings, ranks, N, K, x)
-    _vector("bias", bias, N, x.dtype, x)
-
-
-def multi_added(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalings: Tensor, ranks: Tensor | None
-) -> None:
-    _tensor("lora_A", lora_A)
-    _tensor("lora_B", lora_B)
-    N = lora_B.shape[1] if lora_B.dim() == 3 else -1
-    K = lora_A.shape[2] if lora_A.dim() == 3 else -1
-    _slots(lora_A, lora_B, scalings, ranks, N, K, x)
-    _output(y, x, N, K)
-
-
-def adapter_ids(ids: Tensor, num_slots: int) -> None:
-    _tensor("adapter_ids", ids)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter_ids: expected int32 or int64, got {ids.dtype}")
-    if ids.dim() not in (1, 2):
-        raise ValueError(
-            f"adapter_ids: expected shape (T,), (B,) or (B, L), got {tuple(ids.shape)}"
-        )
-    if not isinstance(num_slots, int) or isinstance(num_slots, bool):
-        raise TypeError(f"num_slots: expected an int, got {type(num_slots).__name__}")
-    if num_slots < 0:
-        raise ValueError(f"num_slots: expected a count of adapter slots, got {num_slots}")
-
-
-def row_groups(groups: RowGroups, x: Tensor, num_slots: int) -> RowGroups:
-    """The groups of x's rows: as given, or every row's id repeated over the dimensions it leads."""
-    if groups.num_slots != num_slots:
-        raise ValueError(
-            f"adapter_ids: grouped for {groups.num_slots} slots, but lora_A has {num_slots}"
-        )
-    if groups.order.device != x.device:
-        raise ValueError(f"adapter_ids: expected them on {x.device}, got {groups.order.device}")
-    given, lead = groups.shape, tuple(x.shape[:-1])
-    if lead[: len(given)] != given or not lead:
-        raise ValueError(
-            f"adapter_ids: expected shape {lead[:1]} or {lead} for x {tuple(x.shape)}, got {given}"
-        )
-    return groups.repeat(math.prod(lead[len(given) :]))
-
-
-def row_scales(scales: Tensor, x: Tensor) -> Tensor:
-    """row_scales of shape (T,) or a leading part of x's, as one number a row (T,)."""
-    _tensor("row_scales", scales)
-    lead = tuple(x.shape[:-1])
-    if not scales.is_floating_point() or scales.device != x.device:
-        raise TypeError(
-            f"row_scales: expected floats on {x.device}, got {scales.dtype} on {scales.device}"
-        )
-    if lead[: scales.dim()] != tuple(scales.shape) or scales.dim() == 0:
-        raise ValueError(
-            f"row_scales: expected shape {lead[:1]} or {lead}, got {tuple(scales.shape)}"
-        )
-    rest = lead[scales.dim() :]
-    return scales.reshape(-1).repeat_interleave(math.prod(rest)) if rest else scales.reshape(-1)
+    output_of(y, x, N, K)
 
 
 def adapters(
     weight: Tensor, given: Sequence[tuple[Tensor, Tensor, float]]
 ) -> list[tuple[Tensor, Tensor, float]]:
-    N, K = _weight(weight)
+    N, K = matrix_of(weight)
     (row, column), whole = weight.stride(), weight.numel() > 0
     by_rows = N < 2 or row > (K - 1) * column
     by_columns = K < 2 or column > (N - 1) * row
@@ -186,13 +112,13 @@ def _cast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype) if isinstance(t, Tensor) and t.dtype in _FLOATS[:3] else t
 
 
-def _tensor(name: str, value: object) -> None:
+def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
-def _weight(weight: Tensor) -> tuple[int, int]:
-    _tensor("weight", weight)
+def matrix_of(weight: Tensor) -> tuple[int, int]:
+    tensor("weight", weight)
     shape = weight.shape
     if weight.dtype not in _FLOATS:
         raise TypeError(f"weight: expected one of {_names(_FLOATS)}, got {weight.dtype}")
@@ -201,7 +127,7 @@ def _weight(weight: Tensor) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _input(x: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
+def input_of(x: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
     shape = x.shape
     if not shape or shape[-1] != K:
         raise ValueError(f"x: expected shape (..., {K}), got {tuple(shape)}")
@@ -211,8 +137,8 @@ def _input(x: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"x: expected the weight's device {device}, got {x.device}")
 
 
-def _output(y: Tensor, x: Tensor, N: int, K: int) -> None:
-    _input(x, K, y.dtype, y.device)
+def output_of(y: Tensor, x: Tensor, N: int, K: int) -> None:
+    input_of(x, K, y.dtype, y.device)
     if y.dtype not in _FLOATS:
         raise TypeError(f"y: expected one of {_names(_FLOATS)}, got {y.dtype}")
     if y.shape != (*x.shape[:-1], N):
@@ -246,44 +172,18 @@ def not_differentiable(**tensors: object) -> None:
 
 
 def _adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:
-    _tensor("lora_A", lora_A)
-    _tensor("lora_B", lora_B)
+    tensor("lora_A", lora_A)
+    tensor("lora_B", lora_B)
     shape = lora_A.shape
     if len(shape) != 2 or shape[1] != K:
         raise ValueError(f"lora_A: expected shape (R, {K}), got {tuple(shape)}")
     R = shape[0]
     if tuple(lora_B.shape) != (N, R):
         raise ValueError(f"lora_B: expected shape ({N}, {R}), got {tuple(lora_B.shape)}")
-    _pair(lora_A, lora_B, x)
+    pair(lora_A, lora_B, x)
 
 
-def _slots(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    N: int,
-    K: int,
-    x: Tensor,
-) -> None:
-    _tensor("lora_A", lora_A)
-    _tensor("lora_B", lora_B)
-    shape = lora_A.shape
-    if len(shape) != 3 or shape[2] != K:
-        raise ValueError(f"lora_A: expected shape (S, R, {K}), got {tuple(shape)}")
-    S, R = shape[0], shape[1]
-    if tuple(lora_B.shape) != (S, N, R):
-        raise ValueError(f"lora_B: expected shape ({S}, {N}, {R}), got {tuple(lora_B.shape)}")
-    _pair(lora_A, lora_B, x)
-    _vector("scalings", scalings, S, torch.float32, x)
-    if ranks is not None:
-        _tensor("ranks", ranks)
-        if ranks.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"ranks: expected int32 or int64, got {ranks.dtype}")
-        _vector("ranks", ranks, S, ranks.dtype, x)
-
-
-def _pair(lora_A: Tensor, lora_B: Tensor, x: Tensor) -> None:
+def pair(lora_A: Tensor, lora_B: Tensor, x: Tensor) -> None:
     if lora_A.dtype not in _FLOATS:
         raise TypeError(f"lora_A: expected one of {_names(_FLOATS)}, got {lora_A.dtype}")
     if lora_B.dtype != lora_A.dtype:
@@ -294,10 +194,10 @@ def _pair(lora_A: Tensor, lora_B: Tensor, x: Tensor) -> None:
             raise ValueError(f"{name}: expected the device {device}, got {tensor.device}")
 
 
-def _vector(name: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:
+def vector(name: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Tensor) -> None:
     if value is None:
         return
-    _tensor(name, value)
+    tensor(name, value)
     if tuple(value.shape) != (size,):
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
     if value.dtype != dtype:

@@ -8,7 +8,13 @@ the native kernels do not take (a weight without unit columns, dropout) runs in 
 
 from fastlora.cpu_linear import lora_add_, lora_linear, lora_linear_backward
 from fastlora.cpu_merge import KERNEL, merge_, unmerge_
-from fastlora.cpu_multi import multi_lora_add_, multi_lora_linear, multi_lora_linear_backward
+from fastlora.cpu_multi import (
+    multi_lora_add_,
+    multi_lora_linear,
+    multi_lora_linear_backward,
+    packed_lora_add_,
+    packed_lora_linear,
+)
 from fastlora.reference import group_rows
 
 __all__ = [
@@ -21,5 +27,7 @@ __all__ = [
     "multi_lora_add_",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "packed_lora_add_",
+    "packed_lora_linear",
     "unmerge_",
 ]

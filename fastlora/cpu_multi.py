@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from fastlora.cpu_linear import (
     writable,
     written,
 )
-from fastlora.products import base_gradient
+from fastlora.packed import add_each
+from fastlora.products import base_gradient, linear
 
 
 def multi_lora_linear(
@@ -112,6 +114,19 @@ def run_multi(
             f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
         )
     native.check(code, "multi_lora_linear")
+
+
+def packed_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any, invariant: bool = False
+) -> Tensor:
+    plain = invariant and not readable(weight)
+    y = (linear if plain else product)(x, weight, bias, invariant)
+    packed_lora_add_(y, x, *packed, invariant=invariant)
+    return y
+
+
+def packed_lora_add_(y: Tensor, x: Tensor, *packed: Any, invariant: bool = False) -> None:
+    add_each(multi_lora_add_, y, x, *packed, invariant=invariant)
 
 
 def multi_lora_linear_backward(

@@ -29,13 +29,31 @@ from fastlora import native
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 _MODULES = {
-    "triton": "fastlora.kernels.lora",
+    "triton": "fastlora.kernels.backend",
     "cpu": "fastlora.cpu",
     "torch": "fastlora.reference",
 }
 _ABSENT = {"cuda": "this version holds no CUDA kernels"}
 # Which ops a backend has, if not all; what it lacks the next one runs.
-OPS = {"triton": ("lora_linear", "lora_add_", "lora_linear_backward")}
+OPS = {
+    "triton": (
+        "lora_linear",
+        "lora_add_",
+        "lora_linear_backward",
+        "multi_lora_linear",
+        "multi_lora_add_",
+        "multi_lora_linear_backward",
+        "packed_lora_linear",
+        "packed_lora_add_",
+    )
+}
+# Without which an op is not used: what runs forward must run backward.
+_BACKWARD = {
+    "lora_linear": "lora_linear_backward",
+    "lora_add_": "lora_linear_backward",
+    "multi_lora_linear": "multi_lora_linear_backward",
+    "multi_lora_add_": "multi_lora_linear_backward",
+}
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_RANKS = 512
 
@@ -228,7 +246,7 @@ def verified_paths(
     choice = importlib.import_module("fastlora.kernels.choice")
     arch = importlib.import_module("fastlora.kernels.launch").arch_of(device)
     name = None if dtype is None else choice.dtype_name(dtype, lora_dtype or dtype)
-    backward = choice.verified("lora_linear_backward", name, arch)
+    backward = choice.verified(_BACKWARD.get(op, op), name, arch)
     return choice.verified(op, name, arch) if backward else ()
 
 

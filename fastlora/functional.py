@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as nnf
 
 from fastlora import checks, dispatch, dropout, invariance, ops
-from fastlora.autograd import LoRAAdd, LoRALinear, MultiLoRAAdd, MultiLoRALinear
+from fastlora.autograd import LoRAAdd, LoRALinear
+from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch
+from fastlora.functional_multi import group_rows, multi_lora_add_, multi_lora_linear
 from fastlora.grouping import RowGroups
 from fastlora.receipt import Adapter, MergeReceipt, columns
 
@@ -61,9 +62,9 @@ def lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
-    backend = invariance.marked(dispatch.choose("lora_linear", *_kind(x, lora_A)))
-    args = (_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
-    tracked = _tracked(x, weight, bias, lora_A, lora_B, lora_bias)
+    backend = invariance.marked(dispatch.choose("lora_linear", *kind_of(x, lora_A)))
+    args = (as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
+    tracked = is_tracked(x, weight, bias, lora_A, lora_B, lora_bias)
     y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
@@ -96,85 +97,13 @@ def lora_add_(
     checks.added(y, x, lora_A, lora_B)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
-    rows, tracked = _rows(x), _tracked(y, x, lora_A, lora_B)
+    rows, tracked = as_rows(x), is_tracked(y, x, lora_A, lora_B)
     if tracked:
-        rows = _kept(rows, y)
-    h = _scratch(lora_A.shape[0], rows, lora_A, seed)
-    backend = invariance.marked(dispatch.choose("lora_add_", *_kind(x, lora_A)))
+        rows = kept(rows, y)
+    h = scratch(lora_A.shape[0], rows, lora_A, seed)
+    backend = invariance.marked(dispatch.choose("lora_add_", *kind_of(x, lora_A)))
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
     return LoRAAdd.apply(*args) if tracked else LoRAAdd.forward(*args)
-
-
-def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
-    """Sorts the rows of a batch by adapter, once for every layer that sees the batch.
-
-    adapter_ids: int32 or int64 (T,), (B,) or (B, L), values in [-1, num_slots), -1 = no adapter.
-    Host ids out of range raise ValueError; on a device, which is not waited for, they count as -1.
-    """
-    checks.adapter_ids(adapter_ids, num_slots)
-    backend = dispatch.choose("group_rows", adapter_ids.device)
-    ids, order, starts = ops.call("group_rows", adapter_ids.reshape(-1), num_slots, backend)
-    return RowGroups(ids, order, starts, num_slots, tuple(adapter_ids.shape))
-
-
-def multi_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    adapter_ids: Tensor | RowGroups,
-    scalings: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ranks: Tensor | None = None,
-    row_scales: Tensor | None = None,
-) -> Tensor:
-    """``x @ weight.T + bias`` plus, for each row, its own adapter's ``scaling * (x @ A.T) @ B.T``.
-
-    x (T, K) with adapter_ids (T,), or x (B, L, K) with ids (B,) or (B, L), or what ``group_rows``
-    made of them; -1 = no adapter. lora_A (S, R, K), lora_B (S, N, R); scalings float32 (S,); ranks
-    int (S,): what lies past a slot's rank is ignored whatever it holds; row_scales float (T,) or of
-    the ids' shape multiplies a row's adapter part. Differentiable in x, weight, bias, lora_A,
-    lora_B.
-
-    Raises TypeError or ValueError naming the argument that does not fit; ids as in ``group_rows``.
-    """
-    x, weight, bias = checks.autocast(x, weight, bias)
-    checks.multi(x, weight, lora_A, lora_B, scalings, ranks, bias)
-    checks.not_differentiable(scalings=scalings, row_scales=row_scales)
-    groups = _groups(adapter_ids, x, lora_A.shape[0])
-    routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    backend = invariance.marked(dispatch.choose("multi_lora_linear", *_kind(x, lora_A)))
-    args = (_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
-    tracked = _tracked(x, weight, bias, lora_A, lora_B)
-    y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def multi_lora_add_(
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    adapter_ids: Tensor | RowGroups,
-    scalings: Tensor,
-    *,
-    ranks: Tensor | None = None,
-    row_scales: Tensor | None = None,
-) -> Tensor:
-    """Adds each row's adapter part to y in place, as in ``multi_lora_linear``; returns y."""
-    x = checks.autocast_to(x, y)
-    checks.multi_added(y, x, lora_A, lora_B, scalings, ranks)
-    checks.not_differentiable(scalings=scalings, row_scales=row_scales)
-    groups = _groups(adapter_ids, x, lora_A.shape[0])
-    routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    rows, tracked = _rows(x), _tracked(y, x, lora_A, lora_B)
-    if tracked:
-        rows = _kept(rows, y)
-    h = _scratch(lora_A.shape[1], rows, lora_A, *groups.tensors, ranks)
-    backend = invariance.marked(dispatch.choose("multi_lora_add_", *_kind(x, lora_A)))
-    args = (y, h, rows, lora_A, lora_B, *routing, backend)
-    return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
 
 @torch.no_grad()
@@ -217,51 +146,3 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
 def _dropout(p: float, training: bool, x: Tensor) -> tuple[float, Tensor | None]:
     drops = training and dropout.threshold(p) > 0
     return (p, dropout.new_seed(x.device)) if drops else (0.0, None)
-
-
-def _kind(x: Tensor, lora_A: Tensor) -> tuple[torch.device, torch.dtype, torch.dtype, int]:
-    """What decides about the backend of a call."""
-    return x.device, x.dtype, lora_A.dtype, lora_A.shape[-2]
-
-
-def _rows(x: Tensor) -> Tensor:
-    if x.dim() == 2:
-        return x
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
-
-def _kept(rows: Tensor, y: Tensor) -> Tensor:
-    """x as backward will need it, although y is written: a copy where the two share memory."""
-    checks.tracked_output(y)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return rows
-    shared = torch._C._is_alias_of(y, rows)  # pyright: ignore[reportAttributeAccessIssue]
-    return rows.clone() if shared else rows
-
-
-def _scratch(R: int, x: Tensor, *others: Tensor | None) -> Tensor:
-    """An empty h (M, R); under vmap it is batched where anything is that it will be made of."""
-    if not torch._C._are_functorch_transforms_active():
-        return x.new_empty(x.shape[0], R)
-    parts = [t.new_zeros((), dtype=x.dtype) for t in (x, *others) if t is not None]
-    return torch.stack(parts).sum().expand(x.shape[0], R).clone()
-
-
-def _tracked(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see the call: a Function costs a decode step more than the op does.
-
-    Under torch.func, and in forward mode, tensors do not tell: there it always sees the call.
-    """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _groups(adapter_ids: Tensor | RowGroups, x: Tensor, num_slots: int) -> RowGroups:
-    if not isinstance(adapter_ids, RowGroups):
-        adapter_ids = group_rows(adapter_ids, num_slots)
-    return checks.row_groups(adapter_ids, x, num_slots)
-
-
-def _row_scales(row_scales: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if row_scales is None else checks.row_scales(row_scales, x)

@@ -24,10 +24,20 @@ _DROPOUT = "float scaling, float dropout_p, Tensor? seed"
 _GROUPS = (
     "Tensor ids, Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? row_scales"
 )
+_PACKED = "Tensor? table, int[] ends"
 _LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings"
 
 # Those that give each row of x a row of y, and may be asked to do so whatever the others are.
-_ROWS = ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_")
+_ROWS = (
+    "lora_linear",
+    "lora_add_",
+    "multi_lora_linear",
+    "multi_lora_add_",
+    "packed_lora_linear",
+    "packed_lora_add_",
+)
+# Those that nothing differentiates or maps over.
+_ALONE = ("packed_lora_linear", "packed_lora_add_", "merge_", "unmerge_")
 
 SCHEMAS = {
     "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, Tensor? lora_bias, "
@@ -43,6 +53,10 @@ SCHEMAS = {
     "str backend) -> ()",
     "multi_lora_linear_backward": f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTER}, Tensor h, "
     f"{_GROUPS}, bool[] needs, str backend) -> Tensor[]",
+    "packed_lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, {_PACKED}, "
+    f"{_GROUPS}, str backend) -> Tensor",
+    "packed_lora_add_": f"(Tensor(a!) y, Tensor x, {_ADAPTER}, {_PACKED}, {_GROUPS}, "
+    "str backend) -> ()",
     "merge_": f"(Tensor(a!) weight, {_LIST}, bool receipt, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "unmerge_": f"(Tensor(a!) weight, {_LIST}, Tensor positions, Tensor bits, Tensor counts, "
@@ -114,6 +128,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "multi_lora_linear": _fake_lora_linear,
     "multi_lora_add_": _fake_in_place,
     "multi_lora_linear_backward": _fake_backward(_multi_gradients),
+    "packed_lora_linear": lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    "packed_lora_add_": _fake_in_place,
     "merge_": _fake_merge_,
     "unmerge_": _fake_in_place,
 }
@@ -203,5 +219,5 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _implementations[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", FAKES[_name], lib=_library)
-    if _name not in ("merge_", "unmerge_"):
+    if _name not in _ALONE:
         torch.library.register_vmap(f"fastlora::{_name}", _vmap_rule(_name), lib=_library)

@@ -32,6 +32,8 @@ from fastlora.reference_multi import (
     multi_lora_add_,
     multi_lora_linear,
     multi_lora_linear_backward,
+    packed_lora_add_,
+    packed_lora_linear,
 )
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "multi_lora_add_",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "packed_lora_add_",
+    "packed_lora_linear",
     "unmerge_",
 ]
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlora.packed import add_each
 from fastlora.products import adapter_gradient, alone, base_gradient, linear
 
 # Scattered rows that are gathered at a time: bounds what is held beside y to so many rows of N.
@@ -88,6 +90,18 @@ def multi_lora_add_(
         h[rows, :r] = h_rows
         h_rows = row_scaled(h_rows, row_scales, rows)
         _add_product(y, rows, h_rows, B, scaling)
+
+
+def packed_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any, invariant: bool = False
+) -> Tensor:
+    y = linear(x, weight, bias, invariant)
+    packed_lora_add_(y, x, *packed, invariant=invariant)
+    return y
+
+
+def packed_lora_add_(y: Tensor, x: Tensor, *packed: Any, invariant: bool = False) -> None:
+    add_each(multi_lora_add_, y, x, *packed, invariant=invariant)
 
 
 def multi_lora_linear_backward(

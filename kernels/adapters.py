@@ -25,11 +25,11 @@ def slots_of(p_ids, rows, mask, S):
 @triton.jit
 def ranks_of(p_ranks, slots, R, RANKS: tl.constexpr):
     """How many ranks slots have, tile or scalar: at most R, none for -1."""
+    b_ranks = tl.where(slots >= 0, R, 0)
     if RANKS:
-        b_ranks = tl.load(p_ranks + slots, mask=slots >= 0, other=0)
-        return tl.minimum(tl.maximum(b_ranks, 0), R).to(tl.int32)
-    else:
-        return tl.where(slots >= 0, R, 0)
+        b_given = tl.load(p_ranks + slots, mask=slots >= 0, other=0)
+        b_ranks = tl.minimum(tl.maximum(b_given, 0), R).to(tl.int32)
+    return b_ranks
 
 
 @triton.jit
@@ -74,9 +74,10 @@ def places(
         o_table = slots.to(tl.int64) * s_table + ranks // PAGE
         b_pages = tl.load(p_table + o_table, mask=wanted, other=-1)
         wanted = wanted & (b_pages >= 0) & (b_pages < pages)
-        return b_pages.to(tl.int64) * s_slot + (ranks % PAGE).to(tl.int64) * s_rank, wanted
+        o_rows = b_pages.to(tl.int64) * s_slot + (ranks % PAGE).to(tl.int64) * s_rank
     else:
-        return slots.to(tl.int64) * s_slot + ranks.to(tl.int64) * s_rank, wanted
+        o_rows = slots.to(tl.int64) * s_slot + ranks.to(tl.int64) * s_rank
+    return o_rows, wanted
 
 
 @triton.jit

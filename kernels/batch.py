@@ -96,4 +96,3 @@ class Adapters:
 def distinct(rows: int, S: int, tile: int) -> int:
     """How many adapters, none among them, a tile of rows holds at most."""
     return max(1, min(rows, tile, S + 1))
-

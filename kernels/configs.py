@@ -117,7 +117,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Gradient(64, 128, 4, 3),
         Gradient(128, 64, 4, 3),
     ),
-    # Of many adapters. These two decide over the bits of a row's adapter part, so there is one each.
+    # Of many adapters. The first two decide over the bits of a row's adapter part: one each.
     "multi_shrink": (Shrink(16, 256, 4, 3),),
     "multi_expand": (Expand(16, 128, 4),),
     "multi_decode": (

@@ -80,9 +80,7 @@ def _gemm_tma(
                 acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
             )
             acc = scaled(acc, factor, p_seed, threshold, rows, column * BN, BM, BN, DROPOUT)
-        acc = base_steps_tma(
-            acc, d_x, d_w, row * BM, column * BN, K, BK, W_TRANSPOSED, PRECISION
-        )
+        acc = base_steps_tma(acc, d_x, d_w, row * BM, column * BN, K, BK, W_TRANSPOSED, PRECISION)
         if not FIRST:
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()

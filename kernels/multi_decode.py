@@ -32,7 +32,7 @@ from fastlora.kernels.multi_expand import tiles_of
 from fastlora.kernels.numerics import narrow, precision
 from fastlora.kernels.steps import base_steps
 
-# Ranks whose loads are under way at a time: a cache line of a dense B's ranks, and registers enough.
+# Ranks whose loads are under way at a time: more of them spill registers.
 RANKS_AT_A_TIME = 8
 
 

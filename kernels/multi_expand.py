@@ -10,6 +10,8 @@ other row, so those of none are left alone, and a row's bits do not depend on th
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -101,5 +103,5 @@ def multi_expand(
 
 def tiles_of(ends: tuple[int, ...], BN: int) -> int:
     """How many tiles of columns the slices have, none across an end; one at least."""
-    starts = (0, *ends[:-1])
-    return max(1, sum(triton.cdiv(end - start, BN) for start, end in zip(starts, ends, strict=True)))
+    widths = (end - begin for begin, end in pairwise((0, *ends)))
+    return max(1, sum(triton.cdiv(width, BN) for width in widths))

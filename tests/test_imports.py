@@ -24,12 +24,24 @@ LAYERS = {
     "settings and files": ["config", "adapter_files", "wrapping"],
     "rows of a batch": ["routing"],
     "functions": ["functional"],
+    "functions of many adapters": ["functional_multi"],
     "gradients": ["autograd"],
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
     "backends": ["reference", "reference_multi", "cpu", "cpu_linear", "cpu_multi", "cpu_merge"],
     "what was asked for": ["invariance"],
-    "helpers": ["checks", "receipt", "exact", "delta", "dropout", "grouping", "products", "native"],
+    "checks of calls": ["calls", "checks_multi"],
+    "helpers": [
+        "checks",
+        "receipt",
+        "exact",
+        "delta",
+        "dropout",
+        "grouping",
+        "products",
+        "native",
+        "packed",
+    ],
 }
 
 # What importing a file may import besides the standard library and fastlora. Inside its functions

@@ -39,6 +39,9 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
     y, h, dy, bias, seed = rand(M, N), rand(M, R), rand(M, N), rand(N), torch.tensor(7)
     groups = ops.group_rows(IDS, S, backend)
     some, every = (*groups, SCALINGS, None, None), (*groups, SCALINGS, RANKS, rand(M))
+    # Pages of two ranks, for each of two slices.
+    table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32)
+    packed = (rand(3, 4, K), rand(3, N, 2), table)
     merged, adapters = weight.clone(), ([A, A], [B, B], [0.5, 0.25])
     parts = ops.merge_(merged, *adapters, True, backend)
     plain, dropped = (0.5, 0.0, None), (0.5, 0.25, seed)
@@ -57,6 +60,10 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
         "multi_lora_add_ 2": (y, h, x, As, Bs, *every),
         "multi_lora_linear_backward 1": (dy, x, weight, As, Bs, h, *some, [True] * 5),
         "multi_lora_linear_backward 2": (dy, x, None, As, Bs, h, *every, multi_needs),
+        "packed_lora_linear 1": (x, weight, None, As, Bs, None, [N], *some),
+        "packed_lora_linear 2": (x, weight, bias, *packed, [1, N], *every),
+        "packed_lora_add_ 1": (y, x, As, Bs, None, [N], *some),
+        "packed_lora_add_ 2": (y, x, *packed, [1, N], *every),
         "merge_ 1": (weight, *adapters, True),
         "merge_ 2": (weight, [], [], [], False),
         "unmerge_ 1": (merged, *adapters, *parts),
@@ -80,7 +87,7 @@ def test_one_list_of_ops():
 @pytest.mark.parametrize("call", [call for call in raw_calls() if "_ " in call])
 def test_in_place_ops_bump_versions(call, whole_backend):
     args = raw_calls(whole_backend)[call]
-    written = args[: 1 if "merge" in call else 2]
+    written = args[: 1 if "merge" in call or "packed" in call else 2]
     before = [t._version for t in written]
     getattr(ops, call.split()[0])(*args, whole_backend)
     assert all(t._version > old for t, old in zip(written, before, strict=True))
