@@ -132,7 +132,7 @@ def _fitted_gemm(config: Gemm, need: Need) -> Gemm:
 
 
 def _fitted_expand(config: Expand, need: Need) -> Expand:
-    return replace(config, BM=64, BN=64) if need.precise else config
+    return replace(config, BM=min(config.BM, 64), BN=64) if need.precise else config
 
 
 def _fitted_gradient(config: Gradient, need: Need) -> Gradient:

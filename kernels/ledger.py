@@ -125,7 +125,11 @@ def predicted_multi(path: str, p: Problem, on: Machine) -> float:
         a_tile = min(128, p.slots or 0, 1 + 128 * n / max(p.M, 1))
         waves = max(1.0, -(-p.M // 128) * -(-p.N // 128) / 132)
         wide = a_tile * max(1, p.R / 64) * LATENCY * waves
-    product = base(p, on, ours=True) + wide
+    product = base(p, on, ours=True)
+    if path.startswith("prefill"):
+        # It takes half of the SMs to draw all of the memory's bandwidth: few tiles do not.
+        product *= max(1.0, 66 / (-(-p.M // 128) * -(-p.N // 128)))
+    product += wide
     if not beside:
         return shrinking + product + 2 * on.launch
     return max(product, shrinking + wide) + 0.1 * shrinking + on.launch

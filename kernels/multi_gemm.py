@@ -138,7 +138,7 @@ def multi_gemm(
     strides = (h.stride(0), *adapters.b.stride(), s_table)
     options = {
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.GROUP,
-        "BR": rank_block(R, 16 if precise(x.dtype) else 32),
+        "BR": rank_block(R, 16 if precise(x.dtype) or adapters.table is not None else 32),
         **rows.given, **adapters.form, "FIRST": first, "BIAS": bias is not None,
         "OVERLAP": overlap, "PRECISION": precision(x.dtype), **compiled_as(config),
     }  # fmt: skip

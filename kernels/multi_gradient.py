@@ -19,7 +19,7 @@ from fastlora.kernels.adapters import ranks_of
 from fastlora.kernels.batch import Rows
 from fastlora.kernels.configs import Gradient, rank_block
 from fastlora.kernels.launch import compiled_as, device_of
-from fastlora.kernels.numerics import dot, narrow, precision
+from fastlora.kernels.numerics import dot, narrow, precise, precision
 
 
 @triton.jit
@@ -69,7 +69,8 @@ def multi_gradient(
     S, R, C = out.shape
     if out.numel() == 0:
         return
-    BR = rank_block(R)
+    # Products without tensor cores hold their operands in registers.
+    BR = rank_block(R, 32 if precise(x.dtype) else 64)
     _, *pointers = rows.pointers
     with device_of(x):
         _multi_gradient[(triton.cdiv(C, config.BC), triton.cdiv(R, BR), S)](

@@ -97,7 +97,8 @@ def _prefill(p: MultiProduct, beside: bool = False) -> None:
         p.x, p.adapters, p.rows, p.h, p.config("multi_shrink"),
         slices=len(p.ends), scaled=scaled, overlap=beside,
     )  # fmt: skip
-    tma = arch_of(p.x.device) >= 90 and fits_tma(p.x, p.w, p.y)
+    # Descriptors feed tensor cores: without those both would want the registers.
+    tma = arch_of(p.x.device) >= 90 and fits_tma(p.x, p.w, p.y) and not precise(p.x.dtype)
     config = p.config("multi_gemm_tma" if tma else "multi_gemm")
     if tma and not ends_fit(p.ends, config.BN):
         tma, config = False, p.config("multi_gemm")

@@ -62,7 +62,7 @@ def test_a_row_has_its_bits_in_every_batch(dtype, lora_bias, backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_many_adapters(dtype, whole_backend):
+def test_with_many_adapters(dtype, backend):
     x, weight, _, _ = operands(dtype)
     A = signed(S, R, K, dtype=dtype, device=CPU, size=K**-0.5)
     B = signed(S, N, R, dtype=dtype, device=CPU)

@@ -23,7 +23,7 @@ from tests.helpers import (
     unchanged,
 )
 
-pytestmark = pytest.mark.usefixtures("whole_backend")
+pytestmark = pytest.mark.usefixtures("backend")
 
 CPU = torch.device("cpu")
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -229,7 +229,7 @@ def test_poison_reaches_nobody(through, poison, device):
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_h_is_an_output_only(device, whole_backend):
+def test_h_is_an_output_only(device, backend):
     """NaN in scratch is overwritten, also where a row has no adapter or its slot a lower rank."""
     ids = torch.tensor([0, -1, 1, 0])
     tensors, routing = batch((4,), ids, 9, 7, 3, 2, torch.float32, torch.float32, device)
@@ -240,7 +240,7 @@ def test_h_is_an_output_only(device, whole_backend):
     groups = F.group_rows(routing["adapter_ids"], 2)
     per_row = (routing["scalings"], routing["ranks"], routing["row_scales"])
     given = (tensors["x"], tensors["lora_A"], tensors["lora_B"], *groups.tensors)
-    torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, whole_backend)
+    torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, backend)
     assert same_bits(y, want)
     assert (h != 0).sum(1).tolist() == [2, 0, 0, 2]
 
@@ -258,7 +258,7 @@ def test_a_rank_out_of_range_reads_nothing_out_of_bounds(rank, device):
     "needed, gemms",
     [(("x",), 5), (("weight",), 1), (("bias",), 0), (("lora_A",), 4), (("lora_B",), 2)],
 )
-def test_only_the_gradients_asked_for_are_computed(needed, gemms, whole_backend):
+def test_only_the_gradients_asked_for_are_computed(needed, gemms, backend):
     ids = torch.tensor([0, 0, -1, 1, 1])  # two adapters, neighbours each
     tensors, routing = batch((5,), ids, 9, 7, 3, 2, torch.float32, torch.float32, CPU)
     routing["ranks"] = torch.tensor([3, 2])
@@ -267,15 +267,15 @@ def test_only_the_gradients_asked_for_are_computed(needed, gemms, whole_backend)
     dy = torch.ones_like(y := whole(F.multi_lora_linear, part, routing))
     with Spy() as spy:
         y.backward(dy)
-    assert spy.gemms == gemms or whole_backend != "torch"
+    assert spy.gemms == gemms or backend != "torch"
     for name in NAMES:
         assert (part[name].grad is None) == (name not in needed)
         assert part[name].grad is None or same_bits(part[name].grad, every[name].grad)
 
 
 @pytest.mark.parametrize("workload", ["distinct", "blocks"])
-@pytest.mark.parametrize("whole_backend", ["torch"], indirect=True)
-def test_memory(workload, whole_backend):
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_memory(workload, backend):
     """One M*N tensor, the result; nothing N*K; rows that lie apart are gathered few at a time."""
     M, N, K, R, S = 1500, 260, 300, 4, 2
     ids = WORKLOADS[workload](M, S)
