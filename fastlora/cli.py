@@ -229,7 +229,7 @@ def _verified(device: torch.device) -> list[str]:
 def verified_lines(verified: Callable[[str, str], tuple[str, ...]]) -> list[str]:
     """A line an op: its verified paths, with the dtypes that share them."""
     lines = []
-    for op in selftest.OPS:
+    for op in (*selftest.OPS, *selftest.MULTI_OPS):
         dtypes: dict[tuple[str, ...], list[str]] = {}
         for dtype in DTYPES:
             dtypes.setdefault(verified(op, dtype), []).append(dtype)

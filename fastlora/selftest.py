@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,38 @@ import torch
 
 from fastlora import dispatch
 from fastlora.formula import DTYPES, Case, Subject, WrongResult, cases
+from fastlora.formula_multi import MultiCase, MultiSubject, multi_cases
 from fastlora.stamps import Stamps, poisoned
 
 OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
+MULTI_OPS = (
+    "multi_lora_linear",
+    "multi_lora_add_",
+    "multi_lora_linear_backward",
+    "packed_lora_linear",
+    "packed_lora_add_",
+)
 BACKENDS = ("torch", "cpu", "triton")
 
 
 def paths_of(backend: str) -> tuple[str | None, ...]:
     if backend != "triton":
         return (None,)
-    return importlib.import_module("fastlora.kernels.ledger").PATHS
+    return importlib.import_module("fastlora.kernels.choice").EVERY_PATH
 
 
-def possible(op: str, path: str | None, case: Case, name: str, device: torch.device) -> bool:
+def possible(
+    op: str, path: str | None, case: Case | MultiCase, name: str, device: torch.device
+) -> bool:
     """Whether the path can run the case, which is one for this op."""
-    if op != "lora_linear_backward" and not case.weight:
+    backward = op.endswith("_backward")
+    if not backward and not case.weight:
+        return False
+    if (
+        isinstance(case, MultiCase)
+        and not op.startswith("packed")
+        and (case.slices, case.page) != (1, 0)
+    ):
         return False
     if path is None:
         return True
@@ -39,12 +56,16 @@ def possible(op: str, path: str | None, case: Case, name: str, device: torch.dev
     ledger = importlib.import_module("fastlora.kernels.ledger")
     launch = importlib.import_module("fastlora.kernels.launch")
     M, K, N, R = case[:4]
-    dtype, backward = DTYPES[name][0], op == "lora_linear_backward"
+    dtype = DTYPES[name][0]
     inner, outer = (N, K) if backward else (K, N)
-    weight = case.weight and op != "lora_add_"
-    masked = "" if not case.dropout else "y" if backward else "x"
-    problem = ledger.Problem(M, inner, outer, R, dtype.itemsize, weight, masked=masked)
-    first = dtype == torch.float16 or (backward and case.dropout > 0)
+    weight = case.weight and not op.endswith("add_")
+    problem = ledger.Problem(M, inner, outer, R, dtype.itemsize, weight)
+    first = dtype == torch.float16
+    if isinstance(case, MultiCase):
+        problem = problem._replace(slots=case.S)
+    elif case.dropout:
+        problem = problem._replace(masked="y" if backward else "x")
+        first = first or backward
     return choice.possible(path, problem, launch.arch_of(device), first)
 
 
@@ -70,9 +91,12 @@ def check(
         draw = torch.Generator().manual_seed(seed)
         with fp32_precision(name):
             subjects = [Subject(case, name, device, draw) for case in cases(quick, gpu)]
+            many = [MultiSubject(case, name, device, draw) for case in multi_cases(quick, gpu)]
+            by_op: dict[str, Sequence[Subject]] = dict.fromkeys(OPS, subjects)
+            by_op.update(dict.fromkeys(MULTI_OPS, many))
             for backend in backends:
                 for path in paths_of(backend):
-                    failures, dead = _line(backend, path, name, device, subjects, stamps, say)
+                    failures, dead = _line(backend, path, name, device, by_op, stamps, say)
                     passed = passed and not failures
                     if dead:
                         say("CUDA does not recover from this in one process: stopped here")
@@ -84,12 +108,13 @@ def check(
 
 
 def _line(
-    backend: str, path: str | None, name: str, device: torch.device, subjects: list[Subject],
+    backend: str, path: str | None, name: str, device: torch.device,
+    by_op: Mapping[str, Sequence[Subject]],
     stamps: Stamps | None, say: Callable[[str], None],
 ) -> tuple[list[str], bool]:  # fmt: skip
     """One line of the table: its failures, and whether the device is lost."""
     checks, worst, failures, dead = 0, 0.0, [], False
-    for op in OPS:
+    for op, subjects in by_op.items():
         function = dispatch.implementation(op, backend)
         function = function if path is None else partial(function, path=path)
         before, failed, wrong = checks, len(failures), False

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # fastlora/ or for everything in a folder. fastlora.kernels is below all.
 LAYERS = {
     "commands": ["__main__", "cli", "demo"],
-    "checks and timings": ["selftest", "tuning", "jobs", "formula", "stamps", "progress"],
+    "checks and timings": ["selftest", "tuning", "jobs", "stamps", "progress"],
+    "what is checked for many adapters": ["formula_multi"],
+    "what is checked": ["formula"],
     "facade": ["__init__"],
     "beyond one model": ["serving", "integrations"],
     "models": ["inject", "checkpoint", "merging", "training"],

@@ -48,10 +48,14 @@ def backend(monkeypatch, cache):
 
             def run(*args: object, path: str):
                 results = getattr(reference, op)(*args)
-                written = list(args[:2]) if op == "lora_add_" else list(results)
+                in_place = op.endswith("add_")
+                written = list(args[: 1 if "packed" in op else 2]) if in_place else results
+                written = [written] if isinstance(written, torch.Tensor) else list(written)
                 changed = spoil(op, path, written)
-                if op == "lora_add_":
+                if in_place:
                     return None
+                if op == "packed_lora_linear":
+                    return results if changed is None else changed[0]
                 return results if changed is None else changed
 
             return run
@@ -95,6 +99,9 @@ def test_the_kernels_pass_under_the_interpreter(tmp_path):
         ("one_pass", "passed"),
         ("two_pass", "passed"),
         ("library", "passed"),
+        ("decode", "passed"),
+        ("prefill", "passed"),
+        ("added", "passed"),
     ]
     assert "nothing is stamped" in done.stdout
     assert not rows(tmp_path)
@@ -110,7 +117,13 @@ def test_what_passes_is_stamped(backend, cache):
     linear = {"lora_linear", "lora_linear_backward"}
     wide = {(op, "library") for op in linear} | {(op, "overlapped") for op in linear}
     # Under the interpreter nothing overlaps.
-    assert both <= found <= both | wide
+    many = ("decode", "decode_beside", "prefill", "prefill_beside", "library")
+    products = ("multi_lora_linear", "multi_lora_linear_backward", "packed_lora_linear")
+    multi = {(op, path) for op in products for path in many}
+    # Without a weight there is one path, of backward too.
+    multi |= {(op, "added") for op in selftest.MULTI_OPS}
+    assert both <= found <= both | wide | multi
+    assert {path for op, path in found if op == "packed_lora_add_"} == {"added"}
     assert all(row["dtype"] == "bf16" and FACTS.items() <= row.items() for row in rows(cache))
 
 
@@ -124,14 +137,14 @@ def one_nan(op, path, results):
 
 def unwritten(op, path, results):
     """As an op that leaves its last element as it was allocated."""
-    if op == "lora_add_":
-        results[1][-1:] = torch.empty_like(results[1][-1:])
+    if op.endswith("add_"):
+        results[-1][-1:] = torch.empty_like(results[-1][-1:])
         return None
     return [torch.empty_like(results[0]), *results[1:]]
 
 
 def other_dtype(op, path, results):
-    if op == "lora_add_":
+    if op.endswith("add_"):
         raise TypeError("an argument that the compiler does not take")
     return [result.double() for result in results]
 
@@ -185,7 +198,8 @@ def test_one_op_of_a_path_may_fail_alone(backend, cache):
     backend(lambda op, path, results: scaled(op, path, results) if op == "lora_add_" else None)
     passed, said = check()
     assert not passed
-    assert {row["op"] for row in stamped(cache)} == {"lora_linear", "lora_linear_backward"}
+    every = {*selftest.OPS, *selftest.MULTI_OPS}
+    assert {row["op"] for row in stamped(cache)} == every - {"lora_add_"}
     assert all("lora_add_" in line for line in said if line.startswith("    "))
 
 

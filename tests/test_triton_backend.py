@@ -17,7 +17,23 @@ import fastlora
 from fastlora import dispatch
 from fastlora import functional as F
 from fastlora.modules import FastLoRALinear
-from tests.calls import IDS, SCALINGS, SINGLE, M, N, R, add, linear, multi_add, operands, rand
+from tests.calls import (
+    IDS,
+    RANKS,
+    SCALINGS,
+    SINGLE,
+    K,
+    M,
+    N,
+    R,
+    S,
+    add,
+    linear,
+    multi_add,
+    multi_linear,
+    operands,
+    rand,
+)
 from tests.helpers import assert_near, same_bits, signed
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -80,6 +96,34 @@ def raw_calls(device):
             (dy, x, weight, A, B, h, *plain, [True] * 6),
             (dy, x, None, A, B, h, *dropped, [True, False, False] * 2),
         ],
+        **multi_calls(device),
+    }
+
+
+def multi_calls(device):
+    x, weight, As, Bs = (t.to(device) for t in operands(multi_linear))
+    y, h, dy, bias = (rand(M, n).to(device) for n in (N, R, N, 1))
+    groups = F.group_rows(IDS.to(device), S)
+    own = (SCALINGS.to(device), RANKS.to(device), rand(M).to(device))
+    some, every = (*groups.tensors, own[0], None, None), (*groups.tensors, *own)
+    # Pages of two ranks, for each of two slices.
+    table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32, device=device)
+    pages = (rand(3, 4, K).to(device), rand(3, N, 2).to(device), table, [1, N])
+    return {
+        "multi_lora_linear": [
+            (x, weight, None, As, Bs, *some),
+            (x, weight, rand(N).to(device), As, Bs, *every),
+        ],
+        "multi_lora_add_": [(y, h, x, As, Bs, *some), (y, h, x, As, Bs, *every)],
+        "multi_lora_linear_backward": [
+            (dy, x, weight, As, Bs, h, *some, [True] * 5),
+            (dy, x, None, As, Bs, h, *every, [True, False, False, True, False]),
+        ],
+        "packed_lora_linear": [
+            (x, weight, None, As, Bs, None, [N], *some),
+            (x, weight, None, *pages, *every),
+        ],
+        "packed_lora_add_": [(y, x, As, Bs, None, [N], *some), (y, x, *pages, *every)],
     }
 
 
@@ -90,11 +134,11 @@ def test_opcheck(op, device, on_triton):
 
 
 def test_the_list_of_its_ops_is_true(on_triton):
-    from fastlora.kernels import lora
+    from fastlora.kernels import backend
 
     assert set(raw_calls("cpu")) == set(dispatch.OPS["triton"])
     for op in dispatch.OPS["triton"]:
-        assert dispatch.implementation(op, "triton") is getattr(lora, op)
+        assert dispatch.implementation(op, "triton") is getattr(backend, op)
 
 
 def test_in_place_writes_bump_versions(device, on_triton):
@@ -254,7 +298,7 @@ def test_ops_that_it_lacks_run_elsewhere_and_say_so_once(device, on_triton, capl
             F.multi_lora_linear(*args, IDS.to(device), SCALINGS.to(device))
     said = [r.message for r in caplog.records]
     assert len(said) == len(set(said))
-    assert any("has no multi_lora_linear" in message for message in said)
+    assert any("has no group_rows" in message for message in said)
 
 
 def test_mixed_devices_are_refused_before_a_backend_is_asked(on_triton):
