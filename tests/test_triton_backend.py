@@ -102,7 +102,7 @@ def raw_calls(device):
 
 def multi_calls(device):
     x, weight, As, Bs = (t.to(device) for t in operands(multi_linear))
-    y, h, dy, bias = (rand(M, n).to(device) for n in (N, R, N, 1))
+    y, h, dy = (rand(M, n).to(device) for n in (N, R, N))
     groups = F.group_rows(IDS.to(device), S)
     own = (SCALINGS.to(device), RANKS.to(device), rand(M).to(device))
     some, every = (*groups.tensors, own[0], None, None), (*groups.tensors, *own)
