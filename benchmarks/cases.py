@@ -16,6 +16,7 @@ from benchmarks.work import Case
 SUITES = ("linear", "multi", "merge")
 
 FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
+INVARIANT = Linear(backward=False, invariant=True)
 DECODE, PREFILL, MIXED = Multi("decode"), Multi("prefill"), Multi("mixed")
 MERGE, MERGE_UNMERGE = Merge(unmerge=False), Merge(unmerge=True)
 
@@ -52,6 +53,9 @@ CPU = (
     Case(PREFILL, "cpu", "bf16", {"B": 8, "L": 128, **_WIDE, "S": 16}, workload="uniform"),
     Case(PREFILL, "cpu", "fp32", {"B": 4, "L": 128, **_NARROW, "S": 4}, workload="zipf"),
     Case(MIXED, "cpu", "fp32", {"T": 128, **_NARROW, "S": 8}, workload="skewed"),
+    Case(INVARIANT, "cpu", "bf16", {"M": 32, **_WIDE}),
+    Case(INVARIANT, "cpu", "bf16", {"M": 512, **_WIDE}),
+    Case(INVARIANT, "cpu", "fp32", {"M": 512, **_WIDE}),
     Case(MERGE, "cpu", "fp32", _WIDE),
     Case(MERGE, "cpu", "bf16", _WIDE),
     Case(MERGE, "cpu", "bf16", _WIDE, lora_dtype="fp32"),
@@ -81,26 +85,43 @@ def _single(work: Linear, dropout: float) -> list[Case]:
     ]
 
 
+def _many() -> list[Case]:
+    """Rows by adapters present by ranks: one layer's width in full, of the other a part."""
+    found = []
+    for K, N in ((4096, 4096), (4096, 14336)):
+        for R, ranks in ((16, ""), (64, ""), (128, "mixed")):
+            for T in (32, 256, 1, 2048, 8, 128):
+                for S in (8, 32, 128, 1):
+                    if S > T:
+                        continue
+                    # So many rows are prefilled, a sequence for each adapter, eight at least.
+                    B = max(8, S)
+                    rows = {"B": B, "L": T // B} if T == 2048 else {"T": T}
+                    case = Case(
+                        PREFILL if T == 2048 else DECODE,
+                        "cuda",
+                        "bf16",
+                        {**rows, **_layer(R, K, N), "S": S},
+                        workload="distinct",
+                        ranks=ranks,
+                        quick=(T, S, R, N) == (32, 8, 16, 4096),
+                        full=(K != N or R != 16) and (T, S) not in ((32, 32), (256, 8), (1, 1)),
+                    )
+                    found.append(case)
+    return found
+
+
 CUDA = (
     *_single(FORWARD, 0.0),
     *_single(TRAIN, 0.0),
     *_single(TRAIN, 0.1),
     *_single(FORWARD, 0.1),
     Case(TRAIN, "cuda", "bf16", {"M": 8192, **_layer(16)}, lora_dtype="fp32"),
-    *(
-        Case(
-            DECODE, "cuda", "bf16", {"T": T, **_layer(R), "S": S}, workload=workload, quick=T == 16
-        )
-        for T, S, R, workload in (
-            (16, 8, 16, "uniform"),
-            (64, 64, 16, "distinct"),
-            (256, 128, 16, "zipf"),
-            (256, 8, 16, "skewed"),
-            (64, 8, 64, "uniform"),
-            (1, 1, 16, "identical"),
-        )
-    ),
+    *_many(),
     Case(PREFILL, "cuda", "bf16", {"B": 4, "L": 512, **_layer(16), "S": 8}, workload="zipf"),
+    Case(DECODE, "cuda", "bf16", {"T": 256, **_layer(16), "S": 128}, workload="zipf"),
+    Case(DECODE, "cuda", "bf16", {"T": 256, **_layer(16), "S": 8}, workload="skewed"),
+    *(Case(INVARIANT, "cuda", "bf16", {"M": M, **_layer(16)}) for M in (1, 64, 2048)),
     Case(MIXED, "cuda", "bf16", {"T": 1024, **_layer(16), "S": 8}, workload="zipf"),
     Case(MERGE, "cuda", "bf16", _layer(16), quick=True),
     Case(MERGE, "cuda", "bf16", _layer(64)),

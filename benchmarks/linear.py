@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from benchmarks.paths import along
 from benchmarks.peers import peft_linear, torch_keep
 from benchmarks.truth import oracle
-from benchmarks.work import BASE, DTYPES, Absent, Call, Case, Operands, Outputs, Work, sampled, wide
-from fastlora import dropout, use_backend
+from benchmarks.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
+from fastlora import batch_invariant, dropout
 from fastlora import functional as F
 
 SCALING = 2.0
@@ -28,7 +29,7 @@ class Linear(Work):
 
     suite = "linear"
 
-    def __init__(self, *, backward: bool) -> None:
+    def __init__(self, *, backward: bool, invariant: bool = False) -> None:
         self.backward = backward
         self.name = "linear-train" if backward else "linear-forward"
         self.providers = {
@@ -37,7 +38,12 @@ class Linear(Work):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
-        self.gpu_providers = {path: partial(self._path, path) for path in PATHS}
+        if invariant:
+            # What it costs that a row has its bits in every batch.
+            self.name = "linear-invariant"
+            self.providers["fastlora-invariant"] = self._invariant
+        else:
+            self.gpu_providers = {path: partial(along, path, self._fastlora) for path in PATHS}
 
     def operands(self, case: Case, seed: int) -> Operands:
         M, K, N, R = (case.shape[k] for k in "MKNR")
@@ -83,19 +89,14 @@ class Linear(Work):
 
         return self._call(o, forward, [x, lora_A, lora_B])
 
-    def _path(self, path: str, case: Case, o: Operands) -> Call:
-        """fastlora with its Triton kernels along one path, verified or not."""
-        try:
-            from fastlora.kernels.choice import use_path
-        except ImportError as error:
-            raise Absent(f"triton cannot be imported: {error}") from error
+    def _invariant(self, case: Case, o: Operands) -> Call:
         call = self._fastlora(case, o)
 
-        def along_the_path() -> Outputs:
-            with use_backend("triton"), use_path(path):
+        def invariant() -> Outputs:
+            with batch_invariant():
                 return call()
 
-        return along_the_path
+        return invariant
 
     def _call(self, o: Operands, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
         if not self.backward:

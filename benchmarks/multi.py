@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from benchmarks.paths import along
 from benchmarks.peers import peft_linear
 from benchmarks.truth import oracle
-from benchmarks.work import BASE, Call, Case, Operands, Outputs, Work, sampled, wide
+from benchmarks.work import BASE, Absent, Call, Case, Operands, Outputs, Work, sampled, wide
 from benchmarks.workloads import adapter_ids
 from fastlora import functional as F
 
 _MIXED_SEQUENCES = 4
+# Of the Triton kernels; kernels/ledger.py has the list, but importing it needs triton. "library" is
+# how others serve: the library's product, then a launch to shrink and one to expand.
+PATHS = ("decode", "decode_beside", "prefill", "prefill_beside", "library")
+# What slots have in turn where ranks are mixed, as far as R goes.
+_RANKS = (8, 16, 32, 64, 128)
 
 
 class Multi(Work):
@@ -32,6 +40,8 @@ class Multi(Work):
         if phase != "mixed":
             # Copies an adapter for every row or sequence: of use while they are few.
             self.providers["torch-gather"] = _torch_gather
+        self.gpu_providers = {path: partial(along, path, _fastlora) for path in PATHS}
+        self.gpu_providers["merged"] = _merged
 
     def operands(self, case: Case, seed: int) -> Operands:
         K, N, R, S = (case.shape[k] for k in "KNRS")
@@ -42,13 +52,22 @@ class Multi(Work):
             ids = ids[:: case.shape["L"]]
         else:
             x = case.tensor(draw, case.shape["T"], K)
+        weight = case.tensor(draw, N, K, scale=K**-0.5)
+        # Deltas of different adapters differ by about half of the output.
+        lora_A = case.adapter(draw, S, R, K, scale=K**-0.5)
+        lora_B = case.adapter(draw, S, N, R, scale=0.5 * R**-0.5)
+        ranks = torch.tensor(_ranks(case), device=case.device)
+        for slot, r in enumerate(ranks.tolist()):
+            # Zero past the rank: right too for those who know one rank alone.
+            lora_A[slot, r:] = 0
+            lora_B[slot, :, r:] = 0
         return {
             "x": x,
-            "weight": case.tensor(draw, N, K, scale=K**-0.5),
-            # Deltas of different adapters differ by about half of the output.
-            "lora_A": case.adapter(draw, S, R, K, scale=K**-0.5),
-            "lora_B": case.adapter(draw, S, N, R, scale=0.5 * R**-0.5),
+            "weight": weight,
+            "lora_A": lora_A,
+            "lora_B": lora_B,
             "ids": ids.to(case.device),
+            "ranks": ranks,
             "scalings": torch.linspace(0.75, 1.25, S, device=case.device),
         }
 
@@ -65,7 +84,7 @@ class Multi(Work):
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
         rows = sampled(_rows(case))
-        o = {name: wide(t) for name, t in operands.items() if name != "ids"}
+        o = {name: wide(t) for name, t in operands.items() if name not in ("ids", "ranks")}
         ids = operands["ids"].cpu()
         if self.phase == "prefill":
             ids = ids.repeat_interleave(case.shape["L"])
@@ -80,18 +99,24 @@ class Multi(Work):
         return {"y": outputs["y"].detach().flatten(0, -2).cpu()[sampled(_rows(case))]}
 
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
-        T, (K, N, R) = _rows(case), (case.shape[k] for k in "KNR")
-        used = set(self._row_ids(case, 0).tolist()) - {-1}
+        T, (K, N) = _rows(case), (case.shape[k] for k in "KN")
         size, lora_size = case.element_sizes
         flops, moved = 2 * T * K * N, size * (K * N + T * (K + N))
         if provider != BASE:
-            flops += 2 * T * R * (K + N)
-            moved += lora_size * len(used) * R * (K + N)
+            ids, ranks = self._row_ids(case, 0), torch.tensor([*_ranks(case), 0])
+            flops += 2 * int(ranks[ids].sum()) * (K + N)
+            moved += lora_size * int(ranks[ids.unique()].sum()) * (K + N)
         return flops, moved
 
 
 def _rows(case: Case) -> int:
     return case.shape["T"] if "T" in case.shape else case.shape["B"] * case.shape["L"]
+
+
+def _ranks(case: Case) -> list[int]:
+    """Of each slot."""
+    S, R = case.shape["S"], case.shape["R"]
+    return [min(R, _RANKS[slot % len(_RANKS)]) if case.ranks else R for slot in range(S)]
 
 
 def _base(case: Case, o: Operands) -> Call:
@@ -103,8 +128,9 @@ def _torch(case: Case, o: Operands) -> Call:
     x, ids = o["x"], o["ids"]
     T, N = x.shape[:-1].numel(), o["weight"].shape[0]
     of_row = ids.repeat_interleave(T // ids.numel())
+    ranks = o["ranks"].tolist()
     groups = [
-        (slot, (of_row == slot).nonzero().flatten(), float(o["scalings"][slot]))
+        (slot, ranks[slot], (of_row == slot).nonzero().flatten(), float(o["scalings"][slot]))
         for slot in of_row.unique().tolist()
         if slot >= 0
     ]
@@ -112,8 +138,8 @@ def _torch(case: Case, o: Operands) -> Call:
     def call() -> Outputs:
         y = nnf.linear(x, o["weight"])
         rows_x, rows_y = x.view(T, -1), y.view(T, N)
-        for slot, rows, scaling in groups:
-            lora_A, lora_B = o["lora_A"][slot].to(x.dtype), o["lora_B"][slot].to(x.dtype)
+        for slot, r, rows, scaling in groups:
+            lora_A, lora_B = o["lora_A"][slot, :r].to(x.dtype), o["lora_B"][slot, :, :r].to(x.dtype)
             rows_y.index_add_(0, rows, (rows_x[rows] @ lora_A.T) @ lora_B.T, alpha=scaling)
         return {"y": y}
 
@@ -138,8 +164,9 @@ def _torch_gather(case: Case, o: Operands) -> Call:
 
 def _peft(case: Case, o: Operands) -> Call:
     """Its mixed batch: ``adapter_names``, one for each element of the batch."""
-    parts = zip(o["lora_A"], o["lora_B"], o["scalings"].tolist(), strict=True)
-    layer = peft_linear(o["weight"], list(parts))
+    slots = enumerate(zip(o["ranks"].tolist(), o["scalings"].tolist(), strict=True))
+    parts = [(o["lora_A"][i, :r], o["lora_B"][i, :, :r], scaling) for i, (r, scaling) in slots]
+    layer = peft_linear(o["weight"], parts)
     names = ["__base__" if i < 0 else str(i) for i in o["ids"].tolist()]
     return lambda: {"y": layer(o["x"], adapter_names=names)}
 
@@ -147,4 +174,15 @@ def _peft(case: Case, o: Operands) -> Call:
 def _fastlora(case: Case, o: Operands) -> Call:
     groups = F.group_rows(o["ids"], case.shape["S"])
     args = (o["x"], o["weight"], o["lora_A"], o["lora_B"], groups, o["scalings"])
-    return lambda: {"y": F.multi_lora_linear(*args)}
+    ranks = o["ranks"] if case.ranks else None
+    return lambda: {"y": F.multi_lora_linear(*args, ranks=ranks)}
+
+
+def _merged(case: Case, o: Operands) -> Call:
+    """The one adapter of all rows merged into the weight beforehand."""
+    if case.shape["S"] > 1:
+        raise Absent("a weight has one adapter merged at a time")
+    r, scaling = int(o["ranks"][0]), float(o["scalings"][0])
+    delta = scaling * o["lora_B"][0, :, :r].float() @ o["lora_A"][0, :r].float()
+    weight = (o["weight"].float() + delta).to(o["weight"].dtype)
+    return lambda: {"y": nnf.linear(o["x"], weight)}

@@ -78,6 +78,7 @@ def _copy(operands: Operands) -> Operands:
 
 def _line(case: Case, provider: str, verdict: gate.Verdict) -> Line:
     flops, moved = case.work.cost(case, provider)
+    limit = case.work.limit(case, provider) if case.device == "cuda" and flops else None
     errors = {k: {"error": e, "bound": b} for k, (e, b) in verdict.errors.items()}
     return {
         **identity(case),
@@ -87,6 +88,7 @@ def _line(case: Case, provider: str, verdict: gate.Verdict) -> Line:
         "gate": errors,
         "flops": flops,
         "bytes": moved,
+        "limit": limit,
     }
 
 

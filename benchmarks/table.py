@@ -8,10 +8,11 @@ from benchmarks.one import Line
 from benchmarks.work import BASE
 
 _WIDTHS = {
-    "provider": 13,
+    "provider": 18,
     "ms": 10,
     "cpu ms": 10,
     "/ base": 8,
+    "limit": 7,
     "p20 to p80": 15,
     "cpu/base": 9,
     "TFLOP/s": 9,
@@ -55,6 +56,7 @@ def _of(line: Line) -> str:
             f"{line['ms']['p50']:.4g}",
             f"{line['cpu_ms']['p50']:.4g}",
             f"{ratio['p50']:.3f}" if ratio else "-",
+            f"{line['limit']:.3f}" if line.get("limit") else "-",
             f"{ratio['p20']:.3f} to {ratio['p80']:.3f}" if ratio else "-",
             f"{line['cpu_ratio']['p50']:.3f}" if ratio else "-",
             f"{line['tflops']:.3g}",

@@ -19,6 +19,10 @@ Outputs = dict[str, Tensor]
 Call = Callable[[], Outputs]
 Builder = Callable[["Case", Operands], Call]
 
+# Of the GPU that limits are told for, an H200: bytes a second, read and written, and half-precision
+# flops a second, as copies and the library's products reach there.
+BANDWIDTH, FLOPS = 4.3e12, 790e12
+
 _TINY = {"M": 9, "T": 12, "B": 3, "L": 5, "K": 40, "N": 56, "R": 4, "S": 5}
 
 
@@ -55,6 +59,15 @@ class Work(ABC):
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
         """Floating-point operations and bytes, each operand moved once."""
 
+    def limit(self, case: Case, provider: str) -> float:
+        """The least ratio to the base that memory and arithmetic allow, of half precision."""
+
+        def seconds(whose: str) -> float:
+            flops, moved = self.cost(case, whose)
+            return max(moved / BANDWIDTH, flops / FLOPS)
+
+        return seconds(provider) / seconds(BASE)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -67,6 +80,7 @@ class Case:
     lora_dtype: str = ""  # "": the same as dtype
     dropout: float = 0.0
     workload: str = ""
+    ranks: str = ""  # "mixed": slots of 8 to R ranks
     quick: bool = False
     full: bool = False  # measured with --full alone
 
@@ -83,6 +97,7 @@ class Case:
     def name(self) -> str:
         parts = [self.work.name, self.dtype, *(f"{k}{v}" for k, v in self.shape.items())]
         parts += [self.workload] if self.workload else []
+        parts += [f"ranks_{self.ranks}"] if self.ranks else []
         parts += [f"lora_{self.lora_dtype}"] if self.lora_dtype else []
         parts += [f"dropout{self.dropout}"] if self.dropout else []
         return "-".join(parts)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as nnf
 
-from benchmarks import cases, gate, machine, one, runner, table, timer
+from benchmarks import cases, gate, linear, machine, multi, one, runner, table, timer
 from benchmarks.__main__ import main
 from benchmarks.linear import SCALING, Linear
 from benchmarks.merge import Merge
@@ -246,18 +246,33 @@ def test_a_crash_costs_one_case_of_its_process(tmp_path):
 
 def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
     """On a GPU; here they are interpreted, and held to the same gate."""
-    from fastlora.kernels.ledger import PATHS
-
     pytest.importorskip("triton", reason="triton is not installed")
-    case = linear_case()
-    assert set(PATHS).isdisjoint(case.providers)
-    assert set(PATHS) <= set(dataclasses.replace(case, device="cuda").providers)
+    from fastlora.kernels.ledger import MULTI_PATHS, PATHS
+
+    def held(case: Case, paths: tuple[str, ...]) -> None:
+        assert set(paths).isdisjoint(case.providers)
+        assert set(paths) <= set(dataclasses.replace(case, device="cuda").providers)
+        case.work.providers |= case.work.gpu_providers
+        verdicts = gate.check(case, one.SEED)
+        assert {path: verdicts[path].status for path in paths} == dict.fromkeys(paths, "ok")
+
+    assert linear.PATHS == PATHS
+    assert (*multi.PATHS, "added") == MULTI_PATHS
     for backward in (False, True):
-        work = Linear(backward=backward)
-        work.providers |= work.gpu_providers
-        dropped = dataclasses.replace(case, work=work, dropout=0.2)
-        verdicts = gate.check(dropped, one.SEED)
-        assert {path: verdicts[path].status for path in PATHS} == dict.fromkeys(PATHS, "ok")
+        case = dataclasses.replace(linear_case(), work=Linear(backward=backward), dropout=0.2)
+        held(case, PATHS)
+    sizes = {"T": 9, "K": 24, "N": 40, "R": 12, "S": 3}
+    mixed = Case(Multi("decode"), "cpu", "bf16", sizes, workload="distinct", ranks="mixed")
+    held(mixed, multi.PATHS)
+
+
+def test_limits_are_what_is_moved_and_computed():
+    """A decode step's: the weight, x, y and the adapters in use, of the ranks that they have."""
+    sizes = {"T": 32, "K": 4096, "N": 4096, "R": 128, "S": 5}
+    case = Case(Multi("decode"), "cuda", "bf16", sizes, workload="distinct", ranks="mixed")
+    base, ranks = 4096 * 4096 + 32 * 8192, 8 + 16 + 32 + 64 + 128
+    assert case.work.limit(case, "fastlora") == pytest.approx((base + ranks * 8192) / base)
+    assert case.work.limit(case, "base") == 1.0
 
 
 BLOCKED = ("peft", "transformers", "accelerate", "rich", "matplotlib", "pytest_benchmark")
