@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as nnf
 
 from fastlora import checks, checks_multi, dispatch, invariance, ops
 from fastlora.autograd import MultiLoRAAdd, MultiLoRALinear
@@ -70,6 +71,9 @@ def multi_lora_linear(
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
     backend = invariance.marked(dispatch.choose("multi_lora_linear", *kind_of(x, lora_A)))
+    if groups.nobody and backend == "triton":
+        # The library's product is all there is to do, and no kernel of ours does it better.
+        return nnf.linear(x, weight, bias)
     args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
     tracked = is_tracked(x, weight, bias, lora_A, lora_B)
     y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)

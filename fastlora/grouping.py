@@ -15,7 +15,8 @@ class RowGroups:
     ids: (T,) int32 in [-1, S). order: (T,) int64, the rows by slot, those without adapter first,
     natural order within a slot. starts: (S + 1,) int64: slot s has
     ``order[starts[s]:starts[s+1]]``.
-    shape: that of the ids it was made from, (T,), (B,) or (B, L).
+    shape: that of the ids it was made from, (T,), (B,) or (B, L). nobody: known on the host to hold
+    no adapter at all.
     """
 
     ids: Tensor
@@ -23,6 +24,7 @@ class RowGroups:
     starts: Tensor
     num_slots: int
     shape: tuple[int, ...]
+    nobody: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,4 +42,5 @@ class RowGroups:
             starts=self.starts * count,
             num_slots=self.num_slots,
             shape=(*self.shape, count),
+            nobody=self.nobody,
         )

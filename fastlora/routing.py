@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,5 +59,6 @@ class Routing:
         if key not in self.groups:
             ids = slots.repeat_interleave(rows // given) if given else slots
             groups = F.group_rows(ids.to(x.device), self.num_slots)
+            groups = replace(groups, nobody=not bool((slots >= 0).any()))
             self.groups[key] = groups.repeat(inner[0]) if len(inner) == 1 else groups
         return self.groups[key]

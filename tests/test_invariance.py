@@ -82,7 +82,7 @@ def test_with_many_adapters(dtype, backend):
     every = torch.arange(M)
     with fastlora.batch_invariant():
         whole, added = call(every), add(every)
-        for rows in batches(M, 50):
+        for rows in batches(M, 1 if backend == "triton" else 50):
             assert same_bits(call(rows), whole[rows])
             assert same_bits(add(rows), added[rows])
         without = ids < 0

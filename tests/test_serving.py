@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel
+from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel, dispatch
+from fastlora.routing import Routing
 from tests.helpers import same_bits
 from tests.models import (
     TOLERANCE,
@@ -257,3 +258,26 @@ def test_copies_and_casts_serve_too(folder):
     half = logits(twin.to(torch.bfloat16), ids, adapter_names=names)
     assert error(half, want) <= TOLERANCE[torch.bfloat16]
     assert {m.scalings.dtype for m in layers(twin)} == {torch.float32}
+
+
+def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
+    """LoRA that is on and not used costs nothing: no kernel for adapters is launched."""
+    if dispatch.cannot("triton", torch.device("cpu")) is not None:
+        pytest.skip("Triton kernels are not interpreted here")
+    from fastlora.kernels import multi
+
+    layer = MultiLoRALinear.from_linear(nn.Linear(8, 6), 2, 3)
+    layer.set_adapter(0, torch.randn(3, 8), torch.randn(6, 3), 1.0)
+    routing, x, ran = Routing("name them"), torch.randn(4, 8), []
+    layer.routing = routing.groups_for
+    real = multi.run
+    monkeypatch.setattr(multi, "run", lambda *a: (ran.append(a[1]), real(*a)))
+    with fastlora.use_backend("triton"), torch.no_grad():
+        with routing.running([-1, -1], 2, copies=2):
+            assert same_bits(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+            assert not ran
+            with fastlora.batch_invariant():
+                alone = layer(x)
+        with routing.running([-1, 0, -1, 1], 2), fastlora.batch_invariant():
+            assert same_bits(layer(x)[[0, 2]], alone[[0, 2]])
+    assert ran == ["multi_lora_linear"] * 2
