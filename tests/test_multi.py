@@ -126,8 +126,10 @@ def assert_matches_oracle(through, tensors: dict, routing: dict) -> None:
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("lead, ids, N, K, R, S", CASES)
 def test_values_and_gradients_match_the_oracle(
-    lead, ids, N, K, R, S, through, dtype, lora_dtype, device
+    lead, ids, N, K, R, S, through, dtype, lora_dtype, device, backend
 ):
+    if backend == "triton" and device.type == "cpu" and dtype == lora_dtype != torch.float32:
+        pytest.skip("interpreted in tests/test_multi_kernels.py, where every path has all dtypes")
     tensors, routing = batch(lead, ids, N, K, R, S, dtype, lora_dtype, device)
     with unchanged(tensors, routing):
         assert_matches_oracle(through, tensors, routing)
@@ -136,9 +138,11 @@ def test_values_and_gradients_match_the_oracle(
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("optional", [(), ("ranks",), ("row_scales",)])
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
-def test_workloads(workload, optional, through, device):
+def test_workloads(workload, optional, through, device, backend):
     """More rows than are gathered at a time; with and without what is optional."""
-    ids = workload(2 * reference_multi._GATHER + 31, 3)
+    # An interpreted kernel gathers nothing, and takes a second for so many rows.
+    gathered = 20 if backend == "triton" and device.type == "cpu" else reference_multi._GATHER
+    ids = workload(2 * gathered + 31, 3)
     tensors, routing = batch(ids.shape, ids, 12, 7, 4, 3, torch.float32, torch.float32, device)
     needed = {n: t for n, t in routing.items() if n in ("adapter_ids", "scalings", *optional)}
     assert_matches_oracle(through, tensors, needed)
