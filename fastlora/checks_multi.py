@@ -164,6 +164,8 @@ def _form(
     tensor("lora_B", lora_B)
     ends = ends_of(slices, N)
     paged = page_table is not None
+    if page_table is not None:
+        _check_table(page_table, x)
     wanted = f"(P, page, {N})" if paged else f"(S, {N}, R)"
     if lora_B.dim() != 3 or lora_B.shape[2 if paged else 1] != N:
         raise ValueError(f"lora_B: expected shape {wanted}, got {tuple(lora_B.shape)}")
@@ -176,13 +178,12 @@ def _form(
     pair(lora_A, lora_B, x)
     S = count
     if page_table is not None:
-        S, R = _table(page_table, R, x)
+        S, R = page_table.shape[0], page_table.shape[1] * R
     _routing(scalings, ranks, S, x)
     return Form(ends, S, R)
 
 
-def _table(page_table: Tensor, page: int, x: Tensor) -> tuple[int, int]:
-    """How many slots it has, and how many ranks each has at most."""
+def _check_table(page_table: Tensor, x: Tensor) -> None:
     tensor("page_table", page_table)
     shape = tuple(page_table.shape)
     if page_table.dtype != torch.int32:
@@ -191,4 +192,3 @@ def _table(page_table: Tensor, page: int, x: Tensor) -> tuple[int, int]:
         raise ValueError(f"page_table: expected shape (S, pages a slot), got {shape}")
     if page_table.device != x.device:
         raise ValueError(f"page_table: expected the device {x.device}, got {page_table.device}")
-    return shape[0], shape[1] * page

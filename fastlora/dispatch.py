@@ -310,8 +310,8 @@ def quietly() -> Iterator[None]:
 
 
 def _say(what: str) -> None:
-    if _log.disabled:
+    if torch.compiler.is_compiling() or _log.disabled:
         return
-    if not torch.compiler.is_compiling() and what not in _said:
+    if what not in _said:
         _said.add(what)
         _log.warning(what)

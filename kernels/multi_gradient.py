@@ -29,12 +29,12 @@ def _multi_gradient(
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(2)
-    columns = tl.program_id(0) * BC + tl.arange(0, BC)
-    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    slot = tl.program_id(0)
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    ranks = tl.program_id(2) * BR + tl.arange(0, BR)
     r = ranks_of(p_ranks, slot, R, RANKS)
     begin, end = tl.load(p_starts + slot).to(tl.int32), tl.load(p_starts + slot + 1).to(tl.int32)
-    end = tl.where(tl.program_id(1) * BR < r, end, begin)
+    end = tl.where(tl.program_id(2) * BR < r, end, begin)
     acc = tl.zeros([BC, BR], tl.float32)
     for first in range(begin, end, BM):
         positions = first + tl.arange(0, BM)
@@ -73,7 +73,7 @@ def multi_gradient(
     BR = rank_block(R, 32 if precise(x.dtype) else 64)
     _, *pointers = rows.pointers
     with device_of(x):
-        _multi_gradient[(triton.cdiv(C, config.BC), triton.cdiv(R, BR), S)](
+        _multi_gradient[(S, triton.cdiv(C, config.BC), triton.cdiv(R, BR))](
             x, h, out, rows.order, starts, *pointers,
             C, R, *x.stride(), h.stride(0), *out.stride(),
             BM=config.BM, BC=config.BC, BR=BR, **rows.given, PRECISION=precision(x.dtype),

@@ -39,12 +39,14 @@ def add_to_view(x, weight, lora_A, lora_B):
 
 
 def multi_linear(x, weight, lora_A, lora_B):
-    return F.multi_lora_linear(x, weight, lora_A, lora_B, ids(x), SCALINGS, ranks=RANKS)
+    own = (ids(x), SCALINGS.to(x.device))
+    return F.multi_lora_linear(x, weight, lora_A, lora_B, *own, ranks=RANKS.to(x.device))
 
 
 def multi_add(x, weight, lora_A, lora_B):
     y = nnf.linear(x, weight)
-    return F.multi_lora_add_(y, x, lora_A, lora_B, ids(x), SCALINGS, ranks=RANKS)
+    own = (ids(x), SCALINGS.to(x.device))
+    return F.multi_lora_add_(y, x, lora_A, lora_B, *own, ranks=RANKS.to(x.device))
 
 
 SINGLE, MULTI = [linear, add, add_to_view], [multi_linear, multi_add]
@@ -52,7 +54,7 @@ functions = pytest.mark.parametrize("f", SINGLE + MULTI)
 
 
 def ids(x: Tensor) -> Tensor:
-    return IDS.repeat(2)[: x.shape[0]]
+    return IDS.repeat(2)[: x.shape[0]].to(x.device)
 
 
 def operands(f, dtype: torch.dtype = torch.float32, rows: int = M) -> list[Tensor]:

@@ -19,6 +19,7 @@ from fastlora import functional as F
 from fastlora.modules import FastLoRALinear
 from tests.calls import (
     IDS,
+    MULTI,
     RANKS,
     SCALINGS,
     SINGLE,
@@ -151,8 +152,9 @@ def test_in_place_writes_bump_versions(device, on_triton):
         ops.lora_add_(y.clone(), h.clone(), *rest, "triton")
 
 
-@singles
-@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "f, p", [(f, p) for f in SINGLE + MULTI for p in (0.0, 0.4)[: 2 - (f in MULTI)]]
+)
 def test_as_the_backend_torch(f, p, device, on_triton):
     """Same mask from the same seed, same values and gradients, under autograd and torch.func."""
     options = {"dropout_p": p, "training": True} if p and f is not SINGLE[2] else {}
@@ -174,7 +176,7 @@ def seeded_operands(f):
     return operands(f)
 
 
-@singles
+@pytest.mark.parametrize("f", SINGLE + MULTI)
 def test_compile(f, device, on_triton):
     """Fullgraph, forward and backward, at several batch sizes; what eager gives."""
     torch.compiler.reset()
