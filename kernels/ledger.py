@@ -119,7 +119,8 @@ def predicted_multi(path: str, p: Problem, on: Machine) -> float:
         # Each 64 rows read the weight again, every row its b, both through L2.
         again = (-(-p.M // 64) - 1) * p.size * p.K * p.N
         from_l2 = (again + (p.lora_size or p.size) * p.M * p.R * p.N) / (3 * on.bandwidth)
-        wide = max(factors / on.bandwidth + from_l2, p.R / 8 * LATENCY)
+        at_a_time = 16 if p.M <= 16 else 8 if p.M <= 32 else 4
+        wide = max(factors / on.bandwidth + from_l2, p.R / at_a_time * LATENCY)
     else:
         # A tile's adapters follow each other, each with a wait for its b.
         a_tile = min(128, p.slots or 0, 1 + 128 * n / max(p.M, 1))
@@ -132,7 +133,8 @@ def predicted_multi(path: str, p: Problem, on: Machine) -> float:
     product += wide
     if not beside:
         return shrinking + product + 2 * on.launch
-    return max(product, shrinking + wide) + 0.1 * shrinking + on.launch
+    # What the shrink moves, the product's loads wait for.
+    return max(product + narrow / on.bandwidth, shrinking + wide) + on.launch
 
 
 def best(p: Problem, arch: int, allowed: tuple[str, ...]) -> str:

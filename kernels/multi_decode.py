@@ -26,14 +26,15 @@ from fastlora.kernels.adapters import (
     slots_of,
 )
 from fastlora.kernels.batch import Adapters, Rows
-from fastlora.kernels.configs import Decode
+from fastlora.kernels.configs import Decode, rank_tile
 from fastlora.kernels.launch import compiled_as, device_of
 from fastlora.kernels.multi_expand import tiles_of
 from fastlora.kernels.numerics import narrow, precision
 from fastlora.kernels.steps import base_steps
 
-# Ranks whose loads are under way at a time: more of them spill registers.
-RANKS_AT_A_TIME = 8
+# Bytes of b, of all rows, whose loads are under way at a time: 128 for each of 128 threads. Twice
+# as many spill in tiles of 64 rows.
+_AT_A_TIME = 16 * 1024
 
 
 @triton.jit
@@ -65,24 +66,22 @@ def _multi_decode(
         tl.extra.cuda.gdc_wait()
     for first in range(0, last, BR):
         ranks = first + tl.arange(0, BR)
-        o_h = o_rows * s_h_t + (which * R + ranks)[None, :]
-        m_h = ranks[None, :] < b_ranks[:, None]
-        b_h = load_h(p_h, o_h, m_h, parts, s_h_part, SPLIT)  # [BM, BR]
+        # Ranks first, so that a sum over them stays within a thread.
+        o_h = rows.to(tl.int64)[None, :] * s_h_t + (which * R + ranks)[:, None]
+        m_h = ranks[:, None] < b_ranks[None, :]
+        b_h = load_h(p_h, o_h, m_h, parts, s_h_part, SPLIT)  # [BR, BM]
         if SPLIT:
-            o_out = o_rows * s_out + (which * R + ranks)[None, :]
-            m_out = (rows < T)[:, None] & (ranks < kept)[None, :]
+            o_out = rows.to(tl.int64)[None, :] * s_out + (which * R + ranks)[:, None]
+            m_out = (rows < T)[None, :] & (ranks < kept)[:, None]
             tl.store(p_out + o_out, narrow(b_h, p_out.dtype.element_ty), mask=m_out)
-        b_h *= b_factors[:, None]
-        for i in tl.static_range(BR):
-            rank = first + i + tl.zeros([1], tl.int32)
-            o_rank, m_rank = places(
-                p_table, slots, rank, rank < b_ranks, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
-            )
-            m_b = m_rank[:, None] & (columns < end)[None, :]
-            b_b = tl.load(p_b + o_rank[:, None] + o_columns * s_b_n, mask=m_b, other=0.0)
-            # [BM], and 0 where a row has no such rank, so that its sum stays as it is.
-            b_one = tl.sum(tl.where(tl.arange(0, BR)[None, :] == i, b_h, 0.0), 1)
-            acc += b_one[:, None] * b_b.to(tl.float32)
+        o_rank, m_rank = places(
+            p_table, slots[None, :], ranks[:, None], m_h, pages, s_table, s_b_slot, s_b_r,
+            TABLE, PAGE,
+        )  # fmt: skip
+        m_b = m_rank[:, :, None] & (columns < end)[None, None, :]
+        o_b = o_rank[:, :, None] + columns.to(tl.int64)[None, None, :] * s_b_n
+        b_b = tl.load(p_b + o_b, mask=m_b, other=0.0).to(tl.float32)  # [BR, BM, BN]
+        acc += tl.sum((b_h * b_factors[None, :])[:, :, None] * b_b, 0)
     if BIAS:
         acc += tl.load(p_bias + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]
     m_y = (rows < T)[:, None] & (columns < end)[None, :]
@@ -121,7 +120,13 @@ def multi_decode(
             T, K, R if h.numel() else 0, S, pages, h.shape[0], ends,
             *x.stride(), *w.stride(), *y.stride(), h.stride(0) if split else 0, h.stride(-2),
             *adapters.b.stride(), out.stride(-2), s_table,
-            BM=config.BM, BN=config.BN, BK=config.BK, BR=RANKS_AT_A_TIME,
+            BM=config.BM, BN=config.BN, BK=config.BK, BR=ranks_at_a_time(config, R, adapters.b.itemsize),
             **rows.given, **adapters.form, SPLIT=split, BIAS=bias is not None, OVERLAP=overlap,
             PRECISION=precision(x.dtype), **compiled_as(config), **options,
         )  # fmt: skip
+
+
+def ranks_at_a_time(config: Decode, R: int, size: int) -> int:
+    """As many as fit the registers, and not more than there are."""
+    fits = _AT_A_TIME * config.warps // (4 * config.BM * config.BN * size)
+    return max(1, min(fits, rank_tile(R)))
