@@ -71,11 +71,11 @@ def multi_lora_linear(
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
     backend = invariance.marked(dispatch.choose("multi_lora_linear", *kind_of(x, lora_A)))
-    if groups.nobody and backend == "triton":
+    tracked = is_tracked(x, weight, bias, lora_A, lora_B)
+    if groups.nobody and backend == "triton" and not tracked:
         # The library's product is all there is to do, and no kernel of ours does it better.
         return nnf.linear(x, weight, bias)
     args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
-    tracked = is_tracked(x, weight, bias, lora_A, lora_B)
     y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 

@@ -33,11 +33,12 @@ def ranks_of(p_ranks, slots, R, RANKS: tl.constexpr):
 
 
 @triton.jit
-def factors_of(p_scalings, p_row_scales, slots, rows, ROW_SCALES: tl.constexpr):
-    """By what a row's adapter part is multiplied [BM], 0 for rows of none."""
-    b_factors = tl.load(p_scalings + slots, mask=slots >= 0, other=0.0).to(tl.float32)
+def factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES: tl.constexpr):
+    """By what a row's adapter part is multiplied [BM]; 0 for rows of none and of no ranks."""
+    used = tl.where(b_ranks > 0, slots, -1) >= 0
+    b_factors = tl.load(p_scalings + slots, mask=used, other=0.0).to(tl.float32)
     if ROW_SCALES:
-        b_factors *= tl.load(p_row_scales + rows, mask=slots >= 0, other=0.0).to(tl.float32)
+        b_factors *= tl.load(p_row_scales + rows, mask=used, other=0.0).to(tl.float32)
     return b_factors
 
 
@@ -48,20 +49,29 @@ def next_slot(slots, after, S):
 
 
 @triton.jit
-def run_of(p_order, p_ids, tile, run, T, S, BM: tl.constexpr):
-    """The ``run``-th adapter among sorted rows number ``tile`` [BM]: rows, whether theirs, slot.
+def sorted_tile(p_order, p_ids, tile, T, S, BM: tl.constexpr):
+    """Sorted rows number ``tile`` [BM], their slots, and which of the tile's adapters each is.
 
-    Sorted rows of one adapter lie side by side, so a tile holds few: those that the grid has too
-    many of get slot S and no rows.
+    Rows of one adapter lie side by side once sorted, so a tile holds few. The adapters count from
+    0 in ascending order, rows of none first; places past the last row have slot S.
     """
-    positions = tile * BM + tl.arange(0, BM)
-    inside = positions < T
-    rows = tl.load(p_order + positions, mask=inside, other=0).to(tl.int64)
+    places = tl.arange(0, BM)
+    inside = tile * BM + places < T
+    rows = tl.load(p_order + tile * BM + places, mask=inside, other=0).to(tl.int64)
     slots = tl.where(inside, slots_of(p_ids, rows, inside, S), S)
-    slot = next_slot(slots, -2, S)
-    for _ in range(run):
-        slot = next_slot(slots, slot, S)
-    return rows, inside & (slots == slot), slot
+    # In two steps of all pairs, whatever the order: who is the first of its slot, how many of
+    # those are smaller.
+    same = slots[:, None] == slots[None, :]
+    repeated = tl.max((same & (places[:, None] < places[None, :])).to(tl.int32), 0)
+    smaller = (slots[:, None] < slots[None, :]).to(tl.int32)
+    number = tl.sum(tl.where(repeated[:, None] == 0, smaller, 0), 0)
+    return rows, slots, number
+
+
+@triton.jit
+def numbered(slots, number, wanted, S):
+    """The slot of the tile's adapter number ``wanted``, S if there are fewer."""
+    return tl.min(tl.where(number == wanted, slots, S))
 
 
 @triton.jit
@@ -81,13 +91,12 @@ def places(
 
 
 @triton.jit
-def load_h(p_h, o_h, mask, parts, s_part, SPLIT: tl.constexpr):
+def load_h(p_h, o_h, mask, s_part, PARTS: tl.constexpr):
     """A tile of h in float32: the sum, in order, of the parts that K was split into."""
     b_h = tl.load(p_h + o_h, mask=mask, other=0.0).to(tl.float32)
-    if SPLIT:
-        for _ in range(1, parts):
-            p_h += s_part
-            b_h += tl.load(p_h + o_h, mask=mask, other=0.0)
+    for _ in tl.static_range(1, PARTS):
+        p_h += s_part
+        b_h += tl.load(p_h + o_h, mask=mask, other=0.0)
     return b_h
 
 
@@ -108,7 +117,7 @@ def slice_of(tile, ends, BN: tl.constexpr):
 
 @triton.jit
 def adapter_steps(
-    acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, N, S, pages,
+    acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, N, R, S, pages,
     s_h_t, s_b_slot, s_b_r, s_b_n, s_table,
     BR: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +137,8 @@ def adapter_steps(
             o_rank, m_rank = places(
                 p_table, slot, ranks, ranks < r, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
             )
-            m_h = mine[:, None] & (ranks < r)[None, :]
+            # Up to R, whose steps the compiler knows: past r the shrink has written zeros.
+            m_h = mine[:, None] & (ranks < R)[None, :]
             m_b = m_rank[:, None] & (columns < N)[None, :]
             b_h = tl.load(p_h + o_h + ranks[None, :], mask=m_h, other=0.0)  # [BM, BR]
             b_b = tl.load(p_b + o_rank[:, None] + o_b, mask=m_b, other=0.0)  # [BR, BN]

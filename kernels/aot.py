@@ -175,6 +175,9 @@ def wanted(case: Case) -> tuple[str, ...]:
     kernel = case.kernel.removeprefix("multi_")
     if kernel == "gemm_tma":
         found += ["cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global"]
+    if case.variant.overlap:
+        waits = "launch_dependents" if "shrink" in kernel else "wait"
+        found.append(f"griddepcontrol.{waits}")
     # A group of four warps multiplies 64 rows at a time.
     rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(kernel)
     if rows and rows <= case.config.BM and case.dtype != "fp32" and not case.variant.no_weight:

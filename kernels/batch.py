@@ -93,6 +93,12 @@ class Adapters:
         return {"TABLE": paged, "PAGE": self.ranks_together if paged else 1}
 
 
-def distinct(rows: int, S: int, tile: int) -> int:
-    """How many adapters, none among them, a tile of rows holds at most."""
-    return max(1, min(rows, tile, S + 1))
+# Programs that take one adapter each of a tile of sorted rows, while there are fewer than these;
+# then a program takes one after the other. Four for each of about a hundred SMs, by arithmetic.
+PROGRAMS = 512
+
+
+def rows_grid(T: int, S: int, tile: int) -> tuple[int, int]:
+    """Programs by tiles of sorted rows, and by how many adapters such a tile holds at most."""
+    tiles, most = -(-T // tile), max(1, min(T, tile, S + 1))
+    return tiles, max(1, min(most, PROGRAMS // tiles))

@@ -117,7 +117,9 @@ def possible(path: str, problem: Problem, arch: int, first: bool) -> bool:
         return _most_ranks_in_one_pass(problem) >= problem.R
     if path == "overlapped":
         # Dependent launches exist from Hopper on, and not under the interpreter.
-        return arch >= 90 and not first and problem.weight and not interpreted()
+        # Without ranks nothing is launched that the product could wait for.
+        there = problem.weight and problem.R > 0
+        return arch >= 90 and not first and there and not interpreted()
     return problem.weight or path != "library"
 
 
@@ -126,7 +128,8 @@ def _possible_multi(path: str, problem: Problem, arch: int, first: bool) -> bool
         return False
     if path.endswith("_beside"):
         waits_at_once = first and path.startswith("prefill")
-        return arch >= 90 and not waits_at_once and not interpreted()
+        # Without ranks nothing is launched that the product could wait for.
+        return arch >= 90 and problem.R > 0 and not waits_at_once and not interpreted()
     return True
 
 

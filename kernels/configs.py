@@ -118,7 +118,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Gradient(128, 64, 4, 3),
     ),
     # Of many adapters. The first two decide over the bits of a row's adapter part: one each.
-    "multi_shrink": (Shrink(16, 256, 4, 3),),
+    "multi_shrink": (Shrink(16, 128, 4, 3),),
     "multi_expand": (Expand(16, 128, 4),),
     "multi_decode": (
         Decode(16, 32, 256, 4, 4),
@@ -210,8 +210,9 @@ def _gradient(M: int, N: int, arch: int) -> Config:
 
 
 def _multi_shrink(M: int, N: int, arch: int) -> Config:
-    # 16 rows are what a tensor core takes, and of many adapters more are seldom found together.
-    return Shrink(16, 256, 4, 3)
+    # 16 rows are what a tensor core takes, and of many adapters more are seldom found together. At
+    # 64 ranks 60 KiB, which leaves room for a tile of the product beside it.
+    return Shrink(16, 128, 4, 3)
 
 
 def _multi_expand(M: int, N: int, arch: int) -> Config:

@@ -40,12 +40,12 @@ _AT_A_TIME = 16 * 1024
 @triton.jit
 def _multi_decode(
     p_x, p_w, p_b, p_y, p_h, p_out, p_bias, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
-    T, K, R, S, pages, parts, ends,
+    T, K, R, S, pages, ends,
     s_x_t, s_x_k, s_w_k, s_w_n, s_y_t, s_y_n, s_h_part, s_h_t, s_b_slot, s_b_r, s_b_n, s_out,
     s_table,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     which, begin, end, first_column = slice_of(tl.program_id(1), ends, BN)
@@ -56,32 +56,37 @@ def _multi_decode(
     )
     slots = slots_of(p_ids, rows, rows < T, S)
     b_ranks = ranks_of(p_ranks, slots, R, RANKS)
-    b_factors = factors_of(p_scalings, p_row_scales, slots, rows, ROW_SCALES)
+    b_factors = factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES)
     o_rows = rows.to(tl.int64)[:, None]
     o_columns = columns.to(tl.int64)[None, :]
     # Of an h that comes in parts, one program writes the sum, ranks that a row has not too.
     kept = tl.where(first_column == begin, R, 0)
-    last = tl.maximum(tl.max(b_ranks), kept) if SPLIT else tl.max(b_ranks)
+    last = tl.maximum(tl.max(b_ranks), kept) if PARTS > 1 else tl.max(b_ranks)
+    # Apart from acc, which lies as tensor cores have it: moving sums there takes barriers.
+    b_delta = tl.zeros([BM, BN], tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     for first in range(0, last, BR):
         ranks = first + tl.arange(0, BR)
         # Ranks first, so that a sum over them stays within a thread.
         o_h = rows.to(tl.int64)[None, :] * s_h_t + (which * R + ranks)[:, None]
-        m_h = ranks[:, None] < b_ranks[None, :]
-        b_h = load_h(p_h, o_h, m_h, parts, s_h_part, SPLIT)  # [BR, BM]
-        if SPLIT:
+        m_h = (rows < T)[None, :] & (ranks < R)[:, None]
+        # Rounded as it is where one program sums all parts: a row's bits follow from no batch.
+        b_h = narrow(load_h(p_h, o_h, m_h, s_h_part, PARTS), p_out.dtype.element_ty)  # [BR, BM]
+        if PARTS > 1:
             o_out = rows.to(tl.int64)[None, :] * s_out + (which * R + ranks)[:, None]
             m_out = (rows < T)[None, :] & (ranks < kept)[:, None]
-            tl.store(p_out + o_out, narrow(b_h, p_out.dtype.element_ty), mask=m_out)
+            tl.store(p_out + o_out, b_h, mask=m_out)
         o_rank, m_rank = places(
-            p_table, slots[None, :], ranks[:, None], m_h, pages, s_table, s_b_slot, s_b_r,
-            TABLE, PAGE,
+            p_table, slots[None, :], ranks[:, None], ranks[:, None] < b_ranks[None, :], pages,
+            s_table, s_b_slot, s_b_r, TABLE, PAGE,
         )  # fmt: skip
         m_b = m_rank[:, :, None] & (columns < end)[None, None, :]
         o_b = o_rank[:, :, None] + columns.to(tl.int64)[None, None, :] * s_b_n
         b_b = tl.load(p_b + o_b, mask=m_b, other=0.0).to(tl.float32)  # [BR, BM, BN]
-        acc += tl.sum((b_h * b_factors[None, :])[:, :, None] * b_b, 0)
+        b_scaled = b_h.to(tl.float32) * b_factors[None, :]
+        b_delta += tl.sum(b_scaled[:, :, None] * b_b, 0)
+    acc += b_delta
     if BIAS:
         acc += tl.load(p_bias + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]
     m_y = (rows < T)[:, None] & (columns < end)[None, :]
@@ -117,11 +122,12 @@ def multi_decode(
     with device_of(x):
         _multi_decode[grid](
             x, w, adapters.b, y, h, out, y if bias is None else bias, *rows.pointers, table,
-            T, K, R if h.numel() else 0, S, pages, h.shape[0], ends,
+            T, K, R, S, pages, ends,
             *x.stride(), *w.stride(), *y.stride(), h.stride(0) if split else 0, h.stride(-2),
             *adapters.b.stride(), out.stride(-2), s_table,
-            BM=config.BM, BN=config.BN, BK=config.BK, BR=ranks_at_a_time(config, R, adapters.b.itemsize),
-            **rows.given, **adapters.form, SPLIT=split, BIAS=bias is not None, OVERLAP=overlap,
+            BM=config.BM, BN=config.BN, BK=config.BK,
+            BR=ranks_at_a_time(config, R, adapters.b.itemsize), **rows.given, **adapters.form,
+            PARTS=h.shape[0] if split else 1, BIAS=bias is not None, OVERLAP=overlap,
             PRECISION=precision(x.dtype), **compiled_as(config), **options,
         )  # fmt: skip
 

@@ -16,8 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.adapters import factors_of, load_h, places, ranks_of, run_of, slice_of
-from fastlora.kernels.batch import Adapters, Rows, distinct
+from fastlora.kernels.adapters import (
+    factors_of,
+    load_h,
+    numbered,
+    places,
+    ranks_of,
+    slice_of,
+    sorted_tile,
+)
+from fastlora.kernels.batch import Adapters, Rows, rows_grid
 from fastlora.kernels.configs import Expand, rank_block
 from fastlora.kernels.launch import compiled_as, device_of
 from fastlora.kernels.numerics import dot, narrow, precise, precision
@@ -26,45 +34,49 @@ from fastlora.kernels.numerics import dot, narrow, precise, precision
 @triton.jit
 def _multi_expand(
     p_y, p_h, p_b, p_out, p_order, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
-    T, R, S, pages, parts, ends,
+    T, R, S, pages, ends,
     s_y_t, s_y_n, s_h_part, s_h_t, s_b_slot, s_b_r, s_b_n, s_out, s_table,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    rows, mine, slot = run_of(p_order, p_ids, tl.program_id(0), tl.program_id(1), T, S, BM)
-    if slot == S:
-        return
+    rows, slots, number = sorted_tile(p_order, p_ids, tl.program_id(0), T, S, BM)
     which, begin, end, first_column = slice_of(tl.program_id(2), ends, BN)
     columns = first_column + tl.arange(0, BN)
     DTYPE: tl.constexpr = p_y.dtype.element_ty
-    r = ranks_of(p_ranks, slot, R, RANKS)
+    o_y = rows[:, None] * s_y_t + columns.to(tl.int64)[None, :] * s_y_n
     # Of an h that comes in parts, one program writes the sum, ranks that the adapter has not too.
     kept = tl.where(first_column == begin, R, 0)
-    last = tl.maximum(r, kept) if SPLIT else r
-    acc = tl.zeros([BM, BN], tl.float32)
-    for first in range(0, last, BR):
-        ranks = first + tl.arange(0, BR)
-        o_h = rows[:, None] * s_h_t + (which * R + ranks)[None, :]
-        m_h = mine[:, None] & (ranks < r)[None, :]
-        b_h = narrow(load_h(p_h, o_h, m_h, parts, s_h_part, SPLIT), DTYPE)  # [BM, BR]
-        if SPLIT:
-            o_out = rows[:, None] * s_out + (which * R + ranks)[None, :]
-            tl.store(p_out + o_out, b_h, mask=mine[:, None] & (ranks < kept)[None, :])
-        o_rank, m_rank = places(
-            p_table, slot, ranks, ranks < r, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
-        )
-        o_b = o_rank[:, None] + columns.to(tl.int64)[None, :] * s_b_n
-        m_b = m_rank[:, None] & (columns < end)[None, :]
-        b_b = tl.load(p_b + o_b, mask=m_b, other=0.0)  # [BR, BN]
-        acc = dot(b_h, narrow(b_b, DTYPE), acc, PRECISION)
-    if r == 0:
-        return
-    b_factors = factors_of(p_scalings, p_row_scales, tl.where(mine, slot, -1), rows, ROW_SCALES)
-    o_y = rows[:, None] * s_y_t + columns.to(tl.int64)[None, :] * s_y_n
-    m_y = mine[:, None] & (columns < end)[None, :]
-    acc = acc * b_factors[:, None] + tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)
-    tl.store(p_y + o_y, narrow(acc, p_y.dtype.element_ty), mask=m_y)
+    wanted = tl.program_id(1)
+    slot = numbered(slots, number, wanted, S)
+    while slot < S:
+        mine = slots == slot
+        r = ranks_of(p_ranks, slot, R, RANKS)
+        # An adapter without ranks leaves its rows as they are.
+        m_y = mine[:, None] & (columns < tl.where(r > 0, end, 0))[None, :]
+        b_y = tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)  # [BM, BN]
+        acc = tl.zeros([BM, BN], tl.float32)
+        for first in range(0, tl.maximum(r, kept) if PARTS > 1 else r, BR):
+            ranks = first + tl.arange(0, BR)
+            o_h = rows[:, None] * s_h_t + (which * R + ranks)[None, :]
+            # Up to R, whose steps the compiler knows: past r the shrink has written zeros.
+            m_h = mine[:, None] & (ranks < R)[None, :]
+            b_h = narrow(load_h(p_h, o_h, m_h, s_h_part, PARTS), DTYPE)  # [BM, BR]
+            if PARTS > 1:
+                o_out = rows[:, None] * s_out + (which * R + ranks)[None, :]
+                tl.store(p_out + o_out, b_h, mask=mine[:, None] & (ranks < kept)[None, :])
+            o_rank, m_rank = places(
+                p_table, slot, ranks, ranks < r, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
+            )
+            o_b = o_rank[:, None] + columns.to(tl.int64)[None, :] * s_b_n
+            m_b = m_rank[:, None] & (columns < end)[None, :]
+            b_b = tl.load(p_b + o_b, mask=m_b, other=0.0)  # [BR, BN]
+            acc = dot(b_h, narrow(b_b, DTYPE), acc, PRECISION)
+        own = tl.where(mine, slot, -1)
+        b_factors = factors_of(p_scalings, p_row_scales, own, r, rows, ROW_SCALES)
+        tl.store(p_y + o_y, narrow(acc * b_factors[:, None] + b_y, DTYPE), mask=m_y)
+        wanted += tl.num_programs(1)
+        slot = numbered(slots, number, wanted, S)
 
 
 def multi_expand(
@@ -86,18 +98,20 @@ def multi_expand(
     if h.numel() == 0 or (N == 0 and not split):
         return
     out = h if out is None else out
-    BR = rank_block(R, 16 if precise(y.dtype) else 64)
+    # Less where registers hold more: without tensor cores, or b in two dtypes.
+    wide = adapters.b.dtype != y.dtype
+    BR = rank_block(R, 16 if precise(y.dtype) else 32 if wide else 64)
     table, pages, s_table = adapters.pages
     tiles = tiles_of(ends, config.BN)
-    grid = triton.cdiv(T, config.BM), distinct(T, S, config.BM), tiles
+    grid = *rows_grid(T, S, config.BM), tiles
     with device_of(y):
         _multi_expand[grid](
             y, h, adapters.b, out, rows.order, *rows.pointers, table,
-            T, R, S, pages, h.shape[0], ends,
+            T, R, S, pages, ends,
             *y.stride(), h.stride(0) if split else 0, h.stride(-2), *adapters.b.stride(),
             out.stride(-2), s_table,
             BM=config.BM, BN=config.BN, BR=BR, **rows.given, **adapters.form,
-            SPLIT=split, PRECISION=precision(y.dtype), **compiled_as(config),
+            PARTS=h.shape[0] if split else 1, PRECISION=precision(y.dtype), **compiled_as(config),
         )  # fmt: skip
 
 

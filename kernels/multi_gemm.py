@@ -47,11 +47,13 @@ def _multi_gemm(
     b_ranks = ranks_of(p_ranks, slots, R, RANKS)
     acc = tl.zeros([BM, BN], tl.float32)
     if FIRST:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
         acc = adapter_steps(
-            acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, S, pages,
+            acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
             s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
         )  # fmt: skip
-        acc *= factors_of(p_scalings, p_row_scales, slots, rows, ROW_SCALES)[:, None]
+        acc *= factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES)[:, None]
     acc = base_steps(
         acc, p_x, p_w, rows, columns, T, end, K, s_x_t, s_x_k, s_w_k, s_w_n, BK, PRECISION
     )
@@ -59,7 +61,7 @@ def _multi_gemm(
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         acc = adapter_steps(
-            acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, S, pages,
+            acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
             s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
         )  # fmt: skip
     if BIAS:
@@ -88,17 +90,19 @@ def _multi_gemm_tma(
         b_ranks = ranks_of(p_ranks, slots, R, RANKS)
         acc = tl.zeros([BM, BN], tl.float32)
         if FIRST:
+            if OVERLAP:
+                tl.extra.cuda.gdc_wait()
             acc = adapter_steps(
-                acc, p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, S, pages,
+                acc, p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
                 s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
             )  # fmt: skip
-            acc *= factors_of(p_scalings, p_row_scales, slots, rows, ROW_SCALES)[:, None]
+            acc *= factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES)[:, None]
         acc = base_steps_tma(acc, d_x, d_w, row * BM, first_column, K, BK, W_TRANSPOSED, PRECISION)
         if not FIRST:
             if OVERLAP:
                 tl.extra.cuda.gdc_wait()
             acc = adapter_steps(
-                acc, p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, S, pages,
+                acc, p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
                 s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
             )  # fmt: skip
         if BIAS:

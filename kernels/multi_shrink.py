@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.adapters import factors_of, places, ranks_of, run_of
-from fastlora.kernels.batch import Adapters, Rows, distinct
+from fastlora.kernels.adapters import factors_of, numbered, places, ranks_of, sorted_tile
+from fastlora.kernels.batch import Adapters, Rows, rows_grid
 from fastlora.kernels.configs import Shrink, rank_block
 from fastlora.kernels.launch import compiled_as, device_of
 from fastlora.kernels.numerics import dot, narrow, precision
@@ -39,43 +39,47 @@ def _multi_shrink(
     # The product beside may start as soon as every program here has: it waits before it reads h.
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    rows, mine, slot = run_of(p_order, p_ids, tl.program_id(0), tl.program_id(1), T, S, BM)
-    if slot == S:
-        return
+    rows, slots, number = sorted_tile(p_order, p_ids, tl.program_id(0), T, S, BM)
     place = tl.program_id(2)
     ranks = place % tiles * BR + tl.arange(0, BR)
     part, which = place // tiles % split, place // tiles // split
-    r = ranks_of(p_ranks, slot, R, RANKS)
-    o_rank, m_rank = places(
-        p_table, slot, ranks, ranks < r, pages, s_table, s_a_slot, s_a_r, TABLE, PAGE
-    )
+    last = tl.where(split > 1, part + 1, parts)
     p_a += which.to(tl.int64) * s_a_slice
     o_x = rows[:, None] * s_x_t
-    # Nothing to sum where the adapter has none of these ranks.
-    end = tl.where(place % tiles * BR < r, K, 0)
-    b_sum = tl.zeros([BM, BR], tl.float32)
-    last = tl.where(split > 1, part + 1, parts)
-    for first_part in range(part * PART, last * PART, PART):
-        acc = tl.zeros([BM, BR], tl.float32)
-        for first in range(first_part, tl.minimum(first_part + PART, end), BK):
-            inner = first + tl.arange(0, BK)
-            m_x = mine[:, None] & (inner[None, :] < K)
-            m_a = (inner[:, None] < K) & m_rank[None, :]
-            o_inner = inner.to(tl.int64)
-            b_x = tl.load(p_x + o_x + o_inner[None, :] * s_x_k, mask=m_x, other=0.0)  # [BM, BK]
-            o_a = o_rank[None, :] + o_inner[:, None] * s_a_k
-            b_a = tl.load(p_a + o_a, mask=m_a, other=0.0)  # [BK, BR]
-            acc = dot(b_x, narrow(b_a, b_x.dtype), acc, PRECISION)
-        b_sum += acc
     columns = which * R + ranks
     o_h = part.to(tl.int64) * s_h_part + rows[:, None] * s_h_t + columns[None, :]
-    m_h = mine[:, None] & (ranks < R)[None, :]
-    tl.store(p_h + o_h, narrow(b_sum, p_h.dtype.element_ty), mask=m_h)
-    if SCALED:
-        slots = tl.where(mine, slot, -1)
-        b_factors = factors_of(p_scalings, p_row_scales, slots, rows, ROW_SCALES)
-        b_scaled = b_sum * b_factors[:, None]
-        tl.store(p_scaled + o_h, narrow(b_scaled, p_h.dtype.element_ty), mask=m_h)
+    wanted = tl.program_id(1)
+    slot = numbered(slots, number, wanted, S)
+    while slot < S:
+        mine = slots == slot
+        r = ranks_of(p_ranks, slot, R, RANKS)
+        o_rank, m_rank = places(
+            p_table, slot, ranks, ranks < r, pages, s_table, s_a_slot, s_a_r, TABLE, PAGE
+        )
+        # Nothing to sum where the adapter has none of these ranks.
+        end = tl.where(place % tiles * BR < r, K, 0)
+        b_sum = tl.zeros([BM, BR], tl.float32)
+        for first_part in range(part * PART, last * PART, PART):
+            acc = tl.zeros([BM, BR], tl.float32)
+            for first in range(first_part, tl.minimum(first_part + PART, end), BK):
+                inner = first + tl.arange(0, BK)
+                m_x = mine[:, None] & (inner[None, :] < K)
+                m_a = (inner[:, None] < K) & m_rank[None, :]
+                o_inner = inner.to(tl.int64)
+                b_x = tl.load(p_x + o_x + o_inner[None, :] * s_x_k, mask=m_x, other=0.0)
+                o_a = o_rank[None, :] + o_inner[:, None] * s_a_k
+                b_a = tl.load(p_a + o_a, mask=m_a, other=0.0)  # [BK, BR]
+                acc = dot(b_x, narrow(b_a, b_x.dtype), acc, PRECISION)
+            b_sum += acc
+        m_h = mine[:, None] & (ranks < R)[None, :]
+        tl.store(p_h + o_h, narrow(b_sum, p_h.dtype.element_ty), mask=m_h)
+        if SCALED:
+            own = tl.where(mine, slot, -1)
+            b_factors = factors_of(p_scalings, p_row_scales, own, r, rows, ROW_SCALES)
+            b_scaled = narrow(b_sum * b_factors[:, None], p_h.dtype.element_ty)
+            tl.store(p_scaled + o_h, b_scaled, mask=m_h)
+        wanted += tl.num_programs(1)
+        slot = numbered(slots, number, wanted, S)
 
 
 def multi_shrink(
@@ -102,7 +106,7 @@ def multi_shrink(
     BR = rank_block(R)
     tiles = triton.cdiv(R, BR)
     table, pages, s_table = adapters.pages
-    grid = triton.cdiv(T, config.BM), distinct(T, S, config.BM), slices * split * tiles
+    grid = *rows_grid(T, S, config.BM), slices * split * tiles
     with device_of(x):
         _multi_shrink[grid](
             x, adapters.a, h, h if scaled is None else scaled, rows.order, *rows.pointers, table,

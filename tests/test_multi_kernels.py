@@ -26,7 +26,16 @@ from tests.many import Batch, Paged
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels import choice, configs, launch, ledger, multi, multi_gemm, multi_product
+from fastlora.kernels import (
+    choice,
+    configs,
+    launch,
+    ledger,
+    multi,
+    multi_gemm,
+    multi_product,
+    numerics,
+)
 from fastlora.kernels.ledger import MULTI_PATHS, Problem
 
 # T, K, N, R, S; K of several parts, more ranks than a step, many tiles, aligned rows.
@@ -313,21 +322,100 @@ def test_a_row_s_adapter_part_has_its_bits_in_every_batch(dtype, device):
         assert same_bits(h, whole_h[rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_batch_invariant(dtype, device):
-    b = Batch.draw(70, 40, 50, 5, 4, dtype, F32, device)
+    """The whole output: sums over K of several parts, in as many programs or in one."""
+    T = multi_product.SPLIT_ROWS + 6
+    b = Batch.draw(T, 1100, 24, 5, 4, dtype, F32, device)
 
     def call(rows):
         part = b.rows(rows)
         how = {"bias": b.bias, "ranks": b.ranks, "row_scales": part.row_scales}
-        given = (part.x, b.weight, b.A.nan_to_num(0), b.B.nan_to_num(0), part.ids, b.scalings)
+        given = (part.x, b.weight, b.A, b.B, part.ids, b.scalings)
         return F.multi_lora_linear(*given, **how)
 
     with fastlora.use_backend("triton"), fastlora.batch_invariant():
-        whole = call(torch.arange(70, device=device))
-        for count in (1, 1, 2, 33, 69):
-            rows = torch.randperm(70, device=device)[:count]
+        whole = call(torch.arange(T, device=device))
+        for count in (1, 1, 2, 33, 64, 65):
+            rows = torch.randperm(T, device=device)[:count]
             assert same_bits(call(rows), whole[rows])
+
+
+def test_a_program_takes_one_adapter_or_all_of_a_tile(device, monkeypatch):
+    """As many programs as there are adapters, or one that takes them in turn: the same bits."""
+    b = Batch.draw(40, 24, 20, 5, 12, F32, F32, device)
+    given = (b.x, b.weight, b.bias, b.A, b.B, *b.routing)
+    results = {}
+    for programs in (512, 6, 1):
+        monkeypatch.setattr("fastlora.kernels.batch.PROGRAMS", programs)
+        found = [multi.multi_lora_linear(*given, path)[0] for path in ("prefill", "library")]
+        results[programs] = torch.stack(found)
+    assert same_bits(results[512], results[6])
+    assert same_bits(results[512], results[1])
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_slot_without_ranks_is_none_whatever_its_scaling(path, dtype, device):
+    """As a dropped slot is left: NaN, and rank 0. Beside others it must not show either."""
+    needs_path(path, dtype, device)
+    b = Batch.draw(9, 20, 30, 4, 3, dtype, F32, device)
+    b = b._replace(ids=torch.arange(9, device=device) % 3, scalings=b.scalings.clone())
+    b.scalings[2] = math.nan
+    y, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
+    tame = b._replace(ids=b.ids.where(b.ids != 2, -1))
+    want, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *tame.routing, path)
+    assert same_bits(y, want)
+
+
+def test_what_is_apart_is_read_and_written_where_it_lies(device):
+    """ids, order, scalings, ranks, scales, h and a table of any strides."""
+
+    def apart(t):
+        return torch.stack([t, torch.full_like(t, 3)], -1)[..., 0]
+
+    b = Batch.draw(11, 24, 20, 5, 4, F32, F32, device)
+    p = Paged.of(b.A, b.B, b.ranks, 2)
+    routing = b.routing
+    strided = tuple(apart(t) for t in routing)
+    want = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *routing)
+    got = multi.multi_lora_linear(b.x, b.weight, apart(b.bias), b.A, b.B, *strided)
+    assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
+    pages = (p.A, p.B.transpose(1, 2), apart(p.table), (20,))
+    given = (b.x, b.weight, b.bias, *pages)
+    assert same_bits(multi.packed_lora_linear(*given, *strided), want[0])
+    y, h = torch.zeros(11, 20, device=device), apart(torch.empty(11, 5, device=device))
+    onto = torch.zeros_like(y)
+    before = y._version, h._version, onto._version
+    multi.multi_lora_add_(y, h, b.x, b.A, b.B, *strided)
+    multi.packed_lora_add_(onto, b.x, *pages, *strided)
+    after = y._version, h._version, onto._version
+    assert all(old < new for old, new in zip(before, after, strict=True))
+    assert same_bits(h, want[1])
+    assert same_bits(onto, y)
+    dy = signed(11, 20, dtype=F32, device=device)
+    given, needs = (dy, b.x, b.weight, b.A, b.B), [False, False, False, True, True]
+    grads = [multi.multi_lora_linear_backward(*given, t, *routing, needs) for t in (h, want[1])]
+    assert all(same_bits(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_gradients_past_a_slot_s_rank_are_zero(device):
+    """Even where a row of x or dy holds NaN; and of a slot without rows, whatever its scaling."""
+    b = Batch.draw(8, 24, 20, 6, 3, F32, F32, device)
+    b = b._replace(
+        ids=torch.tensor([0, 0, -1, 0, 0, 0, -1, 0], device=device),
+        ranks=torch.tensor([4, 6, 0], device=device), scalings=b.scalings.clone(),
+    )  # fmt: skip
+    b.scalings[1] = math.nan
+    x, dy = b.x.clone(), signed(8, 20, dtype=F32, device=device)
+    x[1], dy[3] = math.nan, math.nan
+    h = torch.zeros(8, 6, device=device)
+    given = (dy, x, b.weight, b.A, b.B, h, *b.routing, [False, False, False, True, True])
+    dA, dB = multi.multi_lora_linear_backward(*given)
+    assert dA[0, :4].isnan().any()
+    assert dB[0, :, :4].isnan().any()
+    for grad in (dA[0, 4:], dB[0, :, 4:], dA[1:], dB[1:]):
+        assert same_bits(grad, torch.zeros_like(grad))
 
 
 @paths
@@ -373,6 +461,14 @@ def test_paths_are_chosen_by_what_they_cost():
     assert {best(T, S) for T in (1, 8, 32, 64) for S in (1, 8, 128)} == {"decode"}
     assert {best(T, S) for T in (2048, 8192) for S in (1, 8)} <= {"prefill", "library"}
     assert best(32, 8, weight=False) == "added"
+    # A dependent launch waits for the one before it, which without ranks is a stranger's.
+    for R in (0, 4):
+        p = Problem(32, 64, 64, R, 2, slots=4)
+        assert not choice.possible("decode_beside", p, 80, False)
+        assert not choice.possible("library", p._replace(weight=False), 90, False)
+    if not numerics.INTERPRETED.value:
+        assert not choice.possible("decode_beside", p._replace(R=0), 90, False)
+        assert not choice.possible("overlapped", Problem(32, 64, 64, 0, 2), 90, False)
     assert tuple(multi_product._RUN) == MULTI_PATHS
 
 

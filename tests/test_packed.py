@@ -137,12 +137,13 @@ def test_a_table_s_nonsense_is_no_page(backend, device):
     assert same_bits(call(b, p.A, p.B, page_table=wild), y)
     # A page that is wanted and is not there holds nothing, rather than another adapter's ranks.
     some = b.ids == 0
-    gone = p.table.clone()
-    gone[0] = len(p.A)
-    lost = call(b, p.A, p.B, page_table=gone)
-    assert same_bits(lost[~some], y[~some])
     base = nnf.linear(b.x[some], b.weight, b.bias)
-    torch.testing.assert_close(lost[some], base)
+    for nowhere in (len(p.A), -1, 2**31 - 1, -(2**31)):
+        gone = p.table.clone()
+        gone[0] = nowhere
+        lost = call(b, p.A, p.B, page_table=gone)
+        assert same_bits(lost[~some], y[~some])
+        torch.testing.assert_close(lost[some], base)
     none = call(b, p.A[:0], p.B[:0], page_table=torch.full_like(p.table, -1))
     torch.testing.assert_close(none, nnf.linear(b.x, b.weight, b.bias))
 

@@ -281,3 +281,8 @@ def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
         with routing.running([-1, 0, -1, 1], 2), fastlora.batch_invariant():
             assert same_bits(layer(x)[[0, 2]], alone[[0, 2]])
     assert ran == ["multi_lora_linear"] * 2
+    # In training too nobody's rows have gradients to give: of the adapters, zeros.
+    layer.lora_A.requires_grad_()
+    with fastlora.use_backend("triton"), routing.running([-1, -1], 2, copies=2):
+        layer(x).sum().backward()
+    assert not layer.lora_A.grad.any()
