@@ -124,7 +124,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Decode(16, 32, 256, 4, 4),
         Decode(16, 64, 128, 4, 4),
         Decode(32, 32, 128, 4, 4),
-        Decode(64, 32, 64, 4, 5),
+        Decode(64, 32, 64, 8, 5),
         Decode(64, 64, 64, 8, 4),
     ),
     "multi_gemm": (Gemm(64, 64, 32, 8, 4, 4), Gemm(128, 128, 32, 8, 8, 4)),
@@ -223,7 +223,7 @@ def _multi_decode(M: int, N: int, arch: int) -> Config:
     # As ``one_pass``, whose stream of the weight this is; each row takes registers for its own b.
     if M <= 16:
         return Decode(16, 32, 256, 4, 4) if arch >= 90 else Decode(16, 64, 128, 4, 4)
-    return Decode(32, 32, 128, 4, 4) if M <= 32 else Decode(64, 32, 64, 4, 5)
+    return Decode(32, 32, 128, 4, 4) if M <= 32 else Decode(64, 32, 64, 8, 5)
 
 
 def _multi_gemm(M: int, N: int, arch: int) -> Config:

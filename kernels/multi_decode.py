@@ -32,9 +32,9 @@ from fastlora.kernels.multi_expand import tiles_of
 from fastlora.kernels.numerics import narrow, precision
 from fastlora.kernels.steps import base_steps
 
-# Bytes of b, of all rows, whose loads are under way at a time: 128 for each of 128 threads. Twice
-# as many spill in tiles of 64 rows.
-_AT_A_TIME = 16 * 1024
+# Elements of b whose loads a thread has under way at a time, in tiles of up to 32 rows and of more:
+# twice as many spill where operands have no alignment.
+_FEW_ROWS, _MORE_ROWS = 64, 32
 
 
 @triton.jit
@@ -134,5 +134,6 @@ def multi_decode(
 
 def ranks_at_a_time(config: Decode, R: int, size: int) -> int:
     """As many as fit the registers, and not more than there are."""
-    fits = _AT_A_TIME * config.warps // (4 * config.BM * config.BN * size)
-    return max(1, min(fits, rank_tile(R)))
+    elements = (_FEW_ROWS if config.BM <= 32 else _MORE_ROWS) // (2 if size == 4 else 1)
+    a_rank = config.BM * config.BN // (32 * config.warps)
+    return max(1, min(elements // max(1, a_rank), rank_tile(R)))

@@ -98,8 +98,8 @@ def multi_expand(
     if h.numel() == 0 or (N == 0 and not split):
         return
     out = h if out is None else out
-    # Less where registers hold more: without tensor cores, or b in two dtypes.
-    wide = adapters.b.dtype != y.dtype
+    # Less where registers hold more: without tensor cores, or b in float32.
+    wide = adapters.b.itemsize == 4
     BR = rank_block(R, 16 if precise(y.dtype) else 32 if wide else 64)
     table, pages, s_table = adapters.pages
     tiles = tiles_of(ends, config.BN)

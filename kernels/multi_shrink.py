@@ -103,7 +103,8 @@ def multi_shrink(
     parts = parts_of(K)
     split = parts if h.dim() == 3 else 1
     s_part = h.stride(0) if h.dim() == 3 else 0
-    BR = rank_block(R)
+    # Beside a in two dtypes there are registers for half as many.
+    BR = rank_block(R, 32 if adapters.a.dtype != x.dtype else 64)
     tiles = triton.cdiv(R, BR)
     table, pages, s_table = adapters.pages
     grid = *rows_grid(T, S, config.BM), slices * split * tiles
