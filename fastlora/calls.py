@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora import checks
+from fastlora.packed import unshared
 
 
 def kind_of(x: Tensor, lora_A: Tensor) -> tuple[torch.device, torch.dtype, torch.dtype, int]:
@@ -35,8 +36,7 @@ def kept(rows: Tensor, y: Tensor) -> Tensor:
     checks.tracked_output(y)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return rows
-    shared = torch._C._is_alias_of(y, rows)  # pyright: ignore[reportAttributeAccessIssue]
-    return rows.clone() if shared else rows
+    return unshared(rows, y)
 
 
 def scratch(R: int, x: Tensor, *others: Tensor | None) -> Tensor:

@@ -127,22 +127,30 @@ def matrix_of(weight: Tensor) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def input_of(x: Tensor, K: int, dtype: torch.dtype, device: torch.device) -> None:
+def input_of(
+    x: Tensor, K: int, dtype: torch.dtype, device: torch.device, whose: str = "the weight's"
+) -> None:
     shape = x.shape
     if not shape or shape[-1] != K:
         raise ValueError(f"x: expected shape (..., {K}), got {tuple(shape)}")
     if x.dtype != dtype:
-        raise TypeError(f"x: expected the weight's dtype {dtype}, got {x.dtype}")
+        raise TypeError(f"x: expected {whose} dtype {dtype}, got {x.dtype}")
     if x.device != device:
-        raise ValueError(f"x: expected the weight's device {device}, got {x.device}")
+        raise ValueError(f"x: expected {whose} device {device}, got {x.device}")
 
 
 def output_of(y: Tensor, x: Tensor, N: int, K: int) -> None:
-    input_of(x, K, y.dtype, y.device)
+    input_of(x, K, y.dtype, y.device, "y's")
     if y.dtype not in _FLOATS:
         raise TypeError(f"y: expected one of {_names(_FLOATS)}, got {y.dtype}")
     if y.shape != (*x.shape[:-1], N):
         raise ValueError(f"y: expected shape {(*x.shape[:-1], N)}, got {tuple(y.shape)}")
+    if 0 in y.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(y.stride(), y.shape, strict=True)
+    ):
+        raise ValueError(
+            f"y: expected elements of their own, got an expanded tensor of strides {y.stride()}"
+        )
 
 
 def tracked_output(y: Tensor) -> None:

@@ -66,9 +66,10 @@ def packed_added(
     slices: Sequence[int] | None,
     page_table: Tensor | None,
 ) -> Form:
-    N, K = y.shape[-1] if y.dim() else -1, x.shape[-1] if x.dim() else -1
-    form = _form(N, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
-    output_of(y, x, N, K)
+    tensor("lora_A", lora_A)
+    K = lora_A.shape[2] if lora_A.dim() == 3 else -1
+    form = _form(None, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
+    output_of(y, x, form.ends[-1], K)
     return form
 
 
@@ -90,12 +91,14 @@ def row_groups(groups: RowGroups, x: Tensor, num_slots: int) -> RowGroups:
     """The groups of x's rows: as given, or every row's id repeated over the dimensions it leads."""
     if groups.num_slots != num_slots:
         raise ValueError(
-            f"adapter_ids: grouped for {groups.num_slots} slots, but lora_A has {num_slots}"
+            f"adapter_ids: grouped for {groups.num_slots} slots, but there are {num_slots}"
         )
     if groups.order.device != x.device:
         raise ValueError(f"adapter_ids: expected them on {x.device}, got {groups.order.device}")
     given, lead = groups.shape, tuple(x.shape[:-1])
-    if lead[: len(given)] != given or not lead:
+    if not lead:
+        raise ValueError(f"x: expected rows, (T, K) or (B, ..., K), got shape {tuple(x.shape)}")
+    if lead[: len(given)] != given:
         raise ValueError(
             f"adapter_ids: expected shape {lead[:1]} or {lead} for x {tuple(x.shape)}, got {given}"
         )
@@ -149,7 +152,7 @@ def _routing(scalings: Tensor, ranks: Tensor | None, S: int, x: Tensor) -> None:
 
 
 def _form(
-    N: int,
+    N: int | None,
     K: int,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -159,17 +162,18 @@ def _form(
     page_table: Tensor | None,
     x: Tensor,
 ) -> Form:
-    """Slots or pages of a projection of C slices, one if ``slices`` is None."""
+    """Slots or pages of a projection of C slices, one if ``slices`` is None; N None: lora_B's."""
     tensor("lora_A", lora_A)
     tensor("lora_B", lora_B)
-    ends = ends_of(slices, N)
-    paged = page_table is not None
     if page_table is not None:
         _check_table(page_table, x)
-    wanted = f"(P, page, {N})" if paged else f"(S, {N}, R)"
-    if lora_B.dim() != 3 or lora_B.shape[2 if paged else 1] != N:
+    across, along = (1, 2) if page_table is None else (2, 1)
+    if lora_B.dim() != 3 or N not in (None, lora_B.shape[across]):
+        n = "N" if N is None else N
+        wanted = f"(S, {n}, R)" if page_table is None else f"(P, page, {n})"
         raise ValueError(f"lora_B: expected shape {wanted}, got {tuple(lora_B.shape)}")
-    count, R = lora_B.shape[0], lora_B.shape[1 if paged else 2]
+    ends = ends_of(slices, lora_B.shape[across])
+    count, R = lora_B.shape[0], lora_B.shape[along]
     if tuple(lora_A.shape) != (count, len(ends) * R, K):
         raise ValueError(
             f"lora_A: expected shape {(count, len(ends) * R, K)}, {R} ranks for each of "

@@ -94,6 +94,8 @@ def run_multi(
     bias = None if bias is None else unit_columns(bias)
     scalings, row_scales = flat(scalings, torch.float32), flat(row_scales, torch.float32)
     order, starts = flat(order, torch.int64), flat(starts, torch.int64)
+    if ranks is not None and ranks.dtype != torch.int32:
+        ranks = ranks.clamp(0, A.shape[1])
     ranks = flat(ranks, torch.int32)
     (M, N), K, (S, R) = y.shape, x.shape[1], A.shape[:2]
     if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
@@ -109,7 +111,8 @@ def run_multi(
         native.DTYPES[x.dtype], native.DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if code == native.NOT_FINITE:
-        slot = next(s for s, f in enumerate(scalings.tolist()) if not math.isfinite(f))
+        used = (starts[1:] > starts[:-1]).tolist()
+        slot = next(s for s, f in enumerate(scalings.tolist()) if used[s] and not math.isfinite(f))
         raise ValueError(
             f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
         )

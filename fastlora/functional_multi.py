@@ -45,19 +45,21 @@ def multi_lora_linear(
 
     x (T, K) with adapter_ids (T,), or x (B, L, K) with ids (B,) or (B, L), or what ``group_rows``
     made of them; -1 = no adapter. lora_A (S, R, K), lora_B (S, N, R); scalings float32 (S,); ranks
-    int (S,): what lies past a slot's rank is ignored whatever it holds; row_scales float (T,) or of
-    the ids' shape multiplies a row's adapter part. Differentiable in x, weight, bias, lora_A,
-    lora_B.
+    int (S,): what lies past a slot's rank is ignored whatever it holds, a rank below 0 is 0, one
+    above R is R; row_scales float (T,), or of x's first dimensions, multiplies a row's adapter
+    part. Differentiable in x, weight, bias, lora_A, lora_B.
 
     slices: widths of the C parts of a packed projection (q, k, v), which add up to N. Each part has
     an A of its own: lora_A is (S, C * R, K), part after part, and lora_B (S, N, R) as before.
 
     page_table: int32 (S, pages a slot), for slots of different sizes. Adapters then lie in P pages
     of ranks: lora_A (P, C * page, K), lora_B (P, page, N), and slot s has rank i in row
-    ``i % page`` of page ``page_table[s, i // page]``; an entry that is no page holds nothing. Not
-    differentiable.
+    ``i % page`` of page ``page_table[s, i // page]``; an entry that is no page holds nothing. Mind
+    that B's pages are rank-major, unlike lora_B. Not differentiable: call under no_grad.
 
-    Raises TypeError or ValueError naming the argument that does not fit; ids as in ``group_rows``.
+    Raises TypeError or ValueError naming the argument that does not fit. Ids as in ``group_rows``;
+    a scaling that is not finite raises too where rows use it, on the backends "cpu" and "torch":
+    "triton", which does not wait for the device, gives those rows NaN.
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
@@ -159,6 +161,8 @@ def _packed_add_(
     row_scales: Tensor | None,
 ) -> Tensor:
     if _differentiable(page_table, y, x, lora_A, lora_B):
+        if len(form.ends) > 1:
+            x = kept(x, y)
         for part in slices_of(form.ends, form.R):
             A, B = lora_A[:, part.first : part.last], lora_B[:, part.begin : part.end]
             given = (y[..., part.begin : part.end], x, A, B, groups, scalings)
@@ -180,7 +184,8 @@ def _differentiable(page_table: Tensor | None, *tensors: Tensor | None) -> bool:
         return False
     if page_table is not None:
         raise ValueError(
-            "page_table: adapters in pages are not differentiable: call under torch.no_grad()"
+            "page_table: adapters in pages are not differentiable, nor mapped over: call under "
+            "torch.no_grad(), outside of torch.func"
         )
     return True
 

@@ -46,6 +46,8 @@ class MultiLoRALinear(nn.Linear):
         reason = unsupported(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
+        settings.check_rank("max_adapters", max_adapters)
+        settings.check_rank("max_rank", max_rank)
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         adopt(layer, linear)
         S, R, weight = max_adapters, max_rank, linear.weight
@@ -87,6 +89,11 @@ class MultiLoRALinear(nn.Linear):
         Raises TypeError or ValueError, the slot as it was, for what does not fit.
         """
         self._check_slot(slot)
+        settings.check_number("scaling", scaling)
+        if abs(scaling) > torch.finfo(torch.float32).max:
+            raise ValueError(f"scaling: expected a number that float32 holds, got {scaling}")
+        _check_factor("lora_A", lora_A)
+        _check_factor("lora_B", lora_B)
         (_, R, K), N = self.lora_A.shape, self.lora_B.shape[1]
         r = lora_A.shape[0] if lora_A.dim() == 2 else -1
         if tuple(lora_A.shape) != (r, K) or r > R:
@@ -95,7 +102,8 @@ class MultiLoRALinear(nn.Linear):
             )
         if tuple(lora_B.shape) != (N, r):
             raise ValueError(f"lora_B: expected shape ({N}, {r}), got {tuple(lora_B.shape)}")
-        settings.check_number("scaling", scaling)
+        # Copies, made before the slot is emptied: they may be views of it.
+        lora_A, lora_B = (t.to(self.lora_A, copy=True) for t in (lora_A, lora_B))
         self.clear_adapter(slot)
         self.lora_A[slot, :r] = lora_A
         self.lora_B[slot, :, :r] = lora_B
@@ -110,6 +118,8 @@ class MultiLoRALinear(nn.Linear):
             buffer[slot] = 0
 
     def _check_slot(self, slot: int) -> None:
+        if not isinstance(slot, int) or isinstance(slot, bool):
+            raise TypeError(f"slot: expected an int, got {type(slot).__name__}")
         if not 0 <= slot < len(self.scalings):
             raise ValueError(f"slot: expected one of 0 to {len(self.scalings) - 1}, got {slot}")
 
@@ -125,6 +135,15 @@ class MultiLoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         S, R = self.lora_A.shape[:2]
         return f"{super().extra_repr()}, max_adapters={S}, max_rank={R}"
+
+
+def _check_factor(name: str, factor: object) -> None:
+    if not isinstance(factor, Tensor) or not factor.is_floating_point():
+        kind = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
+        raise TypeError(f"{name}: expected a tensor of floats, got {kind}")
+    if factor.is_meta or factor.layout != torch.strided:
+        found = f"{factor.layout} on {factor.device}"
+        raise TypeError(f"{name}: expected a dense tensor that has values, got {found}")
 
 
 def _rank_major(lora_B: Tensor) -> Tensor:

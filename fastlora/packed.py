@@ -43,10 +43,19 @@ def ends_of(slices: Sequence[int] | None, N: int) -> tuple[int, ...]:
     """Where each slice's columns end; ValueError unless their widths add up to N."""
     if slices is None:
         return (N,)
+    if isinstance(slices, (str, bytes)) or not isinstance(slices, Sequence):
+        raise TypeError(f"slices: expected a sequence of ints, got {type(slices).__name__}")
     widths = list(slices)
-    if not widths or any(not isinstance(w, int) or w < 1 for w in widths) or sum(widths) != N:
-        raise ValueError(f"slices: expected widths that add up to {N}, got {widths}")
+    if any(not isinstance(w, int) or isinstance(w, bool) for w in widths):
+        raise TypeError(f"slices: expected a sequence of ints, got {widths}")
+    if not widths or min(widths) < 1 or sum(widths) != N:
+        raise ValueError(f"slices: expected widths from 1 that add up to {N}, got {widths}")
     return tuple(accumulate(widths))
+
+
+def unshared(x: Tensor, y: Tensor) -> Tensor:
+    """x as it is before a part of y is written: a copy where the two share memory."""
+    return x.clone() if torch._C._is_alias_of(y, x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gathered(
@@ -83,6 +92,8 @@ def add_each(
     **how: Any,
 ) -> None:
     """``packed_lora_add_`` by a backend's ``multi_lora_add_``, a slice after the other."""
+    if len(ends) > 1:
+        x = unshared(x, y)
     if table is not None:
         # Those in use alone: their rows keep their places, since the others have none.
         slots = (starts[1:] > starts[:-1]).nonzero().flatten()

@@ -129,7 +129,8 @@ def predicted_multi(path: str, p: Problem, on: Machine) -> float:
     product = base(p, on, ours=True)
     if path.startswith("prefill"):
         # It takes half of the SMs to draw all of the memory's bandwidth: few tiles do not.
-        product *= max(1.0, 66 / (-(-p.M // 128) * -(-p.N // 128)))
+        tiles = -(-p.M // 128) * -(-p.N // 128)
+        product *= max(1.0, 66 / max(1, tiles))
     product += wide
     if not beside:
         return shrinking + product + 2 * on.launch

@@ -160,7 +160,7 @@ BAD = [
     ),
     *(
         ([multi_linear], "adapter_ids", F.group_rows(zeros(rows).int(), slots), ValueError, message)
-        for rows, slots, message in [(M, 3, "3 slots, but lora_A has 2"), (3, S, r"got \(3,\)")]
+        for rows, slots, message in [(M, 3, "3 slots, but there are 2"), (3, S, r"got \(3,\)")]
     ),
     ([merge], "weight", [[1.0]], TypeError, f"{NO_TENSOR} list"),
     ([merge], "weight", zeros(1, K).expand(N, K), ValueError, "elements of their own"),

@@ -309,3 +309,37 @@ def test_same_input_same_bits(dtype, lora_dtype, device):
         y.backward(y.detach())
         results.append([y, *(t[n].grad for n in NAMES)])
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_scaling_that_is_not_finite_is_named(backend):
+    """That of a slot in use: the others may hold anything."""
+    tensors, routing = batch((3,), 1, 9, 7, 3, 4, torch.float32, torch.float32, CPU)
+    routing |= {"adapter_ids": torch.tensor([2, -1, 2]), "scalings": torch.full((4,), math.nan)}
+    if backend == "triton":
+        y = whole(F.multi_lora_linear, tensors, routing | {"ranks": torch.full((4,), 3)})
+        assert y.isnan().all(1).tolist() == [True, False, True]
+        return
+    with pytest.raises(ValueError, match=r"scalings: expected finite numbers, got nan for slot 2"):
+        whole(F.multi_lora_linear, tensors, routing)
+
+
+def test_ranks_of_64_bits(backend):
+    tensors, routing = batch((6,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
+    given = {**routing, "ranks": torch.tensor([2**32 + 1, -(2**33)])}
+    meant = {**routing, "ranks": torch.tensor([4, 0])}
+    assert same_bits(
+        whole(F.multi_lora_linear, tensors, given), whole(F.multi_lora_linear, tensors, meant)
+    )
+
+
+def test_no_columns(device):
+    tensors, routing = batch((5,), 1, 0, 7, 4, 2, torch.float32, torch.float32, device)
+    for through in (whole, added):
+        assert through(F.multi_lora_linear, tensors, routing).shape == (5, 0)
+
+
+def test_x_without_rows_is_named():
+    tensors, routing = batch((5,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
+    tensors["x"] = tensors["x"][0]
+    with pytest.raises(ValueError, match=r"x: expected rows, \(T, K\) or \(B, ..., K\), got shape"):
+        whole(F.multi_lora_linear, tensors, routing)

@@ -16,7 +16,7 @@ from torch import nn
 import fastlora
 from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel, dispatch
 from fastlora.routing import Routing
-from tests.helpers import same_bits
+from tests.helpers import same_bits, unchanged
 from tests.models import (
     TOLERANCE,
     assert_agree,
@@ -286,3 +286,40 @@ def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
     with fastlora.use_backend("triton"), routing.running([-1, -1], 2, copies=2):
         layer(x).sum().backward()
     assert not layer.lora_A.grad.any()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"scaling": 1e39}, ValueError, "scaling: expected a number that float32 holds"),
+        ({"scaling": float("nan")}, ValueError, "scaling"),
+        (
+            {"lora_A": torch.zeros(2, 8, device="meta")},
+            TypeError,
+            "lora_A: expected a dense tensor",
+        ),
+        ({"lora_B": torch.zeros(6, 2).to_sparse()}, TypeError, "lora_B: expected a dense tensor"),
+        ({"lora_A": [[1]]}, TypeError, "lora_A: expected a tensor of floats, got list"),
+        ({"lora_A": torch.zeros(2, 8, dtype=torch.int64)}, TypeError, "of floats, got torch.int64"),
+        ({"slot": True}, TypeError, "slot: expected an int, got bool"),
+        ({"slot": "1"}, TypeError, "slot: expected an int, got str"),
+        ({"slot": 2}, ValueError, "slot: expected one of 0 to 1, got 2"),
+    ],
+)
+def test_what_does_not_fit_a_slot_leaves_it_as_it_was(change, error, message):
+    layer = MultiLoRALinear.from_linear(nn.Linear(8, 6), 2, 3)
+    layer.set_adapter(1, torch.randn(3, 8), torch.randn(6, 3), 1.0)
+    given = {"slot": 1, "lora_A": torch.zeros(2, 8), "lora_B": torch.zeros(6, 2), "scaling": 0.5}
+    with unchanged(*layer.buffers()), pytest.raises(error, match=message):
+        layer.set_adapter(**{**given, **change})
+
+
+def test_a_slot_s_own_factors_may_be_given_back():
+    layer = MultiLoRALinear.from_linear(nn.Linear(8, 6), 2, 3)
+    A, B = torch.randn(3, 8), torch.randn(6, 3)
+    layer.set_adapter(1, A, B, 1.0)
+    layer.set_adapter(1, layer.lora_A[1, :2], layer.lora_B[1, :, :2], 0.5)
+    assert torch.equal(layer.lora_A[1, :2], A[:2])
+    assert torch.equal(layer.lora_B[1, :, :2], B[:, :2])
+    assert not layer.lora_A[1, 2:].any()
+    assert (int(layer.ranks[1]), float(layer.scalings[1])) == (2, 0.5)
