@@ -134,14 +134,7 @@ def gemm(
         options["launch_pdl"] = True
     with device_of(x):
         if tma:
-            turned = w.stride(0) == 1
-            d_x = TensorDescriptor.from_tensor(x, [config.BM, config.BK])
-            d_w = (
-                TensorDescriptor.from_tensor(w.T, [config.BN, config.BK])
-                if turned
-                else TensorDescriptor.from_tensor(w, [config.BK, config.BN])
-            )
-            d_y = TensorDescriptor.from_tensor(y, [config.BM, config.BN])
+            d_x, d_w, d_y, turned = descriptors(x, w, y, config)
             _gemm_tma[(min(tiles, programs),)](
                 d_x, d_w, d_y, h, b, *vectors, seed, *numbers, *rank,
                 W_TRANSPOSED=turned, **options,
@@ -152,6 +145,17 @@ def gemm(
                 x, w, y, h, b, *vectors, seed, *numbers,
                 *x.stride(), *w.stride(), *y.stride(), *rank, **options,
             )  # fmt: skip
+
+
+def descriptors(
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, config: Gemm
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor, bool]:
+    """Of x, w and y, in the config's tiles, and whether w's is of w.T, whose rows lie together."""
+    turned = w.stride(0) == 1
+    rows, tile = (w.T, [config.BN, config.BK]) if turned else (w, [config.BK, config.BN])
+    d_x = TensorDescriptor.from_tensor(x, [config.BM, config.BK])
+    d_y = TensorDescriptor.from_tensor(y, [config.BM, config.BN])
+    return d_x, TensorDescriptor.from_tensor(rows, tile), d_y, turned
 
 
 def most_ranks(config: Gemm, dtype: torch.dtype, lora_dtype: torch.dtype) -> int:

@@ -44,6 +44,16 @@ def compiled_as(config: Config) -> dict[str, Any]:
     }
 
 
+def rows_of_ones(h: Tensor) -> bool:
+    """Whether h's columns lie side by side, as the kernels read and write them."""
+    return h.stride(1) == 1 or h.shape[1] <= 1
+
+
+def written(*tensors: Tensor) -> None:
+    """Tells torch what a kernel wrote, which it does not see."""
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 def device_of(t: Tensor) -> AbstractContextManager[object]:
     """The device that a kernel on t launches on; the interpreter needs none."""
     return torch.cuda.device_of(t) if t.is_cuda else nullcontext()

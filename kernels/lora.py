@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.gradient import gradient
-from fastlora.kernels.launch import Dropout
+from fastlora.kernels.launch import Dropout, rows_of_ones, written
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.product import Product, run
 from fastlora.kernels.shrink import shrink
@@ -56,15 +56,13 @@ def lora_add_(
     path: str | None = None,
     invariant: bool = False,
 ) -> None:
-    own = h if _rows_of_ones(h) else h.new_empty(h.shape)
+    own = h if rows_of_ones(h) else h.new_empty(h.shape)
     if torch._C._is_alias_of(y, x):
         # One launch would write tiles of y that it has yet to read as x; two read all of x first.
         path = "two_pass"
     given = (x, None, lora_A, lora_B.T, y, own, scaling, None, _dense(lora_bias))
     run(Product(*given, Dropout.of(dropout_p, seed), invariant=invariant), "lora_add_", path)
-    # What a kernel writes, torch does not see.
-    written = [t for t in (y, own) if not t.is_inference()]
-    torch.autograd.graph.increment_version(written)
+    written(y, own)
     if own is not h:
         h.copy_(own)
 
@@ -105,7 +103,7 @@ def lora_linear_backward(
         grads.append(_adapter(x, g, lora_A.new_empty(lora_A.shape), scaling, drop))
     if need_B:
         dB = lora_B.new_empty(lora_B.shape)
-        _adapter(dy, h if _rows_of_ones(h) else h.contiguous(), dB.T, scaling, None)
+        _adapter(dy, h if rows_of_ones(h) else h.contiguous(), dB.T, scaling, None)
         grads.append(dB)
     if need_lora_bias:
         grads.append(dy.sum(0, dtype=torch.float32).mul_(scaling).to(lora_B.dtype))
@@ -122,8 +120,3 @@ def _adapter(x: Tensor, h: Tensor, out: Tensor, scaling: float, drop: Dropout | 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-def _rows_of_ones(h: Tensor) -> bool:
-    """Whether h's columns lie side by side, as the kernels read them."""
-    return h.stride(1) == 1 or h.shape[1] <= 1

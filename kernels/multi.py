@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastlora.kernels.batch import Adapters, Rows
 from fastlora.kernels.choice import config_of
+from fastlora.kernels.launch import rows_of_ones, written
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.multi_gradient import multi_gradient
 from fastlora.kernels.multi_product import MultiProduct, run
@@ -61,11 +61,11 @@ def multi_lora_add_(
     path: str | None = None,
     invariant: bool = False,
 ) -> None:
-    own = h if h.stride(1) == 1 or h.shape[1] <= 1 else h.new_empty(h.shape)
+    own = h if rows_of_ones(h) else h.new_empty(h.shape)
     rows = Rows.of(ids, order, scalings, ranks, row_scales)
     adapters = Adapters.of(lora_A, lora_B)
     run(MultiProduct(x, None, adapters, rows, y, own, (y.shape[1],)), "multi_lora_add_", path)
-    _written(y, own)
+    written(y, own)
     if own is not h:
         h.copy_(own)
 
@@ -112,7 +112,7 @@ def multi_lora_linear_backward(
     if need_B:
         dB = lora_B.new_empty(lora_B.shape)
         grads.append(dB)
-        own = h if h.stride(1) == 1 or h.shape[1] <= 1 else h.contiguous()
+        own = h if rows_of_ones(h) else h.contiguous()
         _adapters(dy, own, dB.transpose(1, 2), rows, starts)
     return grads
 
@@ -165,15 +165,10 @@ def packed_lora_add_(
     h = x.new_empty(x.shape[0], len(ends) * adapters.R)
     rows = Rows.of(ids, order, scalings, ranks, row_scales)
     run(MultiProduct(x, None, adapters, rows, y, h, tuple(ends)), "packed_lora_add_", path)
-    _written(y)
+    written(y)
 
 
 def _adapters(x: Tensor, h: Tensor, out: Tensor, rows: Rows, starts: Tensor) -> None:
     shape = Problem(x.shape[0], x.shape[0], x.shape[1], h.shape[1], x.itemsize, False)
     config = config_of("multi_gradient", shape, x.dtype, x.device)
     multi_gradient(x, h, out, rows, starts, config)
-
-
-def _written(*tensors: Tensor) -> None:
-    """What a kernel writes, torch does not see."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.adapters import adapter_steps, factors_of, ranks_of, slice_of, slots_of
 from fastlora.kernels.batch import Adapters, Rows
 from fastlora.kernels.configs import Gemm, rank_block
+from fastlora.kernels.gemm import descriptors
 from fastlora.kernels.launch import compiled_as, device_of
 from fastlora.kernels.multi_expand import tiles_of
 from fastlora.kernels.numerics import narrow, precise, precision
@@ -150,14 +150,7 @@ def multi_gemm(
         options["launch_pdl"] = True
     with device_of(x):
         if tma:
-            turned = w.stride(0) == 1
-            d_x = TensorDescriptor.from_tensor(x, [config.BM, config.BK])
-            d_w = (
-                TensorDescriptor.from_tensor(w.T, [config.BN, config.BK])
-                if turned
-                else TensorDescriptor.from_tensor(w, [config.BK, config.BN])
-            )
-            d_y = TensorDescriptor.from_tensor(y, [config.BM, config.BN])
+            d_x, d_w, d_y, turned = descriptors(x, w, y, config)
             _multi_gemm_tma[(min(tiles, programs),)](
                 d_x, d_w, d_y, *operands, *numbers, *strides, W_TRANSPOSED=turned, **options
             )

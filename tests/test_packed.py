@@ -153,9 +153,9 @@ def test_a_table_s_nonsense_is_no_page(backend, device):
     # A page that is wanted and is not there holds nothing, rather than another adapter's ranks.
     some = b.ids == 0
     base = nnf.linear(b.x[some], b.weight, b.bias)
-    for nowhere in (len(p.A), -1, 2**31 - 1, -(2**31)):
+    for absent in (len(p.A), -1, 2**31 - 1, -(2**31)):
         gone = p.table.clone()
-        gone[0] = nowhere
+        gone[0] = absent
         lost = call(b, p.A, p.B, page_table=gone)
         assert same_bits(lost[~some], y[~some])
         torch.testing.assert_close(lost[some], base)
