@@ -59,6 +59,22 @@ def whole_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _asked_for(request, device)
 
 
+@pytest.fixture
+def triton_usable(device: torch.device) -> None:
+    """Skips where Triton kernels neither run on the device nor are interpreted."""
+    reason = dispatch.cannot("triton", device)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def memory_holds_nan() -> Iterator[None]:
+    """Every tensor that torch allocates empty holds NaN: what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=SETS)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of the native library that runs here, forced."""

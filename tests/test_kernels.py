@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import dispatch, dropout
+from fastlora import dropout
 from tests import oracle
 from tests.helpers import (
     DTYPES,
@@ -60,21 +60,7 @@ dtypes = pytest.mark.parametrize(
 )
 paths = pytest.mark.parametrize("path", PATHS)
 shapes = pytest.mark.parametrize("M, K, N, R", ODD + ALIGNED)
-
-
-@pytest.fixture(autouse=True)
-def _usable(device: torch.device) -> None:
-    reason = dispatch.cannot("triton", device)
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(autouse=True)
-def _memory_holds_nan(_usable: None):
-    """Every tensor that torch allocates empty holds NaN: what is not written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
 
 
 @pytest.fixture(params=["tiny", "default"])
