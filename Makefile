@@ -84,7 +84,7 @@ gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pyt
 	@many=$$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null); tests=0; check=0; bench=0; \
 	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
 	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
-	$(PYTHON) -m benchmarks --device cuda $(ARGS) || bench=$$?; \
+	$(PYTHON) -m benchmarks --device cuda $(ARGS) && $(PYTHON) -m benchmarks.model_merge || bench=$$?; \
 	sanitizer=0; ! command -v compute-sanitizer || make --no-print-directory sanitize || sanitizer=$$?; \
 	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench, compute-sanitizer with $$sanitizer"; \
 	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ] && [ $$sanitizer -eq 0 ]

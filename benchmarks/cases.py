@@ -9,7 +9,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from benchmarks.linear import Linear
-from benchmarks.merge import Merge
+from benchmarks.merge import Merge, Swap
 from benchmarks.multi import Multi
 from benchmarks.work import Case
 
@@ -18,7 +18,7 @@ SUITES = ("linear", "multi", "merge")
 FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
 INVARIANT = Linear(backward=False, invariant=True)
 DECODE, PREFILL, MIXED = Multi("decode"), Multi("prefill"), Multi("mixed")
-MERGE, MERGE_UNMERGE = Merge(unmerge=False), Merge(unmerge=True)
+MERGE, MERGE_UNMERGE, SWAP = Merge(unmerge=False), Merge(unmerge=True), Swap()
 
 
 def _square(size: int) -> dict[str, int]:
@@ -60,6 +60,7 @@ CPU = (
     Case(MERGE, "cpu", "bf16", _WIDE),
     Case(MERGE, "cpu", "bf16", _WIDE, lora_dtype="fp32"),
     Case(MERGE_UNMERGE, "cpu", "bf16", _WIDE, quick=True),
+    Case(SWAP, "cpu", "bf16", _WIDE),
 )
 
 
@@ -125,7 +126,9 @@ CUDA = (
     Case(MIXED, "cuda", "bf16", {"T": 1024, **_layer(16), "S": 8}, workload="zipf"),
     Case(MERGE, "cuda", "bf16", _layer(16), quick=True),
     Case(MERGE, "cuda", "bf16", _layer(64)),
+    Case(MERGE, "cuda", "bf16", _layer(16), lora_dtype="fp32"),
     Case(MERGE_UNMERGE, "cuda", "bf16", _layer(16), quick=True),
+    Case(SWAP, "cuda", "bf16", _layer(16)),
 )
 
 

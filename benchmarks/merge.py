@@ -1,4 +1,4 @@
-"""Suite ``merge``: an adapter into its weight, in place, and out again."""
+"""Suite ``merge``: an adapter into its weight, in place, out again, and one for another."""
 
 from __future__ import annotations
 
@@ -8,10 +8,112 @@ from benchmarks.peers import peft_linear
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, Call, Case, Operands, Outputs, Work, sampled, wide
 from fastlora import functional as F
+from fastlora.receipt import Adapter
 
 SCALING = 2.0
 # Size of the adapter's part beside the weight's: that of a strong fine-tune.
 _SHARE = 0.05
+
+
+class Swap(Work):
+    """One adapter out of the weight and another in, again and again.
+
+    The base is a copy of the weight: the bytes that cannot be avoided. fastlora's weight holds what
+    merging the other adapter alone would give, to the bit; the others add and subtract.
+    """
+
+    suite, name = "merge", "swap"
+
+    def __init__(self) -> None:
+        self.providers = {
+            BASE: self._base,
+            "torch": self._torch,
+            "peft": self._peft,
+            "fastlora": self._fastlora,
+        }
+
+    def operands(self, case: Case, seed: int) -> Operands:
+        N, K, R = (case.shape[k] for k in "NKR")
+        draw = torch.Generator().manual_seed(seed)
+        scale = _SHARE / SCALING * R**-0.5
+        return {
+            "weight": case.tensor(draw, N, K, scale=K**-0.5),
+            "lora_A": case.adapter(draw, R, K, scale=K**-0.5),
+            "lora_B": case.adapter(draw, N, R, scale=scale),
+            "other_A": case.adapter(draw, R, K, scale=K**-0.5),
+            "other_B": case.adapter(draw, N, R, scale=scale),
+        }
+
+    def _base(self, case: Case, o: Operands) -> Call:
+        weight, other = o["weight"], torch.empty_like(o["weight"])
+
+        def call() -> Outputs:
+            other.copy_(weight)
+            return {"merged": other}
+
+        return call
+
+    def _torch(self, case: Case, o: Operands) -> Call:
+        weight, (mine, other) = o["weight"], _both(o)
+
+        def add(adapter: Adapter, sign: int) -> None:
+            A, B, scaling = adapter
+            weight.addmm_(B.to(weight.dtype), A.to(weight.dtype), alpha=sign * scaling)
+
+        def call() -> Outputs:
+            nonlocal mine, other
+            add(mine, -1)
+            add(other, 1)
+            mine, other = other, mine
+            return {"merged": weight}
+
+        add(mine, 1)
+        return call
+
+    def _peft(self, case: Case, o: Operands) -> Call:
+        layer = peft_linear(o["weight"], _both(o))
+        weight, names = layer.get_base_layer().weight, list(layer.lora_A)
+        layer.merge(adapter_names=names[:1])
+
+        def call() -> Outputs:
+            layer.unmerge()
+            names.reverse()
+            layer.merge(adapter_names=names[:1])
+            return {"merged": weight}
+
+        return call
+
+    def _fastlora(self, case: Case, o: Operands) -> Call:
+        weight, (mine, other) = o["weight"], _both(o)
+        receipt = F.merge_(weight, [mine])
+
+        def call() -> Outputs:
+            nonlocal mine, other, receipt
+            receipt = F.swap_(weight, receipt, [other])
+            mine, other = other, mine
+            return {"merged": weight}
+
+        return call
+
+    def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
+        weight, other_A, other_B = (wide(operands[k]) for k in ("weight", "other_A", "other_B"))
+        rows = sampled(case.shape["N"])
+        adapters = [] if provider == BASE else [(other_A, other_B[rows], SCALING)]
+        return {"merged": oracle.merge(weight[rows], adapters)}
+
+    def sample(self, case: Case, outputs: Outputs) -> Outputs:
+        rows = sampled(case.shape["N"])
+        return {name: t.detach().cpu()[rows] for name, t in outputs.items()}
+
+    def cost(self, case: Case, provider: str) -> tuple[int, int]:
+        N, K, R = (case.shape[k] for k in "NKR")
+        size, lora_size = case.element_sizes
+        adapters = 0 if provider == BASE else 2
+        return 2 * adapters * N * K * R, 2 * size * N * K + lora_size * adapters * R * (K + N)
+
+
+def _both(o: Operands) -> list[Adapter]:
+    return [(o["lora_A"], o["lora_B"], SCALING), (o["other_A"], o["other_B"], SCALING)]
 
 
 class Merge(Work):

@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define FASTLORA_ABI_VERSION 1
+#define FASTLORA_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define FASTLORA_API __attribute__((visibility("default")))
@@ -96,12 +96,13 @@ FASTLORA_API int32_t fastlora_merge(
 /* Of a receipt: the number of elements it holds. */
 FASTLORA_API int64_t fastlora_receipt_size(const void *receipt);
 
-/* Of a receipt: positions (each in its tile of 65536 elements), their raw bits, how many each tile
- * has, and two checksums, of the merged weight and of everything else. */
+/* Of a receipt, which is empty afterwards: positions (each in its tile of 65536 elements), their raw
+ * bits, how many each tile has, and two checksums, of the merged weight and of everything else. */
 FASTLORA_API int32_t fastlora_receipt_read(
-    const void *receipt, uint16_t *positions, void *bits, int32_t *counts, int64_t *checksums);
+    void *receipt, uint16_t *positions, void *bits, int32_t *counts, int64_t *checksums);
 
-/* weight as it was before the merge that made this receipt, where the caller could not read it. */
+/* weight as it was before the merge that made this receipt, where the caller could not read it;
+ * FASTLORA_BAD_ARGUMENT where it has. */
 FASTLORA_API int32_t fastlora_receipt_undo(
     void *weight, int64_t row, int64_t column, const float *lora_A, const float *lora_B, int64_t N,
     int64_t K, int64_t R, int32_t dtype, int32_t threads, const void *receipt);

@@ -17,11 +17,19 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 from fastlora import functional
 from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.combining_files import combine_adapters
 from fastlora.config import LoRAConfig
 from fastlora.dispatch import backend, use_backend
 from fastlora.inject import Report, replace_linear, report
 from fastlora.invariance import batch_invariant
-from fastlora.merging import disable_adapter, merge_adapter, merge_and_unload, unmerge_adapter
+from fastlora.merge_files import merge_checkpoint
+from fastlora.merging import (
+    disable_adapter,
+    merge_adapter,
+    merge_and_unload,
+    swap_adapter,
+    unmerge_adapter,
+)
 from fastlora.modules import FastLoRALinear
 from fastlora.multi_modules import MultiLoRALinear
 from fastlora.serving import MultiLoRAModel
@@ -37,14 +45,17 @@ __all__ = [
     "adapter_state_dict",
     "backend",
     "batch_invariant",
+    "combine_adapters",
     "disable_adapter",
     "functional",
     "load_adapter",
     "merge_adapter",
     "merge_and_unload",
+    "merge_checkpoint",
     "replace_linear",
     "report",
     "save_adapter",
+    "swap_adapter",
     "unmerge_adapter",
     "use_adapters",
     "use_backend",

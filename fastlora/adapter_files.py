@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -48,6 +49,19 @@ def check_name(adapter_name: object) -> str:
 
 def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
     """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad."""
+    return config_of(directory, read_settings(directory))
+
+
+def config_of(directory: str | os.PathLike[str], settings: Mapping[str, Any]) -> LoRAConfig:
+    """The config that ``settings`` of the adapter in ``directory`` are; ValueError if bad."""
+    try:
+        return LoRAConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(directory) / CONFIG_NAME}: {error}") from None
+
+
+def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What ``adapter_config.json`` holds; ValueError or FileNotFoundError if bad."""
     path = _file(directory, CONFIG_NAME)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
@@ -59,10 +73,7 @@ def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
         raise ValueError(f"{path}: expected JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    try:
-        return LoRAConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return values
 
 
 def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fastlora.inject import (
 )
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import trained_layers
+from fastlora.receipt import Adapter
 from fastlora.wrapping import unwrapped
 
 # PEFT's name of each adapter parameter.
@@ -77,16 +79,43 @@ def load_adapter(
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
     FileNotFoundError for a missing file; RuntimeError for a merged model.
     """
-    config = files.read_config(directory)
-    inner = unwrapped(model)
     if adapter_name is not None:
+        config = files.read_config(directory)
         return _load_one(model, directory, config, adapter_name, is_trainable)
-    if next(trained_layers(inner), None):
+    if next(trained_layers(unwrapped(model)), None):
         raise ValueError("adapter_name: expected which of the model's adapters to fill, got None")
+    read_adapter(model, directory).fill(model, is_trainable)
+    return model
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter read from files and found to fit a model, which it has not changed yet."""
+
+    config: LoRAConfig
+    chosen: Plan | None  # the linears to replace, where the model has no LoRA layers yet
+    tensors: dict[str, Tensor]
+    biases: dict[str, nn.Parameter]
+
+    def adapter_of(self, name: str, device: torch.device) -> Adapter:
+        """(lora_A, lora_B, scaling) of the layer ``name``."""
+        A, B = (self.tensors[f"{name}.{_KEYS[kind]}"].to(device) for kind in ("lora_A", "lora_B"))
+        return A, B, self.config.scaling_of(name)
+
+    def fill(self, model: nn.Module, is_trainable: bool = False) -> None:
+        """Puts it into the model."""
+        _apply(model, self.config, self.chosen, self.tensors, self.biases, is_trainable)
+
+
+def read_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, merged: bool = False
+) -> LoadedAdapter:
+    """The adapter in ``directory`` for ``model``; merged: for one whose layers are."""
+    config, inner = files.read_config(directory), unwrapped(model)
     existing = dict(lora_layers(inner))
     chosen = None
     if existing:
-        _check_existing(existing, config)
+        _check_existing(existing, config, merged)
         weights = {name: layer.weight for name, layer in existing.items()}
     else:
         chosen = plan(inner, config)
@@ -98,9 +127,7 @@ def load_adapter(
     }
     biases = _biases(inner, config, set(weights))
     expected |= {key: tuple(bias.shape) for key, bias in biases.items()}
-    tensors = files.read_tensors(directory, expected)
-    _apply(model, config, chosen, tensors, biases, is_trainable)
-    return model
+    return LoadedAdapter(config, chosen, files.read_tensors(directory, expected), biases)
 
 
 def adapter_shapes(name: str, weight: Tensor, config: LoRAConfig) -> dict[str, Shape]:
@@ -195,10 +222,12 @@ def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[st
     return found
 
 
-def _check_existing(layers: dict[str, FastLoRALinear], config: LoRAConfig) -> None:
+def _check_existing(layers: dict[str, FastLoRALinear], config: LoRAConfig, merged: bool) -> None:
     for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(f"{name} is merged: unmerge_adapter before loading another adapter")
+        if layer.merged and not merged:
+            raise RuntimeError(
+                f"{name} is merged: unmerge_adapter before loading another adapter, or swap_adapter"
+            )
         _check_named(name, layer.r, config)
         if (layer.lora_bias is not None) != config.lora_bias:
             raise ValueError(f"{name}: lora_bias: the layer and the adapter's config disagree")

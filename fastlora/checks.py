@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def autocast(
@@ -57,7 +57,7 @@ def linear(
 ) -> None:
     N, K = matrix_of(weight)
     input_of(x, K, weight.dtype, weight.device)
-    _adapter(lora_A, lora_B, N, K, x)
+    adapter(lora_A, lora_B, N, K, x)
     vector("bias", bias, N, x.dtype, x)
     vector("lora_bias", lora_bias, N, lora_B.dtype, x)
 
@@ -67,37 +67,8 @@ def added(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     tensor("lora_B", lora_B)
     N = lora_B.shape[0] if lora_B.dim() == 2 else -1
     K = lora_A.shape[1] if lora_A.dim() == 2 else -1
-    _adapter(lora_A, lora_B, N, K, x)
+    adapter(lora_A, lora_B, N, K, x)
     output_of(y, x, N, K)
-
-
-def adapters(
-    weight: Tensor, given: Sequence[tuple[Tensor, Tensor, float]]
-) -> list[tuple[Tensor, Tensor, float]]:
-    N, K = matrix_of(weight)
-    (row, column), whole = weight.stride(), weight.numel() > 0
-    by_rows = N < 2 or row > (K - 1) * column
-    by_columns = K < 2 or column > (N - 1) * row
-    alone = (by_rows and (K < 2 or column > 0)) or (by_columns and (N < 2 or row > 0))
-    if whole and not alone:
-        raise ValueError(
-            f"weight: expected elements of their own, got overlapping ones: shape "
-            f"{tuple(weight.shape)} and strides {weight.stride()}"
-        )
-    if isinstance(given, Tensor) or not isinstance(given, Sequence):
-        raise TypeError(
-            f"adapters: expected [(lora_A, lora_B, scaling), …], got {type(given).__name__}"
-        )
-    checked = []
-    for item in given:
-        if not isinstance(item, Sequence) or len(item) != 3:
-            raise TypeError(
-                f"adapters: expected (lora_A, lora_B, scaling), got {type(item).__name__}"
-            )
-        lora_A, lora_B, factor = item
-        _adapter(lora_A, lora_B, N, K, weight)
-        checked.append((lora_A.detach(), lora_B.detach(), scaling(factor)))
-    return checked
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -109,7 +80,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in _FLOATS[:3] else t
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS[:3] else t
 
 
 def tensor(name: str, value: object) -> None:
@@ -120,8 +91,8 @@ def tensor(name: str, value: object) -> None:
 def matrix_of(weight: Tensor) -> tuple[int, int]:
     tensor("weight", weight)
     shape = weight.shape
-    if weight.dtype not in _FLOATS:
-        raise TypeError(f"weight: expected one of {_names(_FLOATS)}, got {weight.dtype}")
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight: expected one of {names(FLOATS)}, got {weight.dtype}")
     if len(shape) != 2:
         raise ValueError(f"weight: expected shape (N, K), got {tuple(shape)}")
     return shape[0], shape[1]
@@ -141,8 +112,8 @@ def input_of(
 
 def output_of(y: Tensor, x: Tensor, N: int, K: int) -> None:
     input_of(x, K, y.dtype, y.device, "y's")
-    if y.dtype not in _FLOATS:
-        raise TypeError(f"y: expected one of {_names(_FLOATS)}, got {y.dtype}")
+    if y.dtype not in FLOATS:
+        raise TypeError(f"y: expected one of {names(FLOATS)}, got {y.dtype}")
     if y.shape != (*x.shape[:-1], N):
         raise ValueError(f"y: expected shape {(*x.shape[:-1], N)}, got {tuple(y.shape)}")
     if 0 in y.stride() and any(
@@ -179,7 +150,7 @@ def not_differentiable(**tensors: object) -> None:
             raise ValueError(f"{name}: expected one that requires no grad, it gets none: detach it")
 
 
-def _adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:
+def adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:
     tensor("lora_A", lora_A)
     tensor("lora_B", lora_B)
     shape = lora_A.shape
@@ -192,8 +163,8 @@ def _adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:
 
 
 def pair(lora_A: Tensor, lora_B: Tensor, x: Tensor) -> None:
-    if lora_A.dtype not in _FLOATS:
-        raise TypeError(f"lora_A: expected one of {_names(_FLOATS)}, got {lora_A.dtype}")
+    if lora_A.dtype not in FLOATS:
+        raise TypeError(f"lora_A: expected one of {names(FLOATS)}, got {lora_A.dtype}")
     if lora_B.dtype != lora_A.dtype:
         raise TypeError(f"lora_B: expected lora_A's dtype {lora_A.dtype}, got {lora_B.dtype}")
     device = x.device
@@ -214,5 +185,5 @@ def vector(name: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Te
         raise ValueError(f"{name}: expected the device {x.device}, got {value.device}")
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
+def names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

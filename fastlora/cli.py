@@ -1,4 +1,4 @@
-"""The command line: ``fastlora info``, ``check``, ``tune`` and ``demo``.
+"""The command line: ``fastlora info``, ``check``, ``tune``, ``merge`` and ``demo``.
 
 Also as ``python -m fastlora``.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora import dispatch, jobs, native, ops, selftest, tuning
+from fastlora import dispatch, jobs, merge_command, native, ops, selftest, tuning
 from fastlora.formula import DTYPES
 
 
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="what runs here: versions, devices, backends and why not")
     _add_check(commands.add_parser("check", help="test the kernels on this device, and use them"))
     _add_tune(commands.add_parser("tune", help="time the kernels' tile shapes on this GPU"))
+    merge_command.add(commands.add_parser("merge", help="merge adapters into a model's files"))
     demo = commands.add_parser(
         "demo", help="train, compare with PEFT, serve and merge, on real text"
     )
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return check(options)
     if options.command == "tune":
         return tune(options)
+    if options.command == "merge":
+        return merge_command.merge(options)
     from fastlora.demo import run
 
     return run(options.model, options.data, quick=options.quick, seed=options.seed)
@@ -229,7 +232,7 @@ def _verified(device: torch.device) -> list[str]:
 def verified_lines(verified: Callable[[str, str], tuple[str, ...]]) -> list[str]:
     """A line an op: its verified paths, with the dtypes that share them."""
     lines = []
-    for op in (*selftest.OPS, *selftest.MULTI_OPS):
+    for op in (*selftest.OPS, *selftest.MULTI_OPS, *selftest.MERGE_OPS):
         dtypes: dict[tuple[str, ...], list[str]] = {}
         for dtype in DTYPES:
             dtypes.setdefault(verified(op, dtype), []).append(dtype)

@@ -6,8 +6,9 @@ the native kernels do not take (a weight without unit columns, dropout) runs in 
 ``fastlora/reference.py``.
 """
 
+from fastlora import cpu_merge, each
 from fastlora.cpu_linear import lora_add_, lora_linear, lora_linear_backward
-from fastlora.cpu_merge import KERNEL, merge_, unmerge_
+from fastlora.cpu_merge import merge_kernel
 from fastlora.cpu_multi import (
     multi_lora_add_,
     multi_lora_linear,
@@ -18,16 +19,19 @@ from fastlora.cpu_multi import (
 from fastlora.reference import group_rows
 
 __all__ = [
-    "KERNEL",
     "group_rows",
     "lora_add_",
     "lora_linear",
     "lora_linear_backward",
     "merge_",
+    "merge_kernel",
     "multi_lora_add_",
     "multi_lora_linear",
     "multi_lora_linear_backward",
     "packed_lora_add_",
     "packed_lora_linear",
+    "swap_",
     "unmerge_",
 ]
+
+merge_, unmerge_, swap_ = each.lifted(cpu_merge.merge_, cpu_merge.unmerge_)

@@ -15,9 +15,13 @@ from torch.autograd.graph import increment_version
 
 from fastlora import exact, native
 
-# Named in every receipt: float32 sums of fused multiply-adds in the order of the ranks, which have
-# the same bits on every machine.
-KERNEL = "fma-1"
+
+def merge_kernel(device: torch.device) -> str:
+    """Named in every receipt: float32 sums of fused multiply-adds in the order of the ranks.
+
+    They have the same bits on every machine.
+    """
+    return "fma-1"
 
 
 def merge_(
@@ -28,7 +32,7 @@ def merge_(
     receipt: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Adds the adapters to weight (N, K) in place; returns (positions, bits, counts, checksums)."""
-    library, handle = native.functions(), ctypes.c_void_p()
+    library, handle, parts = native.functions(), ctypes.c_void_p(), exact.nothing(weight)
     A, B = _factors(weight, lora_A, lora_B, scalings)
     args = _merge_arguments(weight, A, B)
     try:
@@ -38,12 +42,15 @@ def merge_(
                 "adapters: merging gives values that are not finite; the weight is unchanged"
             )
         native.check(code, "merge_")
-        parts = _receipt(weight, handle) if receipt else exact.nothing(weight)
+        if receipt:
+            parts = _room(weight, library.fastlora_receipt_size(handle))
+            code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
+            native.check(code, "merge_")
         _written(weight)
     except BaseException:
-        # Interrupted or out of memory after the weight was written.
-        if handle:
-            library.fastlora_receipt_undo(*args, handle)
+        # Interrupted or out of memory after the weight was written: the receipt is there or here.
+        if handle and library.fastlora_receipt_undo(*args, handle) != native.OK:
+            library.fastlora_unmerge(*args, *_read(parts))
         raise
     finally:
         library.fastlora_receipt_free(handle)
@@ -62,12 +69,7 @@ def unmerge_(
 ) -> None:
     """Gives weight (N, K) every bit back that ``merge_`` found, or raises and changes nothing."""
     A, B = _factors(weight, lora_A, lora_B, scalings)
-    wanted = (torch.int16, exact.BITS[weight.itemsize], torch.int32, torch.int64)
-    given = (positions, bits, counts, checksums)
-    tiles = sum(1 for _ in exact.tiles(weight))
-    sizes = (positions.numel(), positions.numel(), tiles, 2)
-    if any(t.dtype != d or t.numel() != n for t, d, n in zip(given, wanted, sizes, strict=True)):
-        raise RuntimeError(exact.NOT_RESTORED)
+    exact.check_parts(weight, positions, bits, counts, checksums)
     parts = (positions.contiguous(), bits.contiguous(), counts.contiguous(), checksums.contiguous())
     code = native.functions().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
     if code == native.NOT_MERGED:
@@ -105,18 +107,13 @@ def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _receipt(weight: Tensor, handle: ctypes.c_void_p) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    library = native.functions()
-    size, bits = library.fastlora_receipt_size(handle), exact.BITS[weight.itemsize]
-    parts = (
+def _room(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
         torch.empty(size, dtype=torch.int16),
-        torch.empty(size, dtype=bits),
+        torch.empty(size, dtype=exact.BITS[weight.itemsize]),
         torch.empty(sum(1 for _ in exact.tiles(weight)), dtype=torch.int32),
         torch.empty(2, dtype=torch.int64),
     )
-    code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
-    native.check(code, "merge_")
-    return parts
 
 
 def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:

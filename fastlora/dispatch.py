@@ -45,6 +45,9 @@ OPS = {
         "multi_lora_linear_backward",
         "packed_lora_linear",
         "packed_lora_add_",
+        "merge_",
+        "unmerge_",
+        "swap_",
     )
 }
 # Without which an op is not used: what runs forward must run backward.
@@ -258,9 +261,9 @@ def implementation(op: str, backend: str) -> Any:
     return getattr(module, op)
 
 
-def merge_kernel(backend: str) -> str:
+def merge_kernel(backend: str, device: torch.device) -> str:
     """The name of the arithmetic that ``merge_`` has on ``backend``, which its receipts bear."""
-    return implementation("KERNEL", backend)
+    return implementation("merge_kernel", backend)(device)
 
 
 def backend(op: str | None = None, device: torch.device | str | None = None) -> str:

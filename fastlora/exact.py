@@ -19,8 +19,6 @@ from torch.nn import functional as nnf
 
 from fastlora.delta import Delta, Tile
 
-# Named in every receipt: a receipt of another arithmetic is refused.
-KERNEL = "torch-exact-1"
 TILE = 1 << 16
 NOT_MERGED = (
     "weight: it is not the one that this receipt's merge left behind (edited since, or "
@@ -31,6 +29,11 @@ NOT_RESTORED = (
     "this machine's arithmetic differs); nothing was changed"
 )
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def merge_kernel(device: torch.device) -> str:
+    """Named in every receipt: one of another arithmetic is refused."""
+    return "torch-exact-1"
 
 
 def merge_(
@@ -97,6 +100,20 @@ def nothing(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def check_parts(
+    weight: Tensor, positions: Tensor, bits: Tensor, counts: Tensor, checksums: Tensor
+) -> None:
+    """RuntimeError unless a receipt's parts have the dtypes and lengths of the weight's."""
+    given = (positions, bits, counts, checksums)
+    dtypes = (torch.int16, BITS[weight.itemsize], torch.int32, torch.int64)
+    held = int(counts.sum())
+    lengths = (held, held, sum(1 for _ in tiles(weight)), 2)
+    fits = all(t.dtype == d for t, d in zip(given, dtypes, strict=True))
+    fits = fits and all(t.numel() == n for t, n in zip(given, lengths, strict=True))
+    if not fits or bool((counts < 0).any()):
+        raise RuntimeError(NOT_RESTORED)
+
+
 def unmerge_(
     weight: Tensor,
     lora_A: Sequence[Tensor],
@@ -108,8 +125,9 @@ def unmerge_(
     checksums: Tensor,
 ) -> None:
     """Gives weight (N, K) every bit back that ``merge_`` found, or raises and changes nothing."""
-    delta_of = Delta(weight, lora_A, lora_B, scalings)
+    check_parts(weight, positions, bits, counts, checksums)
     sizes = counts.tolist()
+    delta_of = Delta(weight, lora_A, lora_B, scalings)
     parts = list(zip(tiles(weight), positions.split(sizes), bits.split(sizes), strict=True))
     sums = []
     for tile, where, old in parts:
@@ -182,6 +200,12 @@ def _checksum(values: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=4)
 def _odd_numbers(count: int, device: torch.device) -> Tensor:
     return torch.arange(1, 2 * count, 2, device=device)
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """Of a whole weight (N, K) of any strides, int64 () on its device."""
+    sums = [_checksum(weight[tile]).expand(2) for tile in tiles(weight)]
+    return _combine(sums, weight)[0]
 
 
 def _combine(sums: list[Tensor], weight: Tensor) -> Tensor:

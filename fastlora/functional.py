@@ -8,32 +8,41 @@ in_features, N out_features, R rank, S adapter slots. Under autocast x, weight, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import checks, dispatch, dropout, invariance, ops
 from fastlora.autograd import LoRAAdd, LoRALinear
 from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch
+from fastlora.functional_merge import (
+    foreach_merge_,
+    foreach_swap_,
+    foreach_unmerge_,
+    merge_,
+    swap_,
+    unmerge_,
+)
 from fastlora.functional_multi import group_rows, multi_lora_add_, multi_lora_linear
 from fastlora.grouping import RowGroups
-from fastlora.receipt import Adapter, MergeReceipt, columns
+from fastlora.merge_stack import MergeStack
+from fastlora.receipt import MergeReceipt
 
 __all__ = [
     "MergeReceipt",
+    "MergeStack",
     "RowGroups",
+    "foreach_merge_",
+    "foreach_swap_",
+    "foreach_unmerge_",
     "group_rows",
     "lora_add_",
     "lora_linear",
     "merge_",
     "multi_lora_add_",
     "multi_lora_linear",
+    "swap_",
     "unmerge_",
 ]
-
-_ops = torch.ops.fastlora
 
 
 def lora_linear(
@@ -104,43 +113,6 @@ def lora_add_(
     backend = invariance.marked(dispatch.choose("lora_add_", *kind_of(x, lora_A)))
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
     return LoRAAdd.apply(*args) if tracked else LoRAAdd.forward(*args)
-
-
-@torch.no_grad()
-def merge_(
-    weight: Tensor, adapters: Sequence[Adapter], *, receipt: bool = True
-) -> MergeReceipt | None:
-    """``weight += sum of scaling * lora_B @ lora_A`` in place: float32 sums, one rounding.
-
-    weight (N, K) of any strides keeps its ``data_ptr``; adapters: [(lora_A (R, K), lora_B (N, R),
-    scaling), …]. The receipt gives every bit back through ``unmerge_``; without one the merge is
-    for good. Nothing of the weight's size is allocated beside the receipt, which holds copies of
-    the adapters and the elements that subtraction would not restore.
-
-    Raises ValueError, the weight unchanged, when a merged value would not be finite.
-    """
-    checked = checks.adapters(weight, adapters)
-    if receipt:
-        # Copied before anything is written: it may be what memory does not suffice for.
-        checked = [(A.clone(), B.clone(), scaling) for A, B, scaling in checked]
-    backend = dispatch.choose("merge_", weight.device, weight.dtype)
-    parts = _ops.merge_(weight, *columns(checked), receipt, backend)
-    if not receipt:
-        return None
-    return MergeReceipt.make(weight, checked, backend, dispatch.merge_kernel(backend), parts)
-
-
-@torch.no_grad()
-def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
-    """Undoes the merge that ``receipt`` came from: weight (N, K) has every bit back.
-
-    Raises TypeError or ValueError for another shape or dtype, RuntimeError when the weight is not
-    the one that the merge left or cannot be restored exactly; the weight is unchanged then.
-    """
-    if not isinstance(receipt, MergeReceipt):
-        raise TypeError(f"receipt: expected a MergeReceipt, got {type(receipt).__name__}")
-    receipt.check(weight, dispatch.merge_kernel(receipt.backend))
-    _ops.unmerge_(weight, *receipt.operands(weight.device), receipt.backend)
 
 
 def _dropout(p: float, training: bool, x: Tensor) -> tuple[float, Tensor | None]:

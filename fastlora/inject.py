@@ -10,6 +10,7 @@ from torch import nn
 
 from fastlora.adapter_files import check_name
 from fastlora.config import LoRAConfig
+from fastlora.fidelity import Fidelity
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import (
     MultiLoRALinear,
@@ -46,7 +47,9 @@ class Plan:
 class Report:
     """The state of a model with LoRA; ``str()`` of it is for people.
 
-    replaced: {layer: rank}; skipped: {layer: reason}; trainable and total: parameters; merged:
+    replaced: {layer: rank}; skipped: {layer: reason}; trainable and total: parameters; fidelity:
+    {merged layer: how much of its adapter has arrived}; untied: {layer: whose weight its was};
+    merged:
     layers whose weight holds the adapter.
     """
 
@@ -55,6 +58,8 @@ class Report:
     trainable: int = 0
     total: int = 0
     merged: tuple[str, ...] = ()
+    fidelity: dict[str, Fidelity] = field(default_factory=dict)
+    untied: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
@@ -64,6 +69,10 @@ class Report:
             f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.2f} %)",
             f"{len(self.merged)} layers merged",
         ]
+        if self.fidelity:
+            worst = min(self.fidelity, key=lambda name: self.fidelity[name].gain)
+            lines.append(f"least of its adapter arrived in {worst}: {self.fidelity[worst]}")
+        lines += [f"untied {name} from {', '.join(of)}" for name, of in self.untied.items()]
         lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -124,6 +133,8 @@ def report(model: nn.Module) -> Report:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         merged=tuple(name for name, layer in layers.items() if layer.merged),
+        fidelity={n: layer.fidelity for n, layer in layers.items() if layer.fidelity is not None},
+        untied={name: layer.untied for name, layer in layers.items() if layer.untied},
     )
 
 

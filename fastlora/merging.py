@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
+from fastlora import checkpoint, each, tied
+from fastlora import functional as F
+from fastlora.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.inject import forget, swap
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import trained_layers
+from fastlora.receipt import MergeReceipt
 from fastlora.wrapping import unwrapped
 
+_SETTINGS = ("lora_alpha", "use_rslora", "scaling", "lora_dropout", "_fidelity")
 
-def merge_adapter(model: nn.Module) -> nn.Module:
+
+def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = False) -> nn.Module:
     """Merges every FastLoRALinear in place; ``unmerge_adapter`` undoes it. Returns ``model``.
 
-    Raises RuntimeError when a layer is merged already or shares its weight with another module
-    (tied), ValueError when a merged value would not be finite; every layer is as before then.
+    untie: a layer whose weight another module reads too (tied) gets a copy of its own, and keeps it
+    when it is unmerged; ``report(model).untied`` names them. snapshot: keeps copies of the weights
+    instead of receipts, which are good on any machine and in any version.
+    ``report(model).fidelity`` says how much of the adapter has arrived in each layer; below a gain
+    of 0.9 a ``FidelityWarning`` says so too.
+
+    Raises RuntimeError when a layer is merged already or tied, TypeError or ValueError when one is
+    sharded or quantized, ValueError when a merged value would not be finite. Every byte of the
+    model is as before then, and after an interruption.
     """
-    layers = _layers(model, merged=False)
-    _refuse_tied(unwrapped(model), layers)
-    _all_or_none(layers, FastLoRALinear.merge, FastLoRALinear.unmerge)
+    _merge(model, _layers(model, merged=False), untie, snapshot)
     return model
 
 
@@ -35,18 +49,16 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Merges for good: plain ``nn.Linear`` layers with the merged weights. Returns ``model``.
 
-    Layers merged before stay so. Errors and their guarantee as in ``merge_adapter``.
+    Layers merged before stay so. untie, errors and their guarantee as in ``merge_adapter``.
     """
     inner = unwrapped(model)
     layers = dict(lora_layers(inner))
     if not layers:
         raise RuntimeError(f"model: expected one with FastLoRALinear layers, found {_found(model)}")
-    fresh = {name: layer for name, layer in layers.items() if not layer.merged}
-    _refuse_tied(inner, fresh)
-    _all_or_none(fresh, FastLoRALinear.merge, FastLoRALinear.unmerge)
+    _merge(model, {name: layer for name, layer in layers.items() if not layer.merged}, untie)
     plain = {layer: layer.to_linear() for layer in layers.values()}
     names: dict[nn.Module, list[str]] = {layer: [] for layer in plain}
     for name, module in inner.named_modules(remove_duplicate=False):
@@ -55,6 +67,33 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for layer, linear in plain.items():
         swap(inner, names[layer], linear)
     forget(inner)
+    return model
+
+
+def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Of a merged model: the adapter in ``directory`` instead of the one merged, in one pass.
+
+    The weights have the bits of unmerging, loading and merging. The layers' own tensors are the new
+    adapter's afterwards, so that ``unmerge_adapter`` gives the base back and leaves it loaded. Its
+    ranks and layers must be those of the model. Returns ``model``; errors as in ``load_adapter``
+    and ``merge_adapter``, every byte as before then.
+    """
+    layers = _layers(model, merged=True)
+    loaded = checkpoint.read_adapter(model, directory, merged=True)
+    adapters = [loaded.adapter_of(name, layer.weight.device) for name, layer in layers.items()]
+    with each.all_or_none() as done, _by_name(layers):
+        before = [(layer, layer.receipt) for layer in layers.values()]
+        old = [list(receipt.adapters) for _, receipt in before]
+        weights = [layer.weight for layer in layers.values()]
+        rows = [layer.sampled() for layer in layers.values()]
+        receipts = F.foreach_swap_(weights, [r for _, r in before], [[a] for a in adapters])
+        done.append(lambda: _set(layers, F.foreach_swap_(weights, receipts, old)))
+        _set(layers, receipts)
+        done += [_way_back(layer) for layer in layers.values()]
+        loaded.fill(model)
+        for layer, sample, adapter in zip(layers.values(), rows, adapters, strict=True):
+            layer.measure(sample, adapter)
+    _warn(layers)
     return model
 
 
@@ -68,7 +107,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     if not layers and not trained:
         raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
     merged = {name: layer for name, layer in layers.items() if layer.merged}
-    remerge = _unmerge(merged)
+    receipts = _unmerge(merged)
     before = {layer: layer.adapter_disabled for layer in (*layers.values(), *trained.values())}
     for layer in before:
         layer.adapter_disabled = True
@@ -77,7 +116,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, state in before.items():
             layer.adapter_disabled = state
-        _all_or_none(merged, remerge, FastLoRALinear.unmerge)
+        _remerge(merged, receipts)
 
 
 def _found(model: nn.Module) -> str:
@@ -98,50 +137,100 @@ def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
     return layers
 
 
-def _unmerge(layers: dict[str, FastLoRALinear]) -> Callable[[FastLoRALinear], None]:
-    """Unmerges every layer or none; returns what merges a layer again as it was."""
-    receipts = {a: receipt for a in layers.values() if (receipt := a._receipt) is not None}
-
-    def remerge(layer: FastLoRALinear) -> None:
-        layer.remerge(receipts[layer])
-
-    _all_or_none(layers, FastLoRALinear.unmerge, remerge)
-    return remerge
-
-
-def _all_or_none(
+def _merge(
+    model: nn.Module,
     layers: dict[str, FastLoRALinear],
-    step: Callable[[FastLoRALinear], None],
-    undo: Callable[[FastLoRALinear], None],
+    untie: bool,
+    snapshot: bool = False,
 ) -> None:
-    done: list[FastLoRALinear] = []
-    try:
+    inner = unwrapped(model)
+    with each.all_or_none() as done, _by_name(layers):
         for name, layer in layers.items():
-            try:
-                step(layer)
-            except (RuntimeError, ValueError) as error:
-                kind = ValueError if isinstance(error, ValueError) else RuntimeError
-                raise kind(f"{name}: {error}") from error
-            done.append(layer)
-    except BaseException:
-        for layer in reversed(done):
-            undo(layer)
-        raise
+            with _by_name({name: layer}):
+                layer.check_mergeable()
+        if untie:
+            done.append(tied.untie(inner, layers))
+        else:
+            tied.refuse(inner, layers)
+        before = [layer.sampled() for layer in layers.values()]
+        adapters = [layer.adapter for layer in layers.values()]
+        weights = [layer.weight for layer in layers.values()]
+        receipts = F.foreach_merge_(weights, [[a] for a in adapters], snapshot=snapshot)
+        done.append(lambda: _take_out(layers, weights, receipts))
+        _set(layers, receipts)
+        for layer, rows, adapter in zip(layers.values(), before, adapters, strict=True):
+            layer.measure(rows, adapter)
+    _warn(layers)
 
 
-def _refuse_tied(model: nn.Module, layers: dict[str, FastLoRALinear]) -> None:
-    """Merging into a weight that another module reads would change that module too."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        for kind, parameter in module._parameters.items():
-            if parameter is not None and parameter.numel():
-                pointer = parameter.untyped_storage().data_ptr()
-                owners.setdefault(pointer, []).append((f"{name}.{kind}", module))
-    for name, layer in layers.items():
-        pointer = layer.weight.untyped_storage().data_ptr()
-        others = [owner for owner, module in owners.get(pointer, []) if module is not layer]
-        if others:
-            raise RuntimeError(
-                f"{name}: its weight is tied with {', '.join(others)}, which merging would change "
-                "too; exclude the layer or untie the weights first"
-            )
+def _unmerge(layers: dict[str, FastLoRALinear]) -> list[MergeReceipt]:
+    """Unmerges every layer or none; returns what says how each was merged."""
+    receipts = [layer.receipt for layer in layers.values()]
+    with each.all_or_none() as done, _by_name(layers):
+        F.foreach_unmerge_([layer.weight for layer in layers.values()], receipts)
+        done.append(lambda: _remerge(layers, receipts))
+        _set(layers, [None] * len(receipts))
+    return receipts
+
+
+def _remerge(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]) -> None:
+    """Merges what the receipts say was merged once, whatever the adapters are by now."""
+    weights = [layer.weight for layer in layers.values()]
+    held = [receipt.on(w.device) for w, receipt in zip(weights, receipts, strict=True)]
+    snapshots = any(receipt.snapshot is not None for receipt in receipts)
+    with _by_name(layers):
+        made = F.foreach_merge_(weights, [r.adapters for r in held], snapshot=snapshots)
+    _set(layers, made)
+
+
+def _take_out(layers: dict[str, FastLoRALinear], weights: list, receipts: list) -> None:
+    F.foreach_unmerge_(weights, receipts)
+    _set(layers, [None] * len(receipts))
+
+
+def _set(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt | None]) -> None:
+    for layer, receipt in zip(layers.values(), receipts, strict=True):
+        layer._receipt = receipt
+
+
+def _way_back(layer: FastLoRALinear) -> Callable[[], None]:
+    """What gives ``layer`` its adapter and settings back, its weight left alone."""
+    kept = {name: getattr(layer, name) for name in _SETTINGS}
+    tensors = [
+        (p, p.detach().clone(), p.requires_grad) for p in layer.adapter_parameters().values()
+    ]
+
+    def back() -> None:
+        vars(layer).update(kept)
+        with torch.no_grad():
+            for parameter, before, trained in tensors:
+                parameter.copy_(before).requires_grad_(trained)
+
+    return back
+
+
+@contextmanager
+def _by_name(layers: dict[str, FastLoRALinear]) -> Iterator[None]:
+    """An error about one of several weights begins with its layer's name."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        index = getattr(error, "index", 0 if len(layers) == 1 else None)
+        if index is None:
+            raise
+        cause = error.__cause__ if len(layers) > 1 else error
+        raise type(error)(f"{list(layers)[index]}: {cause}") from error
+
+
+def _warn(layers: dict[str, FastLoRALinear]) -> None:
+    low = {n: layer.fidelity.gain for n, layer in layers.items() if layer.fidelity is not None}
+    low = {name: gain for name, gain in low.items() if gain < LOW_GAIN}
+    if low:
+        worst = min(low, key=low.__getitem__)
+        warnings.warn(
+            f"rounding has lost part of the adapter in {len(low)} of {len(layers)} merged layers: "
+            f"{worst} has {low[worst]:.0%} of it, report(model).fidelity has all; merge into a "
+            "wider dtype, or keep the adapter unmerged",
+            FidelityWarning,
+            stacklevel=3,
+        )

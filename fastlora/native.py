@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED = range(6)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

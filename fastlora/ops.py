@@ -2,8 +2,9 @@
 
 The ops are raw: no argument checks, no autograd (``fastlora.functional`` has both), matrices only.
 The last argument of each is the backend that ``fastlora.dispatch`` chose. In-place ops return
-nothing and name exactly what they write; ``merge_`` returns its receipt, whose size depends on the
-data. No argument has a default, so implementations always receive all of them, by position.
+nothing and name exactly what they write; ``merge_`` and ``swap_`` return receipts, whose size
+depends on the data. No argument has a default, so implementations always receive all of them, by
+position.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ _GROUPS = (
     "Tensor ids, Tensor order, Tensor starts, Tensor scalings, Tensor? ranks, Tensor? row_scales"
 )
 _PACKED = "Tensor? table, int[] ends"
-_LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings"
+# Of each weight so many adapters as counts says; four tensors of each weight's receipt.
+_LIST = "Tensor[] lora_A, Tensor[] lora_B, float[] scalings, int[] counts"
+# Positions, bits, counts and checksums of all weights, and how many are whose.
+_RECEIPTS = "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_OLD = "Tensor[] old_A, Tensor[] old_B, float[] old_scalings, int[] old_counts"
 
 # Those that give each row of x a row of y, and may be asked to do so whatever the others are.
 _ROWS = (
@@ -37,7 +42,7 @@ _ROWS = (
     "packed_lora_add_",
 )
 # Those that nothing differentiates or maps over.
-_ALONE = ("packed_lora_linear", "packed_lora_add_", "merge_", "unmerge_")
+_ALONE = ("packed_lora_linear", "packed_lora_add_", "merge_", "unmerge_", "swap_")
 
 SCHEMAS = {
     "lora_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, Tensor? lora_bias, "
@@ -57,10 +62,9 @@ SCHEMAS = {
     f"{_GROUPS}, str backend) -> Tensor",
     "packed_lora_add_": f"(Tensor(a!) y, Tensor x, {_ADAPTER}, {_PACKED}, {_GROUPS}, "
     "str backend) -> ()",
-    "merge_": f"(Tensor(a!) weight, {_LIST}, bool receipt, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "unmerge_": f"(Tensor(a!) weight, {_LIST}, Tensor positions, Tensor bits, Tensor counts, "
-    "Tensor checksums, str backend) -> ()",
+    "merge_": f"(Tensor(a!)[] weights, {_LIST}, bool receipt, str backend) {_RECEIPTS}",
+    "unmerge_": f"(Tensor(a!)[] weights, {_LIST}, Tensor[] receipts, str backend) -> ()",
+    "swap_": f"(Tensor(a!)[] weights, {_OLD}, Tensor[] receipts, {_LIST}, str backend) {_RECEIPTS}",
 }
 
 
@@ -104,15 +108,16 @@ def _fake_group_rows(ids: Tensor, num_slots: int, _backend: str) -> tuple[Tensor
     )
 
 
-def _fake_merge_(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    context = torch.library.get_ctx()
-    changed, tiles = context.new_dynamic_size(), context.new_dynamic_size()
+def _fake_merge_(weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    context, weight = torch.library.get_ctx(), weights[0]
+    changed, tiles, sums = (context.new_dynamic_size() for _ in range(3))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (
         weight.new_empty(changed, dtype=torch.int16),
         weight.new_empty(changed, dtype=bits),
         torch.empty(tiles, dtype=torch.int32, device="cpu"),
-        weight.new_empty(2, dtype=torch.int64),
+        weight.new_empty(sums, dtype=torch.int64),
+        torch.empty(len(weights), 3, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -132,6 +137,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "packed_lora_add_": _fake_in_place,
     "merge_": _fake_merge_,
     "unmerge_": _fake_in_place,
+    "swap_": _fake_merge_,
 }
 
 
@@ -142,7 +148,8 @@ def _implementation(name: str) -> Callable[..., Any]:
         how = {"invariant": True} if invariant and name in _ROWS else {}
         function = dispatch.implementation(name, backend)
         if torch._C._is_any_autocast_enabled():
-            device = operands[0].device.type
+            first = operands[0][0] if isinstance(operands[0], list) else operands[0]
+            device = first.device.type
             # The caller has cast what autocast wants cast; inside, dtypes are as written.
             with torch.autocast(device, enabled=False):
                 return function(*operands, **how)
@@ -154,7 +161,7 @@ def _implementation(name: str) -> Callable[..., Any]:
         loaded = "torch._dynamo" in sys.modules
         return torch.compiler.disable(run)(*args) if loaded else run(*args)
 
-    return run_as_written if name in ("merge_", "unmerge_") else run
+    return run_as_written if name in ("merge_", "unmerge_", "swap_") else run
 
 
 def _vmap_rule(name: str) -> Callable[..., Any]:

@@ -37,6 +37,11 @@ class Progress:
         else:
             self._bar.update(self._task, completed=self._done - 1, description=what)
 
+    def within(self, share: float) -> None:
+        """How much of the running step is done, 0 to 1; a bar shows it, lines do not."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done - 1 + share)
+
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar is None:

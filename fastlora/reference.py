@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora import dropout
-from fastlora.exact import KERNEL, merge_, unmerge_
+from fastlora import dropout, each, exact
+from fastlora.exact import merge_kernel
 from fastlora.products import (
     accumulator,
     adapter_gradient,
@@ -37,19 +37,22 @@ from fastlora.reference_multi import (
 )
 
 __all__ = [
-    "KERNEL",
     "group_rows",
     "lora_add_",
     "lora_linear",
     "lora_linear_backward",
     "merge_",
+    "merge_kernel",
     "multi_lora_add_",
     "multi_lora_linear",
     "multi_lora_linear_backward",
     "packed_lora_add_",
     "packed_lora_linear",
+    "swap_",
     "unmerge_",
 ]
+
+merge_, unmerge_, swap_ = each.lifted(exact.merge_, exact.unmerge_)
 
 
 def lora_linear(

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastlora import dispatch
 from fastlora.formula import DTYPES, Case, Subject, WrongResult, cases
+from fastlora.formula_merge import MergeCase, MergeSubject, merge_cases
 from fastlora.formula_multi import MultiCase, MultiSubject, multi_cases
 from fastlora.stamps import Stamps, poisoned
 
@@ -28,7 +30,10 @@ MULTI_OPS = (
     "packed_lora_linear",
     "packed_lora_add_",
 )
+MERGE_OPS = ("merge_", "unmerge_", "swap_")
 BACKENDS = ("torch", "cpu", "triton")
+# The one path of merging.
+IN_PLACE = "in_place"
 
 
 def paths_of(backend: str) -> tuple[str | None, ...]:
@@ -38,9 +43,11 @@ def paths_of(backend: str) -> tuple[str | None, ...]:
 
 
 def possible(
-    op: str, path: str | None, case: Case | MultiCase, name: str, device: torch.device
+    op: str, path: str | None, case: Case | MultiCase | MergeCase, name: str, device: torch.device
 ) -> bool:
     """Whether the path can run the case, which is one for this op."""
+    if isinstance(case, MergeCase) or path == IN_PLACE:
+        return isinstance(case, MergeCase) and path in (None, IN_PLACE)
     backward = op.endswith("_backward")
     if not backward and not case.weight:
         return False
@@ -92,8 +99,10 @@ def check(
         with fp32_precision(name):
             subjects = [Subject(case, name, device, draw) for case in cases(quick, gpu)]
             many = [MultiSubject(case, name, device, draw) for case in multi_cases(quick, gpu)]
-            by_op: dict[str, Sequence[Subject]] = dict.fromkeys(OPS, subjects)
+            by_op: dict[str, Sequence[Any]] = dict.fromkeys(OPS, subjects)
             by_op.update(dict.fromkeys(MULTI_OPS, many))
+            merged = [MergeSubject(case, name, device, draw) for case in merge_cases(quick, gpu)]
+            by_op.update(dict.fromkeys(MERGE_OPS, merged))
             for backend in backends:
                 for path in paths_of(backend):
                     failures, dead = _line(backend, path, name, device, by_op, stamps, say)
@@ -109,14 +118,13 @@ def check(
 
 def _line(
     backend: str, path: str | None, name: str, device: torch.device,
-    by_op: Mapping[str, Sequence[Subject]],
+    by_op: Mapping[str, Sequence[Any]],
     stamps: Stamps | None, say: Callable[[str], None],
 ) -> tuple[list[str], bool]:  # fmt: skip
     """One line of the table: its failures, and whether the device is lost."""
     checks, worst, failures, dead = 0, 0.0, [], False
     for op, subjects in by_op.items():
-        function = dispatch.implementation(op, backend)
-        function = function if path is None else partial(function, path=path)
+        function = _function(op, backend, path)
         before, failed, wrong = checks, len(failures), False
         for subject in subjects:
             if dead or not possible(op, path, subject.case, name, device):
@@ -141,6 +149,14 @@ def _line(
         for failure in failures:
             say(failure)
     return failures, dead
+
+
+def _function(op: str, backend: str, path: str | None) -> Any:
+    """What a subject's verdict is about; of merging all three, which undo each other."""
+    if op in MERGE_OPS:
+        return {name: dispatch.implementation(name, backend) for name in MERGE_OPS}
+    function = dispatch.implementation(op, backend)
+    return function if path is None else partial(function, path=path)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from fastlora.kernels.aot_cases import (
     N,
     cases,
 )
+from fastlora.kernels.aot_merge import launch_gather, launch_merge, spare
 from fastlora.kernels.aot_multi import launch_multi
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import gemm
@@ -50,6 +51,8 @@ from fastlora.kernels.launch import Dropout
 from fastlora.kernels.one_pass import one_pass
 from fastlora.kernels.philox import keep_mask
 from fastlora.kernels.shrink import shrink
+
+MERGE_PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 class Target:
@@ -94,6 +97,12 @@ def launch(case: Case) -> None:
     dtype, lora_dtype = DTYPES[case.dtype]
     if case.kernel.startswith("multi_"):
         launch_multi(case, dtype, lora_dtype)
+        return
+    if case.kernel == "merge":
+        launch_merge(case, dtype, lora_dtype)
+        return
+    if case.kernel == "gather":
+        launch_gather(dtype)
         return
     m, n, k, rank = (ODD_M, ODD_N, ODD_K, ODD_R) if v.odd else (M, N, K, v.rank)
     m, n, k, rank = (1, 1, 1, 1) if v.one else (m, n, k, rank)
@@ -161,10 +170,10 @@ def compile_case(case: Case) -> list[aot_checks.Row]:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return [aot_checks.Row(kernel=case.kernel, **names, faults=(f"does not compile: {text}",))]
     seconds = (time.perf_counter() - start) / len(compiled)
-    rows = []
+    rows, parked = [], spare(case) if case.kernel == "merge" else None
     for kernel in compiled:
         needs = wanted(case) if kernel.name != "_add_parts" else ()
-        row = aot_checks.examine(kernel, case.arch, needs, case.variant.odd)
+        row = aot_checks.examine(kernel, case.arch, needs, case.variant.odd, parked)
         rows.append(replace(row, kernel=kernel.name.lstrip("_"), seconds=seconds, **names))
     return rows
 
@@ -179,6 +188,9 @@ def wanted(case: Case) -> tuple[str, ...]:
         waits = "launch_dependents" if "shrink" in kernel else "wait"
         found.append(f"griddepcontrol.{waits}")
     # A group of four warps multiplies 64 rows at a time.
+    if kernel == "merge":
+        # All of them: what is taken out must be multiplied as it was when it was put in.
+        found.append(MERGE_PRODUCTS.get(case.arch, "mma.sync"))
     rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(kernel)
     if rows and rows <= case.config.BM and case.dtype != "fp32" and not case.variant.no_weight:
         found.append({90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(case.arch, "mma.sync"))

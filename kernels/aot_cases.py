@@ -15,7 +15,7 @@ from fastlora.kernels.ledger import Problem
 
 # Ampere, Hopper and Blackwell of data centres, and what consumers have of Ada and Blackwell.
 ARCHS, CONSUMER = (80, 90, 100), (89, 120)
-KERNELS = (*configs.CANDIDATES, "keep_mask")
+KERNELS = (*configs.CANDIDATES, "merge", "gather", "keep_mask")
 # As rows of kernels/tuning name them, with what x and the adapters are.
 DTYPES = {
     "fp16": (torch.float16, torch.float16),
@@ -46,11 +46,16 @@ class Variant:
     paged: bool = False
     packed: bool = False
     split: bool = False
+    # Of a merge: whether a receipt's adapters are taken out, and others put in ("kept", with a
+    # receipt, or "for good").
+    takes: bool = False
+    puts: str = ""
 
     def __str__(self) -> str:
         flags = [name for name, value in vars(self).items() if value is True]
         drops = [f"drops_{self.drops}"] if self.drops else []
-        return "+".join([f"R{self.rank}", *flags, *drops])
+        puts = [f"puts {self.puts}"] if self.puts else []
+        return "+".join([f"R{self.rank}", *flags, *drops, *puts])
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,15 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
     dtypes = ("fp16", "bf16+fp32") if sample else tuple(DTYPES)
     if kernel == "keep_mask":
         yield Case(kernel, "fp32", None, arch, Variant())
+        return
+    if kernel == "gather":
+        yield from (Case(kernel, dtype, None, arch, Variant()) for dtype in ("fp16", "fp32"))
+        return
+    if kernel == "merge":
+        # Its products of float32 are not what torch's setting says.
+        merging = importlib.import_module("fastlora.kernels.aot_merge").forms(sample)
+        plain = [dtype for dtype in dtypes if dtype != "tf32"]
+        yield from (Case(kernel, dtype, None, arch, form) for dtype in plain for form in merging)
         return
     for dtype in dtypes:
         if (kernel, dtype) == ("multi_gemm_tma", "fp32"):

@@ -51,8 +51,13 @@ class Row:
         return f"{self.kernel} {self.dtype} {self.config} sm_{self.arch} {self.variant}"
 
 
-def examine(kernel, arch: int, wanted: Iterable[str] = (), odd: bool = False) -> Row:
-    """Figures and faults of a compiled kernel, which needs ``wanted`` in its PTX."""
+def examine(
+    kernel, arch: int, wanted: Iterable[str] = (), odd: bool = False, parked: int | None = None
+) -> Row:
+    """Figures and faults of a compiled kernel, which needs ``wanted`` in its PTX.
+
+    parked: bytes of stack that are no fault of it, whatever its registers.
+    """
     ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
     used = usage(cubin)
     stack = used["STACK"] + used["LOCAL"]
@@ -60,7 +65,8 @@ def examine(kernel, arch: int, wanted: Iterable[str] = (), odd: bool = False) ->
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     faults = []
     full = used["REG"] == 255 and not odd
-    if stack > (PARKED_ODD if odd else PARKED) or (stack and full):
+    most = parked if parked is not None else PARKED_ODD if odd else PARKED
+    if stack > most or (stack and full and parked is None):
         faults.append(f"spills: {stack} bytes of stack beside {used['REG']} registers")
     limit = fitting.SHARED.get(arch, fitting.LEAST_SHARED)
     if shared > limit:
@@ -93,7 +99,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     A matrix's offset is a coordinate times a stride. So no 32-bit arithmetic may take a stride (an
     argument s_…), widened or not afterwards, and no 32-bit product of tiles may be of two values
     that are not constants. Coordinates, which fit, pass; so does a stride as a plain step of a
-    pointer.
+    pointer, and what is meant modulo 2**32 (a value modulo_…).
     """
     found = []
     for line in ttir.splitlines():
@@ -105,7 +111,8 @@ def narrow_offsets(ttir: str) -> list[str]:
         names = re.findall(r"%([\w#]+)", operands)
         stride = next((name for name in names if name.startswith("s_")), None)
         constant = any(re.match(r"c(st)?(_|-?\d|$)", name) for name in names)
-        product = operation == "muli" and "x" in kind and not constant
+        meant = any(name.startswith("modulo_") for name in names)
+        product = operation == "muli" and "x" in kind and not constant and not meant
         if (stride and operation != "extsi") or product:
             found.append(f"a 32-bit offset: {code}")
     return found

@@ -23,7 +23,9 @@ from fastlora.kernels.launch import arch_of, interpreted
 from fastlora.kernels.ledger import MULTI_PATHS, PATHS, Problem
 from fastlora.kernels.numerics import precision
 
-EVERY_PATH = tuple(dict.fromkeys(PATHS + MULTI_PATHS))
+PRODUCT_PATHS = tuple(dict.fromkeys(PATHS + MULTI_PATHS))
+# What rows may name: merging has a path of its own.
+EVERY_PATH = (*PRODUCT_PATHS, "in_place")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MOST_RANKS = 512
 # Beyond a factor of 4 in all dimensions together (log2), a tuned shape says nothing about another.
@@ -70,8 +72,8 @@ _asked: str | None = None
 @contextmanager
 def use_path(path: str) -> Iterator[None]:
     """Runs products along ``path`` wherever it can run them: to measure a path, or to test it."""
-    if path not in EVERY_PATH:
-        raise ValueError(f"path: expected one of {', '.join(EVERY_PATH)}, got {path!r}")
+    if path not in PRODUCT_PATHS:
+        raise ValueError(f"path: expected one of {', '.join(PRODUCT_PATHS)}, got {path!r}")
     global _asked
     before, _asked = _asked, path
     try:

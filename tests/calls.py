@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import functional as F
-from tests import helpers
+from tests import helpers, oracle
 
 CPU = torch.device("cpu")
 M, N, K, R, S = 5, 4, 7, 3, 2
@@ -92,3 +92,16 @@ def weight_and_adapter(
     A, B = helpers.signed(R, K, **lora), helpers.signed(N, R, **lora)
     scaling = -ratio * size / math.sqrt(max(R, 1))
     return helpers.signed(N, K, dtype=dtype, device=device, size=size), (A, B, scaling)
+
+
+def assert_one_rounding(merged: Tensor, weight: Tensor, adapters: list) -> None:
+    """Off by half a unit in the last place, and by what a sum of R float32 products may be."""
+    want = oracle.merge(weight, adapters)
+    ulp = torch.finfo(weight.dtype)
+    half = ulp.eps / 2 * want.abs() + ulp.smallest_normal * ulp.eps / 2
+    size = want.abs()
+    for A, B, scaling in adapters:
+        size = size + abs(scaling) * (B.double().abs() @ A.double().abs()).cpu()
+    terms = sum(A.shape[0] for A, _, _ in adapters) + 2
+    sums = terms * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps * size
+    assert bool(((merged.double().cpu() - want).abs() <= half * (1 + 1e-6) + sums).all())

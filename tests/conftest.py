@@ -59,6 +59,14 @@ def whole_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _asked_for(request, device)
 
 
+@pytest.fixture(params=["torch", "cpu", "triton"])
+def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that merges, asked for by name; the tests with few tiles take Triton's too."""
+    on = "device" in request.fixturenames
+    device = request.getfixturevalue("device") if on else torch.device("cpu")
+    yield from _asked_for(request, device)
+
+
 @pytest.fixture
 def triton_usable(device: torch.device) -> None:
     """Skips where Triton kernels neither run on the device nor are interpreted."""

@@ -175,9 +175,7 @@ class Spy(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastlora":
-            name = func._schema.name.split("::")[1]
-            with self:
-                return dispatch.implementation(name, args[-1])(*args[:-1])
+            return _inside(self, func, args)
         result = func(*args, **(kwargs or {}))
         self.gemms += func.overloadpacket.__name__ in _GEMMS
         given = {_storage(t) for t in _tensors((args, kwargs))}
@@ -188,6 +186,42 @@ class Spy(TorchDispatchMode):
         """Elements of the fresh tensors (of these dtypes), largest first."""
         wanted = (size for size, dtype in self.fresh if not dtypes or dtype in dtypes)
         return sorted(wanted, reverse=True)
+
+
+class Interrupt(TorchDispatchMode):
+    """Ctrl-C, or another error, at the count-th call of a torch op, inside fastlora's ops too.
+
+    weight: counts calls onto it alone.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        count: int,
+        weight: Tensor | None = None,
+        error: BaseException | type[BaseException] = KeyboardInterrupt,
+    ) -> None:
+        super().__init__()
+        self.error = error
+        self.op, self.left = op, count
+        self.storage = None if weight is None else weight.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastlora":
+            return _inside(self, func, args)
+        if func.overloadpacket.__name__ == self.op and (
+            self.storage in (None, args[0].untyped_storage().data_ptr())
+        ):
+            self.left -= 1
+            if self.left == 0:
+                raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+def _inside(mode: TorchDispatchMode, func, args) -> object:
+    """What an op of fastlora's gives, ``mode`` seeing the ops it consists of."""
+    with mode:
+        return dispatch.implementation(func._schema.name.split("::")[1], args[-1])(*args[:-1])
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -142,6 +142,7 @@ def test_a_backend_that_was_asked_for_shows():
         ("check --device gpu", 2, "expected cpu or cuda[:N], got 'gpu'"),
         ("check --backend cuda", 2, "--backend"),
         ("tune --help", 0, "--shapes"),
+        ("merge --help", 0, "--allow-partial"),
         ("tune --shapes 1,2,3", 2, "expected M,K,N,R of 1 or more, got '1,2,3'"),
         ("tune --shapes 1,2,3,4 1,2,3,0", 2, "got '1,2,3,0'"),
         ("tune --kernel conv", 2, "--kernel"),

@@ -6,32 +6,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import dispatch, exact
 from fastlora import functional as F
-from tests import oracle
-from tests.calls import MERGED, weight_and_adapter
-from tests.helpers import LAYOUTS, Spy, bits, same_bits, unchanged
+from tests.calls import MERGED, assert_one_rounding, weight_and_adapter
+from tests.helpers import LAYOUTS, Interrupt, Spy, bits, same_bits, unchanged
 
 pytestmark = pytest.mark.usefixtures("whole_backend")
 
 CPU = torch.device("cpu")
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def assert_one_rounding(merged: Tensor, weight: Tensor, adapters: list) -> None:
-    """Off by half a unit in the last place, and by what a sum of R float32 products may be."""
-    want = oracle.merge(weight, adapters)
-    ulp = torch.finfo(weight.dtype)
-    half = ulp.eps / 2 * want.abs() + ulp.smallest_normal * ulp.eps / 2
-    size = want.abs()
-    for A, B, scaling in adapters:
-        size = size + abs(scaling) * (B.double().abs() @ A.double().abs()).cpu()
-    terms = sum(A.shape[0] for A, _, _ in adapters) + 2
-    sums = terms * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps * size
-    assert bool(((merged.double().cpu() - want).abs() <= half * (1 + 1e-6) + sums).all())
 
 
 @pytest.mark.parametrize("ratio", [1e-3, 1e-2, 1e-1, 1.0])
@@ -202,24 +186,6 @@ def test_a_value_that_is_not_finite_changes_nothing(how, row):
         pytest.raises(ValueError, match=r"adapters: merging gives .*not finite"),
     ):
         F.merge_(weight, [(A, B, scaling)])
-
-
-class Interrupt(TorchDispatchMode):
-    """Ctrl-C at the count-th call of a torch op, counting those onto ``weight`` if it is given."""
-
-    def __init__(self, op: str, count: int, weight: Tensor | None = None) -> None:
-        super().__init__()
-        self.op, self.left = op, count
-        self.storage = None if weight is None else weight.untyped_storage().data_ptr()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ == self.op and (
-            self.storage in (None, args[0].untyped_storage().data_ptr())
-        ):
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return func(*args, **(kwargs or {}))
 
 
 # Five tiles: written one after the other, each after three sums or so.

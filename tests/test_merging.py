@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import FastLoRALinear, LoRAConfig
 from fastlora.modules import lora_layers
-from tests.helpers import same_bits
+from tests.helpers import Interrupt, same_bits
 from tests.models import (
     TOLERANCE,
     assert_agree,
@@ -71,24 +71,39 @@ def test_one_layer_that_cannot_merge_stops_all(act, value):
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("step", ["merge", "unmerge"])
-def test_an_interruption_stops_all(monkeypatch, step, kind):
-    model = adapted()
-    if step == "unmerge":
+@pytest.mark.parametrize("step", [fastlora.merge_adapter, fastlora.unmerge_adapter])
+@pytest.mark.parametrize("layer", [0, 5, 13])
+def test_an_interruption_stops_all(step, kind, layer):
+    """While the first layer is written, one in the middle, and the last of fourteen."""
+    with fastlora.use_backend("torch"):
+        model = adapted()
+        if step is fastlora.unmerge_adapter:
+            fastlora.merge_adapter(model)
+        merged = fastlora.report(model).merged
+        weight = list(dict(lora_layers(model)).values())[layer].weight
+        with (
+            untouched(model),
+            pytest.raises(kind, match="stop"),
+            Interrupt("copy_", 1, weight, kind("stop")),
+        ):
+            step(model)
+        assert fastlora.report(model).merged == merged
+
+
+@pytest.mark.parametrize("layer", [0, 5, 13])
+def test_an_interruption_between_the_layers_stops_all(layer, monkeypatch):
+    """After the weights were written, while what became of them is noted."""
+    model, calls = adapted(), []
+
+    def measured(*_):
+        calls.append(1)
+        if len(calls) == layer + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FastLoRALinear, "measure", measured)
+    with untouched(model), pytest.raises(KeyboardInterrupt):
         fastlora.merge_adapter(model)
-    original, calls = getattr(FastLoRALinear, step), []
-
-    def failing(layer):
-        calls.append(layer)
-        if len(calls) == 5:
-            raise kind("stop")
-        original(layer)
-
-    monkeypatch.setattr(FastLoRALinear, step, failing)
-    merged = fastlora.report(model).merged
-    with untouched(model), pytest.raises(kind, match="stop"):
-        getattr(fastlora, f"{step}_adapter")(model)
-    assert fastlora.report(model).merged == merged
+    assert fastlora.report(model).merged == ()
 
 
 def test_a_refused_unmerge_merges_again_what_was_merged():

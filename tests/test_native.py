@@ -92,7 +92,7 @@ def compiled(tmp_path: Path, source: str) -> Path:
     "source, reason",
     [
         ("int fastlora_abi_version(void) { return 99; }", "was built for ABI version 99"),
-        ("int fastlora_abi_version(void) { return 1; }", "undefined symbol"),
+        (f"int fastlora_abi_version(void) {{ return {native.ABI_VERSION}; }}", "undefined symbol"),
         ("int other(void) { return 1; }", "undefined symbol: fastlora_abi_version"),
     ],
 )

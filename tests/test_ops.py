@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 
-from fastlora import dispatch, reference
+from fastlora import dispatch, each, reference
 from fastlora import functional as F
 from fastlora.ops import FAKES, SCHEMAS
 from tests.calls import (
@@ -42,8 +42,13 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
     # Pages of two ranks, for each of two slices.
     table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32)
     packed = (rand(3, 4, K), rand(3, N, 2), table)
-    merged, adapters = weight.clone(), ([A, A], [B, B], [0.5, 0.25])
-    parts = ops.merge_(merged, *adapters, True, backend)
+    # Two weights, of two adapters and of one.
+    merged, adapters = (
+        [weight.clone(), rand(N, K)],
+        ([A, A, A], [B, B, B], [0.5, 0.25, 2.0], [2, 1]),
+    )
+    none = ([], [], [], [0])
+    parts = [t for own in each.apart(ops.merge_(merged, *adapters, True, backend)) for t in own]
     plain, dropped = (0.5, 0.0, None), (0.5, 0.25, seed)
     multi_needs = [True, False, False, True, False]
     return {
@@ -64,9 +69,11 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
         "packed_lora_linear 2": (x, weight, bias, *packed, [1, N], *every),
         "packed_lora_add_ 1": (y, x, As, Bs, None, [N], *some),
         "packed_lora_add_ 2": (y, x, *packed, [1, N], *every),
-        "merge_ 1": (weight, *adapters, True),
-        "merge_ 2": (weight, [], [], [], False),
-        "unmerge_ 1": (merged, *adapters, *parts),
+        "merge_ 1": ([weight, rand(N, K)], *adapters, True),
+        "merge_ 2": ([weight], *none, False),
+        "unmerge_ 1": (merged, *adapters, parts),
+        "swap_ 1": (merged, *adapters, parts, *adapters),
+        "swap_ 2": (merged[:1], *(t[:2] for t in adapters[:3]), [2], parts[:4], *none),
     }
 
 
@@ -77,7 +84,7 @@ def test_opcheck(call, whole_backend):
 
 
 def test_one_list_of_ops():
-    assert set(SCHEMAS) == set(FAKES) == set(reference.__all__) - {"KERNEL"}
+    assert set(SCHEMAS) == set(FAKES) == set(reference.__all__) - {"merge_kernel"}
     assert set(SCHEMAS) == {call.split()[0] for call in raw_calls()}
     for name in SCHEMAS:
         assert callable(dispatch.implementation(name, "torch"))
@@ -87,7 +94,8 @@ def test_one_list_of_ops():
 @pytest.mark.parametrize("call", [call for call in raw_calls() if "_ " in call])
 def test_in_place_ops_bump_versions(call, whole_backend):
     args = raw_calls(whole_backend)[call]
-    written = args[: 1 if "merge" in call or "packed" in call else 2]
+    one = "packed" in call
+    written = args[0] if isinstance(args[0], list) else args[: 1 if one else 2]
     before = [t._version for t in written]
     getattr(ops, call.split()[0])(*args, whole_backend)
     assert all(t._version > old for t, old in zip(written, before, strict=True))

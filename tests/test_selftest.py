@@ -46,8 +46,11 @@ def backend(monkeypatch, cache):
         def implementation(op: str, name: str):
             assert name == "triton"
 
-            def run(*args: object, path: str):
+            def run(*args: object, path: str = selftest.IN_PLACE):
                 results = getattr(reference, op)(*args)
+                if op in selftest.MERGE_OPS:
+                    changed = spoil(op, path, list(results or ()))
+                    return results if changed is None else changed
                 in_place = op.endswith("add_")
                 written = list(args[: 1 if "packed" in op else 2]) if in_place else results
                 written = [written] if isinstance(written, torch.Tensor) else list(written)
@@ -102,6 +105,7 @@ def test_the_kernels_pass_under_the_interpreter(tmp_path):
         ("decode", "passed"),
         ("prefill", "passed"),
         ("added", "passed"),
+        ("in_place", "passed"),
     ]
     assert "nothing is stamped" in done.stdout
     assert not rows(tmp_path)
@@ -122,6 +126,7 @@ def test_what_passes_is_stamped(backend, cache):
     multi = {(op, path) for op in products for path in many}
     # Without a weight there is one path, of backward too.
     multi |= {(op, "added") for op in selftest.MULTI_OPS}
+    multi |= {(op, "in_place") for op in selftest.MERGE_OPS}
     assert both <= found <= both | wide | multi
     assert {path for op, path in found if op == "packed_lora_add_"} == {"added"}
     assert all(row["dtype"] == "bf16" and FACTS.items() <= row.items() for row in rows(cache))
@@ -198,7 +203,7 @@ def test_one_op_of_a_path_may_fail_alone(backend, cache):
     backend(lambda op, path, results: scaled(op, path, results) if op == "lora_add_" else None)
     passed, said = check()
     assert not passed
-    every = {*selftest.OPS, *selftest.MULTI_OPS}
+    every = {*selftest.OPS, *selftest.MULTI_OPS, *selftest.MERGE_OPS}
     assert {row["op"] for row in stamped(cache)} == every - {"lora_add_"}
     assert all("lora_add_" in line for line in said if line.startswith("    "))
 

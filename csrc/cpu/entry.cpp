@@ -6,6 +6,10 @@
 #include <new>
 #include <string>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "../fastlora.h"
 #include "table.h"
 
@@ -212,25 +216,35 @@ int64_t fastlora_receipt_size(const void* receipt) {
     return size;
 }
 
-int32_t fastlora_receipt_read(const void* receipt, uint16_t* positions, void* bits, int32_t* counts,
+// Gives free pages back to the system, or a receipt would be held twice while it is read: glibc,
+// once it has freed a large block, keeps up to 64 MB of small ones.
+static void trim() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
+int32_t fastlora_receipt_read(void* receipt, uint16_t* positions, void* bits, int32_t* counts,
                               int64_t* checksums) {
     if (!receipt || !checksums) return FASTLORA_BAD_ARGUMENT;
-    const auto& held = *static_cast<const Receipt*>(receipt);
+    auto& held = *static_cast<Receipt*>(receipt);
+    const int64_t tiles = int64_t(held.tiles.size()), size = fastlora_receipt_size(receipt);
     auto* raw = static_cast<unsigned char*>(bits);
     uint64_t merged = 0;
-    int64_t size = 0;
-    for (size_t i = 0; i < held.tiles.size(); ++i) {
-        const auto& tile = held.tiles[i];
+    // From the last: what was allocated last is freed first, so that its pages become free.
+    for (int64_t i = tiles, at = size; i-- > 0;) {
+        const auto tile = std::move(held.tiles[i]);
+        held.tiles.pop_back();
+        at -= tile.size;
         if (tile.size) {
-            std::memcpy(positions + size, tile.positions.data(), tile.size * sizeof *positions);
-            std::memcpy(raw + size * held.element_size, tile.bits.data(),
+            std::memcpy(positions + at, tile.positions.data(), tile.size * sizeof *positions);
+            std::memcpy(raw + at * held.element_size, tile.bits.data(),
                         tile.size * held.element_size);
         }
         counts[i] = int32_t(tile.size);
-        size += tile.size;
         merged += tile.checksum;
+        if (i % 128 == 0) trim();
     }
-    const int64_t tiles = int64_t(held.tiles.size());
     checksums[0] = int64_t(merged);
     checksums[1] = int64_t(
         held.factors + contents(positions, bits, counts, size, held.element_size, tiles));

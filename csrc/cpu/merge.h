@@ -33,6 +33,7 @@ class Merge {
             try {
                 if (code == FASTLORA_OK && !merge_tile(i, receipt.tiles[i]))
                     code = FASTLORA_NOT_FINITE;
+                receipt.tiles[i].fit(sizeof(T));
             } catch (const std::bad_alloc&) {
                 code = FASTLORA_NO_MEMORY;
             }

@@ -32,6 +32,14 @@ struct Receipt {
         int64_t size = 0;
         uint64_t checksum = 0;  // of the merged tile
         int64_t done = 0;       // blocks of the tile that were written
+
+        // Gives back the room for more.
+        void fit(int64_t element_size) {
+            positions.resize(size);
+            positions.shrink_to_fit();
+            bits.resize(size * element_size);
+            bits.shrink_to_fit();
+        }
     };
 
     int64_t element_size = 0;

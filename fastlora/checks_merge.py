@@ -1,0 +1,104 @@
+"""What can be merged into: plain weights with memory of their own, and adapters that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora import checks
+
+
+def adapters(
+    weight: Tensor, given: Sequence[tuple[Tensor, Tensor, float]]
+) -> list[tuple[Tensor, Tensor, float]]:
+    N, K = own_elements(weight)
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        raise TypeError(
+            f"adapters: expected [(lora_A, lora_B, scaling), …], got {type(given).__name__}"
+        )
+    checked = []
+    for item in given:
+        if not isinstance(item, Sequence) or len(item) != 3:
+            raise TypeError(
+                f"adapters: expected (lora_A, lora_B, scaling), got {type(item).__name__}"
+            )
+        lora_A, lora_B, factor = item
+        checks.adapter(lora_A, lora_B, N, K, weight)
+        checked.append((lora_A.detach(), lora_B.detach(), checks.scaling(factor)))
+    return checked
+
+
+def own_elements(weight: Tensor) -> tuple[int, int]:
+    """A weight (N, K) that can be written in place: plain numbers, each with memory of its own."""
+    checks.tensor("weight", weight)
+    kind = type(weight).__name__
+    if hasattr(weight, "placements"):
+        raise TypeError(f"weight: a {kind} is sharded over processes; gather it before merging")
+    if not is_plain(weight):
+        raise TypeError(
+            f"weight: a {kind} holds its numbers in a form of its own (quantized, say); expected a "
+            "plain tensor, so dequantize it before merging"
+        )
+    if weight.dtype.itemsize == 1 or not weight.dtype.is_floating_point:
+        raise TypeError(
+            f"weight: expected one of {checks.names(checks.FLOATS)}, got {weight.dtype}, which is "
+            "quantized: dequantize it before merging, or keep the adapter beside it"
+        )
+    N, K = checks.matrix_of(weight)
+    (row, column), whole = weight.stride(), weight.numel() > 0
+    by_rows = N < 2 or row > (K - 1) * column
+    by_columns = K < 2 or column > (N - 1) * row
+    alone = (by_rows and (K < 2 or column > 0)) or (by_columns and (N < 2 or row > 0))
+    if whole and not alone:
+        raise ValueError(
+            f"weight: expected elements of their own, got overlapping ones: shape "
+            f"{tuple(weight.shape)} and strides {weight.stride()}"
+        )
+    return N, K
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory as its dtype and strides say."""
+    plain, own = (getattr(kind, "__torch_dispatch__") for kind in (Tensor, type(t)))  # noqa: B009
+    return own is plain
+
+
+def disjoint(weights: Sequence[Tensor]) -> None:
+    """ValueError where two weights share memory: what is merged into one would be in the other."""
+    seen: dict[int, list[int]] = {}
+    for i, weight in enumerate(weights):
+        if weight.numel() == 0 or weight.is_meta:
+            continue
+        others = seen.setdefault(weight.untyped_storage().data_ptr(), [])
+        for j in others:
+            if overlap(weights[j], weight):
+                raise ValueError(
+                    f"weights[{i}]: expected memory of its own, got some that is weights[{j}]'s too"
+                )
+        others.append(i)
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common; slices of one have not."""
+    ends = []
+    for t in (one, other):
+        if t.numel() == 0:
+            return False
+        first = t.storage_offset() * t.itemsize
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        ends.append((first, first + (last + 1) * t.itemsize))
+    start, end = min(first for first, _ in ends), max(last for _, last in ends)
+    if ends[0][1] <= ends[1][0] or ends[1][1] <= ends[0][0]:
+        return False
+    if one.itemsize != other.itemsize or any((first - start) % one.itemsize for first, _ in ends):
+        return True
+    # Interleaved: marked one by one.
+    marks = torch.zeros((end - start) // one.itemsize, dtype=torch.bool, device="cpu")
+    views = [
+        marks.as_strided(t.shape, t.stride(), (first - start) // t.itemsize)
+        for t, (first, _) in zip((one, other), ends, strict=True)
+    ]
+    views[0].fill_(True)
+    return bool(views[1].any())

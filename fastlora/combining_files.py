@@ -1,0 +1,154 @@
+"""Adapter folders combined into one that PEFT and fastlora load."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastlora import adapter_files as files
+from fastlora.combining import Combination, check_adapter, check_weights
+from fastlora.config import LoRAConfig
+from fastlora.receipt import Adapter
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def combine_adapters(
+    directories: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    directory: str | os.PathLike[str],
+    *,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = False,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    device: torch.device | str | None = None,
+) -> LoRAConfig:
+    """Combines the adapters in ``directories`` into one in ``directory``; returns its config.
+
+    Layer by layer what ``combining.combine`` does, where the types and options are explained. A
+    layer that only some of the adapters have is combined of those. svd_rank None: the largest rank
+    in any of the configs. device: where to compute; None: on the CPU.
+
+    The new config is the first adapter's but for its ranks, its layers and its scaling, which is 1
+    everywhere. Random entries are drawn in alphabetical order of the layers.
+
+    Raises ValueError, nothing written, for what ``load_adapter`` refuses in a file, for biases of
+    an adapter's own (lora_bias or bias), layers of other shapes or ranks than the type takes, and
+    bad options; FileNotFoundError for a missing file; FileExistsError when ``directory`` holds an
+    adapter already.
+    """
+    combination = Combination(
+        combination_type,
+        svd_rank,
+        svd_clamp,
+        svd_full_matrices,
+        svd_driver,
+        density,
+        majority_sign_method,
+    )
+    check_weights(weights, "directories", directories)
+    _check_free(directory)
+    sources = [_read(folder) for folder in directories]
+    combination = combination.for_count(len(sources))
+    if svd_rank is None:
+        combination = replace(combination, svd_rank=max(_rank(s.config) for s in sources))
+    layers: dict[str, Adapter] = {}
+    for name in sorted({name for source in sources for name in source.layers}):
+        chosen = [
+            (_on(device, source.layers[name]), weight)
+            for source, weight in zip(sources, weights, strict=True)
+            if name in source.layers
+        ]
+        try:
+            layers[name] = combination.apply([a for a, _ in chosen], [w for _, w in chosen])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    config = _config(sources, layers)
+    tensors = {name + _A: A for name, (A, _, _) in layers.items()}
+    files.write(directory, config, tensors | {name + _B: B for name, (_, B, _) in layers.items()})
+    return config
+
+
+class _Source(NamedTuple):
+    config: LoRAConfig
+    layers: dict[str, Adapter]
+
+
+def _read(folder: str | os.PathLike[str]) -> _Source:
+    """An adapter without its model: its layers are those that the file has."""
+    config = files.read_config(folder)
+    where = Path(folder)
+    if config.lora_bias or config.bias != "none":
+        raise ValueError(
+            f"{where / files.CONFIG_NAME}: biases cannot be combined, got "
+            f"lora_bias={config.lora_bias}, bias={config.bias!r}"
+        )
+    found = files.read_shapes(folder)
+    names = {key.removesuffix(end) for key in found for end in (_A, _B) if key.endswith(end)}
+    if not names:
+        raise ValueError(f"{where / files.WEIGHTS_NAME}: expected a LoRA layer, found none")
+    expected: dict[str, files.Shape] = {}
+    for name in names:
+        if config.excludes(name) or not (config.all_linear or config.targets(name)):
+            raise ValueError(f"{where}: {name} has tensors, but the config does not name it")
+        r, K, N = config.rank_of(name), found.get(name + _A, ())[1:], found.get(name + _B, ())[:1]
+        expected |= {name + _A: (r, *K), name + _B: (*N, r)}
+    tensors = files.read_tensors(folder, expected)
+    layers = {}
+    for name in names:
+        layers[name] = tensors[name + _A], tensors[name + _B], config.scaling_of(name)
+        check_adapter(f"{where}: {name}", layers[name])
+    return _Source(config, layers)
+
+
+def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRAConfig:
+    """The first config, of these layers and ranks; lora_alpha equals r, so that scaling is 1."""
+    ranks = {name: A.shape[0] for name, (A, _, _) in layers.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    # Exact names: a pattern matches the end of a name too, and a dot any character.
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    first = sources[0].config
+    targets, excluded = first.target_modules, first.exclude_modules
+    alike = all(
+        source.layers.keys() == layers.keys()
+        and (source.config.target_modules, source.config.exclude_modules) == (targets, excluded)
+        for source in sources
+    )
+    if not alike:
+        targets, excluded = tuple(layers), None
+    return replace(
+        first,
+        r=r,
+        lora_alpha=r,
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=targets,
+        exclude_modules=excluded,
+    )
+
+
+def _rank(config: LoRAConfig) -> int:
+    return max([config.r, *config.rank_pattern.values()])
+
+
+def _on(device: torch.device | str | None, adapter: Adapter) -> Adapter:
+    A, B, scaling = adapter
+    return A.to(device or "cpu"), B.to(device or "cpu"), scaling
+
+
+def _check_free(directory: str | os.PathLike[str]) -> None:
+    for name in (files.CONFIG_NAME, files.WEIGHTS_NAME, "adapter_model.bin"):
+        if (Path(directory) / name).exists():
+            raise FileExistsError(f"directory: {directory} already holds {name}: not overwritten")

@@ -1,0 +1,125 @@
+"""Adapters as they are merged into files: PEFT's folders, by layer, with a weight each."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fastlora import adapter_files as files
+from fastlora.config import LoRAConfig, check_number
+from fastlora.merge_files import durable
+
+_PARTS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_bias"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """lora_A (R, K), lora_B (N, R), lora_bias (N,); scaling: of all, the adapter's weight in it."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter's tensors by the layer's name, without PEFT's prefix.
+
+    biases: trained ones of the base. copies: weights of the base, which PEFT saves along where the
+    output layer is a target. transposed: PEFT's fan_in_fan_out. digest: of both files.
+    """
+
+    folder: Path
+    weight: float
+    config: LoRAConfig
+    transposed: bool
+    layers: dict[str, Layer]
+    biases: dict[str, Tensor]
+    copies: dict[str, Tensor]
+    digest: str
+
+    def names(self, layer: str) -> bool:
+        """Whether the config asks for a layer of this name."""
+        return self.config.targets(layer) and not self.config.excludes(layer)
+
+
+def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> AdapterFolder:
+    """Reads and checks the adapter in ``directory``, whose scaling ``weight`` multiplies.
+
+    Raises ValueError or FileNotFoundError for whatever ``load_adapter`` would refuse, for numbers
+    that are not finite, and for a weight that is not.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapter: expected a folder, got {folder}")
+    check_number("weight", weight)
+    settings = files.read_settings(folder)
+    transposed = settings.pop("fan_in_fan_out", None) or False
+    if not isinstance(transposed, bool):
+        raise ValueError(f"{folder}: fan_in_fan_out: expected a bool, got {transposed!r}")
+    config = files.config_of(folder, settings)
+    tensors = files.read_tensors(folder, files.read_shapes(folder))
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: {name}: expected finite numbers, it has others")
+    digest = "".join(
+        durable.digest_of(folder / name).sha256 for name in (files.CONFIG_NAME, files.WEIGHTS_NAME)
+    )
+    parts: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        end = next((end for end in _PARTS if name.endswith(end)), None)
+        if end is not None:
+            parts.setdefault(name.removesuffix(end), {})[_PARTS[end]] = tensor
+        elif name.endswith(".bias") and config.bias != "none":
+            biases[_layer_of(name)] = tensor
+        elif name.endswith(".weight") and ".lora_" not in name:
+            copies[_layer_of(name)] = tensor
+        else:
+            raise ValueError(f"{folder}: expected lora_A and lora_B of linear layers, got {name}")
+    if not parts:
+        raise ValueError(f"{folder}: expected lora_A and lora_B of some layer, found none")
+    layers = {name: _layer(folder, config, name, part, weight) for name, part in parts.items()}
+    return AdapterFolder(folder, weight, config, transposed, layers, biases, copies, digest)
+
+
+def _layer_of(name: str) -> str:
+    return name.rpartition(".")[0].removesuffix(".base_layer")
+
+
+def _layer(
+    folder: Path, config: LoRAConfig, name: str, parts: dict[str, Tensor], weight: float
+) -> Layer:
+    where, r = f"{folder}: {name}", config.rank_of(name)
+    wanted = {"lora_A", "lora_B"} | ({"lora_bias"} if config.lora_bias else set())
+    if parts.keys() != wanted:
+        raise ValueError(
+            f"{where}: expected {', '.join(sorted(wanted))}, got {', '.join(sorted(parts))}"
+        )
+    if config.excludes(name) or not (config.all_linear or config.targets(name)):
+        raise ValueError(f"{where}: the config does not name this layer")
+    A, B, bias = parts["lora_A"], parts["lora_B"], parts.get("lora_bias")
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
+        raise ValueError(
+            f"{where}: expected lora_A ({r}, K) and lora_B (N, {r}), got {tuple(A.shape)} and "
+            f"{tuple(B.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (B.shape[0],):
+        raise ValueError(f"{where}: lora_B.bias: expected ({B.shape[0]},), got {tuple(bias.shape)}")
+    scaling = config.scaling_of(name) * weight
+    if not math.isfinite(scaling):
+        raise ValueError(f"{where}: expected a finite scaling, got {scaling}")
+    return Layer(A, B, bias, scaling)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

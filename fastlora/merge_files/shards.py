@@ -1,0 +1,252 @@
+"""A model's weights on disk: one safetensors file or several with an index, as transformers has it.
+
+Headers are read, tensors one at a time: nothing of a file's size is held.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastlora.merge_files import durable
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: dtype is safetensors' code, offset and nbytes say where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype in DTYPES
+
+    @property
+    def itemsize(self) -> float:
+        return self.nbytes / max(1, math.prod(self.shape))
+
+    def as_dtype(self, dtype: torch.dtype | None) -> Entry:
+        """The entry of the tensor once converted; only float16 to float64 are."""
+        if dtype is None or not self.floating:
+            return self
+        nbytes = self.nbytes // DTYPES[self.dtype].itemsize * dtype.itemsize
+        return replace(self, dtype=CODES[dtype], nbytes=nbytes)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file. start: its first bytes up to the tensors, header included."""
+
+    path: Path
+    start: bytes
+    metadata: dict[str, str]
+    tensors: dict[str, Entry]
+
+    def read(self, name: str) -> Tensor:
+        """A float tensor on the CPU, its memory its own."""
+        entry = self.tensors[name]
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            left = memoryview(raw(tensor))
+            while left and (count := file.readinto(left)):
+                left = left[count:]
+        if left:
+            raise RuntimeError(f"{self.path}: it ends within {name!r}: changed while it was read")
+        return tensor
+
+    def bytes_of(self, name: str) -> Iterator[bytes]:
+        """A tensor of any dtype as it is stored."""
+        entry = self.tensors[name]
+        return durable.chunks_of(self.path, entry.offset, entry.nbytes)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that transformers loads: its weights, its config, the files to go along."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    index: Path | None
+    config: dict[str, Any]
+    others: tuple[Path, ...]
+    holder: dict[str, Shard] = field(default_factory=dict)  # of each tensor
+
+    def entry(self, name: str) -> Entry:
+        return self.holder[name].tensors[name]
+
+    def option(self, name: str, default: object = None) -> object:
+        """A setting of the config, or of its text model's."""
+        text = self.config.get("text_config")
+        inner = text.get(name, default) if isinstance(text, dict) else default
+        return self.config.get(name, inner)
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same bytes."""
+        shards = self.holder[first], self.holder[second]
+        pairs = zip(shards[0].bytes_of(first), shards[1].bytes_of(second), strict=True)
+        return self.entry(first).nbytes == self.entry(second).nbytes and all(
+            a == b for a, b in pairs
+        )
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Reads config, index and headers, and checks that they agree; no tensor is read.
+
+    Raises FileNotFoundError or ValueError naming what is missing or wrong; pickles are never read.
+    """
+    base = Path(folder)
+    if not base.is_dir():
+        raise FileNotFoundError(f"base: expected a folder with a model, got {base}")
+    index = None
+    names = [WEIGHTS_NAME]
+    if not (base / WEIGHTS_NAME).is_file():
+        index = base / INDEX_NAME
+        if not index.is_file():
+            raise FileNotFoundError(_no_weights(base))
+        names = sorted(set(_weight_map(index).values()))
+    if not (base / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"base: expected {CONFIG_NAME} in {base}")
+    shards = tuple(open_shard(base / name) for name in names)
+    holder: dict[str, Shard] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in holder:
+                raise ValueError(f"{shard.path}: {name!r} is in {holder[name].path.name} too")
+            holder[name] = shard
+    for name, file in _weight_map(index).items() if index else ():
+        if name not in holder or holder[name].path.name != file:
+            raise ValueError(f"{index}: {name!r} is not in {file}")
+    config = _json_object(base / CONFIG_NAME)
+    return Checkpoint(base, shards, index, config, tuple(_others(base)), holder)
+
+
+def open_shard(path: Path) -> Shard:
+    """Reads a safetensors file's header, which the library has checked; ValueError if bad."""
+    if not path.is_file():
+        raise FileNotFoundError(f"base: expected {path.name} in {path.parent}")
+    try:
+        # Where every tensor lies, and that the file ends where the last one does.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from None
+    with path.open("rb") as file:
+        length = file.read(8)
+        text = file.read(int.from_bytes(length, "little"))
+    header = json.loads(text)
+    metadata = header.pop("__metadata__", None) or {}
+    first = 8 + len(text)
+    entries = [
+        Entry(name, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], _span(e))
+        for name, e in header.items()
+    ]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    return Shard(path, length + text, metadata, {entry.name: entry for entry in entries})
+
+
+def start_of(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
+    """The first bytes of a file that holds tensors in this order: length and header."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def raw(tensor: Tensor) -> Any:
+    """A tensor's bytes as a flat numpy array, which shares its memory if it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _span(entry: dict[str, Any]) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    names = _json_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: expected a weight_map that is not empty")
+    for name, file in names.items():
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise ValueError(
+                f"{index}: {name!r}: expected a .safetensors file beside, got {file!r}"
+            )
+    return names
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _no_weights(base: Path) -> str:
+    said = f"base: expected {WEIGHTS_NAME} or {INDEX_NAME} in {base}"
+    pickles = sorted(path.name for path in base.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        said += (
+            f"; {pickles[0]} is a pickle, which can run code and is never read: convert it where "
+            "you trust it, with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+        )
+    return said
+
+
+# Weights in any format, adapters, and what trainers leave: not for the merged model's folder.
+_LEFT = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"),
+    *(".ggml", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz", ".npy", ".pkl", ".pickle"),
+    *("adapter_config.json", "adapter_model.json", durable.PARTIAL),
+)
+
+
+def _others(base: Path) -> Iterator[Path]:
+    """Config, tokenizer, templates, code and cards, subfolders included, hidden files not."""
+    for folder, folders, files in os.walk(base):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if not name.startswith(".") and not name.endswith(_LEFT) and path.is_file():
+                yield path.relative_to(base)

@@ -1,0 +1,74 @@
+"""Weights that other modules read too: found, and given a copy of their own on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from fastlora.checks_merge import is_plain, overlap
+from fastlora.modules import FastLoRALinear
+
+
+def tied(model: nn.Module, layers: Iterable[FastLoRALinear]) -> dict[FastLoRALinear, list[str]]:
+    """Of each layer whose weight has elements in common with others' parameters, their names.
+
+    Tied parameters and overlapping views count; slices of one storage that do not overlap are none.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, torch.Tensor]]] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel():
+                owners.setdefault(_memory(parameter), []).append(
+                    (f"{name}.{kind}", module, parameter)
+                )
+    found = {}
+    for layer in layers:
+        sharing = owners.get(_memory(layer.weight), [])
+        others = [
+            name
+            for name, module, parameter in sharing
+            if module is not layer
+            and (parameter is layer.weight or overlap(parameter.detach(), layer.weight.detach()))
+        ]
+        if others:
+            found[layer] = others
+    return found
+
+
+def _memory(parameter: torch.Tensor) -> int:
+    # Of a subclass that wraps others (quantized, say) there is no storage, only the object.
+    return parameter.untyped_storage().data_ptr() if is_plain(parameter) else -id(parameter)
+
+
+def refuse(model: nn.Module, layers: dict[str, FastLoRALinear]) -> None:
+    """RuntimeError where merging into one of ``layers`` would change another module too."""
+    found = tied(model, layers.values())
+    for name, layer in layers.items():
+        if layer in found:
+            raise RuntimeError(
+                f"{name}: its weight is tied with {', '.join(found[layer])}, which merging would "
+                "change too; exclude the layer, or merge with untie=True to give it a copy"
+            )
+
+
+def untie(model: nn.Module, layers: dict[str, FastLoRALinear]) -> Callable[[], None]:
+    """A weight of its own for each of ``layers`` that is tied; returns what ties them again."""
+    before: list[tuple[FastLoRALinear, nn.Parameter | None]] = []
+
+    def back() -> None:
+        for layer, weight in before:
+            layer._parameters["weight"] = weight  # the same object, so tied again
+            layer.untied = ()
+
+    try:
+        for layer, others in tied(model, layers.values()).items():
+            own = layer.weight.detach().clone()
+            before.append((layer, layer._parameters["weight"]))
+            layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
+            layer.untied = tuple(others)
+    except BaseException:
+        back()
+        raise
+    return back

@@ -1,0 +1,71 @@
+"""Tiny models and adapters in folders, as transformers and PEFT save them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.models import llama, randomise_lora
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+# Of this size a tiny Llama has a dozen files.
+SMALL = "10KB"
+
+
+def save_base(folder: Path, model: nn.Module | None = None, size: str = SMALL) -> Path:
+    """A model's folder, by default a float32 Llama's in a dozen files, and a tokenizer's files."""
+    (model or llama()).save_pretrained(folder, max_shard_size=size)
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
+    (folder / "chat_templates").mkdir()
+    (folder / "chat_templates" / "tool.jinja").write_text("{{ tool }}")
+    return folder
+
+
+def save_adapter(
+    folder: Path, model: nn.Module | None = None, std: float = 0.05, **options: Any
+) -> nn.Module:
+    """Writes a PEFT adapter of random numbers; returns PEFT's model, unmerged."""
+    config = peft.LoraConfig(**({"target_modules": "all-linear", "r": 4} | options))
+    theirs = randomise_lora(peft.get_peft_model(model or llama(), config), std)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith(".bias") and "lora_" not in name and parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * std)
+    theirs.save_pretrained(str(folder))
+    return theirs.eval()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, hidden ones too, by its path within."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model's folder."""
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Rewrites a safetensors file; its index, if there is one, is left behind."""
+    loaded = load_file(path)
+    changed = change(loaded)
+    save_file(changed if isinstance(changed, dict) else loaded, path, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,210 @@
+"""What a whole model's merge can be asked for: ties cut, copies kept, adapters swapped; and what it
+says of itself."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.fidelity import FidelityWarning
+from fastlora.modules import FastLoRALinear, lora_layers
+from tests.helpers import Interrupt, same_bits
+from tests.models import assert_agree, llama, logits, randomise_lora, tokens, untouched
+
+LAST = "model.layers.1.mlp.down_proj"
+
+
+def adapted(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    return randomise_lora(
+        fastlora.replace_linear(llama(dtype=dtype), LoRAConfig(r=4, target_modules="all-linear")),
+        **options,
+    )
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.weight.detach().clone() for name, layer in lora_layers(model)}
+
+
+def tied_model() -> nn.Module:
+    model = llama(tie_word_embeddings=True)
+    fastlora.replace_linear(model, LoRAConfig(target_modules=["q_proj", "lm_head"]))
+    return randomise_lora(model)
+
+
+def test_untied_on_request():
+    model, x = tied_model(), tokens(2, 6)
+    want, embedding = logits(model, x), model.model.embed_tokens.weight
+    before = embedding.detach().clone()
+    fastlora.merge_adapter(model, untie=True)
+    assert_agree(logits(model, x), want, logits(llama(tie_word_embeddings=True), x))
+    assert same_bits(embedding.detach(), before)
+    assert fastlora.report(model).untied == {"lm_head": ("model.embed_tokens.weight",)}
+    assert "untied lm_head from model.embed_tokens.weight" in str(fastlora.report(model))
+    fastlora.unmerge_adapter(model)
+    assert same_bits(model.lm_head.weight.detach(), before)
+    assert same_bits(logits(model, x), want)
+
+
+@pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
+def test_tied_again_when_the_merge_fails(act):
+    model = tied_model()
+    model.lm_head.lora_B.data[3, 1] = float("nan")
+    with untouched(model), pytest.raises(ValueError, match=r"lm_head: .*not finite"):
+        act(model, untie=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert fastlora.report(model).untied == {}
+
+
+def test_slices_of_one_tensor_are_not_tied():
+    """As a packed projection that was split: only what shares elements is refused."""
+    packed = torch.randn(12, 8)
+    model = nn.ModuleDict({name: nn.Linear(8, 4, bias=False) for name in "qkv"})
+    for i, linear in enumerate(model.values()):
+        linear.weight = nn.Parameter(packed[4 * i : 4 * i + 4], requires_grad=False)
+    before = packed.clone()
+    fastlora.replace_linear(model, LoRAConfig(target_modules=["q", "v"]))
+    fastlora.merge_adapter(randomise_lora(model))
+    assert same_bits(packed[4:8], before[4:8])
+    assert not same_bits(packed, before)
+    fastlora.unmerge_adapter(model)
+    assert same_bits(packed, before)
+
+
+def test_snapshots_instead_of_receipts():
+    model, x = adapted(torch.bfloat16), tokens(2, 6)
+    before, want = weights(model), logits(model, x)
+    fastlora.merge_adapter(model, snapshot=True)
+    assert all(layer.receipt.snapshot is not None for _, layer in lora_layers(model))
+    merged = weights(model)
+    with fastlora.disable_adapter(model):
+        assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, merged[name]) for name, w in weights(model).items())
+    assert all(layer.receipt.snapshot is not None for _, layer in lora_layers(model))
+    fastlora.unmerge_adapter(model)
+    assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert same_bits(logits(model, x), want)
+
+
+def saved(directory, model: nn.Module) -> nn.Module:
+    fastlora.save_adapter(model, directory)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_adapter_for_another(tmp_path, dtype):
+    """The bits of unmerging, loading and merging; the layers hold the new one afterwards."""
+    other, x = saved(tmp_path, adapted(dtype, std=0.2)), tokens(2, 6)
+    model = fastlora.merge_adapter(adapted(dtype))
+    before, base = weights(model), weights(adapted(dtype))
+    assert fastlora.swap_adapter(model, tmp_path) is model
+    fastlora.merge_adapter(other)
+    assert all(same_bits(w, weights(model)[name]) for name, w in weights(other).items())
+    assert not any(same_bits(w, before[name]) for name, w in weights(model).items())
+    fastlora.unmerge_adapter(fastlora.unmerge_adapter(other) and model)
+    assert all(same_bits(w, base[name]) for name, w in weights(model).items())
+    assert same_bits(logits(model, x), logits(other, x))
+
+
+def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
+    other = adapted(std=0.2)
+    saved(tmp_path / "good", other)
+    dict(lora_layers(other))[LAST].lora_B.data[0, 0] = 3e38
+    dict(lora_layers(other))[LAST].lora_A.data[0] = 10
+    saved(tmp_path / "bad", other)
+    model = adapted()
+    with untouched(model), pytest.raises(RuntimeError, match="not merged"):
+        fastlora.swap_adapter(model, tmp_path / "good")
+    fastlora.merge_adapter(model)
+    with untouched(model), pytest.raises(ValueError, match=rf"{LAST}: .*not finite"):
+        fastlora.swap_adapter(model, tmp_path / "bad")
+    last = list(dict(lora_layers(model)).values())[-1]
+    for tensor in (last.weight, last.lora_B):
+        with (
+            fastlora.use_backend("torch"),
+            untouched(fastlora.merge_adapter(fastlora.unmerge_adapter(model))),
+            pytest.raises(KeyboardInterrupt),
+            Interrupt("copy_", 1, tensor),
+        ):
+            fastlora.swap_adapter(model, tmp_path / "good")
+    scalings = {layer.scaling for _, layer in lora_layers(model)}
+    fastlora.unmerge_adapter(model)
+    assert scalings == {layer.scaling for _, layer in lora_layers(adapted())}
+
+
+def test_what_rounding_lost_is_reported_and_warned_of():
+    """In bfloat16 a delta a thousandth of the weight's size loses half of itself."""
+    model = adapted(torch.bfloat16)
+    for _, layer in lora_layers(model):
+        change = layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
+        layer.lora_B.data *= 1e-3 * layer.weight.detach().float().norm() / change.norm()
+    assert fastlora.report(model).fidelity == {}
+    with pytest.warns(FidelityWarning, match=r"lost part of the adapter in 14 of 14 .* has \d\d%"):
+        fastlora.merge_adapter(model)
+    found = fastlora.report(model).fidelity
+    assert found.keys() == dict(lora_layers(model)).keys()
+    assert all(0.3 < each.gain < 0.7 and each.error > 0.5 for each in found.values())
+    assert "least of its adapter arrived in" in str(fastlora.report(model))
+    fastlora.unmerge_adapter(model)
+    assert fastlora.report(model).fidelity == {}
+
+
+def test_nothing_is_said_where_nothing_is_lost():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = fastlora.merge_adapter(adapted())
+    assert all(each.gain > 0.999 for each in fastlora.report(model).fidelity.values())
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass of its own form, as quantizers have."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [a.inner if isinstance(a, cls) else a for a in args]
+        return cls(func(*given, **kwargs)) if "detach" in str(func) else func(*given, **kwargs)
+
+
+class DTensor(torch.Tensor):
+    """As torch.distributed's, whose values lie on several processes."""
+
+    placements = ()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda w: nn.Parameter(w.as_subclass(DTensor), requires_grad=False), "is sharded over"),
+        (lambda w: nn.Parameter(Wrapped(w), requires_grad=False), "Wrapped holds its numbers"),
+        (
+            lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False),
+            "float8_e4m3fn, which is quantized",
+        ),
+        (lambda w: nn.Parameter(w.to(torch.int8), requires_grad=False), "int8, which is quantized"),
+    ],
+    ids=["sharded", "subclass", "float8", "int8"],
+)
+def test_sharded_and_quantized_weights_are_refused_by_name(make, message):
+    layers = [FastLoRALinear(8, 6, r=2), FastLoRALinear(6, 4, r=2)]
+    model = randomise_lora(nn.Sequential(*layers))
+    model[1]._parameters["weight"] = make(model[1].weight.detach())
+    before = model[0].weight.detach().clone()
+    with pytest.raises(TypeError, match=rf"^1: weight: .*{message}"):
+        fastlora.merge_adapter(model)
+    assert same_bits(model[0].weight.detach(), before)
+    assert fastlora.report(model).merged == ()
