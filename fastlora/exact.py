@@ -173,7 +173,10 @@ def _subtract(merged: Tensor, delta: Tensor) -> Tensor:
 
 def _restored(merged: Tensor, delta: Tensor, where: Tensor, old: Tensor) -> Tensor:
     back = _subtract(merged, delta)
-    _as_bits(back).view(-1)[where.to(torch.int64) & 0xFFFF] = old
+    places = where.to(torch.int64) & 0xFFFF
+    if places.numel() and int(places.max()) >= back.numel():
+        raise RuntimeError(NOT_RESTORED)
+    _as_bits(back).view(-1)[places] = old
     return back
 
 

@@ -35,6 +35,71 @@ def test_one_rounding_in_and_every_bit_back(N, K, R, dtype, lora_dtype, device):
     assert weight.data_ptr() == address
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_several_adapters_are_summed_before_the_rounding(dtype, device):
+    weight, first = weight_and_adapter(30, 70, 9, dtype, device, ratio=0.5)
+    _, second = weight_and_adapter(30, 70, 2, dtype, device, ratio=0.5, lora_dtype=torch.float16)
+    _, third = weight_and_adapter(30, 70, 20, dtype, device, ratio=0.5, lora_dtype=torch.float32)
+    adapters, before = [first, second, third], weight.clone()
+    receipt = F.merge_(weight, adapters)
+    assert_one_rounding(weight, before, adapters)
+    F.unmerge_(weight, receipt)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_was_not_finite_may_stay_so(dtype, device):
+    """Where the weight is NaN an adapter may be: nothing is lost, and beside it nothing spoiled."""
+    weight, (A, B, scaling) = weight_and_adapter(7, 70, 5, dtype, device)
+    weight[3], B[3, 1] = math.nan, math.nan
+    before = weight.clone()
+    receipt = F.merge_(weight, [(A, B, scaling)])
+    assert torch.equal(weight.isnan(), before.isnan())
+    F.unmerge_(weight, receipt)
+    assert same_bits(weight, before)
+
+
+def edit(weight: Tensor) -> None:
+    weight[-1, -1] += 1
+
+
+def flip_a_bit(weight: Tensor) -> None:
+    raw = bits(weight)
+    raw[3, 5] ^= 1
+    weight.copy_(raw.view(weight.dtype))
+
+
+def swap_neighbours(weight: Tensor) -> None:
+    weight[2, 5:7] = weight[2, 5:7].flip(0).clone()
+
+
+def swap_rows(weight: Tensor) -> None:
+    weight[:2] = weight[:2].flip(0).clone()
+
+
+def swap_rows_of_two_tiles(weight: Tensor) -> None:
+    weight[[0, 128]] = weight[[128, 0]].clone()
+
+
+def swap_signs(weight: Tensor) -> None:
+    """Two elements that differ in their highest bit alone change places."""
+    weight[2, 3], weight[2, 4] = weight[2, 4].clone(), weight[2, 3].clone()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "change", [edit, flip_a_bit, swap_neighbours, swap_rows, swap_rows_of_two_tiles, swap_signs]
+)
+def test_a_changed_weight_is_refused(change, dtype, device):
+    weight, adapter = weight_and_adapter(150, 40, 3, dtype, device)
+    weight[2, 3], weight[2, 4] = 1.0, -1.0
+    adapter[0][:, 3:5] = 0
+    receipt = F.merge_(weight, [adapter])
+    change(weight)
+    with unchanged(weight), pytest.raises(RuntimeError, match=MERGED):
+        F.unmerge_(weight, receipt)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_any_strides(layout, dtype, device):
@@ -195,6 +260,17 @@ def test_an_edited_receipt_is_refused(name, device):
         edited = type(receipt)(**{**vars(receipt), name: part})
         with unchanged(weight), pytest.raises(RuntimeError, match=r"receipt|weight"):
             F.unmerge_(weight, edited)
+
+
+def test_a_receipt_writes_nothing_outside_its_weight(device):
+    """Whatever its positions say."""
+    around = torch.randn(4000, 24, device=device).bfloat16()
+    weight = around[1000:1020]
+    _, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device, ratio=0.5)
+    receipt = F.merge_(weight, [adapter])
+    edited = type(receipt)(**{**vars(receipt), "positions": torch.full_like(receipt.positions, -1)})
+    with unchanged(around), pytest.raises(RuntimeError, match="receipt"):
+        F.unmerge_(weight, edited)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
