@@ -462,7 +462,7 @@ def test_bad_input_is_refused_by_name(at, what):
 def test_a_copy_of_another_models_weight_is_refused(at):
     """PEFT saves the output layer along; loading it, it would take the base's place."""
     save_adapter(at / "head", llama(seed=1), target_modules=["lm_head"])
-    with pytest.raises(ValueError, match="it has a lm_head.weight of its own, which is not that"):
+    with pytest.raises(ValueError, match=r"it has a lm_head.weight of its own, which is not that"):
         merge(at, "head")
 
 

@@ -191,6 +191,15 @@ def test_one_that_would_not_be_finite_stops_all(bad, receipt, device):
     assert info.value.index == bad
 
 
+def test_one_of_a_kind_that_would_not_be_finite_stops_all(device):
+    """All in one call of a backend, for good: what was written before it is had back."""
+    weights, adapters = several(device, [torch.bfloat16])
+    adapters[2] = [(torch.ones(1, 24), torch.full((20, 1), math.inf), 1.0)]
+    adapters[2] = [(*(t.to(device) for t in adapters[2][0][:2]), 1.0)]
+    with unchanged(weights), pytest.raises(ValueError, match=r"weights\[2\]: .*finite"):
+        F.foreach_merge_(weights, adapters, receipt=False)
+
+
 @pytest.mark.parametrize("bad", [0, 4, 8])
 def test_an_edited_one_stops_all(bad, device):
     weights, adapters = several(device)

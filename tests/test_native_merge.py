@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastlora import dispatch, native
+from fastlora import cpu_merge, dispatch, native
 from fastlora import functional as F
 from tests.calls import weight_and_adapter
 from tests.helpers import same_bits
@@ -121,6 +121,19 @@ def test_a_merge_that_fails_at_its_receipt_is_undone(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", out_of_memory)
     with dispatch.use_backend("cpu"), pytest.raises(torch.OutOfMemoryError):
+        F.merge_(weight, [adapter])
+    assert same_bits(weight, before)
+
+
+def test_a_merge_that_is_interrupted_after_its_receipt_is_undone(monkeypatch):
+    weight, adapter = weight_and_adapter(83, 200, 5, torch.bfloat16, ratio=0.3)
+    before = weight.clone()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cpu_merge, "_written", interrupted)
+    with dispatch.use_backend("cpu"), pytest.raises(KeyboardInterrupt):
         F.merge_(weight, [adapter])
     assert same_bits(weight, before)
 
