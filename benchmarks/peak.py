@@ -51,6 +51,9 @@ def measured(way: str, ratio: float) -> dict[str, float]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--help"]:
+        print(__doc__)
+        return
     if sys.argv[1:]:
         torch.set_num_threads(1)
         print(json.dumps(measured(sys.argv[1], float(sys.argv[2]))))

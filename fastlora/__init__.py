@@ -20,6 +20,7 @@ from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from fastlora.combining_files import combine_adapters
 from fastlora.config import LoRAConfig
 from fastlora.dispatch import backend, use_backend
+from fastlora.fidelity import FidelityWarning
 from fastlora.inject import Report, replace_linear, report
 from fastlora.invariance import batch_invariant
 from fastlora.merge_files import merge_checkpoint
@@ -37,6 +38,7 @@ from fastlora.training import adapter_parameters, use_adapters
 
 __all__ = [
     "FastLoRALinear",
+    "FidelityWarning",
     "LoRAConfig",
     "MultiLoRALinear",
     "MultiLoRAModel",

@@ -97,10 +97,10 @@ class LoadedAdapter:
     tensors: dict[str, Tensor]
     biases: dict[str, nn.Parameter]
 
-    def adapter_of(self, name: str, device: torch.device) -> Adapter:
-        """(lora_A, lora_B, scaling) of the layer ``name``."""
-        A, B = (self.tensors[f"{name}.{_KEYS[kind]}"].to(device) for kind in ("lora_A", "lora_B"))
-        return A, B, self.config.scaling_of(name)
+    def adapter_of(self, name: str, layer: FastLoRALinear) -> Adapter:
+        """(lora_A, lora_B, scaling) as ``layer``, of that name, will hold them."""
+        A, B = (self.tensors[f"{name}.{_KEYS[kind]}"] for kind in ("lora_A", "lora_B"))
+        return A.to(layer.lora_A), B.to(layer.lora_B), self.config.scaling_of(name)
 
     def fill(self, model: nn.Module, is_trainable: bool = False) -> None:
         """Puts it into the model."""

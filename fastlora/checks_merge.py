@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import checks
+from fastlora.receipt import Adapter
 
 
 def adapters(
@@ -41,7 +42,7 @@ def own_elements(weight: Tensor) -> tuple[int, int]:
             f"weight: a {kind} holds its numbers in a form of its own (quantized, say); expected a "
             "plain tensor, so dequantize it before merging"
         )
-    if weight.dtype.itemsize == 1 or not weight.dtype.is_floating_point:
+    if weight.dtype.itemsize == 1:
         raise TypeError(
             f"weight: expected one of {checks.names(checks.FLOATS)}, got {weight.dtype}, which is "
             "quantized: dequantize it before merging, or keep the adapter beside it"
@@ -67,28 +68,38 @@ def is_plain(t: Tensor) -> bool:
 
 def disjoint(weights: Sequence[Tensor]) -> None:
     """ValueError where two weights share memory: what is merged into one would be in the other."""
-    seen: dict[int, list[int]] = {}
-    for i, weight in enumerate(weights):
-        if weight.numel() == 0 or weight.is_meta:
-            continue
-        others = seen.setdefault(weight.untyped_storage().data_ptr(), [])
-        for j in others:
-            if overlap(weights[j], weight):
+    # By their first address: only those that begin before another ends can share any.
+    spans = [(*span(w), i) for i, w in enumerate(weights) if w.numel() and not w.is_meta]
+    open_spans: list[tuple[int, int, int]] = []
+    for begin, end, i in sorted(spans):
+        open_spans = [other for other in open_spans if other[1] > begin]
+        for _, _, j in open_spans:
+            if overlap(weights[j], weights[i]):
                 raise ValueError(
-                    f"weights[{i}]: expected memory of its own, got some that is weights[{j}]'s too"
+                    f"weights[{max(i, j)}]: expected memory of its own, got some that is "
+                    f"weights[{min(i, j)}]'s too"
                 )
-        others.append(i)
+        open_spans.append((begin, end, i))
+
+
+def shared(weights: Sequence[Tensor], adapters: Sequence[Sequence[Adapter]]) -> bool:
+    """Whether a factor lies in the memory between a weight's first and last element."""
+    spans = [span(w) for w in weights if w.numel()]
+    factors = [span(t) for some in adapters for A, B, _ in some for t in (A, B) if t.numel()]
+    return any(first < end and begin < last for first, last in factors for begin, end in spans)
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the one after its last."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage have an element in common; slices of one have not."""
-    ends = []
-    for t in (one, other):
-        if t.numel() == 0:
-            return False
-        first = t.storage_offset() * t.itemsize
-        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        ends.append((first, first + (last + 1) * t.itemsize))
+    """Whether two tensors have an element in common; slices of one tensor need not."""
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    ends = (span(one), span(other))
     start, end = min(first for first, _ in ends), max(last for _, last in ends)
     if ends[0][1] <= ends[1][0] or ends[1][1] <= ends[0][0]:
         return False

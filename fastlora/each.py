@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora import interrupts
+
 PARTS = 4  # of a receipt
 # Every lora_A, every lora_B, every scaling.
 Factors = tuple[list[Tensor], list[Tensor], list[float]]
@@ -48,6 +50,7 @@ def lifted(
                 if noted:
                     done.append(lambda w=weight, f=factors, p=parts: unmerge(w, *f, *p))
                 made.append(parts if receipt else [t[:0] for t in parts])
+                interrupts.check()
             return _together(made)
 
     def unmerge_(
@@ -64,6 +67,7 @@ def lifted(
                 with _of(i):
                     unmerge(weight, *factors, *_receipt(receipts, i))
                 done.append(lambda w=weight, f=factors: merge(w, *f, False))
+                interrupts.check()
 
     def swap_(
         weights: Sequence[Tensor],
@@ -88,6 +92,7 @@ def lifted(
                     parts = list(merge(weight, *new, True))
                     done.append(lambda w=weight, f=new, p=parts: unmerge(w, *f, *p))
                 made.append(parts)
+                interrupts.check()
             return _together(made)
 
     return merge_, unmerge_, swap_
@@ -95,14 +100,20 @@ def lifted(
 
 @contextmanager
 def all_or_none() -> Iterator[list[Callable[[], Any]]]:
-    """Ways back, taken last first when what is inside fails."""
+    """Ways back, taken last first when what is inside fails: each of them, whatever others do."""
     done: list[Callable[[], Any]] = []
-    try:
-        yield done
-    except BaseException:
-        for back in reversed(done):
-            back()
-        raise
+    with interrupts.deferred():
+        try:
+            yield done
+            interrupts.check()
+        except BaseException as error:
+            for back in reversed(done):
+                try:
+                    back()
+                except Exception as failure:  # noqa: PERF203
+                    # Beside the error that was the cause, which says more.
+                    error.__context__ = failure
+            raise
 
 
 @contextmanager

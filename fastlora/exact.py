@@ -196,7 +196,8 @@ def _checksum(values: Tensor) -> Tensor:
     raw = _as_bits(values).view(-1)
     words = nnf.pad(raw, (0, -raw.numel() % (8 // raw.element_size()))).view(torch.int64)
     # Without this, what swaps change in a word's high bits alone would be shifted out: signs, say.
-    words = words ^ ((words >> 32) & 0xFFFFFFFF)
+    words = words * -0x61C8864680B583EB
+    words = words ^ ((words >> 31) & 0x1FFFFFFFF)
     return (words * _odd_numbers(words.numel(), words.device)).sum()
 
 

@@ -76,9 +76,49 @@ def foreach_merge_(
     Beside ``merge_``'s errors, ValueError where two weights share memory. An error about one weight
     of several begins with ``weights[i]:``, and has ``index`` i.
     """
+    if snapshot and not receipt:
+        raise ValueError("snapshot: expected receipt=True with it, got receipt=False")
     weights, checked = _checked(weights, adapters)
-    copies = _copied(checked) if receipt and not snapshot else checked
-    groups = _groups([_backend(w, some) for w, some in zip(weights, checked, strict=True)], weights)
+    backends = [_backend(w, some) for w, some in zip(weights, checked, strict=True)]
+    return _merge(weights, checked, backends, receipt, snapshot)
+
+
+@torch.no_grad()
+def foreach_remerge_(
+    weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]
+) -> list[MergeReceipt]:
+    """What receipts[i] says was merged, merged into weights[i] again as it was; new receipts.
+
+    The bits are those of then: the receipt's backend does it, whatever is asked for by now.
+    """
+    held = [receipt.on(w.device) for w, receipt in zip(weights, receipts, strict=True)]
+    weights, checked = _checked(weights, [receipt.adapters for receipt in held])
+    copied = [receipt.snapshot is not None for receipt in receipts]
+    made: dict[int, MergeReceipt | None] = {}
+    with each.all_or_none() as done:
+        for snapshot in {*copied}:
+            where = [i for i, each_copied in enumerate(copied) if each_copied == snapshot]
+            own, given = [weights[i] for i in where], [checked[i] for i in where]
+            backends = [
+                _backend(w, a) if snapshot else receipts[i].backend
+                for i, w, a in zip(where, own, given, strict=True)
+            ]
+            fresh = _merge(own, given, backends, True, snapshot)
+            done.append(lambda o=own, r=fresh: foreach_unmerge_(o, r))  # pyright: ignore
+            made |= dict(zip(where, fresh, strict=True))
+    return [made[i] for i in range(len(weights))]  # pyright: ignore[reportReturnType]
+
+
+def _merge(
+    weights: list[Tensor],
+    checked: list[list[Adapter]],
+    backends: Sequence[str],
+    receipt: bool,
+    snapshot: bool,
+) -> list[MergeReceipt | None]:
+    # Copies too where a factor lies within a weight: changed with it, it could not be had back.
+    copies = _copied(checked) if receipt or checks_merge.shared(weights, checked) else checked
+    groups = _groups(backends, weights)
     found: list[MergeReceipt | None] = [None] * len(weights)
     noted = not snapshot and (receipt or len(groups) > 1)
     with each.all_or_none() as done:
@@ -87,14 +127,16 @@ def foreach_merge_(
             before = [w.clone() for w in own] if snapshot else []
             done += [_way_back(*pair) for pair in zip(own, before, strict=False)]
             with _named(where, len(weights)):
-                parts = each.apart(_ops.merge_(own, *given, noted, backend))
+                made = _ops.merge_(own, *given, noted, backend)
             if noted:
-                flat = [t for some in parts for t in some]
-                done.append(lambda o=own, g=given, p=flat, b=backend: _ops.unmerge_(o, *g, p, b))
+                done.append(
+                    lambda o=own, g=given, m=made, b=backend: _ops.unmerge_(o, *g, _flat(m), b)
+                )
+            parts = each.apart(made)
             kernel = dispatch.merge_kernel(backend, device)
             for j, i in enumerate(where):
                 if snapshot:
-                    found[i] = _snapshot(weights[i], checked[i], before[j])
+                    found[i] = _snapshot(weights[i], copies[i], before[j])
                 elif receipt:
                     found[i] = _made(weights[i], copies[i], backend, kernel, parts[j])
         return found
@@ -144,16 +186,16 @@ def foreach_swap_(
                     with _named([i], len(weights)):
                         by = _backend(weight, checked[i])
                         _ops.merge_([weight], *columns([checked[i]]), False, by)
-                    found[i] = _snapshot(weight, checked[i], before)
+                    found[i] = _snapshot(weight, copies[i], before)
                 continue
             old, new = columns(r.adapters for r in held), columns(copies[i] for i in where)
             parts = [t for r in held for t in r.parts]
             with _named(where, len(weights)):
-                made = each.apart(_ops.swap_(own, *old, parts, *new, backend))
-            flat = [t for some in made for t in some]
+                made = _ops.swap_(own, *old, parts, *new, backend)
             done.append(
-                lambda o=own, a=new, p=flat, b=old, by=backend: _ops.swap_(o, *a, p, *b, by)
+                lambda o=own, a=new, m=made, b=old, by=backend: _ops.swap_(o, *a, _flat(m), *b, by)
             )
+            made = each.apart(made)
             kernel = dispatch.merge_kernel(backend, device)
             for j, i in enumerate(where):
                 found[i] = _made(weights[i], copies[i], backend, kernel, made[j])
@@ -186,7 +228,7 @@ def _merged(
             raise TypeError(f"receipt: expected a MergeReceipt, got {type(receipt).__name__}")
         with _named([i], len(weights), index=0):
             receipt.check(weight)
-            checks_merge.own_elements(weight)
+            checks_merge.adapters(weight, receipt.on(weight.device).adapters)
             if receipt.snapshot is not None:
                 continue
             reason = dispatch.cannot(receipt.backend, weight.device, weight.dtype)
@@ -201,9 +243,18 @@ def _check_snapshots(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]
     for i, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
         if receipt.snapshot is None:
             continue
-        if exact.checksum(weight).item() != receipt.checksums.item():
-            with _named([i], len(weights), index=0):
-                raise RuntimeError(exact.NOT_MERGED)
+        sums = (exact.checksum(weight), exact.checksum(receipt.snapshot))
+        with _named([i], len(weights), index=0):
+            for found, wanted, said in zip(
+                sums, receipt.checksums, (exact.NOT_MERGED, exact.NOT_RESTORED), strict=True
+            ):
+                if found.item() != wanted.item():
+                    raise RuntimeError(said)
+
+
+def _flat(made: Sequence[Tensor]) -> list[Tensor]:
+    """Receipts as they come from an op, as others take them."""
+    return [t for own in each.apart(made) for t in own]
 
 
 def _copied(adapters: list[list[Adapter]]) -> list[list[Adapter]]:
@@ -248,7 +299,7 @@ SNAPSHOT = "snapshot"
 
 def _snapshot(weight: Tensor, adapters: Sequence[Adapter], before: Tensor) -> MergeReceipt:
     *nothing, _ = exact.nothing(weight)
-    parts = (*nothing, exact.checksum(weight).reshape(1))
+    parts = (*nothing, torch.stack((exact.checksum(weight), exact.checksum(before))))
     return _made(weight, adapters, SNAPSHOT, SNAPSHOT, parts, before)
 
 

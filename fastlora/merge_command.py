@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from contextlib import closing
@@ -41,8 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=adapter,
         nargs="+",
         metavar="ADAPTER[=weight]",
-        help="an adapter's folder and what to multiply it by, 1 by default; a folder whose name "
-        "ends in =NUMBER is given with a weight, as in runs/lr=0.1=1",
+        help="an adapter's folder and what to multiply it by, 1 by default",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged model; default: the base's")
@@ -55,8 +55,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def adapter(text: str) -> tuple[str, float]:
-    """``folder`` or ``folder=weight``; what follows the last = is a weight if it is a number."""
+    """``folder`` or ``folder=weight``: a folder of that name, or a number after the last =."""
     folder, sign, last = text.rpartition("=")
+    if sign and Path(text).is_dir():
+        if Path(folder).is_dir():
+            raise argparse.ArgumentTypeError(
+                f"{text} and {folder} are folders both: expected a weight after it, {text}=1"
+            )
+        return text, 1.0
     try:
         weight = float(last)
     except ValueError:
@@ -67,8 +73,10 @@ def adapter(text: str) -> tuple[str, float]:
 def merge(options: argparse.Namespace) -> int:
     """Exit code 0: merged; 1: the disk failed; 2: it cannot be merged; 130: interrupted."""
     report: Path | None = options.report
-    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
-        return _said(f"--report: expected a file in an existing folder, got {report}", 2)
+    if report is not None and (
+        report.is_dir() or not os.access(report.absolute().parent, os.W_OK | os.X_OK)
+    ):
+        return _said(f"--report: expected a file in a folder to write to, got {report}", 2)
     try:
         with closing(_Bar()) as bar:
             merged = merge_folder(
@@ -81,7 +89,10 @@ def merge(options: argparse.Namespace) -> int:
             )
         print(summary(merged, options.out))
         if report is not None:
-            durable.write(report, [_as_json(merged)])
+            try:
+                durable.write(report, [_as_json(merged)])
+            except OSError as error:
+                return _said(f"merged, but without the report: {_text(error)}", 1)
     except KeyboardInterrupt:
         return _said("interrupted" + _resumable(options.out), 130)
     except (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError) as error:

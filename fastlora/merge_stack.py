@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastlora import each
-from fastlora.functional_merge import merge_, swap_, unmerge_
+from fastlora.functional_merge import foreach_remerge_, merge_, swap_, unmerge_
 from fastlora.receipt import Adapter, MergeReceipt
 
 
@@ -31,7 +31,7 @@ class MergeStack:
     def merge(self, name: str, adapters: Sequence[Adapter], *, snapshot: bool = False) -> None:
         """``functional.merge_`` on top of the rest; ValueError for a name that is there."""
         if name in self._receipts:
-            raise ValueError(f"name: {name!r} is merged already; expected none of {self.names}")
+            raise ValueError(f"name: expected one that is not merged yet, got {name!r}")
         made = merge_(self.weight, adapters, snapshot=snapshot)
         assert made is not None
         self._receipts[name] = made
@@ -69,12 +69,7 @@ class MergeStack:
             self._receipts = kept
 
     def _again(self, receipt: MergeReceipt) -> MergeReceipt:
-        made = merge_(
-            self.weight, receipt.on(self.weight.device).adapters,
-            snapshot=receipt.snapshot is not None,
-        )  # fmt: skip
-        assert made is not None
-        return made
+        return foreach_remerge_([self.weight], [receipt])[0]
 
     def _back(self, new: MergeReceipt, old: MergeReceipt) -> MergeReceipt:
         return swap_(self.weight, new, old.on(self.weight.device).adapters)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from fastlora import checkpoint, each, tied
 from fastlora import functional as F
 from fastlora.fidelity import LOW_GAIN, FidelityWarning
+from fastlora.functional_merge import foreach_remerge_
 from fastlora.inject import forget, swap
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import trained_layers
@@ -52,35 +54,42 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
 def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Merges for good: plain ``nn.Linear`` layers with the merged weights. Returns ``model``.
 
-    Layers merged before stay so. untie, errors and their guarantee as in ``merge_adapter``.
+    Layers merged before stay so, once they were seen to be what their merge left. untie, errors and
+    their guarantee as in ``merge_adapter``.
     """
     inner = unwrapped(model)
     layers = dict(lora_layers(inner))
     if not layers:
         raise RuntimeError(f"model: expected one with FastLoRALinear layers, found {_found(model)}")
-    _merge(model, {name: layer for name, layer in layers.items() if not layer.merged}, untie)
-    plain = {layer: layer.to_linear() for layer in layers.values()}
-    names: dict[nn.Module, list[str]] = {layer: [] for layer in plain}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    fresh = {name: layer for name, layer in layers.items() if not layer.merged}
+    names: dict[nn.Module, list[str]] = {layer: [] for layer in layers.values()}
     for name, module in inner.named_modules(remove_duplicate=False):
         if isinstance(module, FastLoRALinear):
             names[module].append(name)
-    for layer, linear in plain.items():
-        swap(inner, names[layer], linear)
-    forget(inner)
+    with each.all_or_none() as done:
+        # An edited weight would be taken for the merged one: unmerging refuses it.
+        _remerge(merged, _unmerge(merged))
+        _merge(model, fresh, untie, done=done)
+        plain = {layer: layer.to_linear() for layer in layers.values()}
+        for layer, linear in plain.items():
+            done.append(lambda layer=layer: swap(inner, names[layer], layer))
+            swap(inner, names[layer], linear)
+        forget(inner)
     return model
 
 
 def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Of a merged model: the adapter in ``directory`` instead of the one merged, in one pass.
+    """Of a merged model: the adapter in ``directory`` instead of the one that is merged.
 
     The weights have the bits of unmerging, loading and merging. The layers' own tensors are the new
     adapter's afterwards, so that ``unmerge_adapter`` gives the base back and leaves it loaded. Its
-    ranks and layers must be those of the model. Returns ``model``; errors as in ``load_adapter``
-    and ``merge_adapter``, every byte as before then.
+    ranks and layers must be those of the model (else: unmerge, load_adapter, merge_adapter).
+    Returns ``model``; errors as in ``load_adapter`` and ``merge_adapter``, every byte as before.
     """
     layers = _layers(model, merged=True)
     loaded = checkpoint.read_adapter(model, directory, merged=True)
-    adapters = [loaded.adapter_of(name, layer.weight.device) for name, layer in layers.items()]
+    adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]
     with each.all_or_none() as done, _by_name(layers):
         before = [(layer, layer.receipt) for layer in layers.values()]
         old = [list(receipt.adapters) for _, receipt in before]
@@ -93,7 +102,7 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         loaded.fill(model)
         for layer, sample, adapter in zip(layers.values(), rows, adapters, strict=True):
             layer.measure(sample, adapter)
-    _warn(layers)
+        _warn(layers, stacklevel=3)
     return model
 
 
@@ -142,9 +151,12 @@ def _merge(
     layers: dict[str, FastLoRALinear],
     untie: bool,
     snapshot: bool = False,
+    done: list[Callable[[], Any]] | None = None,
 ) -> None:
+    """done: gets the way back, which what comes after may still want."""
     inner = unwrapped(model)
-    with each.all_or_none() as done, _by_name(layers):
+    with each.all_or_none() as own, _by_name(layers):
+        done = own if done is None else done
         for name, layer in layers.items():
             with _by_name({name: layer}):
                 layer.check_mergeable()
@@ -160,7 +172,8 @@ def _merge(
         _set(layers, receipts)
         for layer, rows, adapter in zip(layers.values(), before, adapters, strict=True):
             layer.measure(rows, adapter)
-    _warn(layers)
+        # In here: where warnings are errors this one takes the merge back.
+        _warn(layers, stacklevel=4)
 
 
 def _unmerge(layers: dict[str, FastLoRALinear]) -> list[MergeReceipt]:
@@ -175,12 +188,11 @@ def _unmerge(layers: dict[str, FastLoRALinear]) -> list[MergeReceipt]:
 
 def _remerge(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]) -> None:
     """Merges what the receipts say was merged once, whatever the adapters are by now."""
-    weights = [layer.weight for layer in layers.values()]
-    held = [receipt.on(w.device) for w, receipt in zip(weights, receipts, strict=True)]
-    snapshots = any(receipt.snapshot is not None for receipt in receipts)
-    with _by_name(layers):
-        made = F.foreach_merge_(weights, [r.adapters for r in held], snapshot=snapshots)
-    _set(layers, made)
+    with each.all_or_none() as done, _by_name(layers):
+        weights = [layer.weight for layer in layers.values()]
+        made = foreach_remerge_(weights, receipts)
+        done.append(lambda: _take_out(layers, weights, made))
+        _set(layers, made)
 
 
 def _take_out(layers: dict[str, FastLoRALinear], weights: list, receipts: list) -> None:
@@ -216,13 +228,15 @@ def _by_name(layers: dict[str, FastLoRALinear]) -> Iterator[None]:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         index = getattr(error, "index", 0 if len(layers) == 1 else None)
-        if index is None:
+        if index is None or getattr(error, "named", False):
             raise
         cause = error.__cause__ if len(layers) > 1 else error
-        raise type(error)(f"{list(layers)[index]}: {cause}") from error
+        raised = type(error)(f"{list(layers)[index]}: {cause}")
+        raised.named = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise raised from error
 
 
-def _warn(layers: dict[str, FastLoRALinear]) -> None:
+def _warn(layers: dict[str, FastLoRALinear], stacklevel: int) -> None:
     low = {n: layer.fidelity.gain for n, layer in layers.items() if layer.fidelity is not None}
     low = {name: gain for name, gain in low.items() if gain < LOW_GAIN}
     if low:
@@ -232,5 +246,5 @@ def _warn(layers: dict[str, FastLoRALinear]) -> None:
             f"{worst} has {low[worst]:.0%} of it, report(model).fidelity has all; merge into a "
             "wider dtype, or keep the adapter unmerged",
             FidelityWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

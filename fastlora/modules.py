@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import config as settings
+from fastlora import each
 from fastlora import functional as F
 from fastlora.checks_merge import own_elements
 from fastlora.fidelity import Fidelity, measure
@@ -167,9 +168,17 @@ class FastLoRALinear(nn.Linear):
         ValueError when a merged value would not be finite; nothing has changed then.
         """
         self.check_mergeable()
-        rows, adapter = self.sampled(), self.adapter
-        self._receipt = F.merge_(self.weight, [adapter], snapshot=snapshot)
-        self.measure(rows, adapter)
+        sample, adapter = self.sampled(), self.adapter
+        with each.all_or_none() as done:
+            receipt = F.merge_(self.weight, [adapter], snapshot=snapshot)
+            done.append(lambda: self._take_out(receipt))
+            self._receipt = receipt
+            self.measure(sample, adapter)
+
+    def _take_out(self, receipt: MergeReceipt | None) -> None:
+        if receipt is not None:
+            F.unmerge_(self.weight, receipt)
+        self._receipt = None
 
     def check_mergeable(self) -> None:
         """Raises as ``merge`` does, as far as can be said without computing anything."""
@@ -196,23 +205,27 @@ class FastLoRALinear(nn.Linear):
 
     @property
     def fidelity(self) -> Fidelity | None:
-        """How much of the adapter has arrived in the merged weight, by a sample of its rows."""
+        """How much of the adapter has arrived in the merged weight, by a sample of it."""
         return self._fidelity if self.merged else None
 
     def sampled(self) -> Tensor:
-        """A copy of some rows of the weight, to ``measure`` a merge by."""
-        return self.weight.detach()[self._some_rows()].clone()
+        """A copy of some of the weight's elements, to ``measure`` a merge by."""
+        return self.weight.detach()[self._some()].clone()
 
     def measure(self, before: Tensor, adapter: Adapter) -> None:
         """Notes the fidelity of a merge of ``adapter``; before: what ``sampled`` gave."""
         lora_A, lora_B, scaling = adapter
-        rows = self._some_rows()
-        some = (lora_A.detach(), lora_B.detach()[rows], scaling)
-        self._fidelity = measure(before, self.weight.detach()[rows], [some])
+        rows, columns = self._some()
+        some = (lora_A.detach()[:, columns], lora_B.detach()[rows], scaling)
+        self._fidelity = measure(before, self.weight.detach()[rows, columns], [some])
 
-    def _some_rows(self) -> slice:
-        count = max(1, _SAMPLE // max(1, self.in_features))
-        return slice(None, None, max(1, -(-self.out_features // count)))
+    def _some(self) -> tuple[slice, slice]:
+        """Rows and columns spread over the weight, as many of one as of the other or all."""
+        N, K = max(1, self.out_features), max(1, self.in_features)
+        side = int(_SAMPLE**0.5)
+        rows = min(N, max(side, _SAMPLE // K))
+        columns = min(K, _SAMPLE // rows)
+        return slice(None, None, -(-N // rows)), slice(None, None, -(-K // max(1, columns)))
 
     def unmerge(self) -> None:
         """Takes the adapter out of the weight again, exactly, or raises and changes nothing.

@@ -22,7 +22,7 @@ def columns(adapters: Iterable[Sequence[Adapter]]) -> Columns:
     return A, B, scalings, [len(some) for some in each]  # pyright: ignore[reportReturnType]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergeReceipt:
     """Everything ``unmerge_`` needs, for one weight (N, K). Made by ``merge_``.
 
@@ -32,8 +32,7 @@ class MergeReceipt:
     and of the original one or all that gives it back, of the whole or of every tile. kernel names
     the arithmetic, the GPU's architecture and the compiler where it depends on them.
 
-    snapshot: instead, a copy of the original weight, which no arithmetic has to give back; the one
-    checksum is then the merged weight's.
+    snapshot: instead, a copy of the original weight, which no arithmetic has to give back.
     """
 
     shape: tuple[int, int]
@@ -62,10 +61,20 @@ class MergeReceipt:
         """Raises unless the receipt can speak of a weight like this one."""
         if not isinstance(weight, Tensor) or weight.dtype != self.dtype:
             found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weight: the receipt is for {self.dtype}, got {found}")
+            raise TypeError(
+                f"weight: the receipt is for {self.dtype}, got {found}; converting a merged weight "
+                "leaves bits behind: unmerge before it, or load the base anew"
+            )
         if tuple(weight.shape) != self.shape:
             raise ValueError(
                 f"weight: the receipt is for shape {self.shape}, got {tuple(weight.shape)}"
+            )
+
+        copy = self.snapshot
+        if copy is not None and (copy.shape != weight.shape or copy.dtype != weight.dtype):
+            raise ValueError(
+                f"receipt: expected a snapshot of {self.dtype} and shape {self.shape}, got "
+                f"{copy.dtype} and {tuple(copy.shape)}"
             )
 
     def check_kernel(self, kernel: str) -> None:

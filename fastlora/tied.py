@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ def tied(model: nn.Module, layers: Iterable[FastLoRALinear]) -> dict[FastLoRALin
     """
     owners: dict[int, list[tuple[str, nn.Module, torch.Tensor]]] = {}
     for name, module in model.named_modules():
-        for kind, parameter in module._parameters.items():
+        # Buffers too: what reads one would change as well.
+        for kind, parameter in (*module._parameters.items(), *module._buffers.items()):
             if parameter is not None and parameter.numel():
                 owners.setdefault(_memory(parameter), []).append(
                     (f"{name}.{kind}", module, parameter)
@@ -47,17 +49,29 @@ def refuse(model: nn.Module, layers: dict[str, FastLoRALinear]) -> None:
     found = tied(model, layers.values())
     for name, layer in layers.items():
         if layer in found:
-            raise RuntimeError(
+            error = RuntimeError(
                 f"{name}: its weight is tied with {', '.join(found[layer])}, which merging would "
                 "change too; exclude the layer, or merge with untie=True to give it a copy"
             )
+            error.named = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise error
+
+
+def _tying_configs(model: nn.Module) -> list[Any]:
+    """A transformers model's config, and its text model's, where they tie the embeddings."""
+    config = getattr(model, "config", None)
+    found = (config, getattr(config, "text_config", None))
+    return [each for each in found if getattr(each, "tie_word_embeddings", False) is True]
 
 
 def untie(model: nn.Module, layers: dict[str, FastLoRALinear]) -> Callable[[], None]:
     """A weight of its own for each of ``layers`` that is tied; returns what ties them again."""
     before: list[tuple[FastLoRALinear, nn.Parameter | None]] = []
+    configs = _tying_configs(model)
 
     def back() -> None:
+        for config in configs:
+            config.tie_word_embeddings = True
         for layer, weight in before:
             layer._parameters["weight"] = weight  # the same object, so tied again
             layer.untied = ()
@@ -68,6 +82,10 @@ def untie(model: nn.Module, layers: dict[str, FastLoRALinear]) -> Callable[[], N
             before.append((layer, layer._parameters["weight"]))
             layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
             layer.untied = tuple(others)
+        if before:
+            # Or tie_weights(), and whoever reads the saved config, would tie them again.
+            for config in configs:
+                config.tie_word_embeddings = False
     except BaseException:
         back()
         raise

@@ -151,9 +151,9 @@ def checksum(raw):
     if raw.dtype == tl.int16:
         words = raw.to(tl.uint32) & 0xFFFF
     else:
-        # Else a difference in the sign alone would vanish where keys differ by an even number.
-        words = raw.to(tl.uint32, bitcast=True)
-        words = words ^ (words >> 16)
+        # Else differences in the highest bits would vanish where keys differ by an even number.
+        words = raw.to(tl.uint32, bitcast=True) * 0x9E3779B1
+        words = words ^ (words >> 15)
     # 2^32 over the golden ratio.
     keys = (tl.arange(0, WIDE).to(tl.uint32) * 2 + 1) * 0x9E3779B1
     modulo_keys = tl.broadcast_to(keys[None, :], [HIGH, WIDE])

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from fastlora.kernels import launch
 from fastlora.kernels.merge import NOT_FINITE, NOT_MERGED, NOT_RESTORED
-from fastlora.kernels.merge_batch import Adapter, Batch, How, Job, Kind, as_read, kind_of, tiles_of
+from fastlora.kernels.merge_batch import (
+    RAW,
+    Adapter,
+    Batch,
+    How,
+    Job,
+    Kind,
+    as_read,
+    kind_of,
+    tiles_of,
+)
 
 PARTS = 4  # of a receipt
 # Those of all weights one after another, and how many elements, tiles and checksums are whose.
@@ -95,7 +105,10 @@ def _jobs(
         parts = tuple(t.contiguous() for t in receipts[PARTS * i : PARTS * (i + 1)])
         positions, bits, counts, sums = parts
         tiles, size = tiles_of(weight), positions.numel()
-        fits = counts.numel() == tiles and sums.numel() == 2 * tiles and bits.numel() == size
+        wanted = (torch.int16, RAW[weight.itemsize], torch.int32, torch.int64)
+        fits = all(t.dtype == dtype for t, dtype in zip(parts, wanted, strict=True))
+        fits = fits and counts.numel() == tiles and sums.numel() == 2 * tiles
+        fits = fits and bits.numel() == size
         if not (fits and int(counts.sum()) == size and bool((counts >= 0).all())):
             raise _refused(NOT_RESTORED.value, i)
         yield Job(i, weight, as_read(before), as_read(after), parts)
@@ -122,11 +135,15 @@ def _run(jobs: Iterable[Job], how: How, receipt: bool) -> Receipts:
             index, state = min(bad)
             raise _refused(state, index)
         receipts = _in_order(made)
-    except BaseException:
+        launch.written(*(job.weight for job in jobs))
+    except BaseException as error:
         for batch in batches:
-            batch.take_back()
+            try:
+                batch.take_back()
+            except Exception as failure:  # noqa: PERF203
+                # The others all the same; the cause says more.
+                error.__context__ = failure
         raise
-    launch.written(*(job.weight for job in jobs))
     return receipts
 
 
@@ -160,6 +177,6 @@ def _refused(state: int, index: int) -> Exception:
             "edited); nothing was changed"
         ),
     }
-    error = errors[state]
+    error = errors.get(state) or RuntimeError(f"merging: a tile was left in state {state}")
     error.index = index  # pyright: ignore[reportAttributeAccessIssue]
     return error

@@ -38,6 +38,7 @@ LAYERS = {
     "helpers": [
         "checks",
         "each",
+        "interrupts",
         "receipt",
         "exact",
         "delta",

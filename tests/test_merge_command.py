@@ -116,12 +116,18 @@ def test_the_weight_is_the_number_after_the_last_sign(text, folder, weight):
     [
         ("nowhere adapter --out x/new", "base: expected a folder with a model, got nowhere"),
         ("base nowhere --out x/new", "adapter: expected a folder, got nowhere"),
-        ("base lr=0.1 --out x/new", "adapter: expected a folder, got lr"),
+        ("base none=0.1 --out x/new", "adapter: expected a folder, got none"),
         ("base adapter=nan --out x/new", "weight: expected a finite number, got nan"),
-        ("base adapter --out whole", "out: expected a new folder or an unfinished merge, whole is"),
+        (
+            "base adapter --out whole",
+            "out: expected a new folder or an unfinished merge, whole holds a model",
+        ),
         ("base adapter --out base/new", "out: expected a folder outside of base"),
-        ("base adapter --out x/new --report y/z", "--report: expected a file in an existing"),
-        ("base adapter --out x/new --report base", "--report: expected a file in an existing"),
+        ("base adapter --out x/new --report y/z", "--report: expected a file in a folder to write"),
+        (
+            "base adapter --out x/new --report base",
+            "--report: expected a file in a folder to write",
+        ),
     ],
 )
 def test_what_cannot_be_done(merge, given, arguments, says):

@@ -92,7 +92,7 @@ def test_a_stack_is_as_before_when_something_fails(step, merge_backend):
     A, B, scaling = adapters["a"][0]
     bad = [(A * float("nan"), B, scaling)]
     with unchanged(weight):
-        with pytest.raises(ValueError, match="name: 'b' is merged already"):
+        with pytest.raises(ValueError, match="name: expected one that is not merged yet, got 'b'"):
             stack.merge("b", adapters["a"])
         with pytest.raises(ValueError, match=r"name: expected one of .*, got 'd'"):
             stack.remove("d")

@@ -479,7 +479,9 @@ def test_an_output_layer_of_its_own_is_merged(at, said):
 
 
 def test_bad_arguments(at):
-    with pytest.raises(ValueError, match=r"dtype: expected float16, bfloat16, .* got torch\.int8"):
+    with pytest.raises(
+        ValueError, match=r"dtype: expected one of torch.float64, .* got torch\.int8"
+    ):
         merge(at, dtype=torch.int8)
     with pytest.raises(ValueError, match="adapters: expected one or more, got none"):
         fastlora.merge_checkpoint(at / "base", [], at / "out")
@@ -566,6 +568,21 @@ print(memory("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    "adapters, error, says",
+    [
+        ({"a": 0.5}, TypeError, "adapters: expected a folder, or a list"),
+        (["a", 0.5], TypeError, r"adapters\[1\]: expected a folder or a pair"),
+        ([("a", 0.5, 1)], TypeError, r"adapters\[0\]: expected a folder or a pair"),
+        ([], ValueError, "adapters: expected one or more"),
+    ],
+)
+def test_adapters_of_another_form(at, adapters, error, says):
+    with pytest.raises(error, match=says):
+        fastlora.merge_checkpoint(at / "base", adapters, at / "out")
+    assert not (at / "out").exists()
+
+
 def test_memory_is_that_of_a_tensor_or_two(tmp_path):
     """128 MiB in four files of four tensors: less than one of the files."""
     base, config = tmp_path / "base", {"r": 2, "target_modules": ["l"], "peft_type": "LORA"}

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -318,3 +319,58 @@ def test_slices_of_a_packed_projection(device):
         none = [[], []]
         with unchanged(packed), pytest.raises(ValueError, match=r"weights\[1\]: .*weights\[0\]"):
             F.foreach_merge_(overlapping, none)
+
+
+def test_weights_that_two_libraries_share(device):
+    memory = np.random.default_rng(0).standard_normal(72).astype(np.float32)
+    weights = [torch.from_numpy(memory[i : i + 64]).view(8, 8) for i in (0, 8)]
+    with unchanged(weights), pytest.raises(ValueError, match=r"weights\[1\]: .*weights\[0\]"):
+        F.foreach_merge_(weights, [[], []])
+
+
+def test_factors_that_lie_in_a_weight(device):
+    """Read as they were before: a merge for good that fails is taken back all the same."""
+    weight, _ = weight_and_adapter(24, 24, 1, torch.float32, device)
+    other, _ = weight_and_adapter(24, 24, 1, torch.float32, device)
+    adapter, want = (weight[:8], weight[:, :8], 0.5), weight.clone()
+    F.merge_(want, [(adapter[0].clone(), adapter[1].clone(), 0.5)])
+    bad = (torch.full_like(adapter[0], math.nan), adapter[1].clone(), 1.0)
+    with unchanged(weight, other), pytest.raises(ValueError, match="finite"):
+        F.foreach_merge_([weight, other], [[adapter], [bad]], receipt=False)
+    F.merge_(weight, [adapter], receipt=False)
+    assert same_bits(weight, want)
+
+
+def test_a_receipt_with_other_adapters_is_refused(device):
+    weight, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device)
+    receipt = F.merge_(weight, [adapter])
+    A, B, scaling = receipt.adapters[0]
+    for wrong in ((A[:, :5], B, scaling), (A, B[:5], scaling), (A[:2], B, scaling)):
+        edited = type(receipt)(**{**vars(receipt), "adapters": (wrong,)})
+        with unchanged(weight), pytest.raises(ValueError, match="lora_"):
+            F.unmerge_(weight, edited)
+    with pytest.raises(ValueError, match="snapshot: expected receipt=True"):
+        F.merge_(weight, [adapter], receipt=False, snapshot=True)
+
+
+def test_an_edited_snapshot_is_refused(device):
+    weight, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device)
+    receipt = F.merge_(weight, [adapter], snapshot=True)
+    adapter[1].mul_(5)  # the receipt has its own
+    assert not torch.equal(receipt.adapters[0][1], adapter[1])
+    receipt.snapshot[0, 0] += 1
+    with unchanged(weight), pytest.raises(RuntimeError, match="receipt: it does not give back"):
+        F.unmerge_(weight, receipt)
+    other = type(receipt)(**{**vars(receipt), "snapshot": torch.zeros(1, device=device)})
+    with unchanged(weight), pytest.raises(ValueError, match="expected a snapshot of"):
+        F.unmerge_(weight, other)
+
+
+def test_high_bits_that_change_places_are_seen(device):
+    """Of float32 two numbers that differ in bits 31 and 15."""
+    weight, (A, B, scaling) = weight_and_adapter(20, 24, 3, torch.float32, device)
+    weight[2, 3], weight[2, 5] = 1.0, -1.00390625
+    receipt = F.merge_(weight, [(A, B * 0, scaling)])
+    weight[2, 3], weight[2, 5] = weight[2, 5].clone(), weight[2, 3].clone()
+    with unchanged(weight), pytest.raises(RuntimeError, match=MERGED):
+        F.unmerge_(weight, receipt)

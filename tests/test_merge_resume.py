@@ -263,7 +263,7 @@ def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatc
     """Seen unfinished, found finished: it is left as it is, without a lock file."""
     merge(given, tmp_path / "out")
     monkeypatch.setattr(journal.os.path, "lexists", lambda path: False)
-    with pytest.raises(FileExistsError, match="is neither"):
+    with pytest.raises(FileExistsError, match="holds a model already"):
         merge(given, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(given / "whole")
 

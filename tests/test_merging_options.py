@@ -208,3 +208,105 @@ def test_sharded_and_quantized_weights_are_refused_by_name(make, message):
         fastlora.merge_adapter(model)
     assert same_bits(model[0].weight.detach(), before)
     assert fastlora.report(model).merged == ()
+
+
+def test_untied_for_transformers_too():
+    """Or tie_weights, and whoever reads the saved config, would lose the merged layer."""
+    model, x = tied_model(), tokens(2, 6)
+    want = logits(model, x)
+    fastlora.merge_and_unload(model, untie=True)
+    assert model.config.tie_word_embeddings is False
+    model.tie_weights()
+    assert_agree(logits(model, x), want)
+    failing = tied_model()
+    failing.lm_head.lora_B.data[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        fastlora.merge_adapter(failing, untie=True)
+    assert failing.config.tie_word_embeddings is True
+
+
+def test_a_buffer_that_shares_a_weight_is_tied_to_it():
+    layer = FastLoRALinear(8, 6, r=2)
+    model = randomise_lora(nn.Sequential(layer, nn.Identity()))
+    model[1].register_buffer("table", layer.weight.detach())
+    with (
+        untouched(model),
+        pytest.raises(RuntimeError, match=r"^0: its weight is tied with 1\.table"),
+    ):
+        fastlora.merge_adapter(model)
+
+
+def test_a_warning_that_is_an_error_takes_the_merge_back():
+    model = adapted(torch.bfloat16)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data *= 1e-4
+    for act in (fastlora.merge_adapter, fastlora.merge_and_unload):
+        with warnings.catch_warnings(), untouched(model):
+            warnings.simplefilter("error")
+            with pytest.raises(FidelityWarning):
+                act(model)
+        assert fastlora.report(model).merged == ()
+    with pytest.warns(FidelityWarning) as caught:
+        fastlora.merge_adapter(model)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["measure", "to_linear"])
+def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
+    model, calls = adapted(), []
+    original = getattr(FastLoRALinear, name)
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise MemoryError
+        return original(self, *args)
+
+    monkeypatch.setattr(FastLoRALinear, name, failing)
+    with untouched(model), pytest.raises(MemoryError):
+        fastlora.merge_and_unload(model)
+    assert len(dict(lora_layers(model))) == 14
+    layer = dict(lora_layers(model))[LAST]
+    calls[:] = [1] * 8
+    if name == "measure":
+        with untouched(model), pytest.raises(MemoryError):
+            layer.merge()
+        assert not layer.merged
+
+
+def test_an_edited_weight_is_not_merged_for_good():
+    model = fastlora.merge_adapter(adapted())
+    dict(lora_layers(model))[LAST].weight.data.zero_()
+    with untouched(model), pytest.raises(RuntimeError, match=f"{LAST}: weight: it is not the one"):
+        fastlora.merge_and_unload(model)
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_disabled_for_a_while_the_merged_is_merged_again(snapshot):
+    """With the bits of then, whatever became of the adapter and of the backend asked for."""
+    model = adapted(torch.bfloat16)
+    with fastlora.use_backend("torch"):
+        fastlora.merge_adapter(model, snapshot=snapshot)
+    before = weights(model)
+    with fastlora.disable_adapter(model):
+        for _, layer in lora_layers(model):
+            layer.lora_B.data.mul_(3)
+    if not snapshot:
+        assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    fastlora.unmerge_adapter(model)
+    base = weights(adapted(torch.bfloat16))
+    assert all(same_bits(w, base[name]) for name, w in weights(model).items())
+
+
+def test_fidelity_sees_wide_and_tall_layers():
+    """Rows and columns of which only a few have lost their adapter do not hide the others."""
+    for N, K in ((64, 9000), (9000, 64)):
+        layer = FastLoRALinear(K, N, r=2, bias=False, dtype=torch.bfloat16)
+        randomise_lora(layer, std=1e-5)
+        layer.lora_B.data[0] = 3
+        layer.merge()
+        assert layer.fidelity.gain > 0.9
+        layer.unmerge()
+        layer.lora_B.data[0] = 0
+        layer.merge()
+        assert layer.fidelity.gain < 0.5

@@ -94,9 +94,9 @@ def _check_unfinished(folder: Path) -> None:
     found = set(os.listdir(folder))
     # A merge that was killed at once had not come to its notes.
     if JOURNAL not in found and found - {LOCK, JOURNAL + durable.PARTIAL}:
+        holds = "a model already" if "config.json" in found else f"{min(found - {LOCK})}"
         raise FileExistsError(
-            f"out: expected a new folder or an unfinished merge, {folder} is neither (it has "
-            f"{min(found - {LOCK})})"
+            f"out: expected a new folder or an unfinished merge, {folder} holds {holds}"
         )
 
 

@@ -19,6 +19,14 @@ from fastlora.receipt import Adapter
 _FAN_IN_FAN_OUT = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
+# What output layers are called.
+_OUTPUTS = ("lm_head", "embed_out", "output", "output_layer", "decoder", "head", "proj_out")
+_UNTIE = (
+    "untie and save the base first (config.tie_word_embeddings=False, and a clone as the output "
+    "layer's weight), or merge the loaded model with merge_adapter(model, untie=True)"
+)
+
+
 @dataclass
 class WeightChange:
     """Adapters for one weight, stored (N, K), or (K, N) where it is transposed."""
@@ -182,8 +190,7 @@ def _incomplete(
         "tie_word_embeddings", True
     ):
         said.append(
-            "an output layer that is tied to the embedding has no weight of its own: untie and "
-            "save the base first (tie_word_embeddings=False, a clone as its weight)"
+            f"an output layer that is tied to the embedding has no weight of its own: {_UNTIE}"
         )
     if len(absent) < len(adapter.layers):
         said.append("the others are merged with allow_partial=True (--allow-partial)")
@@ -227,8 +234,9 @@ def _check_untied(base: Checkpoint, adapter: AdapterFolder, name: str, weight: s
         return
     # Where the config leaves it to the model's class, the same numbers twice say it.
     twins = [n for n, shard in base.holder.items() if shard.tensors[n].shape == entry.shape]
-    if tied or any(twin != weight and base.same(twin, weight) for twin in twins):
+    output = name.rpartition(".")[2] in _OUTPUTS
+    if (tied and output) or any(twin != weight and base.same(twin, weight) for twin in twins):
         raise ValueError(
             f"{adapter.folder}: {name} is tied to the embedding, which a merge would change too: "
-            "untie and save the base first (tie_word_embeddings=False)"
+            + _UNTIE
         )

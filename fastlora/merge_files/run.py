@@ -102,17 +102,36 @@ def merge_folder(
 ) -> Merged:
     """``merge_checkpoint`` without its warnings; ``watch`` is told how far it is."""
     if dtype is not None and dtype not in shards.CODES:
-        raise ValueError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
+        names = ", ".join(map(str, shards.CODES))
+        raise ValueError(f"dtype: expected one of {names}, got {dtype!r}")
     checkpoint, folder = shards.open_checkpoint(base), Path(out)
     if folder.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ValueError(f"out: expected a folder outside of base, got {folder}")
-    given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
-    if not given:
-        raise ValueError("adapters: expected one or more, got none")
-    pairs = [(a, 1.0) if isinstance(a, str | os.PathLike) else a for a in given]
-    read = [read_adapter(*pair) for pair in pairs]
+    read = [read_adapter(*pair) for pair in _pairs(adapters)]
     steps = plan.make(checkpoint, read, dtype, allow_partial)
     return _run(steps, _identity(steps, read), folder, watch or (lambda *_: None))
+
+
+def _pairs(adapters: object) -> list[tuple[Folder, float]]:
+    """Folders and weights; TypeError or ValueError for anything else."""
+    given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
+    if isinstance(given, Mapping) or not isinstance(given, Sequence):
+        raise TypeError(
+            "adapters: expected a folder, or a list of folders and of pairs (folder, weight), got "
+            f"{type(adapters).__name__}"
+        )
+    if not given:
+        raise ValueError("adapters: expected one or more, got none")
+    pairs = []
+    for i, item in enumerate(given):
+        pair = (item, 1.0) if isinstance(item, str | os.PathLike) else item
+        folder = pair[0] if isinstance(pair, tuple | list) and len(pair) == 2 else None
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(
+                f"adapters[{i}]: expected a folder or a pair (folder, weight), got {item!r}"
+            )
+        pairs.append(tuple(pair))
+    return pairs
 
 
 def _identity(steps: Plan, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
