@@ -187,7 +187,18 @@ def _unmerge(layers: dict[str, FastLoRALinear]) -> list[MergeReceipt]:
 
 
 def _remerge(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]) -> None:
-    """Merges what the receipts say was merged once, whatever the adapters are by now."""
+    """Merges what the receipts say was merged once, whatever the adapters are by now.
+
+    An interrupt is heard when all is merged: who asked for this wants the layers as they were.
+    """
+    try:
+        _remerge_once(layers, receipts)
+    except BaseException:
+        _remerge_once(layers, receipts)
+        raise
+
+
+def _remerge_once(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]) -> None:
     with each.all_or_none() as done, _by_name(layers):
         weights = [layer.weight for layer in layers.values()]
         made = foreach_remerge_(weights, receipts)

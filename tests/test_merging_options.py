@@ -310,3 +310,22 @@ def test_fidelity_sees_wide_and_tall_layers():
         layer.lora_B.data[0] = 0
         layer.merge()
         assert layer.fidelity.gain < 0.5
+
+
+def test_an_interrupt_while_it_is_merged_again_leaves_it_merged():
+    """At the end of disable_adapter, and while a merged model is looked at for good."""
+    with fastlora.use_backend("torch"):
+        model = fastlora.merge_adapter(adapted())
+        weight = list(dict(lora_layers(model)).values())[5].weight
+        before = weights(model)
+        mode = Interrupt("copy_", 1, weight)
+
+        def disabled():
+            with fastlora.disable_adapter(model):
+                mode.__enter__()
+
+        with pytest.raises(KeyboardInterrupt):
+            disabled()
+        mode.__exit__(None, None, None)
+    assert all(layer.merged for _, layer in lora_layers(model))
+    assert all(same_bits(w, before[name]) for name, w in weights(model).items())
