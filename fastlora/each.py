@@ -100,19 +100,26 @@ def lifted(
 
 @contextmanager
 def all_or_none() -> Iterator[list[Callable[[], Any]]]:
-    """Ways back, taken last first when what is inside fails: each of them, whatever others do."""
+    """Ways back, taken last first when what is inside fails: each of them, whatever others do.
+
+    RuntimeError, with the cause, where one of them has failed.
+    """
     done: list[Callable[[], Any]] = []
     with interrupts.deferred():
         try:
             yield done
             interrupts.check()
         except BaseException as error:
+            failures = []
             for back in reversed(done):
                 try:
                     back()
                 except Exception as failure:  # noqa: PERF203
-                    # Beside the error that was the cause, which says more.
-                    error.__context__ = failure
+                    failures.append(failure)
+            if failures:
+                raise RuntimeError(
+                    f"{error}; and not all could be undone: {failures[0]}"
+                ) from error
             raise
 
 

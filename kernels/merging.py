@@ -137,12 +137,14 @@ def _run(jobs: Iterable[Job], how: How, receipt: bool) -> Receipts:
         receipts = _in_order(made)
         launch.written(*(job.weight for job in jobs))
     except BaseException as error:
+        failures = []
         for batch in batches:
             try:
                 batch.take_back()
             except Exception as failure:  # noqa: PERF203
-                # The others all the same; the cause says more.
-                error.__context__ = failure
+                failures.append(failure)
+        if failures:
+            raise RuntimeError(f"{error}; and not all could be undone: {failures[0]}") from error
         raise
     return receipts
 
