@@ -257,4 +257,5 @@ class Batch:
 
     def _seen(self) -> tuple[Tensor, Tensor]:
         states, counts = torch.stack((self.states, self.counts)).cpu()
-        return states, counts
+        # A tensor of its own, since receipts keep it.
+        return states, counts.clone()

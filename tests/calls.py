@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from fastlora import each
 from fastlora import functional as F
 from tests import helpers, oracle
 
@@ -105,3 +106,23 @@ def assert_one_rounding(merged: Tensor, weight: Tensor, adapters: list) -> None:
     terms = sum(A.shape[0] for A, _, _ in adapters) + 2
     sums = terms * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps * size
     assert bool(((merged.double().cpu() - want).abs() <= half * (1 + 1e-6) + sums).all())
+
+
+def merge_calls(device, backend: str) -> dict[str, list[tuple]]:
+    """Operands of the ops that merge, of two weights with two adapters and one."""
+    weights = [rand(N, K).to(device) for _ in range(2)]
+    A = [rand(R, K).to(device) for _ in range(3)]
+    B = [rand(N, R).to(device) for _ in range(3)]
+    adapters, none = (A, B, [0.5, 0.25, 2.0], [2, 1]), ([], [], [], [0])
+    merged = [w.clone() for w in weights]
+    made = torch.ops.fastlora.merge_(merged, *adapters, True, backend)
+    parts = [t for own in each.apart(made) for t in own]
+    first = (*(t[:2] for t in adapters[:3]), [2])
+    return {
+        "merge_": [(weights, *adapters, True), (weights[:1], *none, False)],
+        "unmerge_": [(merged, *adapters, parts)],
+        "swap_": [
+            (merged, *adapters, parts, *adapters),
+            (merged[:1], *first, parts[:4], *none),
+        ],
+    }

@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 
-from fastlora import dispatch, each, reference
+from fastlora import dispatch, reference
 from fastlora import functional as F
 from fastlora.ops import FAKES, SCHEMAS
 from tests.calls import (
@@ -22,6 +22,7 @@ from tests.calls import (
     add,
     functions,
     linear,
+    merge_calls,
     multi_linear,
     operands,
     rand,
@@ -42,13 +43,6 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
     # Pages of two ranks, for each of two slices.
     table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32)
     packed = (rand(3, 4, K), rand(3, N, 2), table)
-    # Two weights, of two adapters and of one.
-    merged, adapters = (
-        [weight.clone(), rand(N, K)],
-        ([A, A, A], [B, B, B], [0.5, 0.25, 2.0], [2, 1]),
-    )
-    none = ([], [], [], [0])
-    parts = [t for own in each.apart(ops.merge_(merged, *adapters, True, backend)) for t in own]
     plain, dropped = (0.5, 0.0, None), (0.5, 0.25, seed)
     multi_needs = [True, False, False, True, False]
     return {
@@ -69,11 +63,11 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
         "packed_lora_linear 2": (x, weight, bias, *packed, [1, N], *every),
         "packed_lora_add_ 1": (y, x, As, Bs, None, [N], *some),
         "packed_lora_add_ 2": (y, x, *packed, [1, N], *every),
-        "merge_ 1": ([weight, rand(N, K)], *adapters, True),
-        "merge_ 2": ([weight], *none, False),
-        "unmerge_ 1": (merged, *adapters, parts),
-        "swap_ 1": (merged, *adapters, parts, *adapters),
-        "swap_ 2": (merged[:1], *(t[:2] for t in adapters[:3]), [2], parts[:4], *none),
+        **{
+            f"{op} {i}": args
+            for op, several in merge_calls("cpu", backend).items()
+            for i, args in enumerate(several, 1)
+        },
     }
 
 

@@ -30,6 +30,7 @@ from tests.calls import (
     S,
     add,
     linear,
+    merge_calls,
     multi_add,
     multi_linear,
     operands,
@@ -130,14 +131,15 @@ def multi_calls(device):
 
 @pytest.mark.parametrize("op", dispatch.OPS["triton"])
 def test_opcheck(op, device, on_triton):
-    for args in raw_calls(device)[op]:
+    for args in (raw_calls(device) | merge_calls(device, "triton"))[op]:
         torch.library.opcheck(getattr(ops, op), (*args, "triton"))
 
 
 def test_the_list_of_its_ops_is_true(on_triton):
     from fastlora.kernels import backend
 
-    assert set(raw_calls("cpu")) == set(dispatch.OPS["triton"])
+    calls = {*raw_calls("cpu"), *merge_calls("cpu", "triton")}
+    assert calls == set(dispatch.OPS["triton"])
     for op in dispatch.OPS["triton"]:
         assert dispatch.implementation(op, "triton") is getattr(backend, op)
 
