@@ -35,7 +35,7 @@ from fastlora.kernels.merge_tile import (
 )
 
 # States of a tile.
-TODO, DONE = tl.constexpr(0), tl.constexpr(1)
+FRESH, DONE = tl.constexpr(0), tl.constexpr(1)
 NOT_FINITE, NOT_MERGED = tl.constexpr(2), tl.constexpr(3)
 NOT_RESTORED, NO_ROOM = tl.constexpr(4), tl.constexpr(5)
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.launch import device_of
-from fastlora.kernels.merge import DONE, NO_ROOM, TODO, _gather, _swap
+from fastlora.kernels.merge import DONE, FRESH, NO_ROOM, _gather, _swap
 from fastlora.kernels.merge_tile import HIGH, WIDE
 
 # (lora_A (R, K), lora_B (N, R), scaling)
@@ -128,7 +128,7 @@ class Batch:
         self._back = self._tables_of([(j.new, j.old, (self.pool, self.pool)) for j in jobs])
 
     def run(self) -> None:
-        self._launch(TODO.value)
+        self._launch(FRESH.value)
 
     def settle(self) -> tuple[Tensor, Tensor]:
         """Waits; states and counts (tiles,) on the host, every tile with room for its receipt."""
