@@ -67,6 +67,11 @@ def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
         )
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError where it holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -83,10 +83,10 @@ def disjoint(weights: Sequence[Tensor]) -> None:
 
 
 def shared(weights: Sequence[Tensor], adapters: Sequence[Sequence[Adapter]]) -> bool:
-    """Whether a factor lies in the memory between a weight's first and last element."""
-    spans = [span(w) for w in weights if w.numel()]
-    factors = [span(t) for some in adapters for A, B, _ in some for t in (A, B) if t.numel()]
-    return any(first < end and begin < last for first, last in factors for begin, end in spans)
+    """Whether a factor lies in the storage of a weight."""
+    storages = {w.untyped_storage().data_ptr() for w in weights if w.numel()}
+    factors = (t for some in adapters for A, B, _ in some for t in (A, B) if t.numel())
+    return any(t.untyped_storage().data_ptr() in storages for t in factors)
 
 
 def span(t: Tensor) -> tuple[int, int]:

@@ -16,16 +16,11 @@ from torch import Tensor
 from fastlora import checks_merge, dispatch, each, exact, ops
 from fastlora.receipt import Adapter, MergeReceipt, columns
 
-_ops = torch.ops.fastlora
-
 
 class _Group(NamedTuple):
     backend: str
     device: torch.device
     dtype: torch.dtype
-
-
-assert ops.SCHEMAS  # what registers them
 
 
 def merge_(
@@ -127,10 +122,12 @@ def _merge(
             before = [w.clone() for w in own] if snapshot else []
             done += [_way_back(*pair) for pair in zip(own, before, strict=False)]
             with _named(where, len(weights)):
-                made = _ops.merge_(own, *given, noted, backend)
+                made = ops.call("merge_", own, *given, noted, backend)
             if noted:
                 done.append(
-                    lambda o=own, g=given, m=made, b=backend: _ops.unmerge_(o, *g, _flat(m), b)
+                    lambda o=own, g=given, m=made, b=backend: ops.call(
+                        "unmerge_", o, *g, _flat(m), b
+                    )
                 )
             parts = each.apart(made)
             kernel = dispatch.merge_kernel(backend, device)
@@ -148,8 +145,8 @@ def foreach_unmerge_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]
     weights, receipts = _merged(weights, receipts)
     _check_snapshots(weights, receipts)
     with each.all_or_none() as done:
-        for (backend, device, _), where in _groups([r.backend for r in receipts], weights).items():
-            own, held = [weights[i] for i in where], [receipts[i].on(device) for i in where]
+        for (backend, *_), where in _groups([r.backend for r in receipts], weights).items():
+            own, held = [weights[i] for i in where], [receipts[i] for i in where]
             if held[0].snapshot is not None:
                 for weight, receipt in zip(own, held, strict=True):
                     if len(weights) > 1:
@@ -158,8 +155,8 @@ def foreach_unmerge_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]
                 continue
             given, parts = columns(r.adapters for r in held), [t for r in held for t in r.parts]
             with _named(where, len(weights)):
-                _ops.unmerge_(own, *given, parts, backend)
-            done.append(lambda o=own, g=given, b=backend: _ops.merge_(o, *g, False, b))
+                ops.call("unmerge_", own, *given, parts, backend)
+            done.append(lambda o=own, g=given, b=backend: ops.call("merge_", o, *g, False, b))
 
 
 @torch.no_grad()
@@ -178,22 +175,24 @@ def foreach_swap_(
     copies, found = _copied(checked), list(receipts)
     with each.all_or_none() as done:
         for (backend, device, _), where in _groups([r.backend for r in receipts], weights).items():
-            own, held = [weights[i] for i in where], [receipts[i].on(device) for i in where]
+            own, held = [weights[i] for i in where], [receipts[i] for i in where]
             if held[0].snapshot is not None:
                 for i, weight, receipt in zip(where, own, held, strict=True):
                     done.append(_way_back(weight))
                     before = _restore(weight, receipt)
                     with _named([i], len(weights)):
                         by = _backend(weight, checked[i])
-                        _ops.merge_([weight], *columns([checked[i]]), False, by)
+                        ops.call("merge_", [weight], *columns([checked[i]]), False, by)
                     found[i] = _snapshot(weight, copies[i], before)
                 continue
             old, new = columns(r.adapters for r in held), columns(copies[i] for i in where)
             parts = [t for r in held for t in r.parts]
             with _named(where, len(weights)):
-                made = _ops.swap_(own, *old, parts, *new, backend)
+                made = ops.call("swap_", own, *old, parts, *new, backend)
             done.append(
-                lambda o=own, a=new, m=made, b=old, by=backend: _ops.swap_(o, *a, _flat(m), *b, by)
+                lambda o=own, a=new, m=made, b=old, by=backend: ops.call(
+                    "swap_", o, *a, _flat(m), *b, by
+                )
             )
             made = each.apart(made)
             kernel = dispatch.merge_kernel(backend, device)
@@ -207,7 +206,7 @@ def _checked(
 ) -> tuple[list[Tensor], list[list[Adapter]]]:
     if len(weights) != len(adapters):
         raise ValueError(
-            f"adapters: expected one list a weight, {len(weights)}, not {len(adapters)}"
+            f"adapters: expected one list a weight, {len(weights)}, got {len(adapters)}"
         )
     found = []
     for i, (weight, given) in enumerate(zip(weights, adapters, strict=True)):
@@ -220,15 +219,20 @@ def _checked(
 def _merged(
     weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]
 ) -> tuple[list[Tensor], list[MergeReceipt]]:
-    """Receipts that could be undone here, as far as can be said without looking at a weight."""
+    """Receipts that could be undone here, as far as can be said without looking at a weight.
+
+    Their tensors are where their weights are.
+    """
     if len(weights) != len(receipts):
         raise ValueError(f"receipts: expected one a weight, {len(weights)}, got {len(receipts)}")
+    moved = []
     for i, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
         if not isinstance(receipt, MergeReceipt):
             raise TypeError(f"receipt: expected a MergeReceipt, got {type(receipt).__name__}")
         with _named([i], len(weights), index=0):
             receipt.check(weight)
-            checks_merge.adapters(weight, receipt.on(weight.device).adapters)
+            moved.append(receipt.on(weight.device))
+            checks_merge.adapters(weight, moved[-1].adapters)
             if receipt.snapshot is not None:
                 continue
             reason = dispatch.cannot(receipt.backend, weight.device, weight.dtype)
@@ -236,7 +240,7 @@ def _merged(
                 raise RuntimeError(f"receipt: made by backend {receipt.backend!r}, but {reason}")
             receipt.check_kernel(dispatch.merge_kernel(receipt.backend, weight.device))
     checks_merge.disjoint(weights)
-    return list(weights), list(receipts)
+    return list(weights), moved
 
 
 def _check_snapshots(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]) -> None:

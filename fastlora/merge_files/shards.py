@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastlora.adapter_files import read_json
 from fastlora.merge_files import durable
 
 CONFIG_NAME = "config.json"
@@ -143,7 +144,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     for name, file in _weight_map(index).items() if index else ():
         if name not in holder or holder[name].path.name != file:
             raise ValueError(f"{index}: {name!r} is not in {file}")
-    config = _json_object(base / CONFIG_NAME)
+    config = read_json(base / CONFIG_NAME)
     return Checkpoint(base, shards, index, config, tuple(_others(base)), holder)
 
 
@@ -198,7 +199,7 @@ def _span(entry: dict[str, Any]) -> int:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    names = _json_object(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: expected a weight_map that is not empty")
     for name, file in names.items():
@@ -211,16 +212,6 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: {name!r}: expected a .safetensors file beside, got {file!r}"
             )
     return names
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _no_weights(base: Path) -> str:
