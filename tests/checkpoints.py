@@ -9,14 +9,19 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import fastlora
+from fastlora.fidelity import Fidelity
 from tests.models import llama, randomise_lora
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # Of this size a tiny Llama has a dozen files.
 SMALL = "10KB"
+# Of every adapter's tensors; a layer that the tests pick out.
+PREFIX, Q = "base_model.model.", "model.layers.0.self_attn.q_proj"
 
 
 def save_base(folder: Path, model: nn.Module | None = None, size: str = SMALL) -> Path:
@@ -69,3 +74,28 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_adapter(at: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    edit_tensors(at / "adapter" / "adapter_model.safetensors", change)
+
+
+def edit_settings(at: Path, **changes: object) -> None:
+    edit_json(at / "adapter" / "adapter_config.json", **changes)
+
+
+def merge(at: Path, *adapters: Any, **options: Any) -> dict[str, Fidelity]:
+    """The base in the folder and adapters, names or (name, weight), into ``out`` beside them."""
+    given = [at / a if isinstance(a, str) else (at / a[0], a[1]) for a in adapters or ("adapter",)]
+    return fastlora.merge_checkpoint(at / "base", given, at / "out", **options)
+
+
+def load(folder: Path, **options: Any) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def lora(folder: Path, layer: str) -> tuple[Tensor, Tensor]:
+    """A layer's lora_A and lora_B."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    A, B = (weights[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
+    return A, B

@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,31 @@ def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     on = "device" in request.fixturenames
     device = request.getfixturevalue("device") if on else torch.device("cpu")
     yield from _asked_for(request, device)
+
+
+# tests/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without it.
+@pytest.fixture
+def at(tmp_path: Path) -> Path:
+    """A folder with a base of a dozen files and an adapter for all its linears."""
+    from tests.checkpoints import save_adapter, save_base
+
+    save_base(tmp_path / "base")
+    save_adapter(tmp_path / "adapter")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of a dozen files, adapters, and what merging the first one without a stop gives."""
+    from fastlora.merge_files import merge_folder
+    from tests.checkpoints import llama, save_adapter, save_base
+
+    folder = tmp_path_factory.mktemp("given")
+    save_base(folder / "base", llama(dtype=torch.bfloat16), "5KB")
+    save_adapter(folder / "adapter")
+    save_adapter(folder / "lr=0.1", target_modules=["q_proj"])
+    merge_folder(folder / "base", folder / "adapter", folder / "whole")
+    return folder
 
 
 @pytest.fixture

@@ -6,11 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
 transformers.logging.set_verbosity_error()
+
+# What PEFT says of adapters that tests make on purpose, and newer transformers of PEFT's own calls.
+quiet = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:Adapter 'default'. [0-9]+ LoRA tensor",
+    "ignore:Adapter name 'a' should not be contained",
+    "ignore:fan_in_fan_out is set to",
+    "ignore:Setting `save_embedding_layers`",
+)
 
 VOCABULARY = 97
 # Relative norms, above twice the worst of 25 seeds: rounding in another order, a few hundred

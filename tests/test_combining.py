@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora.combining import PRUNED, TYPES, combine
 from tests.combined import Adapter, assert_near, delta, size, weighted
-from tests.models import llama, randomise_lora
+from tests.models import llama, quiet, randomise_lora
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
 ANY_RANKS = [name for name in TYPES if name == "cat" or name.endswith("svd")]
@@ -20,8 +20,7 @@ ONE_RANK = [name for name in TYPES if name not in ANY_RANKS]
 WEIGHTS = [(0.7, 0.4, 1.1), (-0.5, 1.2, 0.3), (0.0, 1.0, -1.0), (-0.6, -0.9), (0.0, 0.0)]
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore:Adapter name 'a' should not be contained"),
+    quiet,
     pytest.mark.filterwarnings("ignore:The density .* no pruning will be performed"),
 ]
 

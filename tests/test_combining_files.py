@@ -16,18 +16,13 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.combining import TYPES
-from tests.models import assert_agree, error, llama, logits, randomise_lora, tokens
+from tests.checkpoints import PREFIX
+from tests.models import assert_agree, error, llama, logits, quiet, randomise_lora, tokens
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LAYER = "model.layers.0.self_attn.q_proj"
-PREFIX = "base_model.model."
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore:Adapter name 'a' should not be contained"),
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. [0-9]+ LoRA tensor"),
-]
+pytestmark = quiet
 
 PLAIN = {"target_modules": ["q_proj", "up_proj"], "r": 4}
 PATTERNS = {

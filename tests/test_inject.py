@@ -21,6 +21,7 @@ from tests.models import (
     error,
     llama,
     logits,
+    quiet,
     randomise_lora,
     t5,
     tokens,
@@ -29,7 +30,7 @@ from tests.models import (
 
 ALL = LoRAConfig(r=4, target_modules="all-linear")
 QV = ["q_proj", "v_proj"]
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = quiet
 
 
 def replaced(model: nn.Module) -> set[str]:

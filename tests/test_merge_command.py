@@ -18,22 +18,11 @@ from fastlora.merge_command import adapter
 from fastlora.merge_files import journal, run
 from fastlora.merge_files.journal import JOURNAL
 from tests.checkpoints import CONFIG, contents, edit_json, save_adapter, save_base, tensors
-from tests.models import llama
+from tests.models import llama, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "fastlora", "merge"]
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
-
-
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of a dozen files, adapters, and what merging the first one gives."""
-    folder = tmp_path_factory.mktemp("given")
-    save_base(folder / "base", llama(dtype=torch.bfloat16), "5KB")
-    save_adapter(folder / "adapter")
-    save_adapter(folder / "lr=0.1", target_modules=["q_proj"])
-    run.merge_folder(folder / "base", folder / "adapter", folder / "whole")
-    return folder
+pytestmark = quiet
 
 
 @pytest.fixture

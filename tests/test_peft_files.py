@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastlora
 from tests.helpers import same_bits
-from tests.models import assert_agree, bert, llama, logits, randomise_lora, tokens, untouched
+from tests.models import assert_agree, bert, llama, logits, quiet, randomise_lora, tokens, untouched
 
 CAUSAL = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
@@ -49,12 +49,7 @@ CASES = [
     *(pytest.param(llama, options, id=f"llama {name}") for name, options in CAUSAL.items()),
     *(pytest.param(bert, options, id=f"bert {name}") for name, options in MASKED.items()),
 ]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    # Newer transformers about PEFT's own calls; PEFT about lora_B.bias, which has one dimension.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. [0-9]+ LoRA tensor"),
-]
+pytestmark = quiet
 
 
 def trained(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from tests.models import (
     error,
     llama,
     logits,
+    quiet,
     randomise_lora,
     tokens,
     untouched,
@@ -37,7 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 MIX = ["alice", None, "bob", "carol", "__base__", "dave", "alice"]
 NAN = float("nan")
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = quiet
 
 
 def adapt(model: nn.Module, options: dict[str, Any]) -> nn.Module:
