@@ -102,6 +102,13 @@ def triton_usable(device: torch.device) -> None:
 
 
 @pytest.fixture
+def on_triton(triton_usable: None) -> Iterator[None]:
+    """The backend "triton", asked for by name."""
+    with fastlora.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
 def memory_holds_nan() -> Iterator[None]:
     """Every tensor that torch allocates empty holds NaN: what is not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
