@@ -21,8 +21,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def batches(rows: int, count: int):
-    """The rows of batches of every kind: each alone, all, and random ones in any order."""
-    yield from (torch.tensor([row]) for row in range(0, rows, 7))
+    """The rows of batches of every kind: some alone, all, and random ones in any order."""
+    alone = max(3, min(count, 10))
+    yield from (torch.tensor([row]) for row in range(0, rows, -(-rows // alone)))
     yield torch.arange(rows)
     for _ in range(count):
         yield torch.randperm(rows)[: int(torch.randint(1, rows + 1, ()))]

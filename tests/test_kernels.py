@@ -138,11 +138,14 @@ SUMS = ("one_pass", "two_pass")
 @shapes
 def test_a_path_matches_the_oracle(M, K, N, R, path, dtype, lora_dtype, device):
     needs_path(path, M, R, dtype, device)
+    rare = dtype == torch.float16 or lora_dtype != torch.float32
+    if device.type == "cpu" and 2049 in (M, N) and rare:
+        pytest.skip("interpreted: tests/test_functional.py has the size in every dtype")
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 
 @paths
-@pytest.mark.parametrize("M, K, N, R", [ODD[0], ODD[9], ALIGNED[0]])
+@pytest.mark.parametrize("M, K, N, R", [ODD[0], ODD[9], (33, 32, 48, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_path_drops_the_same_elements(M, K, N, R, path, dtype, tiles, device):
     needs_path(path, M, R, dtype, device, drops_y=True)

@@ -35,6 +35,7 @@ CASES = [
     ((7,), 1, 2049, 9, 3, 3),
     ((7,), 1, 12, 1128, 16, 3),
     ((431,), 1, 6, 10, 2, 3),
+    # From here on it is not a size that is odd, and no dtype has code of its own for it.
     ((31,), 1, 9, 11, 4, 63),
     ((4, 5), 1, 17, 12, 3, 3),
     ((4, 5), 2, 17, 12, 3, 3),
@@ -43,6 +44,7 @@ CASES = [
     ((0,), 1, 5, 7, 2, 3),
     ((3, 0), 1, 5, 7, 2, 3),
 ]
+FORMS = CASES[5:]
 # Adapter ids as batches really have them.
 WORKLOADS = {
     "distinct": lambda T, S: torch.arange(T) % S,
@@ -128,8 +130,11 @@ def assert_matches_oracle(through, tensors: dict, routing: dict) -> None:
 def test_values_and_gradients_match_the_oracle(
     lead, ids, N, K, R, S, through, dtype, lora_dtype, device, backend
 ):
-    if backend == "triton" and device.type == "cpu" and dtype == lora_dtype != torch.float32:
+    interpreted = backend == "triton" and device.type == "cpu"
+    if interpreted and dtype == lora_dtype != torch.float32:
         pytest.skip("interpreted in tests/test_multi_kernels.py, where every path has all dtypes")
+    if interpreted and dtype != torch.float32 and (lead, ids, N, K, R, S) in FORMS:
+        pytest.skip("interpreted in float32 alone: no dtype has code of its own for it")
     tensors, routing = batch(lead, ids, N, K, R, S, dtype, lora_dtype, device)
     with unchanged(tensors, routing):
         assert_matches_oracle(through, tensors, routing)
@@ -140,8 +145,11 @@ def test_values_and_gradients_match_the_oracle(
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
 def test_workloads(workload, optional, through, device, backend):
     """More rows than are gathered at a time; with and without what is optional."""
+    interpreted = backend == "triton" and device.type == "cpu"
+    if interpreted and optional and workload is not WORKLOADS["blocks"]:
+        pytest.skip("interpreted: a kernel reads what is optional alike in every workload")
     # An interpreted kernel gathers nothing, and takes a second for so many rows.
-    gathered = 20 if backend == "triton" and device.type == "cpu" else reference_multi._GATHER
+    gathered = 20 if interpreted else reference_multi._GATHER
     ids = workload(2 * gathered + 31, 3)
     tensors, routing = batch(ids.shape, ids, 12, 7, 4, 3, torch.float32, torch.float32, device)
     needed = {n: t for n, t in routing.items() if n in ("adapter_ids", "scalings", *optional)}
