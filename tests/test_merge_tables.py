@@ -1,0 +1,16 @@
+"""The script behind the tables of docs/merging.md runs: small, its figures are not looked at."""
+
+import pytest
+
+from benchmarks import merge_tables
+
+
+@pytest.mark.parametrize("table, rows", [("receipt", 3), ("fidelity", 6), ("combine", 5)])
+def test_a_table_is_printed(table, rows, capsys):
+    if table == "combine":
+        pytest.importorskip("peft", reason="PEFT is not installed")
+    merge_tables.main([table, "--size", "64"])
+    machine, heading, rule, *body = capsys.readouterr().out.splitlines()
+    assert "torch" in machine
+    assert len(body) == rows
+    assert {line.count(" | ") for line in (heading, *body)} == {rule.count("-|-")}
