@@ -45,8 +45,10 @@ INSTRUCTION_SETS = {
     "avx512": _AVX512,
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
 }
-# From Ampere on.
-CUDA_ARCHITECTURES = ("80", "89", "90a", "100a", "120a")
+# Ampere (8.x runs 8.0's code), Hopper, Blackwell; what comes later compiles the last one's PTX.
+CUDA_ARCHITECTURES = ("80", "90", "100")
+# -fmad=false: as -ffp-contract=off.
+NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class NotBuilt(Exception):
@@ -121,11 +123,18 @@ def build_cpu(target: Path, temporary: Path) -> str:
 def build_cuda(target: Path, temporary: Path) -> str:
     """Compiles csrc/cuda; returns what was built, or raises NotBuilt."""
     nvcc = compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    codes.append(codes[-1].replace("code=sm_", "code=compute_"))
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    objects = [str(temporary / f"{source.stem}.o") for source in sources]
+
+    def compiled(source: Path, out: str) -> None:
+        run([*nvcc, *NVCCFLAGS, *codes, "-c", str(source.relative_to(ROOT)), "-o", out])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compiled, sources, objects))
     target.unlink(missing_ok=True)
-    run([*nvcc, *flags, "-shared", *sources, "-o", str(target)])
+    run([*nvcc, "-cudart=static", *codes, "-shared", *objects, "-o", str(target)])
     return f"{' '.join(nvcc)}, for {', '.join(f'sm_{arch}' for arch in CUDA_ARCHITECTURES)}"
 
 

@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define FASTLORA_ABI_VERSION 2
+#define FASTLORA_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define FASTLORA_API __attribute__((visibility("default")))
@@ -29,6 +29,8 @@
 #define FASTLORA_NOT_MERGED 4    /* the weight is not what the receipt's merge left */
 #define FASTLORA_NOT_RESTORED 5  /* the receipt does not give back the original weight */
 
+#define FASTLORA_LAUNCH_FAILED 6 /* fastlora_cuda_last_error says which kernel's and why */
+
 /* Element types. */
 #define FASTLORA_FLOAT32 0
 #define FASTLORA_BFLOAT16 1
@@ -38,7 +40,7 @@
 extern "C" {
 #endif
 
-/* Of the CPU library, as everything up to the last two. */
+/* Of the CPU library, as everything up to the CUDA library's. */
 FASTLORA_API int32_t fastlora_abi_version(void);
 
 /* Names of the instruction sets that the CPU kernels can use here, best first, by commas. */
@@ -115,9 +117,76 @@ FASTLORA_API int32_t fastlora_unmerge(
     int64_t K, int64_t R, int32_t dtype, int32_t threads, const uint16_t *positions,
     const void *bits, const int32_t *counts, int64_t size, const int64_t *checksums);
 
-/* Of the CUDA library: its version, and the architectures in it (800,900 for sm_80 and sm_90). */
+/* Of the CUDA library, as all that follows: its version, the architectures in it (800,900 for sm_80
+ * and sm_90; host where it runs without a GPU), its compiler, and why the last launch failed. */
 FASTLORA_API int32_t fastlora_cuda_abi_version(void);
 FASTLORA_API const char *fastlora_cuda_architectures(void);
+FASTLORA_API const char *fastlora_cuda_compiler(void);
+FASTLORA_API const char *fastlora_cuda_last_error(void);
+
+/* CUDA functions take device pointers of the current device and its stream. They allocate nothing
+ * and wait for nothing, so that a CUDA graph can capture them. Pointers are multiples of 16 bytes;
+ * K, N, R and all ld* multiples of 8; h and scaled (M, R) are contiguous. */
+
+/* Which kernels run a product: one for few rows, or a shrink and a product with tiles of so many rows. */
+#define FASTLORA_ONE_PASS 0 /* R up to 64, adapters of x_dtype, no dropout */
+#define FASTLORA_TILE_64 1
+#define FASTLORA_TILE_128 2
+#define FASTLORA_TILE_256 3
+
+/* y = x w + scaling * keep * (h b + lora_bias) + bias and h = dropout(x) a. x_dtype is half, that of
+ * lora_A, lora_B and lora_bias the same or float32. w is weight (N, K), a lora_A (R, K) and b lora_B
+ * (N, R), transposed; or with `transposed`, as the gradient for x has them, w is weight (K, N), a
+ * lora_A (K, R) and b lora_B (R, N). seed (one number on the device, or null), threshold and
+ * keep_scale as in fastlora_dropout: of x with drops_x, else of the LoRA term. scaled: room for
+ * scaling * h where the rank step is to come last, or null. overlap: the two kernels side by side. */
+FASTLORA_API int32_t fastlora_cuda_lora_linear(
+    void *y, int64_t ldy, void *h, void *scaled, const void *x, int64_t ldx, const void *weight,
+    int64_t ldw, const void *bias, const void *lora_A, int64_t lda, const void *lora_B, int64_t ldb,
+    const void *lora_bias, int64_t M, int64_t K, int64_t N, int64_t R, float scaling,
+    const int64_t *seed, int32_t threshold, float keep_scale, int32_t drops_x, int32_t transposed,
+    int32_t path, int32_t overlap, int32_t x_dtype, int32_t lora_dtype, void *stream);
+
+/* M up to 64 rows: y = x weight^T + bias + scalings[s] * row_scales[row] * (h b), s = ids[row], or
+ * where weight is null y += the last term; h (M, slices * R) is left behind. x_dtype is half, the
+ * adapters' the same or float32. Columns up to ends[0], ends[1], ... are of the first, second, ...
+ * slice, each with R ranks of its own in lora_A and h. lora_A has columns side by side, lora_B
+ * ranks or columns (unit b_rank or b_column); slots S of R ranks, or pages of `page` ranks each,
+ * named by table (S, R / page) or null. An id or page out of range is none, ranks (or null) beyond
+ * a slot's never count. ends lies on the host, all else on the device. */
+FASTLORA_API int32_t fastlora_cuda_multi_lora_decode(
+    void *y, int64_t ldy, void *h, const void *x, int64_t ldx, const void *weight, int64_t ldw,
+    const void *bias, const void *lora_A, int64_t a_slot, int64_t a_slice, int64_t a_rank,
+    const void *lora_B, int64_t b_slot, int64_t b_rank, int64_t b_column, const int32_t *ids,
+    const float *scalings, const int32_t *ranks, const float *row_scales, const int32_t *table,
+    int64_t table_ld, int64_t pages, int64_t page, const int64_t *ends, int64_t slices, int64_t M,
+    int64_t K, int64_t N, int64_t R, int64_t S, int32_t overlap, int32_t x_dtype,
+    int32_t lora_dtype, void *stream);
+
+/* What fastlora_cuda_swap does to each tile: takes adapters out, puts others in, keeps what undoes
+ * that, checks and makes checksums; whether the old receipt is a pool, and weights lie in chunks:
+ * unit columns, K, ld and pointers multiples of 8 elements. */
+#define FASTLORA_UNDO 1
+#define FASTLORA_MERGE 2
+#define FASTLORA_KEEP 4
+#define FASTLORA_SUMS 8
+#define FASTLORA_POOLED 16
+#define FASTLORA_ALIGNED 32
+
+/* Tiles of 64 x 64 of many weights of dtype, those in state `wanted`: see csrc/cuda/merge.h for the
+ * tables, states and sums. Adapters to take out are of old_dtype, those to put in of new_dtype, with
+ * unit columns. No tile is written whose new state is not 1. */
+FASTLORA_API int32_t fastlora_cuda_swap(
+    const int64_t *weights, const int64_t *adapters, const float *scales, const int32_t *weight_of,
+    int32_t *states, const int64_t *old_sums, const int32_t *old_counts, const int64_t *old_offsets,
+    int64_t *sums, int32_t *counts, int64_t *offsets, int64_t *cursor, void *pool, int64_t tiles,
+    int64_t capacity, int32_t wanted, int32_t dtype, int32_t old_dtype, int32_t new_dtype,
+    int32_t how, void *stream);
+
+/* A receipt's positions and bits from the pool, tile after tile. */
+FASTLORA_API int32_t fastlora_cuda_gather(
+    uint16_t *positions, void *bits, const void *pool, const int64_t *starts,
+    const int64_t *offsets, const int32_t *counts, int64_t tiles, int32_t dtype, void *stream);
 
 #ifdef __cplusplus
 }

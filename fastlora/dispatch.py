@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -29,13 +30,24 @@ from fastlora import native
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 _MODULES = {
+    "cuda": "fastlora.cuda",
     "triton": "fastlora.kernels.backend",
     "cpu": "fastlora.cpu",
     "torch": "fastlora.reference",
 }
-_ABSENT = {"cuda": "this version holds no CUDA kernels"}
 # Which ops a backend has, if not all; what it lacks the next one runs.
 OPS = {
+    "cuda": (
+        "lora_linear",
+        "lora_linear_backward",
+        "multi_lora_linear",
+        "multi_lora_add_",
+        "packed_lora_linear",
+        "packed_lora_add_",
+        "merge_",
+        "unmerge_",
+        "swap_",
+    ),
     "triton": (
         "lora_linear",
         "lora_add_",
@@ -48,7 +60,7 @@ OPS = {
         "merge_",
         "unmerge_",
         "swap_",
-    )
+    ),
 }
 # Without which an op is not used: what runs forward must run backward.
 _BACKWARD = {
@@ -57,7 +69,10 @@ _BACKWARD = {
     "multi_lora_linear": "multi_lora_linear_backward",
     "multi_lora_add_": "multi_lora_linear_backward",
 }
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Ops of which some calls are the next backend's, whatever was asked for.
+_HANDED_ON = ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_add_",
+              "packed_lora_linear", "packed_lora_add_")  # fmt: skip
+_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_RANKS = 512
 
 _log = logging.getLogger("fastlora")
@@ -103,10 +118,13 @@ def _constant(function: _Function) -> _Function:
 
 def unusable(backend: str) -> str | None:
     """Why ``backend`` cannot run here, or None when it can."""
-    if _known(backend) in _ABSENT or backend == "torch":
-        return _ABSENT.get(backend)
+    if _known(backend) == "torch":
+        return None
     if backend == "cpu":
         return _no_library()
+    if backend == "cuda":
+        reason = _no_cuda_library()
+        return reason if reason is not None or _cuda_on_host() else no_gpu()
     if not _TRITON:
         return "triton is not installed"
     reason = no_gpu()
@@ -118,6 +136,17 @@ def unusable(backend: str) -> str | None:
 @_constant
 def _no_library() -> str | None:
     return native.unusable()
+
+
+@_constant
+def _no_cuda_library() -> str | None:
+    found = native.load_cuda()
+    return found if isinstance(found, str) else None
+
+
+@_constant
+def _cuda_on_host() -> bool:
+    return native.cuda_functions().fastlora_cuda_architectures() == b"host"
 
 
 @_constant
@@ -141,14 +170,17 @@ def cannot(
         return reason
     if backend == "cpu":
         return _cannot_natively(device, dtype, lora_dtype)
-    if device.type != "cuda" and not (_INTERPRETED and device.type == "cpu"):
-        return f"Triton kernels run on CUDA tensors, got tensors on {device}"
+    kernels = "CUDA" if backend == "cuda" else "Triton"
+    without = _cuda_on_host() if backend == "cuda" else _INTERPRETED
+    wanted = "cpu" if backend == "cuda" and without else "cuda"
+    if device.type != wanted and not (without and device.type == "cpu"):
+        return f"{kernels} kernels run on {wanted.upper()} tensors, got tensors on {device}"
     if device.type == "cuda" and _capability(device) < (8, 0):
-        return f"Triton kernels run on GPUs of compute capability 8.0 or more, {device} has less"
+        return f"{kernels} kernels run on GPUs of compute capability 8.0 or more, {device} has less"
     for given in (dtype, lora_dtype):
-        if given is not None and given not in _TRITON_DTYPES:
-            return f"Triton kernels take float16, bfloat16 and float32, got {given}"
-    if rank > _TRITON_RANKS:
+        if given is not None and given not in _GPU_DTYPES:
+            return f"{kernels} kernels take float16, bfloat16 and float32, got {given}"
+    if rank > _TRITON_RANKS and backend == "triton":
         return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"
     return None
 
@@ -223,16 +255,29 @@ def _best(
     rank: int,
 ) -> bool:
     """Whether ``backend`` may run the call unasked."""
-    if backend != "triton" or backend in _ABSENT:
+    if backend not in ("cuda", "triton"):
         return cannot(backend, device, dtype, lora_dtype, rank) is None
     if device.type != "cuda" or unusable(backend) is not None or no_gpu() is not None:
         return False
     reason = cannot(backend, device, dtype, lora_dtype, rank)
+    if reason is None and backend == "cuda":
+        return _verified_cuda(op, device, dtype, lora_dtype)
     if reason is None:
         return bool(verified_paths(op, device, dtype, lora_dtype))
-    if verified_paths(op, device):
+    if backend == "triton" and verified_paths(op, device):
         _say(f"{op} runs unfused: {reason}")
     return False
+
+
+@_constant
+def _verified_cuda(
+    op: str, device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
+) -> bool:
+    """Whether the CUDA kernels of ``op`` passed their tests on this GPU, as did its backward's."""
+    verified = implementation("verified", "cuda")
+    major, minor = _capability(device)
+    backward = _BACKWARD.get(op, op) if _BACKWARD.get(op) in OPS["cuda"] else op
+    return all(verified(name, dtype, lora_dtype, 10 * major + minor) for name in {op, backward})
 
 
 @_constant
@@ -258,7 +303,24 @@ def implementation(op: str, backend: str) -> Any:
     module = _loaded.get(backend)
     if module is None:
         module = _loaded[backend] = importlib.import_module(_MODULES[_known(backend)])
-    return getattr(module, op)
+    function = getattr(module, op)
+    return partial(function, follow=partial(_following, op)) if _hands_on(op, backend) else function
+
+
+def _hands_on(op: str, backend: str) -> bool:
+    return backend == "cuda" and op in _HANDED_ON
+
+
+def _following(op: str, reason: str | None, x: torch.Tensor, lora_A: torch.Tensor) -> Any:
+    """The function of the backend after the CUDA kernels, which do not take a call.
+
+    reason: None where they never do.
+    """
+    if reason is not None:
+        _say(f"{op} runs on another backend than the CUDA kernels: {reason}")
+    call = (op, x.device, x.dtype, lora_A.dtype, lora_A.shape[-2])
+    rest = (name for name in BACKENDS if name != "cuda")
+    return implementation(op, next(n for n in rest if op in OPS.get(n, (op,)) and _best(n, *call)))
 
 
 def merge_kernel(backend: str, device: torch.device) -> str:

@@ -1,9 +1,9 @@
 """The compiled C functions: one table, bound with ctypes.
 
-``csrc/fastlora.h`` declares them. The library lies beside this file when the build found a
-compiler; without it everything works, on the other backends. ``FASTLORA_CPU_ISA`` names the
-instruction set to use in place of the best one (``none``: no native library at all), and
-``FASTLORA_CPU_LIBRARY`` another file to load.
+``csrc/fastlora.h`` declares them. They are in two libraries, which lie beside this file when the
+build found a compiler; without them everything works, on the other backends. ``FASTLORA_CPU_ISA``
+names the instruction set to use in place of the best one (``none``: no native CPU library at all);
+``FASTLORA_CPU_LIBRARY`` and ``FASTLORA_CUDA_LIBRARY`` name other files to load.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 2
-OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED = range(6)
+ABI_VERSION = 3
+OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED, LAUNCH_FAILED = range(7)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 ASKED = os.environ.get("FASTLORA_CPU_ISA")
-PATH = Path(
-    os.environ.get("FASTLORA_CPU_LIBRARY") or Path(__file__).with_name(f"libfastlora_cpu{_SUFFIX}")
-)
+
+
+def _file(library: str) -> Path:
+    asked = os.environ.get(f"FASTLORA_{library.upper()}_LIBRARY")
+    return Path(asked or Path(__file__).with_name(f"libfastlora_{library}{_SUFFIX}"))
+
+
+PATH, CUDA_PATH = _file("cpu"), _file("cuda")
 
 _p, _l, _i, _f, _s = (
     ctypes.c_void_p,
@@ -38,6 +43,7 @@ _MATRIX = [_p, _l]
 _MERGED = [_p, _l, _l, _p, _p, _l, _l, _l, _i, _i]
 
 # Result, then arguments, as csrc/fastlora.h has them; a test compares.
+# fmt: off
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastlora_abi_version": (_i, []),
     "fastlora_cpu_available": (_s, []),
@@ -64,7 +70,35 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastlora_receipt_undo": (_i, [*_MERGED, _p]),
     "fastlora_receipt_free": (None, [_p]),
     "fastlora_unmerge": (_i, [*_MERGED, _p, _p, _p, _l, _p]),
+    "fastlora_cuda_abi_version": (_i, []),
+    "fastlora_cuda_architectures": (_s, []),
+    "fastlora_cuda_compiler": (_s, []),
+    "fastlora_cuda_last_error": (_s, []),
+    "fastlora_cuda_lora_linear": (
+        _i,
+        # y, h, scaled, x, weight, bias, lora_A, lora_B, lora_bias, M K N R, scaling, seed,
+        # threshold, keep scale, drops x, transposed, path, overlap, dtypes, stream
+        [
+            *_MATRIX, _p, _p, *_MATRIX * 2, _p, *_MATRIX * 2, _p, *[_l] * 4, _f, _p, _i, _f,
+            *[_i] * 6, _p,
+        ],
+    ),
+    "fastlora_cuda_multi_lora_decode": (
+        _i,
+        # y, h, x, weight, bias, lora_A, lora_B, ids, scalings, ranks, row_scales, table, pages,
+        # page, ends, slices, M K N R S, overlap, dtypes, stream
+        [
+            *_MATRIX, _p, *_MATRIX * 2, _p, *[_p, _l, _l, _l] * 2, *[_p] * 4, _p, _l, _l, _l,
+            _p, _l, *[_l] * 5, *[_i] * 3, _p,
+        ],
+    ),
+    # tables, states, the old receipt's, sums, counts, offsets, cursor, pool, tiles, capacity,
+    # wanted, dtypes, how, stream
+    "fastlora_cuda_swap": (_i, [*[_p] * 13, _l, _l, *[_i] * 5, _p]),
+    # positions, bits, pool, starts, offsets, counts, tiles, dtype, stream
+    "fastlora_cuda_gather": (_i, [*[_p] * 6, _l, _i, _p]),
 }
+# fmt: on
 
 
 @cache  # calls ask for it, hundreds a token
@@ -74,23 +108,48 @@ def load(path: Path = PATH) -> ctypes.CDLL | str:
         return "FASTLORA_CPU_ISA=none switches the native library off"
     if not path.exists():
         return "the native library was not built (no C++ compiler, or FASTLORA_BUILD said so)"
+    library = _open(path, "fastlora_abi_version")
+    if isinstance(library, str):
+        return library
+    if ASKED and library.fastlora_cpu_use(ASKED.encode()) != OK:
+        usable = library.fastlora_cpu_available().decode().replace(",", ", ")
+        return f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {ASKED!r}"
+    return library
+
+
+@cache
+def load_cuda(path: Path = CUDA_PATH) -> ctypes.CDLL | str:
+    """The CUDA library, bound, or the reason why there is none."""
+    if not path.exists():
+        return "the CUDA library was not built (no nvcc, or FASTLORA_BUILD said so)"
+    return _open(path, "fastlora_cuda_abi_version")
+
+
+def _open(path: Path, version_of: str) -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(path))
-        version = library.fastlora_abi_version()
+        version = getattr(library, version_of)()
         if version != ABI_VERSION:
             return (
                 f"{path.name} was built for ABI version {version}, this version of fastlora needs "
                 f"{ABI_VERSION}: build it again"
             )
+        cuda = "_cuda_" in version_of
         for name, (result, arguments) in FUNCTIONS.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+            if name.startswith("fastlora_cuda_") == cuda:
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded: {error}"
-    if ASKED and library.fastlora_cpu_use(ASKED.encode()) != OK:
-        usable = library.fastlora_cpu_available().decode().replace(",", ", ")
-        return f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {ASKED!r}"
     return library
+
+
+def cuda_functions() -> ctypes.CDLL:
+    """The CUDA library's functions; RuntimeError with the reason where there are none."""
+    found = load_cuda()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 def unusable() -> str | None:
@@ -129,5 +188,8 @@ def check(code: int, what: str) -> None:
     """Raises for the codes that are this library's own mistakes or the machine's limits."""
     if code == NO_MEMORY:
         raise MemoryError(f"{what}: out of memory")
+    if code == LAUNCH_FAILED:
+        reason = cuda_functions().fastlora_cuda_last_error().decode()
+        raise RuntimeError(f"{what}: a CUDA kernel could not be launched: {reason}")
     if code != OK:
         raise RuntimeError(f"{what}: the native library refused its arguments (code {code})")

@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.aot_cases import ODD_K, ODD_N, ODD_R, Case, K, N, Variant
-from fastlora.kernels.merge_batch import (
-    PACK,
-    RAW,
-    Batch,
-    How,
-    Job,
-    as_read,
-    gather,
-    kind_of,
-    tiles_of,
-)
+from fastlora.kernels.merge import TritonKernels
+from fastlora.kernels.merge_batch import PACK, RAW, Batch, How, Job, as_read, kind_of, tiles_of
 
 _MERGE, _FOR_GOOD = Variant(puts="kept"), Variant(puts="for good")
 _UNMERGE, _SWAP = Variant(takes=True), Variant(puts="kept", takes=True)
@@ -52,7 +43,7 @@ def launch_merge(case: Case, dtype: torch.dtype, lora_dtype: torch.dtype) -> Non
     old, new = (adapters if wanted else [] for wanted in (v.takes, v.puts))
     job = Job(0, weight, old, new, _receipt(weight) if v.takes else ())
     how = How(v.takes, bool(v.puts), v.puts != "for good")
-    batch = Batch(kind_of(job), [job], how)
+    batch = Batch(TritonKernels(), kind_of(job), [job], how)
     batch.run()
     batch.take_back()
 
@@ -62,11 +53,12 @@ def launch_gather(dtype: torch.dtype) -> None:
     size = dtype.itemsize
     counts, places = torch.empty(9, dtype=torch.int32), torch.empty(9, dtype=torch.int64)
     positions, bits = torch.empty(99, dtype=torch.int16), torch.empty(99, dtype=RAW[size])
-    gather(positions, bits, torch.empty(99, dtype=PACK[size]), places, places, counts)
+    pool = torch.empty(99, dtype=PACK[size])
+    TritonKernels().gather(positions, bits, pool, places, places, counts)
 
 
 def _receipt(weight: Tensor) -> tuple[Tensor, ...]:
-    tiles, bits = tiles_of(weight), RAW[weight.itemsize]
+    tiles, bits = tiles_of(weight, TritonKernels.tile), RAW[weight.itemsize]
     counts = torch.zeros(tiles, dtype=torch.int32)
     sums = torch.zeros(2 * tiles, dtype=torch.int64)
     return torch.empty(0, dtype=torch.int16), torch.empty(0, dtype=bits), counts, sums

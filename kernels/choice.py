@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -55,14 +54,7 @@ def gpu_name(device: torch.device) -> str:
 @lru_cache
 def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
     """The paths of op that passed their test on such a GPU, in this dtype or, if None, in any."""
-    wanted = {"op": op, "arch": arch} | ({"dtype": dtype} if dtype else {})
-    passed: dict[tuple[Any, Any], bool] = {}
-    for row in records.read(records.VERIFIED, versions()):
-        if wanted.items() <= row.items():
-            # The user's own rows come first, and say more of this machine than those that ship.
-            passed.setdefault((row.get("dtype"), row.get("path")), row.get("passed", True))
-    good = dict.fromkeys(path for (_, path), well in passed.items() if well and path in EVERY_PATH)
-    return tuple(good)
+    return records.verified(op, dtype, arch, EVERY_PATH, versions())
 
 
 # What use_path asked for, for every thread: backward runs in one of autograd's.

@@ -14,9 +14,13 @@ A program's place in the receipt's pool is an atomic counter's: the order there 
 are put in order afterwards.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastlora.kernels.launch import device_of
+from fastlora.kernels.merge_batch import PACK, RAW, Batch, How, Kind, State, Tables
 from fastlora.kernels.merge_tile import (
     HIGH,
     INFINITE,
@@ -34,10 +38,20 @@ from fastlora.kernels.merge_tile import (
     wide,
 )
 
-# States of a tile.
-FRESH, DONE = tl.constexpr(0), tl.constexpr(1)
-NOT_FINITE, NOT_MERGED = tl.constexpr(2), tl.constexpr(3)
-NOT_RESTORED, NO_ROOM = tl.constexpr(4), tl.constexpr(5)
+FRESH, DONE = tl.constexpr(int(State.FRESH)), tl.constexpr(int(State.DONE))
+NOT_FINITE = tl.constexpr(int(State.NOT_FINITE))
+NOT_MERGED = tl.constexpr(int(State.NOT_MERGED))
+NOT_RESTORED = tl.constexpr(int(State.NOT_RESTORED))
+NO_ROOM = tl.constexpr(int(State.NO_ROOM))
+
+_NAMES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.int16: tl.int16,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
 
 
 @triton.jit(do_not_specialize=["wanted", "capacity"])
@@ -148,3 +162,42 @@ def _gather(positions, bits, pool, starts, offsets, counts, RAW: tl.constexpr, B
         b_e = tl.load(pool + at + o_e, mask=m_e, other=0)
         tl.store(positions + to + o_e, (b_e >> RAW.primitive_bitwidth).to(tl.int16), mask=m_e)
         tl.store(bits + to + o_e, b_e.to(RAW), mask=m_e)
+
+
+class TritonKernels:
+    """These kernels, as a batch calls them."""
+
+    tile = (HIGH.value, WIDE.value)
+
+    def swap(
+        self, batch: Batch, tables: Tables, wanted: int, before: tuple[Tensor, Tensor, Tensor],
+        kind: Kind, how: How, *, keep: bool, pooled: bool,
+    ) -> None:  # fmt: skip
+        with device_of(batch.states):
+            _swap[(batch.tiles,)](
+                *tables[:4], batch.states, int(wanted), *before,
+                batch.checksums, batch.counts, batch.offsets, batch.pool, batch.cursor,
+                batch.capacity,
+                DTYPE=_NAMES[kind.dtype], RAW=_NAMES[RAW[kind.dtype.itemsize]],
+                PACK=_NAMES[PACK[kind.dtype.itemsize]], OLD=_NAMES[kind.old], NEW=_NAMES[kind.new],
+                OLD_PRECISION=_precision(kind.old), NEW_PRECISION=_precision(kind.new),
+                INNER=kind.inner, ALIGNED=kind.aligned, LORA_ALIGNED=kind.lora_aligned,
+                UNDO=how.undo, MERGE=how.merge, KEEP=keep, SUMS=how.sums, POOLED=pooled,
+                num_warps=8, num_stages=2,
+                # What is subtracted must be what was added, to the bit.
+                enable_fp_fusion=False,
+            )  # fmt: skip
+
+    def gather(
+        self, positions: Tensor, bits: Tensor, pool: Tensor, starts: Tensor, offsets: Tensor,
+        counts: Tensor,
+    ) -> None:  # fmt: skip
+        with device_of(pool):
+            _gather[(counts.numel(),)](
+                positions, bits, pool, starts, offsets, counts, RAW=_NAMES[bits.dtype], BLOCK=1024
+            )
+
+
+def _precision(lora: torch.dtype) -> str:
+    """Of float32 factors: three tensor-core products, as accurate as one of float32."""
+    return "tf32x3" if lora == torch.float32 else "ieee"

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import triton.language as tl
 from torch import Tensor
-
-from fastlora.kernels.launch import device_of
-from fastlora.kernels.merge import DONE, FRESH, NO_ROOM, _gather, _swap
-from fastlora.kernels.merge_tile import HIGH, WIDE
 
 # (lora_A (R, K), lora_B (N, R), scaling)
 Adapter = tuple[Tensor, Tensor, float]
-TILE = (HIGH.value, WIDE.value)
 RAW = {2: torch.int16, 4: torch.int32}
 PACK = {2: torch.int32, 4: torch.int64}
-_NAMES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.int16: tl.int16,
-    torch.int32: tl.int32,
-    torch.int64: tl.int64,
-}
 # Of the elements a receipt keeps about 0.2 / 1.3 / 7.6 % at |d| / |W| = 0.001 / 0.01 / 0.1: room
 # for one in this many is made at first, and where it is too little for the rest exactly.
 SHARE = 32
+SPARE = 128
+
+
+class State(IntEnum):
+    """Of a tile: yet to be worked on, or how that went; all but DONE left it as it was."""
+
+    FRESH = 0
+    DONE = 1
+    NOT_FINITE = 2
+    NOT_MERGED = 3
+    NOT_RESTORED = 4
+    NO_ROOM = 5
 
 
 class Job(NamedTuple):
@@ -86,33 +85,62 @@ def _columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def tiles_of(weight: Tensor) -> int:
+class Tables(NamedTuple):
+    """What a launch reads of its weights, adapters and old receipts; see the kernels."""
+
+    weights: Tensor
+    adapters: Tensor
+    scales: Tensor
+    weight_of: Tensor
+    alive: Any  # keeps what the tables point to
+
+
+class Kernels(Protocol):
+    """What changes the tiles: Triton's kernels or CUDA's."""
+
+    tile: tuple[int, int]
+
+    def swap(
+        self,
+        batch: Batch,
+        tables: Tables,
+        wanted: int,
+        before: tuple[Tensor, Tensor, Tensor],
+        kind: Kind,
+        how: How,
+        *,
+        keep: bool,
+        pooled: bool,
+    ) -> None:
+        """Every tile in state ``wanted``; before: sums, counts and offsets of the old receipts."""
+        ...
+
+    def gather(
+        self,
+        positions: Tensor,
+        bits: Tensor,
+        pool: Tensor,
+        starts: Tensor,
+        offsets: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """positions and bits (P,) from where the tiles left them to where they start."""
+        ...
+
+
+def tiles_of(weight: Tensor, tile: tuple[int, int]) -> int:
     N, K = weight.shape
-    return -(-N // TILE[0]) * -(-K // TILE[1])
-
-
-def _precision(lora: torch.dtype) -> str:
-    """Of float32 factors: three tensor-core products, as accurate as one of float32."""
-    return "tf32x3" if lora == torch.float32 else "ieee"
-
-
-def gather(
-    positions: Tensor, bits: Tensor, pool: Tensor, starts: Tensor, offsets: Tensor, counts: Tensor
-) -> None:
-    """positions and bits (P,) from where the tiles left them in the pool to where they start."""
-    _gather[(counts.numel(),)](
-        positions, bits, pool, starts, offsets, counts, RAW=_NAMES[bits.dtype], BLOCK=1024
-    )
+    return -(-N // tile[0]) * -(-K // tile[1])
 
 
 class Batch:
     """Jobs of one kind. ``run`` changes the weights, ``take_back`` undoes what it did to them."""
 
-    def __init__(self, kind: Kind, jobs: list[Job], how: How) -> None:
-        self.kind, self.jobs = kind, jobs
+    def __init__(self, kernels: Kernels, kind: Kind, jobs: list[Job], how: How) -> None:
+        self.kernels, self.kind, self.jobs = kernels, kind, jobs
         self.undo, self.merge, self.sums = how
         self.device = jobs[0].weight.device
-        self.sizes = [tiles_of(job.weight) for job in jobs]
+        self.sizes = [tiles_of(job.weight, kernels.tile) for job in jobs]
         self.tiles = sum(self.sizes)
         self.states = self._zeros(self.tiles, torch.int32)
         self.counts = self._zeros(self.tiles, torch.int32)
@@ -120,7 +148,7 @@ class Batch:
         self.checksums = self._zeros(2 * self.tiles, torch.int64)
         self.cursor = self._zeros(1, torch.int64)
         elements = sum(job.weight.numel() for job in jobs)
-        self.capacity = elements // SHARE + TILE[0] if self.merge else 0
+        self.capacity = elements // SHARE + SPARE if self.merge else 0
         self.pool = self._pool(self.capacity)
         self._before = self._old() if self.undo else None
         self._tables = self._tables_of([(j.old, j.new, j.receipt) for j in jobs])
@@ -128,12 +156,12 @@ class Batch:
         self._back = self._tables_of([(j.new, j.old, (self.pool, self.pool)) for j in jobs])
 
     def run(self) -> None:
-        self._launch(FRESH.value)
+        self._launch(State.FRESH)
 
     def settle(self) -> tuple[Tensor, Tensor]:
         """Waits; states and counts (tiles,) on the host, every tile with room for its receipt."""
         states, counts = self._seen()
-        without = states == NO_ROOM.value
+        without = states == State.NO_ROOM
         if bool(without.any()):
             need = int(counts[without].sum())
             larger = self._pool(self.capacity + need)
@@ -141,7 +169,7 @@ class Batch:
             self.cursor.fill_(self.capacity)
             back = self._tables_of([(j.new, j.old, (larger, larger)) for j in self.jobs])
             self.pool, self.capacity, self._back = larger, self.capacity + need, back
-            self._launch(NO_ROOM.value)
+            self._launch(State.NO_ROOM)
             states, counts = self._seen()
         return states, counts
 
@@ -150,13 +178,13 @@ class Batch:
         kind = self.kind._replace(old=self.kind.new, new=self.kind.old)
         how = How(self.merge, self.undo, self.sums and self.merge)
         before = (self.checksums, self.counts, self.offsets)
-        self._call(DONE.value, self._back, before, kind, how, keep=False, pooled=True)
+        self._call(State.DONE, self._back, before, kind, how, keep=False, pooled=True)
 
     def refused(self, states: Tensor) -> list[tuple[int, int]]:
         """(index, state) of every weight with a tile that was not changed."""
         found = []
         for job, own in zip(self.jobs, states.split(self.sizes), strict=True):
-            bad = own[own != DONE.value]
+            bad = own[own != State.DONE]
             found += [(job.index, int(bad[0]))] if bad.numel() else []
         return found
 
@@ -169,8 +197,8 @@ class Batch:
         positions, bits, *_ = self.nothing(total)
         if total:
             starts = (ends - counts).to(self.device)
-            with device_of(self.states):
-                gather(positions, bits, self.pool, starts, self.offsets, self.counts)
+            own = (self.pool, starts, self.offsets, self.counts)
+            self.kernels.gather(positions, bits, *own)
         own = [[int(c.sum()), c.numel(), 2 * c.numel()] for c in counts.split(self.sizes)]
         return positions, bits, counts, self.checksums, torch.tensor(own, dtype=torch.int64)
 
@@ -190,27 +218,14 @@ class Batch:
         self._call(wanted, self._tables, before, self.kind, how, keep=self.merge)
 
     def _call(
-        self, wanted: int, tables: Any, before: tuple[Tensor, ...], kind: Kind, how: How,
+        self, wanted: int, tables: Tables, before: tuple[Tensor, Tensor, Tensor], kind: Kind,
+        how: How,
         *, keep: bool, pooled: bool = False,
     ) -> None:  # fmt: skip
-        if not self.tiles:
-            return
-        weights, adapters, scales, weight_of, _alive = tables
-        with device_of(self.states):
-            _swap[(self.tiles,)](
-                weights, adapters, scales, weight_of, self.states, wanted, *before,
-                self.checksums, self.counts, self.offsets, self.pool, self.cursor, self.capacity,
-                DTYPE=_NAMES[kind.dtype], RAW=_NAMES[RAW[kind.dtype.itemsize]],
-                PACK=_NAMES[self.pool.dtype], OLD=_NAMES[kind.old], NEW=_NAMES[kind.new],
-                OLD_PRECISION=_precision(kind.old), NEW_PRECISION=_precision(kind.new),
-                INNER=kind.inner, ALIGNED=kind.aligned, LORA_ALIGNED=kind.lora_aligned,
-                UNDO=how.undo, MERGE=how.merge, KEEP=keep, SUMS=how.sums, POOLED=pooled,
-                num_warps=8, num_stages=2,
-                # What is subtracted must be what was added, to the bit.
-                enable_fp_fusion=False,
-            )  # fmt: skip
+        if self.tiles:
+            self.kernels.swap(self, tables, wanted, before, kind, how, keep=keep, pooled=pooled)
 
-    def _tables_of(self, jobs: Sequence[tuple[list[Adapter], list[Adapter], Any]]) -> Any:
+    def _tables_of(self, jobs: Sequence[tuple[list[Adapter], list[Adapter], Any]]) -> Tables:
         rows: list[list[int]] = []
         adapters: list[Adapter] = []
         tile = 0
@@ -218,7 +233,7 @@ class Batch:
             weight = job.weight
             lists = [len(adapters), len(old), len(adapters) + len(old), len(new)]
             pointers = [t.data_ptr() for t in receipt[:2]] if receipt else [0, 0]
-            place = [tile, max(1, -(-weight.shape[1] // TILE[1]))]
+            place = [tile, max(1, -(-weight.shape[1] // self.kernels.tile[1]))]
             rows.append(
                 [weight.data_ptr(), *weight.stride(), *weight.shape, *place, *lists, *pointers]
             )
@@ -230,12 +245,12 @@ class Batch:
         ]
         sizes = torch.tensor(self.sizes, device=self.device)
         weight_of = torch.arange(len(sizes), device=self.device, dtype=torch.int32)
-        return (
+        return Tables(
             self._table(rows),
             self._table(factors or [[0] * 5]),
             torch.tensor([s for *_, s in adapters] or [0.0], dtype=torch.float32).to(self.device),
             weight_of.repeat_interleave(sizes, output_size=self.tiles),
-            jobs,  # keeps what the tables point to
+            jobs,
         )
 
     def _table(self, rows: list[list[int]]) -> Tensor:

@@ -51,6 +51,20 @@ def read(name: str, versions: Row) -> list[Row]:
     return own + _rows(SHIPPED / name)
 
 
+def verified(
+    op: str, dtype: str | None, arch: int, paths: tuple[str, ...], versions: Row
+) -> tuple[str, ...]:
+    """Those of ``paths`` of op that passed on such a GPU, in this dtype or, if None, in any."""
+    wanted = {"op": op, "arch": arch} | ({"dtype": dtype} if dtype else {})
+    passed: dict[tuple[Any, Any], bool] = {}
+    for row in read(VERIFIED, versions):
+        if wanted.items() <= row.items():
+            # The user's own rows come first, and say more of this machine than those that ship.
+            passed.setdefault((row.get("dtype"), row.get("path")), row.get("passed", True))
+    good = dict.fromkeys(path for (_, path), well in passed.items() if well and path in paths)
+    return tuple(good)
+
+
 def write(name: str, rows: list[Row], keys: tuple[str, ...], folder: Path | None = None) -> Path:
     """Adds rows to a file of the cache, or of ``folder``; a row of the same keys is replaced."""
     folder = folder or cache_folder()

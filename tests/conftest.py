@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU, Triton kernels are interpreted; triton reads this once, when it is imported.
+from tests import cuda_host
+
+# Without a GPU, Triton kernels are interpreted and CUDA kernels run on the host; read once, when
+# they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("FASTLORA_CUDA_LIBRARY", str(cuda_host.library() or ""))
 
 # What cuBLAS needs to be deterministic, which some tests ask torch for; read once too.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,7 +64,7 @@ def whole_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _asked_for(request, device)
 
 
-@pytest.fixture(params=["torch", "cpu", "triton"])
+@pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
 def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that merges, asked for by name; the tests with few tiles take Triton's too."""
     on = "device" in request.fixturenames
@@ -91,6 +95,16 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(folder / "lr=0.1", target_modules=["q_proj"])
     merge_folder(folder / "base", folder / "adapter", folder / "whole")
     return folder
+
+
+@pytest.fixture
+def on_cuda_kernels(device: torch.device) -> Iterator[None]:
+    """Asks for the CUDA kernels; skips where they run neither on the device nor on the host."""
+    reason = dispatch.cannot("cuda", device)
+    if reason is not None:
+        pytest.skip(reason)
+    with fastlora.use_backend("cuda"):
+        yield
 
 
 @pytest.fixture

@@ -32,7 +32,17 @@ LAYERS = {
     "gradients": ["autograd"],
     "ops": ["ops"],
     "choice of backend": ["dispatch"],
-    "backends": ["reference", "reference_multi", "cpu", "cpu_linear", "cpu_multi", "cpu_merge"],
+    "backends": [
+        "reference",
+        "reference_multi",
+        "cpu",
+        "cpu_linear",
+        "cpu_multi",
+        "cpu_merge",
+        "cuda",
+    ],
+    "CUDA kernels as ops": ["cuda_linear", "cuda_multi", "cuda_merge"],
+    "calls of the CUDA library": ["cuda_call"],
     "what was asked for": ["invariance"],
     "checks of calls": ["calls", "checks_multi", "checks_merge"],
     "helpers": [

@@ -1,0 +1,71 @@
+"""What every call of the CUDA library needs: pointers, the stream, and a reason where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import native
+
+HALF = (torch.float16, torch.bfloat16)
+# Multiprocessors with less than 100 KiB of shared memory for a block: Ampere, Ada and Blackwell
+# beside the data centre's.
+SMALL = (86, 87, 89, 110, 120, 121)
+# A backend's function for an op that these kernels do not take: of the reason, x and lora_A.
+Follow = Callable[[str | None, Tensor, Tensor], Callable[..., Any]]
+
+
+@cache
+def on_host() -> bool:
+    """Whether the library's kernels run on the host, on CPU tensors."""
+    return native.cuda_functions().fastlora_cuda_architectures() == b"host"
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability as 10 * major + minor; 90 on the host, which runs every path."""
+    return 90 if device.type != "cuda" else _arch(device.index or 0)
+
+
+@cache
+def _arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def stream_of(t: Tensor) -> int | None:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else None
+
+
+def device_of(t: Tensor) -> AbstractContextManager[object]:
+    return torch.cuda.device_of(t) if t.is_cuda else nullcontext()
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def chunks(name: str, t: Tensor, column: int = -1) -> str | None:
+    """Why t is not read in chunks of 16 bytes along a dimension, or None when it can be."""
+    column %= t.dim()
+    if t.data_ptr() % 16:
+        return f"{name} starts at no multiple of 16 bytes"
+    if t.stride(column) != 1 and t.shape[column] > 1:
+        return f"{name} has no unit stride"
+    for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if size % 8 if d == column else size > 1 and stride % 8:
+            return f"{name} has sizes or strides that are no multiples of 8"
+    return None
+
+
+def halves(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
+    """Why these dtypes are not taken, or None when they are."""
+    if x.dtype not in HALF:
+        return f"x is {x.dtype}, not half precision"
+    if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (x.dtype, torch.float32):
+        return f"adapters of {lora_A.dtype} and {lora_B.dtype} beside {x.dtype}"
+    return None
