@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.paths import along
+from benchmarks.paths import along, on
 from benchmarks.peers import peft_linear, torch_keep
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
@@ -44,6 +44,7 @@ class Linear(Work):
             self.providers["fastlora-invariant"] = self._invariant
         else:
             self.gpu_providers = {path: partial(along, path, self._fastlora) for path in PATHS}
+            self.gpu_providers["cuda"] = partial(on, "cuda", self._fastlora)
 
     def operands(self, case: Case, seed: int) -> Operands:
         M, K, N, R = (case.shape[k] for k in "MKNR")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from benchmarks.paths import on
 from benchmarks.peers import peft_linear
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, Call, Case, Operands, Outputs, Work, sampled, wide
@@ -31,6 +34,7 @@ class Swap(Work):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
+        self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
 
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")
@@ -135,6 +139,7 @@ class Merge(Work):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
+        self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
         if not unmerge:
             self.providers["torch-split"] = self._torch_split
 

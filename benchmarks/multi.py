@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.paths import along
+from benchmarks.paths import along, on
 from benchmarks.peers import peft_linear
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, Absent, Call, Case, Operands, Outputs, Work, sampled, wide
@@ -41,6 +41,7 @@ class Multi(Work):
             # Copies an adapter for every row or sequence: of use while they are few.
             self.providers["torch-gather"] = _torch_gather
         self.gpu_providers = {path: partial(along, path, _fastlora) for path in PATHS}
+        self.gpu_providers["cuda"] = partial(on, "cuda", _fastlora)
         self.gpu_providers["merged"] = _merged
 
     def operands(self, case: Case, seed: int) -> Operands:

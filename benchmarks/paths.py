@@ -1,9 +1,28 @@
-"""The Triton kernels' paths as providers: each along its own, whatever would be chosen."""
+"""Backends and their paths as providers: each by itself, whatever would be chosen."""
 
 from __future__ import annotations
 
 from benchmarks.work import Absent, Builder, Call, Case, Operands, Outputs
-from fastlora import use_backend
+from fastlora import dispatch, use_backend
+
+
+def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """What the provider ``fastlora`` calls, on one backend alone."""
+    reason = dispatch.unusable(backend)
+    if reason is not None:
+        raise Absent(reason)
+    with use_backend(backend):
+        call = fastlora(case, o)
+
+    def on_the_backend() -> Outputs:
+        with use_backend(backend), dispatch.not_handed_on():
+            return call()
+
+    try:
+        on_the_backend()
+    except dispatch.HandedOn as error:
+        raise Absent(str(error)) from error
+    return on_the_backend
 
 
 def along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:

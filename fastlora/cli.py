@@ -220,11 +220,15 @@ def _verified(device: torch.device) -> list[str]:
             backends.setdefault(chosen, []).append(name)
     said = [f"{backend} ({', '.join(names)})" for backend, names in backends.items()]
     lines = [f"  {device} runs lora_linear on {', '.join(said)}"]
-    if dispatch.cannot("triton", device) is not None:
+    major, minor = torch.cuda.get_device_capability(device)
+    modules = {"triton": "fastlora.kernels.choice", "cuda": "fastlora.cuda"}
+    usable = [m for name, m in modules.items() if dispatch.cannot(name, device) is None]
+    if not usable:
         return lines
-    choice = importlib.import_module("fastlora.kernels.choice")
-    arch = importlib.import_module("fastlora.kernels.launch").arch_of(device)
-    found = verified_lines(lambda op, dtype: choice.verified(op, dtype, arch))
+    of = [importlib.import_module(module).verified for module in usable]
+    found = verified_lines(
+        lambda op, dtype: tuple(p for f in of for p in f(op, dtype, 10 * major + minor))
+    )
     found = found or ["nothing is verified here, so plain torch runs; `fastlora check` verifies"]
     return lines + [f"         {line}" for line in found]
 

@@ -49,12 +49,18 @@ def compiler() -> str:
     return native.cuda_functions().fastlora_cuda_compiler().decode()
 
 
+def dtype_name(dtype: torch.dtype, lora_dtype: torch.dtype | None) -> str:
+    """As rows name it: bf16, or bf16+fp32 with float32 adapters."""
+    return _DTYPES[dtype] + ("" if lora_dtype in (None, dtype) else f"+{_DTYPES[lora_dtype]}")
+
+
 @lru_cache
-def verified(op: str, dtype: torch.dtype | None, lora_dtype: torch.dtype | None, arch: int) -> bool:
-    """Whether a path of op has passed its test on such a GPU, in this dtype or, if None, in any."""
-    name = None
-    if dtype is not None:
-        name = _DTYPES[dtype]
-        name += "" if lora_dtype in (None, dtype) else f"+{_DTYPES[lora_dtype]}"
+def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
+    """The paths of op that passed their test on such a GPU, in this dtype or, if None, in any."""
     records = importlib.import_module("fastlora.kernels.records")
-    return bool(records.verified(op, name, arch, PATHS, versions()))
+    return records.verified(op, dtype, arch, PATHS, versions())
+
+
+def forget() -> None:
+    """Reads the files anew at the next call."""
+    verified.cache_clear()

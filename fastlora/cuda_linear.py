@@ -18,10 +18,12 @@ from fastlora.cuda_call import SMALL, Follow, arch_of, chunks, device_of, halves
 
 # As csrc/fastlora.h numbers them.
 ONE_PASS, TILE_64, TILE_128, TILE_256 = range(4)
-# By arithmetic, unmeasured: up to here a tile of 32 rows, all of K a block, draws more bandwidth
-# than tensor cores need; from 66 tiles on, half of an H100's multiprocessors, a wider tile pays.
-FEW_ROWS, MANY_TILES = 64, 66
-_MOST_RANKS = {"one_pass": 64, "two_pass": 512}
+# By arithmetic, unmeasured: each 32 rows read the weight again and every block its h's factors, from
+# L2, which beyond these rows takes longer than a second launch; with more than 32 ranks sooner, and
+# where shared memory is small a tile of 16 rows is all that fits. From 66 tiles on, half of an H100's
+# multiprocessors, a wider tile pays.
+FEW_ROWS, FEWER_ROWS, MANY_TILES = 32, 16, 66
+MOST_RANKS, MOST_RANKS_BESIDE = 512, 64
 
 
 class _Dropped(NamedTuple):
@@ -77,8 +79,8 @@ def _refused(
     reason = halves(x, a, b) or chunks("x", x) or chunks("weight", weight)
     reason = reason or chunks("lora_A", a) or chunks("lora_B", b)
     R = lora.shape[0] if a is lora else lora.shape[1]
-    if reason is None and _MOST_RANKS["two_pass"] < R:
-        reason = f"rank {R} is beyond {_MOST_RANKS['two_pass']}"
+    if reason is None and MOST_RANKS < R:
+        reason = f"rank {R} is beyond {MOST_RANKS}"
     if reason is None and weight.shape[0] % 8:
         reason = "weight has sizes that are no multiples of 8"
     if reason is None and not (x.numel() and weight.numel() and R):
@@ -91,7 +93,10 @@ def _refused(
 
 
 def _fits_one_pass(x: Tensor, lora: Tensor, R: int, drop: _Dropped | None) -> bool:
-    return lora.dtype == x.dtype and _MOST_RANKS["one_pass"] >= R and drop is None
+    # One tile of 32 rows, or more than a grid has rows of blocks for, would not fit.
+    rows = FEWER_ROWS if arch_of(x.device) in SMALL else 1 << 20
+    fits = R <= MOST_RANKS_BESIDE and x.shape[0] <= rows
+    return lora.dtype == x.dtype and drop is None and fits
 
 
 def tile_of(M: int, N: int, arch: int) -> int:
@@ -112,7 +117,8 @@ def _product(
     N, R = (weight.shape[1], a.shape[1]) if transposed else (weight.shape[0], a.shape[0])
     y, h = x.new_empty(M, N), x.new_empty(M, R)
     arch = arch_of(x.device)
-    few = M <= FEW_ROWS and _fits_one_pass(x, a, R, drop)
+    most = FEWER_ROWS if R > 32 else FEW_ROWS
+    few = most >= M and _fits_one_pass(x, a, R, drop)
     if path == "cuda_one_pass" or (path is None and few):
         number = ONE_PASS
     else:

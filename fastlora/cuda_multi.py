@@ -27,7 +27,7 @@ def multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
     *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reason = _refused(x, weight, lora_A, lora_B, None, (weight.shape[0],))
+    reason = _refused(invariant, x, weight, lora_A, lora_B, None, (weight.shape[0],))
     if reason is not None:
         run = follow(reason, x, lora_A)
         return run(x, weight, bias, lora_A, lora_B, *groups, **_how(invariant))
@@ -39,7 +39,7 @@ def multi_lora_add_(
     y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
     *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
 ) -> None:  # fmt: skip
-    reason = _refused(x, None, lora_A, lora_B, None, (y.shape[1],)) or _apart(x, y)
+    reason = _refused(invariant, x, None, lora_A, lora_B, None, (y.shape[1],)) or _apart(x, y)
     if reason is not None:
         follow(reason, x, lora_A)(y, h, x, lora_A, lora_B, *groups, **_how(invariant))
         return
@@ -52,7 +52,7 @@ def packed_lora_linear(
     table: Tensor | None, ends: Sequence[int], *groups: Any,
     follow: Follow, path: str | None = None, invariant: bool = False,
 ) -> Tensor:  # fmt: skip
-    reason = _refused(x, weight, lora_A, lora_B, table, ends)
+    reason = _refused(invariant, x, weight, lora_A, lora_B, table, ends)
     if reason is not None:
         run = follow(reason, x, lora_A)
         return run(x, weight, bias, lora_A, lora_B, table, ends, *groups, **_how(invariant))
@@ -66,7 +66,7 @@ def packed_lora_add_(
     ends: Sequence[int], *groups: Any,
     follow: Follow, path: str | None = None, invariant: bool = False,
 ) -> None:  # fmt: skip
-    reason = _refused(x, None, lora_A, lora_B, table, ends) or _apart(x, y)
+    reason = _refused(invariant, x, None, lora_A, lora_B, table, ends) or _apart(x, y)
     if reason is not None:
         run = follow(reason, x, lora_A)
         run(y, x, lora_A, lora_B, table, ends, *groups, **_how(invariant))
@@ -91,9 +91,12 @@ def _apart(x: Tensor, y: Tensor) -> str | None:
 
 
 def _refused(
-    x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
-    ends: Sequence[int],
+    invariant: bool, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    table: Tensor | None, ends: Sequence[int],
 ) -> str | None:  # fmt: skip
+    if invariant:
+        # More rows than these kernels take would have other bits.
+        return "a batch-invariant product is asked for"
     reason = halves(x, lora_A, lora_B) or chunks("x", x)
     reason = reason or (None if weight is None else chunks("weight", weight))
     reason = reason or chunks("lora_A", lora_A)
@@ -114,8 +117,9 @@ def _refused(
         return f"rank {R * pages} is no multiple of 8 up to {MOST_RANKS}"
     if len(ends) > MOST_SLICES:
         return f"{len(ends)} slices are more than {MOST_SLICES}"
-    if weight is not None and M > 32 and arch_of(x.device) in SMALL:
-        return "more than 32 rows want more shared memory than this GPU has"
+    single = lora_A.dtype == torch.float32
+    if weight is not None and (M > 32 or single) and arch_of(x.device) in SMALL:
+        return "more than 32 rows, or float32 adapters, want more shared memory than this GPU has"
     return None
 
 

@@ -102,6 +102,8 @@ _latest = _Asked.name
 _loaded: dict[str, ModuleType] = {}
 _on_cpu: dict[tuple[Any, ...], str] = {}
 _said: set[str] = set()
+# For every thread: backward runs in one of autograd's.
+_hand_on = True
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -274,10 +276,11 @@ def _verified_cuda(
     op: str, device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
 ) -> bool:
     """Whether the CUDA kernels of ``op`` passed their tests on this GPU, as did its backward's."""
-    verified = implementation("verified", "cuda")
+    verified, named = (implementation(name, "cuda") for name in ("verified", "dtype_name"))
+    name = None if dtype is None else named(dtype, lora_dtype)
     major, minor = _capability(device)
     backward = _BACKWARD.get(op, op) if _BACKWARD.get(op) in OPS["cuda"] else op
-    return all(verified(name, dtype, lora_dtype, 10 * major + minor) for name in {op, backward})
+    return all(verified(each, name, 10 * major + minor) for each in {op, backward})
 
 
 @_constant
@@ -311,11 +314,28 @@ def _hands_on(op: str, backend: str) -> bool:
     return backend == "cuda" and op in _HANDED_ON
 
 
+class HandedOn(RuntimeError):
+    """A call that the CUDA kernels do not take, where no other backend may."""
+
+
+@contextmanager
+def not_handed_on() -> Iterator[None]:
+    """Calls that the CUDA kernels do not take raise ``HandedOn``: to measure them alone."""
+    global _hand_on
+    before, _hand_on = _hand_on, False
+    try:
+        yield
+    finally:
+        _hand_on = before
+
+
 def _following(op: str, reason: str | None, x: torch.Tensor, lora_A: torch.Tensor) -> Any:
     """The function of the backend after the CUDA kernels, which do not take a call.
 
     reason: None where they never do.
     """
+    if reason is not None and not _hand_on:
+        raise HandedOn(f"the CUDA kernels do not take {op}: {reason}")
     if reason is not None:
         _say(f"{op} runs on another backend than the CUDA kernels: {reason}")
     call = (op, x.device, x.dtype, lora_A.dtype, lora_A.shape[-2])

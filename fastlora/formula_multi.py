@@ -50,6 +50,9 @@ def multi_cases(quick: bool, gpu: bool) -> list[MultiCase]:
         MultiCase(130, 256, 384, 24, 4),
         MultiCase(130, 256, 384, 24, 4, **_PACKED),
         MultiCase(17, 72, 100, 12, 5, **_PACKED),
+        # Few rows in whole chunks of 16 bytes.
+        MultiCase(40, 264, 136, 24, 6, optional=True),
+        MultiCase(17, 72, 104, 16, 5, optional=True, slices=3, page=8),
     ]
     if gpu:
         found += [

@@ -31,12 +31,27 @@ MULTI_OPS = (
     "packed_lora_add_",
 )
 MERGE_OPS = ("merge_", "unmerge_", "swap_")
-BACKENDS = ("torch", "cpu", "triton")
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+# The CUDA kernels' paths to an op; what is not here they leave to others.
+_ONE = ("cuda_one_pass", "cuda_two_pass", "cuda_overlapped")
+_CUDA = {
+    "lora_linear": _ONE,
+    "lora_linear_backward": _ONE,
+    **{op: ("cuda_decode",) for op in MULTI_OPS if not op.endswith("_backward")},
+    **dict.fromkeys(MERGE_OPS, ("cuda_in_place",)),
+}
 # The one path of merging.
 IN_PLACE = "in_place"
+_IN_PLACES = (IN_PLACE, "cuda_in_place")
+
+
+class NotTaken(Exception):
+    """A call that the CUDA kernels hand on: no verdict on them."""
 
 
 def paths_of(backend: str) -> tuple[str | None, ...]:
+    if backend == "cuda":
+        return importlib.import_module("fastlora.cuda").PATHS
     if backend != "triton":
         return (None,)
     return importlib.import_module("fastlora.kernels.choice").EVERY_PATH
@@ -46,8 +61,8 @@ def possible(
     op: str, path: str | None, case: Case | MultiCase | MergeCase, name: str, device: torch.device
 ) -> bool:
     """Whether the path can run the case, which is one for this op."""
-    if isinstance(case, MergeCase) or path == IN_PLACE:
-        return isinstance(case, MergeCase) and path in (None, IN_PLACE)
+    if isinstance(case, MergeCase) or path in _IN_PLACES:
+        return isinstance(case, MergeCase) and path in (None, *_IN_PLACES)
     backward = op.endswith("_backward")
     if not backward and not case.weight:
         return False
@@ -57,6 +72,8 @@ def possible(
         and (case.slices, case.page) != (1, 0)
     ):
         return False
+    if path is not None and path.startswith("cuda_"):
+        return path in _CUDA.get(op, ())
     if path is None:
         return True
     choice = importlib.import_module("fastlora.kernels.choice")
@@ -91,8 +108,8 @@ def check(
     seed = secrets.randbits(32) if seed is None else seed
     where = torch.cuda.get_device_name(device) if gpu else "CPU"
     say(f"fastlora check on {device} ({where}), data of seed {seed}")
-    stamps = Stamps(device, folder, quick) if "triton" in backends else None
-    say(f"{'backend':<8} {'path':<11} {'dtype':<10} {'checks':>6}  worst error over allowed")
+    stamps = Stamps(device, folder, quick) if {"triton", "cuda"} & set(backends) else None
+    say(f"{'backend':<8} {'path':<15} {'dtype':<10} {'checks':>6}  worst error over allowed")
     passed = True
     for name in names or [name for name in DTYPES if gpu or name != "tf32"]:
         draw = torch.Generator().manual_seed(seed)
@@ -124,6 +141,8 @@ def _line(
     """One line of the table: its failures, and whether the device is lost."""
     checks, worst, failures, dead = 0, 0.0, [], False
     for op, subjects in by_op.items():
+        if op not in dispatch.OPS.get(backend, (op,)):
+            continue
         function = _function(op, backend, path)
         before, failed, wrong = checks, len(failures), False
         for subject in subjects:
@@ -132,6 +151,8 @@ def _line(
             checks += 1
             try:
                 worst = max(worst, subject.verdict(op, function))
+            except NotTaken:
+                checks -= 1
             except Exception as error:  # whatever a kernel raises, it has failed its check
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 failures.append(f"    {op} ({subject.case}): {reason}")
@@ -145,7 +166,7 @@ def _line(
             break
     if checks:
         result = "FAILED" if failures else "passed"
-        say(f"{backend:<8} {path or '-':<11} {name:<10} {checks:>6}  {worst:.2f} {result}")
+        say(f"{backend:<8} {path or '-':<15} {name:<10} {checks:>6}  {worst:.2f} {result}")
         for failure in failures:
             say(failure)
     return failures, dead
@@ -156,7 +177,16 @@ def _function(op: str, backend: str, path: str | None) -> Any:
     if op in MERGE_OPS:
         return {name: dispatch.implementation(name, backend) for name in MERGE_OPS}
     function = dispatch.implementation(op, backend)
+    if path is not None and path.startswith("cuda_"):
+        return partial(function, path=path, follow=partial(_not_taken, op))
     return function if path is None else partial(function, path=path)
+
+
+def _not_taken(op: str, reason: str | None, *_: Any) -> Any:
+    """In place of the next backend; what the CUDA kernels always leave to it, torch does."""
+    if reason is not None:
+        raise NotTaken(reason)
+    return dispatch.implementation(op, "torch")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def commit() -> str:
         # A package may be installed within a repository that is not its own.
         git("ls-files", "--error-unmatch", str(package / "__init__.py"))
         # The rows themselves change no result of the next check.
-        sources = ("--", "fastlora", "kernels", ":(exclude)kernels/tuning")
+        sources = ("--", "fastlora", "kernels", "csrc", ":(exclude)kernels/tuning")
         changes = "+changes" if git("status", "--porcelain", *sources) else ""
         return git("rev-parse", "--short", "HEAD") + changes
     except (OSError, subprocess.CalledProcessError):
@@ -45,18 +46,23 @@ def poisoned(device: torch.device) -> bool:
     return False
 
 
+def versions_of(path: str) -> dict[str, str]:
+    """What a row of this path holds for: the kernels as they are, by whom they were compiled."""
+    module = "fastlora.cuda" if path.startswith("cuda_") else "fastlora.kernels.choice"
+    return importlib.import_module(module).versions()
+
+
 class Stamps:
     """The rows of one GPU, written as each path has passed or failed."""
 
     def __init__(self, device: torch.device, folder: Path | None, quick: bool) -> None:
         self._folder, self._quick, self._written, self._failed = folder, quick, 0, 0
-        launch = importlib.import_module("fastlora.kernels.launch")
-        self._real = device.type == "cuda" and not launch.interpreted()
+        self._real = device.type == "cuda"
         if self._real:
-            choice = importlib.import_module("fastlora.kernels.choice")
+            major, minor = torch.cuda.get_device_capability(device)
             self._facts: dict[str, Any] = {
-                "arch": launch.arch_of(device), "gpu": choice.gpu_name(device),
-                "commit": commit(), "torch": torch.__version__, **choice.versions(),
+                "arch": 10 * major + minor, "gpu": torch.cuda.get_device_name(device),
+                "commit": commit(), "torch": torch.__version__,
             }  # fmt: skip
 
     def note(self, op: str, dtype: str, path: str, *, passed: bool) -> None:
@@ -64,9 +70,8 @@ class Stamps:
         if not self._real or self._quick:
             return
         # A failure is kept too: it outweighs a row that says of another such GPU that all was well.
-        write(
-            {"op": op, "dtype": dtype, "path": path, "passed": passed, **self._facts}, self._folder
-        )
+        row = {"op": op, "dtype": dtype, "path": path, "passed": passed, **self._facts}
+        write(versions_of(path) | row, self._folder)
         self._written += passed
         self._failed += not passed
 
@@ -83,4 +88,6 @@ def write(row: dict[str, Any], folder: Path | None) -> None:
     """Adds a row, or puts it in the place of the earlier one about the same path."""
     records = importlib.import_module("fastlora.kernels.records")
     records.write(records.VERIFIED, [row], _KEYS, folder)
-    importlib.import_module("fastlora.kernels.choice").forget()
+    for module in ("fastlora.kernels.choice", "fastlora.cuda"):
+        if module in sys.modules:
+            sys.modules[module].forget()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -22,15 +23,16 @@ CUDA = ROOT / "csrc" / "cuda"
 # -ffp-contract=off: as nvcc's -fmad=false. Fortified, longjmp refuses to change stacks.
 FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-DFL_HOST", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
-ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
+# A sanitizer's, say.
+FLAGS += shlex.split(os.environ.get("FASTLORA_CUDA_HOST_FLAGS", ""))
 
 
-def library(*flags: str) -> Path | None:
+def library() -> Path | None:
     """The whole library for the host; None without a compiler, or elsewhere than on Linux."""
-    return compiled("libfastlora_cuda.so", sorted(CUDA.glob("*.cu")), flags)
+    return compiled("libfastlora_cuda.so", sorted(CUDA.glob("*.cu")))
 
 
-def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path | None:
+def compiled(name: str, sources: Sequence[Path]) -> Path | None:
     """These sources and the fibers as a library, kept for the next run of the same sources."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None or fcntl is None or os.uname().sysname != "Linux":
@@ -38,23 +40,23 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> P
     sources = [*sources, CUDA / "host" / "fibers.cpp"]
     headers = [*CUDA.glob("**/*.h"), ROOT / "csrc" / "fastlora.h"]
     parts = [p.read_bytes() for p in sorted({*sources, *headers})]
-    parts += [" ".join([compiler, *FLAGS, *flags]).encode()]
+    parts += [" ".join([compiler, *FLAGS]).encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = ROOT / "build" / "cuda-host" / key
     with _alone(folder):
         if not (folder / name).exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda s: _object(compiler, s, folder, flags), sources))
+                objects = list(pool.map(lambda s: _object(compiler, s, folder), sources))
             new = folder / f"{name}.new"
-            subprocess.run([compiler, *flags, "-shared", *objects, "-o", new], check=True)
+            subprocess.run([compiler, *FLAGS, "-shared", *objects, "-o", new], check=True)
             new.rename(folder / name)
     return folder / name
 
 
-def _object(compiler: str, source: Path, folder: Path, flags: Sequence[str]) -> Path:
+def _object(compiler: str, source: Path, folder: Path) -> Path:
     out = folder / f"{source.stem}.o"
     include = ["-I", str(CUDA)]
-    command = [compiler, *FLAGS, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(out)]
+    command = [compiler, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", str(out)]
     subprocess.run(command, check=True)
     return out
 
@@ -77,3 +79,7 @@ def order(loaded: ctypes.CDLL, seed: int) -> Iterator[None]:
         yield
     finally:
         loaded.fastlora_cuda_host_order(ctypes.c_uint64(0))
+
+
+if __name__ == "__main__":
+    print(library())

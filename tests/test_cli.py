@@ -140,7 +140,7 @@ def test_a_backend_that_was_asked_for_shows():
         ("demo --seed x", 2, "--seed"),
         ("check --help", 0, "--quick"),
         ("check --device gpu", 2, "expected cpu or cuda[:N], got 'gpu'"),
-        ("check --backend cuda", 2, "--backend"),
+        ("check --backend gpu", 2, "--backend"),
         ("tune --help", 0, "--shapes"),
         ("merge --help", 0, "--allow-partial"),
         ("tune --shapes 1,2,3", 2, "expected M,K,N,R of 1 or more, got '1,2,3'"),

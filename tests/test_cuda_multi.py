@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastlora
 from fastlora import cuda_call, cuda_multi, dispatch, native
 from fastlora import functional as F
 from tests import cuda_host, oracle
@@ -107,6 +108,19 @@ def test_rows_have_their_bits_in_any_batch(device):
     for size in (1, 5, 16, 33):
         index = torch.randperm(64)[:size].to(device)
         assert same_bits(run(b.rows(index))[0], together[index])
+
+
+def test_invariant_batches_of_any_size(device):
+    """Beyond the rows that these kernels take, where another backend sums in another order."""
+    b = Batch.draw(70, 1024, 1024, 16, 5, BF16, BF16, device)
+
+    def public(b: Batch) -> Tensor:
+        how = {"bias": b.bias, "ranks": b.ranks, "row_scales": b.row_scales}
+        with torch.no_grad(), fastlora.batch_invariant():
+            return F.multi_lora_linear(b.x, b.weight, b.A, b.B, b.ids, b.scalings, **how)
+
+    some = torch.arange(64, device=device)
+    assert same_bits(public(b.rows(some)), public(b)[:64])
 
 
 def test_rows_of_none_are_as_without_adapters(device):

@@ -40,7 +40,7 @@ def test_unknown_names(name):
 
 
 def test_an_unusable_backend_says_why(monkeypatch):
-    monkeypatch.setitem(dispatch._ABSENT, "cuda", "no such thing here")
+    monkeypatch.setattr(dispatch, "_no_cuda_library", lambda: "no such thing here")
     with (
         pytest.raises(RuntimeError, match="'cuda' cannot be used: no such thing here"),
         fastlora.use_backend("cuda"),
@@ -61,7 +61,8 @@ def twin(monkeypatch):
     for op in SCHEMAS:
         setattr(module, op, noting(op))
     monkeypatch.setattr(dispatch._asked, "name", None)
-    monkeypatch.setattr(dispatch, "_ABSENT", {"cuda": "absent", "triton": "absent"})
+    monkeypatch.setattr(dispatch, "_no_cuda_library", lambda: "absent")
+    monkeypatch.setattr(dispatch, "_TRITON", False)
     monkeypatch.setattr(dispatch, "_no_library", lambda: None)
     monkeypatch.setitem(dispatch._MODULES, "cpu", "twin")
     monkeypatch.setitem(sys.modules, "twin", module)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import cpu_linear, cpu_multi, dispatch, dropout, native
+from fastlora import cpu_linear, cpu_multi, cuda_linear, cuda_merge, dispatch, dropout, native
 from fastlora import functional as F
 from tests.calls import weight_and_adapter
 from tests.helpers import (
@@ -75,6 +75,12 @@ def test_the_codes_and_the_version_are_the_headers():
     assert int(numbers.pop("ABI_VERSION")) == native.ABI_VERSION
     types = {str(dtype).removeprefix("torch.").upper(): n for dtype, n in native.DTYPES.items()}
     assert {name: int(numbers.pop(name)) for name in types} == types
+    paths = {name: int(numbers.pop(name)) for name in list(numbers) if name in vars(cuda_linear)}
+    assert paths == {name: getattr(cuda_linear, name) for name in paths}
+    assert len(paths) == 4
+    how = ("UNDO", "MERGE", "KEEP", "SUMS", "POOLED", "ALIGNED")
+    flags = {name: int(numbers.pop(name)) for name in how}
+    assert flags == {name: getattr(cuda_merge, f"_{name}") for name in how}
     assert {name: getattr(native, name) for name in numbers} == {
         name: int(number) for name, number in numbers.items()
     }

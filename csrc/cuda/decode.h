@@ -95,31 +95,46 @@ struct DecodeTile {
     static constexpr int ITEM = BN * RANKS * sizeof(E) / 16, FOUR = 4;
     static constexpr int ITEMS = 2 * FOUR * ITEM;
     static constexpr int BASE = WEIGHT ? Columns::SHARED / 16 : 0;
+    // Up to RANKS of a slot's ranks, from `first` on, and which of the block's rows have that slot.
+    struct Item {
+        uint64_t rows;
+        int slot, first, ranks, unused;
+    };
     static int shared(int R) {
-        return (BASE + ITEMS) * 16 + (2 * BM + 1 + BM * ((R + RANKS - 1) / RANKS)) * 4;
+        return (BASE + ITEMS) * 16 + BM * ((R + RANKS - 1) / RANKS) * sizeof(Item) +
+               (2 * BM + 1) * 4;
     }
 
-    // Of the block's rows: slot and number of items of each, then the items, slot * parts + part.
+    // What the block's rows want, every slot once: the items, slot and number of items of each row.
     struct Lists {
-        int *slots, *counts, *total, *items;
+        Item* items;
+        int *slots, *counts, *total;
     };
 
-    FL_DEVICE static Lists list(const Decode<T>& p, int* memory, int64_t row) {
-        const Lists lists{memory, memory + BM, memory + 2 * BM, memory + 2 * BM + 1};
-        const int t = thread(), parts = (p.adapters.R + RANKS - 1) / RANKS;
+    FL_DEVICE static Lists list(const Decode<T>& p, Chunk* memory, int64_t row) {
+        Item* items = reinterpret_cast<Item*>(memory);
+        const int parts = (p.adapters.R + RANKS - 1) / RANKS;
+        int* numbers = reinterpret_cast<int*>(items + BM * parts);
+        const Lists lists{items, numbers, numbers + BM, numbers + 2 * BM};
+        const int t = thread();
         const int slot = t < BM && row + t < p.M ? slot_of(p.adapters, row + t) : -1;
+        const int ranks = ranks_of(p.adapters, slot);
         if (t < BM) lists.slots[t] = slot;
         sync_block();
+        uint64_t rows = 0;
         if (t < BM) {
-            bool first = slot >= 0;
-            for (int i = 0; i < t; ++i) first = first && lists.slots[i] != slot;
-            lists.counts[t] = first ? (ranks_of(p.adapters, slot) + RANKS - 1) / RANKS : 0;
+            for (int i = 0; i < BM; ++i) rows |= uint64_t(lists.slots[i] == slot) << i;
+            const bool first = slot >= 0 && !(rows & ((uint64_t(1) << t) - 1));
+            lists.counts[t] = first ? (ranks + RANKS - 1) / RANKS : 0;
         }
         sync_block();
         if (t < BM) {
             int at = 0;
             for (int i = 0; i < t; ++i) at += lists.counts[i];
-            for (int i = 0; i < lists.counts[t]; ++i) lists.items[at + i] = slot * parts + i;
+            for (int i = 0; i < lists.counts[t]; ++i) {
+                const int left = ranks - i * RANKS;
+                items[at + i] = {rows, slot, i * RANKS, left < RANKS ? left : RANKS, 0};
+            }
             if (t == BM - 1) *lists.total = at + lists.counts[t];
         }
         sync_block();
@@ -133,21 +148,18 @@ struct DecodeTile {
                                int64_t column) {
         constexpr int EACH = 16 / sizeof(E), WIDE = BN / EACH, DEEP = RANKS / EACH;
         const Adapters& own = p.adapters;
-        const int parts = (own.R + RANKS - 1) / RANKS;
         for (int i = 0; i < FOUR; ++i) {
             const int number = half * FOUR + i;
             if (number >= *lists.total) break;
-            const int slot = lists.items[number] / parts;
-            const int first = lists.items[number] % parts * RANKS;
-            const int ranks = ranks_of(own, slot) - first;
+            const Item wanted = lists.items[number];
             Chunk* item = items + (half % 2 * FOUR + i) * ITEM;
             for (int c = thread(); c < ITEM; c += THREADS) {
                 const int r = by_rank(p) ? c / WIDE : c % DEEP * EACH;
                 const int n = by_rank(p) ? c % WIDE * EACH : c / DEEP;
                 int64_t holder = 0;
                 int within = 0;
-                const bool there = r < ranks && column + n < p.N &&
-                                   find(own, slot, first + r, holder, within);
+                const bool there = r < wanted.ranks && column + n < p.N &&
+                                   find(own, wanted.slot, wanted.first + r, holder, within);
                 const E* b = static_cast<const E*>(own.b);
                 if (there)
                     b += holder * own.b_slot + within * own.b_rank + (column + n) * own.b_column;
@@ -157,12 +169,33 @@ struct DecodeTile {
         }
     }
 
-    FL_DEVICE static float at(const Decode<T>& p, const Chunk* item, int r, int n) {
+    // b of 8 ranks from r on, of the lane's column.
+    FL_DEVICE static void read(float (&b)[8], const Decode<T>& p, const Chunk* item, int r) {
         constexpr int EACH = 16 / sizeof(E), WIDE = BN / EACH, DEEP = RANKS / EACH;
-        const E* e = reinterpret_cast<const E*>(item);
-        const int chunk = by_rank(p) ? place<WIDE>(r, n / EACH) : place<DEEP>(n, r / EACH);
-        const E found = e[chunk * EACH + (by_rank(p) ? n : r) % EACH];
-        return number(rounded<T>(number(found)));
+        const int n = lane();
+        if (by_rank(p)) {
+            const E* e = reinterpret_cast<const E*>(item);
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                b[j] = number(e[place<WIDE>(r + j, n / EACH) * EACH + n % EACH]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 8; j += EACH) {
+                const Chunk chunk = item[place<DEEP>(n, (r + j) / EACH)];
+#pragma unroll
+                for (int e = 0; e < EACH; ++e) {
+                    const uint32_t word = chunk.word[e * int(sizeof(E)) / 4];
+                    if constexpr (sizeof(E) == 4)
+                        b[j + e] = as_float(word);
+                    else
+                        b[j + e] = e % 2 ? high<T>(word) : low<T>(word);
+                }
+            }
+        }
+        // As T: what a tensor core would take.
+        if constexpr (sizeof(E) == 4)
+#pragma unroll
+            for (int j = 0; j < 8; ++j) b[j] = number(rounded<T>(b[j]));
     }
 
     FL_DEVICE static void run(const Decode<T>& p) {
@@ -170,8 +203,9 @@ struct DecodeTile {
         Chunk* items = memory + BASE;
         const Adapters& own = p.adapters;
         const int64_t row = int64_t(block(1)) * BM, column = int64_t(block(0)) * BN;
-        const Lists lists = list(p, reinterpret_cast<int*>(items + ITEMS), row);
+        Lists lists;
         const auto ahead = [&] {
+            lists = list(p, items + ITEMS, row);
             load(p, lists, items, 0, column);
             load(p, lists, items, 1, column);
         };
@@ -186,32 +220,30 @@ struct DecodeTile {
         }
         wait_for_previous();
 
-        const int parts = (own.R + RANKS - 1) / RANKS;
         const int64_t n = column + lane();
         const T* h = p.h + slice_of(own, n) * own.R;
         float delta[ROWS] = {};
         for (int half = 0; half * FOUR < *lists.total; ++half) {
             for (int i = 0; i < FOUR && half * FOUR + i < *lists.total; ++i) {
-                const int slot = lists.items[half * FOUR + i] / parts;
-                const int first = lists.items[half * FOUR + i] % parts * RANKS;
-                const int ranks = ranks_of(own, slot) - first;
+                const Item wanted = lists.items[half * FOUR + i];
                 const Chunk* item = items + (half % 2 * FOUR + i) * ITEM;
-                for (int r = 0; r < ranks && r < RANKS; r += 8) {
+                const uint32_t mine = uint32_t(wanted.rows >> (warp() * ROWS)) & ((1u << ROWS) - 1);
+                if (!mine) continue;
+                for (int r = 0; r < wanted.ranks; r += 8) {
                     float b_b[8];
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) b_b[j] = at(p, item, r + j, lane());
+                    read(b_b, p, item, r);
 #pragma unroll
                     for (int m = 0; m < ROWS; ++m) {
+                        if (!(mine >> m & 1)) continue;
                         const int t = warp() * ROWS + m;
-                        if (lists.slots[t] != slot) continue;
                         const Chunk b_h = *reinterpret_cast<const Chunk*>(
-                            h + (row + t) * own.slices * own.R + first + r);
+                            h + (row + t) * own.slices * own.R + wanted.first + r);
 #pragma unroll
                         for (int j = 0; j < 8; ++j) {
                             const uint32_t word = b_h.word[j / 2];
                             const float value = j % 2 ? high<T>(word) : low<T>(word);
                             // Past the slot's ranks there may be anything.
-                            if (r + j < ranks) delta[m] = fused(value, b_b[j], delta[m]);
+                            if (r + j < wanted.ranks) delta[m] = fused(value, b_b[j], delta[m]);
                         }
                     }
                 }

@@ -41,6 +41,7 @@ int run(Linear<T> p, int32_t path, Dropout drop, bool drops_x, bool overlap, voi
         p.drop = none;
         return p.M <= 16 ? run_one_pass<T, BY, 16>(p, stream) : run_one_pass<T, BY, 32>(p, stream);
     }
+    overlap = overlap && p.R > 0 && p.M > 0 && p.N > 0;
     if (p.R > 0) {
         p.drop = drops_x ? drop : none;
         const int code = p.a.single ? run_shrink<T, float, BY>(p, stream, overlap)
@@ -48,7 +49,7 @@ int run(Linear<T> p, int32_t path, Dropout drop, bool drops_x, bool overlap, voi
         if (code != FASTLORA_OK) return code;
     }
     p.drop = drops_x ? none : drop;
-    const bool beside = overlap && p.R > 0;
+    const bool beside = overlap;
     switch (path) {
         case FASTLORA_TILE_64: return run_gemm<T, BY, 64, 64, 32, 32, 4>(p, stream, beside);
         case FASTLORA_TILE_128: return run_gemm<T, BY, 128, 128, 64, 64, 3>(p, stream, beside);

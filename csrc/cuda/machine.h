@@ -11,8 +11,9 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
 
 #include "launch.h"
 
@@ -36,6 +37,20 @@ FL_DEVICE unsigned char* shared_memory() {
 }
 
 FL_DEVICE uint32_t in_shared(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// ld.global.v4, st.global.v4: of memory whose address comes from a table, so that the compiler
+// does not know that it is global.
+FL_DEVICE void load_global(uint32_t (&words)[4], const void* p) {
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(p)
+                 : "memory");
+}
+FL_DEVICE void store_global(void* p, const uint32_t (&words)[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+}
 
 // bar.sync
 FL_DEVICE void sync_block() { __syncthreads(); }
@@ -126,15 +141,18 @@ FL_DEVICE int64_t atomic_add(int64_t* to, int64_t value) {
 template <auto KERNEL, class P>
 int launch(const char* name, const Launch& how, const P& parameters) {
     if (how.x == 0 || how.y == 0 || how.z == 0) return FASTLORA_OK;
-    // Beyond 48 KiB a kernel asks once a device.
-    static std::atomic<uint64_t> large{0};
+    // Beyond 48 KiB a kernel asks, once a device for each larger size.
+    static std::mutex alone;
+    static std::map<int, int> asked;
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
-    const uint64_t bit = uint64_t(1) << (device % 64);
-    if (error == cudaSuccess && how.shared > 48 * 1024 && !(large.load() & bit)) {
-        error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     how.shared);
-        if (error == cudaSuccess) large.fetch_or(bit);
+    if (error == cudaSuccess && how.shared > 48 * 1024) {
+        const std::lock_guard<std::mutex> lock(alone);
+        int& most = asked[device];
+        if (how.shared > most)
+            error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         how.shared);
+        if (error == cudaSuccess && how.shared > most) most = how.shared;
     }
     if (error == cudaSuccess) {
         cudaLaunchAttribute attribute = {};

@@ -73,7 +73,8 @@ struct Merge {
 
     const Swap& p;
     const int64_t* row;  // of the table
-    int64_t tile, N, K, n, k;
+    int64_t tile, N, K, n, k, row_stride, column_stride;
+    Raw* weight;
     Chunk* memory;
 
     FL_DEVICE bool inside(int i, int column) const {
@@ -83,8 +84,8 @@ struct Merge {
     }
 
     FL_DEVICE Raw* at(int i, int column) const {
-        return reinterpret_cast<Raw*>(row[0]) + (n + tile_row(i)) * row[1] +
-               (k + tile_column(column)) * row[2];
+        return weight + (n + tile_row(i)) * row_stride +
+               (k + tile_column(column)) * (ALIGNED ? 1 : column_stride);
     }
 
     FL_DEVICE void read(Bits& bits) const {
@@ -94,7 +95,7 @@ struct Merge {
             for (int c = 0; c < ACROSS; c += 4) {
                 Chunk chunk = {};
                 if constexpr (ALIGNED) {
-                    if (inside(i, c * EACH)) chunk = *reinterpret_cast<Chunk*>(at(i, c * EACH));
+                    if (inside(i, c * EACH)) load_global(chunk.word, at(i, c * EACH));
                 } else {
 #pragma unroll
                     for (int e = 0; e < 4 * EACH; ++e)
@@ -113,7 +114,7 @@ struct Merge {
             for (int c = 0; c < ACROSS; c += 4) {
                 const Chunk chunk = {{bits[i][c], bits[i][c + 1], bits[i][c + 2], bits[i][c + 3]}};
                 if constexpr (ALIGNED) {
-                    if (inside(i, c * EACH)) *reinterpret_cast<Chunk*>(at(i, c * EACH)) = chunk;
+                    if (inside(i, c * EACH)) store_global(at(i, c * EACH), chunk.word);
                 } else {
 #pragma unroll
                     for (int e = 0; e < 4 * EACH; ++e)
@@ -124,14 +125,14 @@ struct Merge {
     }
 
     // The sum over all threads, the same for each.
-    FL_DEVICE int64_t total(int64_t own) const {
-        int64_t* of_warps = reinterpret_cast<int64_t*>(memory + BODY / 16);
+    FL_DEVICE uint64_t total(uint64_t own) const {
+        uint64_t* of_warps = reinterpret_cast<uint64_t*>(memory + BODY / 16);
 #pragma unroll
         for (int mask = 16; mask > 0; mask /= 2) own += shuffle_xor(own, mask);
         sync_block();
         if (lane() == 0) of_warps[warp()] = own;
         sync_block();
-        int64_t sum = 0;
+        uint64_t sum = 0;
         for (int w = 0; w < MERGE_THREADS / 32; ++w) sum += of_warps[w];
         return sum;
     }
@@ -148,7 +149,7 @@ struct Merge {
                 // 2^32 over the golden ratio.
                 sum += uint64_t(bits[i][c]) * ((2 * place + 1) * 0x9E3779B1u);
             }
-        return total(int64_t(sum));
+        return int64_t(total(sum));
     }
 
     // d of adapters of the table, from column `list` of the weight's row on; 0 outside the weight,
@@ -182,7 +183,7 @@ struct Merge {
 #pragma unroll
         for (int i = 0; i < 16; ++i)
             seen = fused(W::get(merged[i / 8][i % 8 / EACH], i % EACH), 0.0f, seen);
-        int64_t bad = 0;
+        uint64_t bad = 0;
         // Seldom, so looked at closely only here.
         if (seen != seen)
 #pragma unroll
@@ -317,8 +318,10 @@ struct Merge {
 template <class T, bool ALIGNED>
 FL_KERNEL(MERGE_THREADS, ALIGNED ? 2 : 1) swap_tiles(FL_PARAMETERS Swap p) {
     const int64_t tile = block();
-    if (p.states[tile] != p.wanted) return;
-    const int64_t* row = p.weights + int64_t(p.weight_of[tile]) * WEIGHT;
+    // One wait for both.
+    const int32_t state_before = p.states[tile], number = p.weight_of[tile];
+    if (state_before != p.wanted) return;
+    const int64_t* row = p.weights + int64_t(number) * WEIGHT;
     const int64_t own = tile - row[5];
     const Merge<T, ALIGNED> merge{p,
                          row,
@@ -327,6 +330,9 @@ FL_KERNEL(MERGE_THREADS, ALIGNED ? 2 : 1) swap_tiles(FL_PARAMETERS Swap p) {
                          row[4],
                          own / row[6] * HIGH,
                          own % row[6] * WIDE,
+                         row[1],
+                         row[2],
+                         reinterpret_cast<typename Words<T>::Raw*>(row[0]),
                          reinterpret_cast<Chunk*>(shared_memory())};
     const State state = merge.run();
     // All have read the state that was.

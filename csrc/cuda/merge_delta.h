@@ -14,8 +14,9 @@ namespace fastlora {
 constexpr int HIGH = 64, WIDE = 64, MERGE_THREADS = 256;
 // Ranks of float32 and of half-precision factors that are in shared memory at a time; a row of
 // float32 B with room so that 8 of them share no banks.
-constexpr int SINGLE_RANKS = 32, HALF_RANKS = 64, PITCH = SINGLE_RANKS + 4;
+constexpr int SINGLE_RANKS = 16, HALF_RANKS = 64, PITCH = SINGLE_RANKS + 4;
 constexpr int DELTA_SHARED = (HIGH * PITCH + SINGLE_RANKS * WIDE) * 4;
+static_assert(DELTA_SHARED >= HALF_RANKS * WIDE * 2);
 
 // The thread's elements: [row][column].
 using Tile = float[2][8];
@@ -80,10 +81,12 @@ FL_DEVICE void add_half(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t 
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[j][i] = acc[i / 2][j * 2 + i % 2];
     for (int first = 0; first < p.R; first += HALF_RANKS) {
+        // Whole steps of 16.
+        const int left = (p.R - first + 15) / 16 * 16, ranks = left < HALF_RANKS ? left : HALF_RANKS;
         sync_block();
         // A pair of columns 8 a + 2 j goes to column 2 a of product j.
 #pragma unroll 2
-        for (int i = thread(); i < HALF_RANKS * WIDE / 2; i += MERGE_THREADS) {
+        for (int i = thread(); i < ranks * WIDE / 2; i += MERGE_THREADS) {
             const int r = i / (WIDE / 2), column = i % (WIDE / 2) * 2;
             const int a = column % 32 / 8, j = column % 8 / 2 + column / 32 * 4;
             uint32_t both = 0;
@@ -96,7 +99,7 @@ FL_DEVICE void add_half(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t 
         }
         sync_block();
 #pragma unroll 1
-        for (int r = 0; r < HALF_RANKS && first + r < p.R; r += 16) {
+        for (int r = 0; r < ranks; r += 16) {
             uint32_t b_B[4];  // [16, 16]
 #pragma unroll
             for (int i = 0; i < 4; ++i) {

@@ -22,6 +22,8 @@ FL_DEVICE uint32_t factor_pair(const Factor& b, int64_t n, int k, int64_t N, int
     if (n >= N || k >= R) return 0;
     const int64_t at = BY == BY_N ? n * b.ld + k : k * b.ld + n;
     const int64_t next = BY == BY_N ? 1 : b.ld;
+    if (BY == BY_N && !b.single)
+        return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(b.p) + at);
     if (b.single) {
         const float* p = static_cast<const float*>(b.p) + at;
         return pair<T>(p[0], p[next]);

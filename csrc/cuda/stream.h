@@ -21,11 +21,12 @@ struct Stream {
     using Sums = float[BM / 16][COLUMNS / 8][4];
 
     FL_DEVICE static void load(Chunk* stage, const Matrix<T>& x, const Matrix<T>& w,
-                               const Matrix<T>& a, int64_t row, int64_t column, int64_t k) {
+                               const Matrix<T>& a, int64_t row, int64_t column, int64_t k,
+                               int ranks) {
         load_tile<BM, DEPTH / 8, THREADS>(stage, x, row, k);
         load_factor<BY, BN, DEPTH, THREADS>(stage + X, w, column, k);
         if constexpr (RANKS > 0)
-            load_factor<BY, RANKS, DEPTH, THREADS>(stage + X + W, a, 0, k);
+            load_factor<BY, RANKS, DEPTH, THREADS>(stage + X + W, a, 0, k, (ranks + 15) / 16 * 16);
     }
 
     FL_DEVICE static void multiply_stage(Sums& acc, const Chunk* stage, int ranks) {
@@ -63,7 +64,7 @@ struct Stream {
         const int64_t steps = (x.columns + DEPTH - 1) / DEPTH;
 #pragma unroll
         for (int s = 0; s < STAGES - 1; ++s) {
-            if (s < steps) load(memory + s * STAGE, x, w, a, row, column, s * DEPTH);
+            if (s < steps) load(memory + s * STAGE, x, w, a, row, column, s * DEPTH, ranks);
             copies_commit();
         }
         besides();
@@ -72,7 +73,7 @@ struct Stream {
             sync_block();
             const int64_t next = s + STAGES - 1;
             if (next < steps)
-                load(memory + next % STAGES * STAGE, x, w, a, row, column, next * DEPTH);
+                load(memory + next % STAGES * STAGE, x, w, a, row, column, next * DEPTH, ranks);
             copies_commit();
             multiply_stage(acc, memory + s % STAGES * STAGE, ranks);
         }

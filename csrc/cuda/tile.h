@@ -26,25 +26,35 @@ struct Matrix {
     int64_t ld, rows, columns;
 };
 
-// Asks for a tile [ROWS, CHUNKS] from (row, column) on; zeros where the matrix has ended.
+// Asks for a tile [ROWS, CHUNKS] from (row, column) on; zeros where the matrix has ended, nothing
+// from row `some` of the tile on. A thread's rows are STEP apart, a multiple of the swizzle's period:
+// one address, one place and one test of the column serve all of its copies.
 template <int ROWS, int CHUNKS, int THREADS, class E>
-FL_DEVICE void load_tile(Chunk* to, const Matrix<E>& m, int64_t row, int64_t column) {
-    constexpr int EACH = 16 / sizeof(E);
+FL_DEVICE void load_tile(Chunk* to, const Matrix<E>& m, int64_t row, int64_t column,
+                         int some = ROWS) {
+    constexpr int EACH = 16 / sizeof(E), STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0 && STEP % 8 == 0);
+    const int r = thread() / CHUNKS, c = thread() % CHUNKS;
+    const int64_t left = m.rows - row - r;
+    const bool inside = column + c * EACH < m.columns;
+    const E* from = m.p + (row + r) * m.ld + column + c * EACH;
+    Chunk* own = to + place<CHUNKS>(r, c);
 #pragma unroll
-    for (int i = thread(); i < ROWS * CHUNKS; i += THREADS) {
-        const int r = i / CHUNKS, c = i % CHUNKS;
-        const bool there = row + r < m.rows && column + c * EACH < m.columns;
-        const E* from = there ? m.p + (row + r) * m.ld + column + c * EACH : m.p;
-        copy_async(to + place<CHUNKS>(r, c), from, there);
+    for (int j = 0; j < ROWS / STEP; ++j) {
+        if (r + j * STEP >= some) break;
+        const bool there = inside && j * STEP < left;
+        copy_async(own + j * STEP * CHUNKS, there ? from + j * STEP * m.ld : m.p, there);
     }
 }
 
-// Asks for n in [n, n + COLUMNS) and k in [k, k + DEPTH) of a second factor.
+// Asks for n in [n, n + COLUMNS), `some` of them at least, and k in [k, k + DEPTH) of a second
+// factor.
 template <Layout BY, int COLUMNS, int DEPTH, int THREADS, class E>
-FL_DEVICE void load_factor(Chunk* to, const Matrix<E>& m, int64_t n, int64_t k) {
+FL_DEVICE void load_factor(Chunk* to, const Matrix<E>& m, int64_t n, int64_t k,
+                           int some = COLUMNS) {
     constexpr int EACH = 16 / sizeof(E);
     if constexpr (BY == BY_N)
-        load_tile<COLUMNS, DEPTH / EACH, THREADS>(to, m, n, k);
+        load_tile<COLUMNS, DEPTH / EACH, THREADS>(to, m, n, k, some);
     else
         load_tile<DEPTH, COLUMNS / EACH, THREADS>(to, m, k, n);
 }

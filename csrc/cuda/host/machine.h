@@ -80,6 +80,18 @@ FL_DEVICE int warp() { return thread() / 32; }
 FL_DEVICE int block(int dimension = 0) { return int(host::machine.now.at[dimension]); }
 FL_DEVICE unsigned char* shared_memory() { return host::machine.now.shared; }
 
+FL_DEVICE void load_global(uint32_t (&words)[4], const void* p) {
+    if (reinterpret_cast<uintptr_t>(p) % 16)
+        host::machine.now.block->fail("ld.global.v4: an address is no multiple of 16");
+    std::memcpy(words, p, 16);
+}
+
+FL_DEVICE void store_global(void* p, const uint32_t (&words)[4]) {
+    if (reinterpret_cast<uintptr_t>(p) % 16)
+        host::machine.now.block->fail("st.global.v4: an address is no multiple of 16");
+    std::memcpy(p, words, 16);
+}
+
 FL_DEVICE void sync_block() { host::machine.now.block->sync(); }
 
 FL_DEVICE void sync_warp() {
