@@ -57,12 +57,15 @@ $(ASAN)/fastlora/libfastlora_cpu.so: $(SOURCES) | setup
 PAST_THE_END = import torch; from fastlora import native; a, short = torch.ones(64), torch.ones(63); \
 	p, q = a.data_ptr(), short.data_ptr(); \
 	native.functions().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
-asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the CPU library under AddressSanitizer and UBSan (g++, Linux)
+asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under AddressSanitizer and UBSan (g++, Linux)
+	@export FASTLORA_CUDA_HOST_FLAGS="$(ASAN_FLAGS)"; $(BIN)/python -m tests.cuda_host
 	@export FASTLORA_CPU_LIBRARY=$< OMP_NUM_THREADS=1; \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	export FASTLORA_CUDA_HOST_FLAGS="$(ASAN_FLAGS)"; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
-	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py $(ARGS)
+	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py \
+		tests/test_cuda_machine.py tests/test_cuda_linear.py tests/test_cuda_multi.py tests/test_cuda_merge.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
 	$(BIN)/python -m fastlora demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -81,6 +84,7 @@ aot: setup $(VENV)/triton-$(OLD_TRITON) ## compile every kernel for sm_80, sm_90
 # From a bare checkout: no .venv, nothing installed, no network. Every part runs whatever the first
 # ones say. With pytest-xdist the tests, which mostly compile, run side by side.
 gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pytest, safetensors
+	@! command -v nvcc >/dev/null || $(PYTHON) setup.py -q build_ext --inplace || echo "gpu: without the CUDA library"
 	@many=$$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null); tests=0; check=0; bench=0; \
 	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
 	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
@@ -93,6 +97,9 @@ sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and wr
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m fastlora check --device cuda --backend triton --quick || exit $$?; \
+		$(PYTHON) -c "from fastlora import native; exit(isinstance(native.load_cuda(), str))" || continue; \
+		compute-sanitizer --tool $$tool --error-exitcode 9 \
+			$(PYTHON) -m fastlora check --device cuda --backend cuda || exit $$?; \
 	done
 
 lint: setup ## check style and formatting

@@ -15,13 +15,12 @@ def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
         call = fastlora(case, o)
 
     def on_the_backend() -> Outputs:
-        with use_backend(backend), dispatch.not_handed_on():
-            return call()
+        try:
+            with use_backend(backend), dispatch.not_handed_on():
+                return call()
+        except dispatch.HandedOn as error:
+            raise Absent(str(error)) from error
 
-    try:
-        on_the_backend()
-    except dispatch.HandedOn as error:
-        raise Absent(str(error)) from error
     return on_the_backend
 
 

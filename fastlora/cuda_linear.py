@@ -18,10 +18,10 @@ from fastlora.cuda_call import SMALL, Follow, arch_of, chunks, device_of, halves
 
 # As csrc/fastlora.h numbers them.
 ONE_PASS, TILE_64, TILE_128, TILE_256 = range(4)
-# By arithmetic, unmeasured: each 32 rows read the weight again and every block its h's factors, from
-# L2, which beyond these rows takes longer than a second launch; with more than 32 ranks sooner, and
-# where shared memory is small a tile of 16 rows is all that fits. From 66 tiles on, half of an H100's
-# multiprocessors, a wider tile pays.
+# By arithmetic, unmeasured: each 32 rows read the weight again and every block its h's factors,
+# from L2, which beyond these rows takes longer than a second launch; with more than 32 ranks at
+# fewer; where shared memory is small a tile of 16 rows is all that fits. From 66 tiles on, half of
+# an H100's multiprocessors, a wider tile pays.
 FEW_ROWS, FEWER_ROWS, MANY_TILES = 32, 16, 66
 MOST_RANKS, MOST_RANKS_BESIDE = 512, 64
 

@@ -244,6 +244,26 @@ def test_a_crash_costs_one_case_of_its_process(tmp_path):
     assert [[line["status"] for line in lines] for _, lines in tried] == [["ok"], ["crashed"]]
 
 
+def test_the_cuda_kernels_are_providers(on_cuda_kernels):
+    """On a GPU; here they run on the host, and are held to the same gate, or say why not."""
+    from benchmarks import linear, merge, multi
+
+    def verdict(case: Case) -> str:
+        case.work.providers |= {"cuda": case.work.gpu_providers["cuda"]}
+        return gate.check(case, one.SEED)["cuda"].status
+
+    case = dataclasses.replace(linear_case(), dtype="bf16")
+    shapes = {"M": 8, "K": 64, "N": 48, "R": 8}
+    for backward in (False, True):
+        work = linear.Linear(backward=backward)
+        assert verdict(dataclasses.replace(case, work=work, shape=shapes)) == "ok"
+    odd = dataclasses.replace(case, work=linear.Linear(backward=False), shape=shapes | {"K": 63})
+    assert verdict(odd) == "absent"
+    swapped = {"N": 72, "K": 64, "R": 8}
+    assert verdict(dataclasses.replace(case, work=merge.Swap(), shape=swapped)) == "ok"
+    assert "cuda" in multi.Multi("decode").gpu_providers
+
+
 def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
     """On a GPU; here they are interpreted, and held to the same gate."""
     pytest.importorskip("triton", reason="triton is not installed")

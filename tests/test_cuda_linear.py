@@ -164,6 +164,15 @@ def test_the_reason_is_said(M, K, N, R, dtype, reason, device, caplog):
     assert reason in caplog.text
 
 
+def test_handing_on_can_be_forbidden(device):
+    """As benchmarks do, which would else time another backend."""
+    x, weight, _, A, B, _ = operands(3, 64, 8, 8, BF16, BF16, device)
+    with dispatch.not_handed_on():
+        F.lora_linear(x, weight, A, B, SCALING)
+        with pytest.raises(dispatch.HandedOn, match="lora_linear: lora_B has sizes"):
+            F.lora_linear(x, weight, A[:3], B[:, :3], SCALING)
+
+
 def test_an_overlong_block_of_memory_is_not_read(device):
     """Views into NaN, at good addresses: a row's neighbours stay unread."""
     x, weight, bias, A, B, _ = operands(33, 40, 48, 8, BF16, BF16, device)
