@@ -58,10 +58,10 @@ PAST_THE_END = import torch; from fastlora import native; a, short = torch.ones(
 	p, q = a.data_ptr(), short.data_ptr(); \
 	native.functions().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
 asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under AddressSanitizer and UBSan (g++, Linux)
-	@export FASTLORA_CUDA_HOST_FLAGS="$(ASAN_FLAGS)"; $(BIN)/python -m tests.cuda_host
+	@export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; $(BIN)/python -m tests.cuda_host
 	@export FASTLORA_CPU_LIBRARY=$< OMP_NUM_THREADS=1; \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
-	export FASTLORA_CUDA_HOST_FLAGS="$(ASAN_FLAGS)"; \
+	export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
 	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py \

@@ -25,6 +25,10 @@ FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-U_FORTIFY_
 FLAGS += ["-DFL_HOST", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
 # A sanitizer's, say.
 FLAGS += shlex.split(os.environ.get("FASTLORA_CUDA_HOST_FLAGS", ""))
+# Which takes ten times as long.
+SANITIZED = any("sanitize" in flag for flag in FLAGS)
+# Seeds of the orders of threads that a kernel is tried in.
+ORDERS = range(1, 2 if SANITIZED else 5)
 
 
 def library() -> Path | None:

@@ -22,6 +22,8 @@ SHAPES = [
     (64, 136, 72, 72, 9),
     (5, 40, 2056, 16, 2),
 ]
+if cuda_host.SANITIZED:
+    SHAPES = [(1, 64, 40, 8, 3), (33, 136, 72, 72, 9)]
 dtypes = pytest.mark.parametrize(
     "dtype, lora_dtype",
     [DTYPES[name] for name in ("bf16", "fp16", "bf16+fp32", "fp16+fp32")],
@@ -185,7 +187,7 @@ def test_the_same_bits_in_any_order_of_threads(weight):
         return y
 
     first = once()
-    for seed in range(1, 5):
+    for seed in cuda_host.ORDERS:
         with cuda_host.order(native.cuda_functions(), seed):
             assert same_bits(once(), first)
 
