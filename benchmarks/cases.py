@@ -91,10 +91,11 @@ def _many() -> list[Case]:
     found = []
     for K, N in ((4096, 4096), (4096, 14336)):
         for R, ranks in ((16, ""), (64, ""), (128, "mixed")):
-            for T in (32, 256, 1, 2048, 8, 128):
+            for T in (32, 256, 1, 2048, 8, 128, 64):
                 for S in (8, 32, 128, 1):
                     if S > T:
                         continue
+                    decoded = R == 64 and T <= 64 and S <= 32
                     # So many rows are prefilled, a sequence for each adapter, eight at least.
                     B = max(8, S)
                     rows = {"B": B, "L": T // B} if T == 2048 else {"T": T}
@@ -106,7 +107,8 @@ def _many() -> list[Case]:
                         workload="distinct",
                         ranks=ranks,
                         quick=(T, S, R, N) == (32, 8, 16, 4096),
-                        full=(K != N or R != 16) and (T, S) not in ((32, 32), (256, 8), (1, 1)),
+                        full=(K != N or not (R == 16 or decoded))
+                        and (T, S) not in ((32, 32), (256, 8), (1, 1)),
                     )
                     found.append(case)
     return found
