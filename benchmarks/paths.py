@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from benchmarks.work import Absent, Builder, Call, Case, Operands, Outputs
-from fastlora import dispatch, use_backend
+from fastlora import availability, dispatch, use_backend
 
 
 def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
     """What the provider ``fastlora`` calls, on one backend alone."""
-    reason = dispatch.unusable(backend)
+    reason = availability.unusable(backend)
     if reason is not None:
         raise Absent(reason)
     with use_backend(backend):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora import dispatch, jobs, merge_command, native, ops, selftest, tuning
+from fastlora import availability, dispatch, jobs, merge_command, native, ops, selftest, tuning
 from fastlora.formula import DTYPES
 
 
@@ -86,9 +86,9 @@ def _missing(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"expected cpu or cuda[:N], got {device}"
     count = torch.cuda.device_count()
-    if dispatch.no_gpu() is None and (device.index or 0) >= count:
+    if availability.no_gpu() is None and (device.index or 0) >= count:
         return f"there are {count} CUDA GPUs, got {device}"
-    return dispatch.no_gpu()
+    return availability.no_gpu()
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:
@@ -108,7 +108,7 @@ def check(options: argparse.Namespace) -> int:
     reason = _missing(device)
     if reason is not None:
         return _refused("check", reason)
-    reasons = {name: dispatch.cannot(name, device) for name in selftest.BACKENDS}
+    reasons = {name: availability.cannot(name, device) for name in selftest.BACKENDS}
     if options.backend and reasons[options.backend] is not None:
         return _refused("check", f"backend {options.backend!r}: {reasons[options.backend]}")
     backends = [options.backend] if options.backend else list(selftest.BACKENDS)
@@ -135,7 +135,7 @@ def tune(options: argparse.Namespace) -> int:
     device = options.device or torch.device("cuda")
     if device.type != "cuda":
         return _refused("tune", f"expected a CUDA device to time on, got {device}")
-    reason = _missing(device) or dispatch.cannot("triton", device)
+    reason = _missing(device) or availability.cannot("triton", device)
     if reason is not None:
         return _refused("tune", reason)
     shapes = options.shapes or (tuning.QUICK if options.quick else tuning.SHAPES)
@@ -181,10 +181,10 @@ def info() -> str:
                 f"  cuda:{index} {torch.cuda.get_device_name(index)}, compute {major}.{minor}"
             )
     else:
-        lines.append(f"  cuda   not usable: {dispatch.no_gpu()}")
+        lines.append(f"  cuda   not usable: {availability.no_gpu()}")
     lines += ["", "backends"]
     for name in dispatch.BACKENDS:
-        reason = dispatch.unusable(name)
+        reason = availability.unusable(name)
         usable = "usable"
         if name == "cpu" and reason is None:
             usable += f", with {native.instruction_set()} of {native.available()}"
@@ -222,7 +222,7 @@ def _verified(device: torch.device) -> list[str]:
     lines = [f"  {device} runs lora_linear on {', '.join(said)}"]
     major, minor = torch.cuda.get_device_capability(device)
     modules = {"triton": "fastlora.kernels.choice", "cuda": "fastlora.cuda"}
-    usable = [m for name, m in modules.items() if dispatch.cannot(name, device) is None]
+    usable = [m for name, m in modules.items() if availability.cannot(name, device) is None]
     if not usable:
         return lines
     of = [importlib.import_module(module).verified for module in usable]

@@ -10,20 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import native
-
 HALF = (torch.float16, torch.bfloat16)
 # Multiprocessors with less than 100 KiB of shared memory for a block: Ampere, Ada and Blackwell
 # beside the data centre's.
 SMALL = (86, 87, 89, 110, 120, 121)
 # A backend's function for an op that these kernels do not take: of the reason, x and lora_A.
 Follow = Callable[[str | None, Tensor, Tensor], Callable[..., Any]]
-
-
-@cache
-def on_host() -> bool:
-    """Whether the library's kernels run on the host, on CPU tensors."""
-    return native.cuda_functions().fastlora_cuda_architectures() == b"host"
 
 
 def arch_of(device: torch.device) -> int:

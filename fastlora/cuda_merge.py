@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora import native
-from fastlora.cuda_call import arch_of, device_of, on_host, stream_of
+from fastlora.cuda_call import arch_of, device_of, stream_of
 
 # As csrc/fastlora.h numbers them.
 _UNDO, _MERGE, _KEEP, _SUMS, _POOLED, _ALIGNED = (1 << i for i in range(6))
@@ -66,6 +66,6 @@ swap_ = partial(_ops.swap_, _kernels)
 
 def merge_kernel(device: torch.device) -> str:
     """The arithmetic of d: another architecture's or compiler's may have other bits."""
-    where = "host" if on_host() else f"sm_{arch_of(device)}"
+    where = "host" if native.cuda_on_host() else f"sm_{arch_of(device)}"
     compiler = native.cuda_functions().fastlora_cuda_compiler().decode()
     return f"cuda-merge-1 {where} {compiler}"

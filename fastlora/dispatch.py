@@ -16,18 +16,16 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from fastlora import native
-
-# Best first; "torch" implements every op on every device.
-BACKENDS = ("cuda", "triton", "cpu", "torch")
+from fastlora import availability
+from fastlora.availability import BACKENDS, capability, constant, known
 
 _MODULES = {
     "cuda": "fastlora.cuda",
@@ -72,22 +70,8 @@ _BACKWARD = {
 # Ops of which some calls are the next backend's, whatever was asked for.
 _HANDED_ON = ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_add_",
               "packed_lora_linear", "packed_lora_add_")  # fmt: skip
-_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TRITON_RANKS = 512
 
 _log = logging.getLogger("fastlora")
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # hidden: sys.modules[package] is None
-        return False
-
-
-# Facts of the process, read once: torch.compile traces what reads them.
-_TRITON = _installed("triton")
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 class _Asked(threading.local):
@@ -104,104 +88,6 @@ _on_cpu: dict[tuple[Any, ...], str] = {}
 _said: set[str] = set()
 # For every thread: backward runs in one of autograd's.
 _hand_on = True
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _constant(function: _Function) -> _Function:
-    """Tells torch.compile to take the answer, not to trace how it is found.
-
-    What torch's own ``assume_constant_result`` sets, without loading the compiler.
-    """
-    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-    return function
-
-
-def unusable(backend: str) -> str | None:
-    """Why ``backend`` cannot run here, or None when it can."""
-    if _known(backend) == "torch":
-        return None
-    if backend == "cpu":
-        return _no_library()
-    if backend == "cuda":
-        reason = _no_cuda_library()
-        return reason if reason is not None or _cuda_on_host() else no_gpu()
-    if not _TRITON:
-        return "triton is not installed"
-    reason = no_gpu()
-    if reason is not None and not _INTERPRETED:
-        return f"{reason}, and TRITON_INTERPRET=1 was not set at the start"
-    return None
-
-
-@_constant
-def _no_library() -> str | None:
-    return native.unusable()
-
-
-@_constant
-def _no_cuda_library() -> str | None:
-    found = native.load_cuda()
-    return found if isinstance(found, str) else None
-
-
-@_constant
-def _cuda_on_host() -> bool:
-    return native.cuda_functions().fastlora_cuda_architectures() == b"host"
-
-
-@_constant
-def no_gpu() -> str | None:
-    """Why there is no NVIDIA GPU to use, or None where there is one."""
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    return None if torch.cuda.is_available() else "no CUDA GPU was found"
-
-
-def cannot(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    lora_dtype: torch.dtype | None = None,
-    rank: int = 0,
-) -> str | None:
-    """Why ``backend`` cannot run such a call, or None when it can."""
-    reason = unusable(backend)
-    if reason is not None or backend == "torch":
-        return reason
-    if backend == "cpu":
-        return _cannot_natively(device, dtype, lora_dtype)
-    kernels = "CUDA" if backend == "cuda" else "Triton"
-    without = _cuda_on_host() if backend == "cuda" else _INTERPRETED
-    wanted = "cpu" if backend == "cuda" and without else "cuda"
-    if device.type != wanted and not (without and device.type == "cpu"):
-        return f"{kernels} kernels run on {wanted.upper()} tensors, got tensors on {device}"
-    if device.type == "cuda" and _capability(device) < (8, 0):
-        return f"{kernels} kernels run on GPUs of compute capability 8.0 or more, {device} has less"
-    for given in (dtype, lora_dtype):
-        if given is not None and given not in _GPU_DTYPES:
-            return f"{kernels} kernels take float16, bfloat16 and float32, got {given}"
-    if rank > _TRITON_RANKS and backend == "triton":
-        return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"
-    return None
-
-
-def _cannot_natively(
-    device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
-) -> str | None:
-    if device.type != "cpu":
-        return f"the CPU kernels run on CPU tensors, got tensors on {device}"
-    if dtype is not None and dtype not in native.DTYPES:
-        return f"the CPU kernels take float16, bfloat16 and float32, got {dtype}"
-    if lora_dtype not in (None, dtype, torch.float32):
-        return f"the CPU kernels take adapters of {dtype} or float32 beside it, got {lora_dtype}"
-    return None
-
-
-@_constant
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def choose(
@@ -235,8 +121,8 @@ def _choose(
     lora_dtype: torch.dtype | None,
     rank: int,
 ) -> str:
-    if asked is not None and op in OPS.get(_known(asked), (op,)):
-        reason = cannot(asked, device, dtype, lora_dtype, rank)
+    if asked is not None and op in OPS.get(known(asked), (op,)):
+        reason = availability.cannot(asked, device, dtype, lora_dtype, rank)
         if reason is not None:
             raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
         return asked
@@ -258,10 +144,12 @@ def _best(
 ) -> bool:
     """Whether ``backend`` may run the call unasked."""
     if backend not in ("cuda", "triton"):
-        return cannot(backend, device, dtype, lora_dtype, rank) is None
-    if device.type != "cuda" or unusable(backend) is not None or no_gpu() is not None:
+        return availability.cannot(backend, device, dtype, lora_dtype, rank) is None
+    if device.type != "cuda":
         return False
-    reason = cannot(backend, device, dtype, lora_dtype, rank)
+    if availability.unusable(backend) is not None or availability.no_gpu() is not None:
+        return False
+    reason = availability.cannot(backend, device, dtype, lora_dtype, rank)
     if reason is None and backend == "cuda":
         return _verified_cuda(op, device, dtype, lora_dtype)
     if reason is None:
@@ -271,19 +159,19 @@ def _best(
     return False
 
 
-@_constant
+@constant
 def _verified_cuda(
     op: str, device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
 ) -> bool:
     """Whether the CUDA kernels of ``op`` passed their tests on this GPU, as did its backward's."""
     verified, named = (implementation(name, "cuda") for name in ("verified", "dtype_name"))
     name = None if dtype is None else named(dtype, lora_dtype)
-    major, minor = _capability(device)
+    major, minor = capability(device)
     backward = _BACKWARD.get(op, op) if _BACKWARD.get(op) in OPS["cuda"] else op
     return all(verified(each, name, 10 * major + minor) for each in {op, backward})
 
 
-@_constant
+@constant
 def verified_paths(
     op: str,
     device: torch.device,
@@ -305,7 +193,7 @@ def implementation(op: str, backend: str) -> Any:
     """The function that runs ``op`` on ``backend``."""
     module = _loaded.get(backend)
     if module is None:
-        module = _loaded[backend] = importlib.import_module(_MODULES[_known(backend)])
+        module = _loaded[backend] = importlib.import_module(_MODULES[known(backend)])
     function = getattr(module, op)
     return partial(function, follow=partial(_following, op)) if _hands_on(op, backend) else function
 
@@ -365,7 +253,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
     """
-    reason = unusable(name)
+    reason = availability.unusable(name)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     global _latest
@@ -375,12 +263,6 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _asked.name = _latest = before
-
-
-def _known(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
 
 
 @contextmanager

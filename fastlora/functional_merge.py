@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import checks_merge, dispatch, each, exact, ops
+from fastlora import availability, checks_merge, dispatch, each, exact, ops
 from fastlora.receipt import Adapter, MergeReceipt, columns
 
 
@@ -235,7 +235,7 @@ def _merged(
             checks_merge.adapters(weight, moved[-1].adapters)
             if receipt.snapshot is not None:
                 continue
-            reason = dispatch.cannot(receipt.backend, weight.device, weight.dtype)
+            reason = availability.cannot(receipt.backend, weight.device, weight.dtype)
             if reason is not None:
                 raise RuntimeError(f"receipt: made by backend {receipt.backend!r}, but {reason}")
             receipt.check_kernel(dispatch.merge_kernel(receipt.backend, weight.device))

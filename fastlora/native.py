@@ -152,6 +152,12 @@ def cuda_functions() -> ctypes.CDLL:
     return found
 
 
+@cache
+def cuda_on_host() -> bool:
+    """Whether the CUDA library's kernels run on the host, on CPU tensors."""
+    return cuda_functions().fastlora_cuda_architectures() == b"host"
+
+
 def unusable() -> str | None:
     """Why there is no native CPU library, or None when there is one."""
     found = load()

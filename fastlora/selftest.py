@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastlora import dispatch
+from fastlora import availability, dispatch
 from fastlora.formula import DTYPES, Case, Subject, WrongResult, cases
 from fastlora.formula_merge import MergeCase, MergeSubject, merge_cases
 from fastlora.formula_multi import MultiCase, MultiSubject, multi_cases
@@ -203,5 +203,5 @@ def fp32_precision(name: str) -> Iterator[None]:
 
 
 def _forget() -> None:
-    if dispatch.unusable("triton") is None:
+    if availability.unusable("triton") is None:
         importlib.import_module("fastlora.kernels.choice").forget()

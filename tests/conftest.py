@@ -14,13 +14,13 @@ from tests import cuda_host
 # they are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ.setdefault("FASTLORA_CUDA_LIBRARY", str(cuda_host.library() or ""))
+    os.environ.setdefault("FASTLORA_CUDA_LIBRARY", str(cuda_host.built() or ""))
 
 # What cuBLAS needs to be deterministic, which some tests ask torch for; read once too.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fastlora
-from fastlora import dispatch, native
+from fastlora import availability, native
 
 SETS = [] if native.unusable() else native.available().split(", ")
 
@@ -43,7 +43,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 def _asked_for(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     name, given = request.param, getattr(request.node, "callspec", None)
-    reason = dispatch.cannot(name, device, given and given.params.get("dtype"))
+    reason = availability.cannot(name, device, given and given.params.get("dtype"))
     if reason is not None:
         pytest.skip(reason)
     with fastlora.use_backend(name):
@@ -100,7 +100,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on_cuda_kernels(device: torch.device) -> Iterator[None]:
     """Asks for the CUDA kernels; skips where they run neither on the device nor on the host."""
-    reason = dispatch.cannot("cuda", device)
+    reason = availability.cannot("cuda", device)
     if reason is not None:
         pytest.skip(reason)
     with fastlora.use_backend("cuda"):
@@ -110,7 +110,7 @@ def on_cuda_kernels(device: torch.device) -> Iterator[None]:
 @pytest.fixture
 def triton_usable(device: torch.device) -> None:
     """Skips where Triton kernels neither run on the device nor are interpreted."""
-    reason = dispatch.cannot("triton", device)
+    reason = availability.cannot("triton", device)
     if reason is not None:
         pytest.skip(reason)
 

@@ -31,7 +31,7 @@ SANITIZED = any("sanitize" in flag for flag in FLAGS)
 ORDERS = range(1, 2 if SANITIZED else 5)
 
 
-def library() -> Path | None:
+def built() -> Path | None:
     """The whole library for the host; None without a compiler, or elsewhere than on Linux."""
     return compiled("libfastlora_cuda.so", sorted(CUDA.glob("*.cu")))
 
@@ -86,4 +86,4 @@ def order(loaded: ctypes.CDLL, seed: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    print(library())
+    print(built())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import PHASES, WORKLOADS, adapter_ids
-from fastlora import dispatch
+from fastlora import availability
 from fastlora import functional as F
 from tests import oracle
 from tests.helpers import signed
@@ -142,7 +142,7 @@ def test_cuda_graphs_follow_slots_and_ids(rows):
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
     device = torch.device("cuda")
-    reason = dispatch.cannot("triton", device)
+    reason = availability.cannot("triton", device)
     if reason is not None:
         pytest.skip(reason)
     from fastlora import use_backend

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import cli, dispatch, ops
+from fastlora import availability, cli, dispatch, ops
 from fastlora.kernels import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def test_info_says_what_runs_and_why_not():
     backends = {line.split()[0]: line for line in section(text, "backends")}
     assert set(backends) >= set(dispatch.BACKENDS)
     for name in dispatch.BACKENDS:
-        reason = dispatch.unusable(name)
+        reason = availability.unusable(name)
         assert ("not usable" in backends[name]) == (reason is not None)
         assert (reason or "usable") in backends[name]
     kernels = section(text, "kernels")
@@ -77,7 +77,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-        monkeypatch.setattr(dispatch, "no_gpu", lambda: None)
+        monkeypatch.setattr(availability, "no_gpu", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
         monkeypatch.setattr(launch, "arch_of", lambda device: 90)
         monkeypatch.setattr(choice, "verified", verified)

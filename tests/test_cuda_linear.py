@@ -197,7 +197,7 @@ def test_an_overlong_block_of_memory_is_not_read(device):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_same_bits_in_any_order_of_threads(path):
     """A missing barrier would show: see the planted one in test_cuda_machine.py."""
-    if not cuda_call.on_host():
+    if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
     given = operands(70, 264, 136, 16, BF16, BF16, torch.device("cpu"))
     x, weight, bias, A, B, lora_bias = given

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import cuda_call, each, native
+from fastlora import each, native
 from fastlora import functional as F
 from tests import cuda_host
 from tests.calls import assert_one_rounding, weight_and_adapter
@@ -46,7 +46,7 @@ def test_the_same_bits_however_it_lies(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_receipts_in_any_order_of_threads(dtype):
     """A tile's place in the pool differs with the order of the blocks; the receipt does not."""
-    if not cuda_call.on_host():
+    if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
     cpu = torch.device("cpu")
     weight, old = weight_and_adapter(200, 136, 16, dtype, cpu, lora_dtype=dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora import cuda_call, cuda_multi, dispatch, native
+from fastlora import cuda_multi, dispatch, native
 from fastlora import functional as F
 from tests import cuda_host, oracle
 from tests.helpers import DTYPES, assert_accurate, same_bits, signed
@@ -173,7 +173,7 @@ def test_pages_out_of_range_are_none(page_id, device):
 
 @pytest.mark.parametrize("weight", [True, False])
 def test_the_same_bits_in_any_order_of_threads(weight):
-    if not cuda_call.on_host():
+    if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
     b = Batch.draw(40, 264, 72, 72, 11, BF16, BF16, torch.device("cpu"))
     own = signed(40, 72, dtype=BF16, device=b.x.device)

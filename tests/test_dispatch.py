@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch, reference
+from fastlora import availability, dispatch, reference
 from fastlora import functional as F
 from fastlora.ops import SCHEMAS
 from tests.calls import functions, linear, operands
@@ -25,7 +25,7 @@ def test_the_backend_of_every_op_is_named(device):
 
 
 def test_torch_runs_everything(device):
-    assert dispatch.unusable("torch") is None
+    assert availability.unusable("torch") is None
     with fastlora.use_backend("torch"):
         assert {fastlora.backend(op, device) for op in SCHEMAS} == {"torch"}
 
@@ -40,7 +40,7 @@ def test_unknown_names(name):
 
 
 def test_an_unusable_backend_says_why(monkeypatch):
-    monkeypatch.setattr(dispatch, "_no_cuda_library", lambda: "no such thing here")
+    monkeypatch.setattr(availability, "no_cuda_library", lambda: "no such thing here")
     with (
         pytest.raises(RuntimeError, match="'cuda' cannot be used: no such thing here"),
         fastlora.use_backend("cuda"),
@@ -61,9 +61,9 @@ def twin(monkeypatch):
     for op in SCHEMAS:
         setattr(module, op, noting(op))
     monkeypatch.setattr(dispatch._asked, "name", None)
-    monkeypatch.setattr(dispatch, "_no_cuda_library", lambda: "absent")
-    monkeypatch.setattr(dispatch, "_TRITON", False)
-    monkeypatch.setattr(dispatch, "_no_library", lambda: None)
+    monkeypatch.setattr(availability, "no_cuda_library", lambda: "absent")
+    monkeypatch.setattr(availability, "_TRITON", False)
+    monkeypatch.setattr(availability, "no_cpu_library", lambda: None)
     monkeypatch.setitem(dispatch._MODULES, "cpu", "twin")
     monkeypatch.setitem(sys.modules, "twin", module)
     monkeypatch.setattr(dispatch, "_loaded", {})
@@ -149,7 +149,7 @@ def test_the_environment_of_a_process(value, prints):
         del environment["FASTLORA_BACKEND"]
     result = run_probe(environment)
     # Unasked: no GPU kernel has been verified anywhere.
-    unasked = "torch torch" if dispatch.unusable("cpu") else "cpu torch"
+    unasked = "torch torch" if availability.unusable("cpu") else "cpu torch"
     assert result.stdout.strip() == (prints or unasked), result.stderr
 
 

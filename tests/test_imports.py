@@ -46,6 +46,7 @@ LAYERS = {
     "what was asked for": ["invariance"],
     "checks of calls": ["calls", "checks_multi", "checks_merge"],
     "helpers": [
+        "availability",
         "checks",
         "each",
         "interrupts",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import FastLoRALinear, dispatch, invariance
+from fastlora import FastLoRALinear, availability, dispatch, invariance
 from fastlora import functional as F
 from fastlora.multi_modules import MultiLoRALinear
 from tests.helpers import same_bits, signed
@@ -130,8 +130,8 @@ def test_rows_of_none_beside_adapters_in_training(backend):
 @pytest.mark.parametrize("rows", [1, 63, 129, 431])
 def test_many_rows_natively(rows, instruction_set):
     """More than one group of rows to a weight's panel."""
-    if dispatch.cannot("cpu", CPU) is not None:
-        pytest.skip(str(dispatch.cannot("cpu", CPU)))
+    if availability.cannot("cpu", CPU) is not None:
+        pytest.skip(str(availability.cannot("cpu", CPU)))
     weight, A, B = (
         signed(67, 72, dtype=torch.float32, device=CPU),
         torch.randn(3, 72),

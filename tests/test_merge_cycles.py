@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from fastlora import dispatch
+from fastlora import availability, dispatch
 from fastlora import functional as F
 from tests.calls import MERGED, weight_and_adapter
 from tests.helpers import LAYOUTS, bits, same_bits, unchanged
@@ -114,7 +114,7 @@ def test_backends_do_not_take_each_others_receipts():
     weight, adapter = weight_and_adapter(40, 36, 4, torch.bfloat16)
     before = weight.clone()
     for backend in ("torch", "cpu", "triton"):
-        if dispatch.cannot(backend, weight.device, weight.dtype) is not None:
+        if availability.cannot(backend, weight.device, weight.dtype) is not None:
             continue
         with dispatch.use_backend(backend):
             receipt = F.merge_(weight, [adapter])

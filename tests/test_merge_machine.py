@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from fastlora import dispatch
+from fastlora import availability, dispatch
 from fastlora import functional as F
 from tests.calls import weight_and_adapter
 from tests.helpers import LAYOUTS, bits, unchanged
@@ -100,7 +100,7 @@ class Weight(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_any_order(backend):
-    reason = dispatch.cannot(backend, CPU)
+    reason = availability.cannot(backend, CPU)
     if reason is not None:
         pytest.skip(reason)
     chosen = settings(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fastlora import dispatch, exact
+from fastlora import availability, exact
 from fastlora import functional as F
 from tests.calls import MERGED, assert_one_rounding, weight_and_adapter
 from tests.helpers import LAYOUTS, Interrupt, Spy, same_bits, unchanged
@@ -195,7 +195,7 @@ def test_an_interrupted_unmerge_changes_nothing(op, count):
     seed=st.integers(0, 2**32),
 )
 def test_every_bit_comes_back(whole_backend, N, K, ranks, dtype, ratio, layout, seed):
-    assume(dispatch.cannot(whole_backend, CPU, dtype) is None)
+    assume(availability.cannot(whole_backend, CPU, dtype) is None)
     torch.manual_seed(seed)
     weight = layout(weight_and_adapter(N, K, 1, dtype)[0])
     adapters = [weight_and_adapter(N, K, R, dtype, ratio=ratio)[1] for R in ranks]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import cli, dispatch, reference, selftest, stamps
+from fastlora import availability, cli, dispatch, reference, selftest, stamps
 from tests.test_stamps import FACTS, ROW, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,12 +266,12 @@ def test_the_command(monkeypatch, tmp_path, passed):
 
 
 def test_the_command_says_what_cannot_run(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "_TRITON", False)
+    monkeypatch.setattr(availability, "_TRITON", False)
     assert command("--device cpu --backend triton --quick") == 2
     assert "triton is not installed" in capsys.readouterr().err
     assert command("--device cpu --dtype bf16 --quick") == 0
     assert "triton was not checked: triton is not installed" in capsys.readouterr().out
-    monkeypatch.setattr(dispatch, "no_gpu", lambda: "no CUDA GPU was found")
+    monkeypatch.setattr(availability, "no_gpu", lambda: "no CUDA GPU was found")
     assert command("--device cuda") == 2
     assert "no CUDA GPU" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel, dispatch
+from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel, availability
 from fastlora.routing import Routing
 from tests.helpers import same_bits, unchanged
 from tests.models import (
@@ -263,7 +263,7 @@ def test_copies_and_casts_serve_too(folder):
 
 def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
     """LoRA that is on and not used costs nothing: no kernel for adapters is launched."""
-    if dispatch.cannot("triton", torch.device("cpu")) is not None:
+    if availability.cannot("triton", torch.device("cpu")) is not None:
         pytest.skip("Triton kernels are not interpreted here")
     from fastlora.kernels import multi
 

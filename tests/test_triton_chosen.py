@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch
+from fastlora import availability, dispatch
 from fastlora import functional as F
 from tests.calls import IDS, SCALINGS, linear, multi_add, operands
 from tests.helpers import same_bits, signed
@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels import choice, records
 
-REAL_CANNOT = dispatch.cannot
+REAL_CANNOT = availability.cannot
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def test_without_a_gpu_and_an_interpreter():
         subprocess.run([sys.executable, "-c", WITHOUT], env=env, capture_output=True, text=True)
         for env in (hidden, {**hidden, "FASTLORA_BACKEND": "triton"})
     ]
-    reason = dispatch.no_gpu() or "no CUDA GPU was found"
+    reason = availability.no_gpu() or "no CUDA GPU was found"
     missing = f"{reason}, and TRITON_INTERPRET=1 was not set at the start"
     lines = outputs[0].stdout.splitlines()
-    unasked = "torch" if dispatch.unusable("cpu") else "cpu"
+    unasked = "torch" if availability.unusable("cpu") else "cpu"
     assert lines == [unasked, f"backend 'triton' cannot be used: {missing}"]
     assert f"'triton' was asked for but cannot run lora_linear: {missing}" in outputs[1].stderr
 
@@ -139,15 +139,15 @@ def test_unasked_it_runs_where_it_was_verified(rows_of_a_gpu, monkeypatch, caplo
     monkeypatch.setattr("fastlora.kernels.launch.arch_of", lambda device: 90)
     real, cpu, half = REAL_CANNOT, torch.device("cpu"), (torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(
-        dispatch,
+        availability,
         "cannot",
         lambda backend, device, *a: real(backend, cpu if backend == "triton" else device, *a),
     )
-    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    monkeypatch.setattr(availability, "_INTERPRETED", True)
     gpu = Gpu()
     if not torch.cuda.is_available():
         assert dispatch.choose("lora_linear", gpu, *half, 513) == "torch", "nothing is looked up"
-    monkeypatch.setattr(dispatch, "no_gpu", lambda: None)
+    monkeypatch.setattr(availability, "no_gpu", lambda: None)
     assert dispatch.choose("lora_linear", gpu, *half, 8) == "torch"
     rows_of_a_gpu(("lora_linear", "bf16", "two_pass"))
     assert dispatch.choose("lora_linear", gpu, *half, 8) == "torch", "its backward was not verified"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import cli, dispatch, progress, tuning
+from fastlora import availability, cli, progress, tuning
 
-if dispatch.unusable("triton") is not None:
-    pytest.skip(f"kernels do not run here: {dispatch.unusable('triton')}", allow_module_level=True)
+if (why := availability.unusable("triton")) is not None:
+    pytest.skip(f"kernels do not run here: {why}", allow_module_level=True)
 
 from fastlora.kernels import choice, configs, gemm, lora, records
 from fastlora.kernels.ledger import Problem
@@ -259,7 +259,7 @@ def test_every_default_shape_is_tuned_both_ways():
 
 
 def test_the_command_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "no_gpu", lambda: "no CUDA GPU was found")
+    monkeypatch.setattr(availability, "no_gpu", lambda: "no CUDA GPU was found")
     assert cli.main(["tune"]) == 2
     assert capsys.readouterr().err == "fastlora tune: no CUDA GPU was found\n"
 
@@ -275,9 +275,9 @@ def test_the_command(monkeypatch, tmp_path, outcome, code):
         return outcome
 
     monkeypatch.setattr(tuning, "tune", fake)
-    monkeypatch.setattr(dispatch, "no_gpu", lambda: None)
+    monkeypatch.setattr(availability, "no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(dispatch, "cannot", lambda *args: None)
+    monkeypatch.setattr(availability, "cannot", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
     arguments = f"--shapes 1,2,3,4 5,6,7,8 --dtype fp16 --kernel gemm --save {tmp_path}"
     assert cli.main(["tune", *arguments.split()]) == code
