@@ -97,6 +97,19 @@ def signed(*shape: int, dtype: torch.dtype, device: torch.device, size: float = 
     return (torch.randn(shape, dtype=torch.float64) * size).to(device, dtype)
 
 
+def operands(M, K, N, R, dtype, lora_dtype, device) -> list[Tensor]:
+    """x, weight, bias, lora_A, lora_B, lora_bias."""
+    base, own = {"dtype": dtype, "device": device}, {"dtype": lora_dtype, "device": device}
+    return [
+        signed(M, K, **base),
+        signed(N, K, **base),
+        signed(N, **base),
+        signed(R, K, **own),
+        signed(N, R, **own, size=1 / math.sqrt(max(R, 1))),
+        signed(N, **own),
+    ]
+
+
 def leaves(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     """The tensors as leaves; those of ``names``, or all, require grad."""
     return {n: t.detach().requires_grad_(n in (names or tensors)) for n, t in tensors.items()}

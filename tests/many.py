@@ -69,6 +69,16 @@ class Batch(NamedTuple):
     def unfused(self) -> Tensor:
         return self._through(multi_lora_linear)
 
+    def assert_h(self, h: Tensor) -> None:
+        """Each row's x A of its own slot, and 0 in ranks that the slot has not."""
+        for row, slot in enumerate(self.ids.tolist()):
+            r = int(self.ranks[slot]) if slot >= 0 else 0
+            assert not h[row, r:].any()
+            if r:
+                want = self.A[slot, :r].double() @ self.x[row].double()
+                # Of a few numbers one may come close to cancelling.
+                assert oracle.relative_error(h[row, :r], want) <= 64 * torch.finfo(h.dtype).eps
+
     def _through(self, f) -> Tensor:
         given = (self.x, self.weight, self.A, self.B, self.ids, self.scalings)
         how = {"bias": self.bias, "ranks": self.ranks, "row_scales": self.row_scales}

@@ -16,6 +16,7 @@ from tests.helpers import (
     contiguous,
     lora_linear,
     misaligned,
+    operands,
     same_bits,
     signed,
     transposed,
@@ -39,19 +40,6 @@ pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 def never(reason, *_):
     raise AssertionError(f"handed on: {reason}")
-
-
-def operands(M, K, N, R, dtype, lora_dtype, device) -> list[Tensor]:
-    """x, weight, bias, lora_A, lora_B, lora_bias."""
-    base, own = {"dtype": dtype, "device": device}, {"dtype": lora_dtype, "device": device}
-    return [
-        signed(M, K, **base),
-        signed(N, K, **base),
-        signed(N, **base),
-        signed(R, K, **own),
-        signed(N, R, **own, size=1 / math.sqrt(R)),
-        signed(N, **own),
-    ]
 
 
 def keeping(M: int, K: int, p: float, device) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """The Triton kernels along each path to a product, against the oracle, in tiles small and large."""
 
-import math
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from tests.helpers import (
     contiguous,
     lora_linear,
     misaligned,
+    operands,
     same_bits,
     signed,
 )
@@ -69,19 +69,6 @@ def tiles(request, monkeypatch) -> str:
         for module in (product, lora):
             monkeypatch.setattr(module, "config_of", lambda kernel, *_: TINY[kernel])
     return request.param
-
-
-def operands(M, K, N, R, dtype, lora_dtype, device) -> list[Tensor]:
-    """x, weight, bias, lora_A, lora_B, lora_bias."""
-    base, own = {"dtype": dtype, "device": device}, {"dtype": lora_dtype, "device": device}
-    return [
-        signed(M, K, **base),
-        signed(N, K, **base),
-        signed(N, **base),
-        signed(R, K, **own),
-        signed(N, R, **own, size=1 / math.sqrt(max(R, 1))),
-        signed(N, **own),
-    ]
 
 
 def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
