@@ -29,6 +29,8 @@ _MAX_HEADER_BYTES = 1 << 25
 _MAX_TENSORS = 100_000
 _MAX_BYTES = 1 << 36
 _DTYPES = ("F16", "BF16", "F32", "F64")
+# Of buffers of modules that are saved whole.
+_COUNTS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Shape = tuple[int, ...]
@@ -49,25 +51,16 @@ def check_name(adapter_name: object) -> str:
 
 def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
     """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad."""
-    return config_of(directory, read_settings(directory))
-
-
-def config_of(directory: str | os.PathLike[str], settings: Mapping[str, Any]) -> LoRAConfig:
-    """The config that ``settings`` of the adapter in ``directory`` are; ValueError if bad."""
-    try:
-        return LoRAConfig.from_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{Path(directory) / CONFIG_NAME}: {error}") from None
-
-
-def read_settings(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What ``adapter_config.json`` holds; ValueError or FileNotFoundError if bad."""
     path = _file(directory, CONFIG_NAME)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
             f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
         )
-    return read_json(path)
+    values = read_json(path)
+    try:
+        return LoRAConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise ValueError(f"{path}: tensor {key!r} has no valid shape")
-        if entry.get("dtype") not in _DTYPES:
+        if entry.get("dtype") not in _DTYPES + _COUNTS * (".lora_" not in key):
             raise ValueError(
                 f"{path}: tensor {key!r}: expected dtype {'/'.join(_DTYPES)}, got "
                 f"{entry.get('dtype')!r}"
@@ -171,7 +164,9 @@ def _file(directory: str | os.PathLike[str], name: str) -> Path:
             "you trust it: load it with torch.load(..., weights_only=True) and write it with "
             "safetensors.torch.save_file as adapter_model.safetensors"
         )
-    raise FileNotFoundError(f"directory: expected {name} in {folder}")
+    raise FileNotFoundError(
+        f"directory: expected {name} in {folder}, a local folder (nothing is downloaded)"
+    )
 
 
 def _header(path: Path) -> dict[str, dict[str, object]]:

@@ -10,32 +10,36 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import adapter_files as files
+from fastlora import gathering, saved_modules
 from fastlora.adapter_files import Shape
-from fastlora.config import LoRAConfig
-from fastlora.inject import (
+from fastlora.config import LoRAConfig, moves_base
+from fastlora.inject import inject
+from fastlora.injection import (
     Injection,
-    Plan,
     injection,
-    plan,
+    missing,
     remember,
-    replace_linear,
     report,
+    saved,
     training_rows,
 )
-from fastlora.modules import FastLoRALinear, lora_layers
-from fastlora.multi_modules import trained_layers
+from fastlora.modules import LoRALayer, lora_layers
+from fastlora.multi_modules import TrainableMultiLoRALinear, trained_layers
 from fastlora.receipt import Adapter
-from fastlora.wrapping import unwrapped
+from fastlora.saved_modules import Saved
+from fastlora.targets import Plan, plan
+from fastlora.wrapping import matrix_of, plain_name, unwrapped
 
 # PEFT's name of each adapter parameter.
 _KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors (and the biases it trains) under PEFT's names, not copied.
+    """The adapter's tensors, biases and whole modules it trains, under PEFT's names, not copied.
 
-    adapter_name: which, where the model trains several. Raises ValueError for a name it does not
-    have, RuntimeError when the model has no FastLoRALinear or its adapter is merged.
+    adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
+    parallelism) they are DTensors. Raises ValueError for a name it does not have, RuntimeError when
+    the model has no FastLoRALinear, its adapter is merged or in flat parts (FSDP1, ZeRO).
     """
     tensors = _tensors(model, adapter_name)
     return {files.PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -46,19 +50,28 @@ def save_adapter(
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads too.
 
-    adapter_name: which, where the model trains several. Raises RuntimeError when the model has no
-    adapter or it is merged, ValueError for a bad directory or a name the model does not have.
+    adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
+    parallelism) every process must call: the tensors are gathered, the process of rank 0 writes,
+    and the others return when it has. Raises RuntimeError when the model has no adapter, or it is
+    merged or in flat parts (FSDP1, ZeRO), ValueError for a bad directory or a name the model does
+    not have.
     """
+    gathering.reshard(model)
     tensors = _tensors(model, adapter_name)
     settings = injection(model).config
     base = settings.base_model_name_or_path or getattr(
         getattr(unwrapped(model), "config", None), "name_or_path", None
     )
+    layers = list(_layers(model))
     values = settings.to_dict() | {"base_model_name_or_path": base or None}
+    # PEFT's word for all layers is how the last of them lies.
+    values["fan_in_fan_out"] = layers[-1][1].fan_in_fan_out
     if settings.all_linear:
         # As PEFT does: the file names the layers, so that it means the same to every reader.
-        values["target_modules"] = [name for name, _ in _layers(model)]
-    files.write(directory, LoRAConfig.from_dict(values), tensors)
+        values["target_modules"] = [name for name, _ in layers]
+    with gathering.gathered(tensors) as whole:
+        if whole is not None:
+            files.write(directory, LoRAConfig.from_dict(values), whole)
 
 
 def load_adapter(
@@ -73,12 +86,15 @@ def load_adapter(
     Replaces the linears that the adapter's config names, or, where the model has FastLoRALinear
     layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
     the adapter. adapter_name: which one to fill, where the model trains several; what its layers
-    are set to must then be the file's settings.
+    are set to must then be the file's settings. Of a sharded model every process must call: each
+    reads the files and keeps its part.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
-    FileNotFoundError for a missing file; RuntimeError for a merged model.
+    FileNotFoundError for a missing file; RuntimeError for a merged model, or flat parts of one
+    (FSDP1, ZeRO).
     """
+    gathering.reshard(model)
     if adapter_name is not None:
         config = files.read_config(directory)
         return _load_one(model, directory, config, adapter_name, is_trainable)
@@ -97,7 +113,7 @@ class LoadedAdapter:
     tensors: dict[str, Tensor]
     biases: dict[str, nn.Parameter]
 
-    def adapter_of(self, name: str, layer: FastLoRALinear) -> Adapter:
+    def adapter_of(self, name: str, layer: LoRALayer) -> Adapter:
         """(lora_A, lora_B, scaling) as ``layer``, of that name, will hold them."""
         A, B = (self.tensors[f"{name}.{_KEYS[kind]}"] for kind in ("lora_A", "lora_B"))
         return A.to(layer.lora_A), B.to(layer.lora_B), self.config.scaling_of(name)
@@ -116,17 +132,19 @@ def read_adapter(
     chosen = None
     if existing:
         _check_existing(existing, config, merged)
-        weights = {name: layer.weight for name, layer in existing.items()}
+        weights = {name: layer.matrix for name, layer in existing.items()}
     else:
         chosen = plan(inner, config)
-        weights = {name: linear.weight for name, (linear, _) in chosen.linears.items()}
+        weights = {plain_name(n): matrix_of(linear) for n, (linear, _) in chosen.linears.items()}
     expected = {
         key: shape
         for name, weight in weights.items()
         for key, shape in adapter_shapes(name, weight, config).items()
     }
+    whole = saved_modules.tensors(_saved(inner, config, chosen), config)
     biases = _biases(inner, config, set(weights))
-    expected |= {key: tuple(bias.shape) for key, bias in biases.items()}
+    biases = {key: bias for key, bias in biases.items() if key not in whole}
+    expected |= {key: tuple(t.shape) for key, t in (biases | whole).items()}
     return LoadedAdapter(config, chosen, files.read_tensors(directory, expected), biases)
 
 
@@ -152,11 +170,7 @@ def _load_one(
     """Fills one of the adapters that ``model`` trains side by side."""
     layers = dict(trained_layers(model))
     training_rows(model).index(adapter_name)
-    if config.lora_bias or config.bias != "none":
-        raise ValueError(
-            "config: of adapters trained together none has biases of its own, got "
-            f"lora_bias={config.lora_bias}, bias={config.bias!r}"
-        )
+    config.check_plain("of adapters trained together none")
     expected = {}
     for name, layer in layers.items():
         _check_named(name, layer.r, config)
@@ -165,17 +179,17 @@ def _load_one(
                 f"{name}: the layer scales by {layer.scaling:g}, the adapter by "
                 f"{config.scaling_of(name):g}"
             )
-        expected |= adapter_shapes(name, layer.weight, config)
+        expected |= adapter_shapes(name, layer.matrix, config)
     tensors = files.read_tensors(directory, expected)
     with torch.no_grad():
         for name, layer in layers.items():
             for kind, parameter in layer.adapter_parameters(adapter_name).items():
-                parameter.copy_(tensors[f"{name}.{_KEYS[kind]}"])
+                gathering.fill(parameter, tensors[f"{name}.{_KEYS[kind]}"])
                 parameter.requires_grad_(is_trainable)
     return model
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableMultiLoRALinear]]:
     yield from lora_layers(model)
     yield from trained_layers(model)
 
@@ -184,25 +198,32 @@ def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Ten
     layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
     if trained or adapter_name is not None:
         training_rows(model).index(adapter_name)
+        for name, layer in trained.items():
+            parameters = layer.adapter_parameters(str(adapter_name))
+            gathering.check_whole(name, layer, layer.r, parameters)
         return {
             f"{name}.{_KEYS[kind]}": parameter
             for name, layer in trained.items()
             for kind, parameter in layer.adapter_parameters(str(adapter_name)).items()
         }
     if not layers:
-        raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
+        raise missing(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
             f"model: {len(merged)} layers are merged ({merged[0]}, …): unmerge_adapter first, or "
             "save the whole model after merge_and_unload"
         )
+    for name, layer in layers.items():
+        gathering.check_whole(name, layer, layer.r, layer.adapter_parameters())
     tensors: dict[str, Tensor] = {
         f"{name}.{_KEYS[kind]}": parameter
         for name, layer in layers.items()
         for kind, parameter in layer.adapter_parameters().items()
     }
-    return tensors | _biases(unwrapped(model), injection(model).config, set(layers))
+    inner, config = unwrapped(model), injection(model).config
+    whole = saved_modules.tensors(saved(inner), config)
+    return tensors | _biases(inner, config, set(layers)) | whole
 
 
 def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[str, nn.Parameter]:
@@ -212,29 +233,53 @@ def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[st
         return found
     # PEFT's files name a bias that is tied with another twice.
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, last = name.rpartition(".")
+        owner, _, last = plain_name(name).rpartition(".")
         if last != "bias":
             continue
         if owner in replaced:
             found[f"{owner}.base_layer.{last}"] = parameter
         elif config.bias == "all":
-            found[name] = parameter
+            found[plain_name(name)] = parameter
     return found
 
 
-def _check_existing(layers: dict[str, FastLoRALinear], config: LoRAConfig, merged: bool) -> None:
+def _saved(model: nn.Module, config: LoRAConfig, chosen: Plan | None) -> dict[str, Saved]:
+    """By name, what the adapter trains whole, if it has not been copied yet as its own copy."""
+    if chosen is not None:
+        return {name: Saved(module, module) for name, module in chosen.saved.items()}
+    found, there = saved_modules.find(model, config), saved(model)
+    if found.keys() != there.keys():
+        raise ValueError(
+            f"modules_to_save: the model trains {', '.join(there) or 'nothing'} whole, the adapter "
+            f"{', '.join(found) or 'nothing'}"
+        )
+    return there
+
+
+def _check_existing(layers: dict[str, LoRALayer], config: LoRAConfig, merged: bool) -> None:
     for name, layer in layers.items():
         if layer.merged and not merged:
             raise RuntimeError(
                 f"{name} is merged: unmerge_adapter before loading another adapter, or swap_adapter"
             )
         _check_named(name, layer.r, config)
+        gathering.check_whole(
+            name, layer, layer.r, {"weight": layer.weight, **layer.adapter_parameters()}
+        )
         if (layer.lora_bias is not None) != config.lora_bias:
             raise ValueError(f"{name}: lora_bias: the layer and the adapter's config disagree")
+        own, wanted = layer.init_lora_weights, config.init_lora_weights
+        alike = own == wanted and layer.scaling == config.scaling_of(name)
+        if (moves_base(own) or moves_base(wanted)) and not alike:
+            raise ValueError(
+                f"{name}: init_lora_weights: the adapter is for what {wanted!r} leaves of the base "
+                f"at a scaling of {config.scaling_of(name):g}, the layer has what {own!r} leaves "
+                f"at {layer.scaling:g}: load it into the base itself"
+            )
 
 
 def _check_named(name: str, r: int, config: LoRAConfig) -> None:
-    if config.excludes(name) or not (config.all_linear or config.targets(name)):
+    if not config.names(name):
         raise ValueError(f"{name}: the layer has LoRA, the adapter's config does not name it")
     if r != config.rank_of(name):
         raise ValueError(f"{name}: the layer has r={r}, the adapter r={config.rank_of(name)}")
@@ -249,18 +294,22 @@ def _apply(
     is_trainable: bool,
 ) -> None:
     if chosen is not None:
-        replace_linear(model, config)
+        inject(model, config, chosen)
     else:
         before = report(model).skipped
-        remember(model, Injection(config, before))
+        remember(model, Injection(config, before, saved=saved(model)))
     with torch.no_grad():
         for key, bias in biases.items():
-            bias.copy_(tensors[key])
+            gathering.fill(bias, tensors[key])
         for name, layer in lora_layers(model):
             layer.lora_alpha, layer.use_rslora = config.alpha_of(name), config.use_rslora
             layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
             for kind, parameter in layer.adapter_parameters().items():
-                parameter.copy_(tensors[f"{name}.{_KEYS[kind]}"])
+                gathering.fill(parameter, tensors[f"{name}.{_KEYS[kind]}"])
                 parameter.requires_grad_(is_trainable)
+        for name, module in saved(model).items():
+            module.trained.requires_grad_(is_trainable)
+            for key, tensor in saved_modules.state(name, module.trained).items():
+                gathering.fill(tensor, tensors[key])
     for bias in biases.values():
         bias.requires_grad_(is_trainable)

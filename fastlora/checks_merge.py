@@ -26,6 +26,9 @@ def adapters(
                 f"adapters: expected (lora_A, lora_B, scaling), got {type(item).__name__}"
             )
         lora_A, lora_B, factor = item
+        for name, part in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if hasattr(part, "placements"):
+                raise TypeError(f"{name}: got a DTensor, sharded over processes: gather it first")
         checks.adapter(lora_A, lora_B, N, K, weight)
         checked.append((lora_A.detach(), lora_B.detach(), checks.scaling(factor)))
     return checked

@@ -43,22 +43,24 @@ def combine(
     weights: a finite number each, negative ones subtract; s below is weight * scaling.
 
     combination_type:
-      svd                the best approximation of rank svd_rank to the sum of s * B @ A; from a QR
-                         of the stacked factors, without a tensor of N * K elements
-      cat                that sum itself; ranks add up
-      linear             sums sqrt|s| * B and sign(s) * sqrt|s| * A: B @ A has cross terms
-      magnitude_prune    linear, of factors of which the largest entries are kept
-      dare_linear        linear, of factors of which random entries are kept and enlarged
-      ties, dare_ties    the same two with elected signs: a mean over the adapters that agree
-      …_svd              these four on the dense deltas instead of the factors, then svd. Pruned
-                         deltas have no factors: one layer's deltas (N, K) exist meanwhile, one at a
-                         time or, where signs are elected, all adapters'
+
+    - ``svd``: the best approximation of rank svd_rank to the sum of ``s * B @ A``; from a QR of the
+      stacked factors, without a tensor of N * K elements
+    - ``cat``: that sum itself; ranks add up
+    - ``linear``: sums ``sqrt|s| * B`` and ``sign(s) * sqrt|s| * A``, so that B @ A has cross terms
+    - ``magnitude_prune``: linear, of factors of which the largest entries are kept
+    - ``dare_linear``: linear, of factors of which random entries are kept and enlarged
+    - ``ties``, ``dare_ties``: the same two with elected signs, a mean over the adapters that agree
+    - ``…_svd``: these four on the dense deltas instead of the factors, then svd. Pruned deltas have
+      no factors: one layer's deltas (N, K) exist meanwhile, one at a time or, where signs are
+      elected, all adapters'
 
     svd_rank: at most this rank; None: the largest among the adapters. svd_clamp: limits every
     number of the svd's factors to this quantile of them, in [0, 1]. svd_full_matrices: how
     ``torch.linalg.svd`` treats a dense delta; the result is the same. svd_driver: its algorithm on
     CUDA. density: share of entries kept, in [0, 1], above 0 where the kept are enlarged; required
-    by what prunes. majority_sign_method: "total" or "frequency", see ``pruning.elected_mean``.
+    by what prunes. majority_sign_method: a number's sign is that of the sum ("total") or that of
+    most adapters ("frequency").
 
     svd, cat and …_svd take adapters of different ranks, the others of one. A single adapter is
     scaled by the rule of linear, whatever the type, as PEFT does.
@@ -67,7 +69,7 @@ def combine(
     Random entries are drawn from torch's generator, every lora_A in turn, then every lora_B.
 
     Raises TypeError or ValueError naming the argument; ValueError too for numbers that are not
-    finite or do not fit the dtype. References: ``pruning.py``.
+    finite or do not fit the dtype. After Yadav et al. 2023 (ties), Yu et al. 2023 (dare).
     """
     combination = Combination(
         combination_type,

@@ -17,6 +17,8 @@ from fastlora.combining import Combination, check_adapter, check_weights
 from fastlora.config import LoRAConfig
 from fastlora.receipt import Adapter
 
+# What chooses layers in a config.
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -44,9 +46,9 @@ def combine_adapters(
     everywhere. Random entries are drawn in alphabetical order of the layers.
 
     Raises ValueError, nothing written, for what ``load_adapter`` refuses in a file, for biases of
-    an adapter's own (lora_bias or bias), layers of other shapes or ranks than the type takes, and
-    bad options; FileNotFoundError for a missing file; FileExistsError when ``directory`` holds an
-    adapter already.
+    an adapter's own (lora_bias or bias), modules_to_save, split bases (init_lora_weights), layers
+    of other shapes or ranks than the type takes, and bad options; FileNotFoundError for a missing
+    file; FileExistsError when ``directory`` holds an adapter already.
     """
     combination = Combination(
         combination_type,
@@ -89,18 +91,17 @@ def _read(folder: str | os.PathLike[str]) -> _Source:
     """An adapter without its model: its layers are those that the file has."""
     config = files.read_config(folder)
     where = Path(folder)
-    if config.lora_bias or config.bias != "none":
-        raise ValueError(
-            f"{where / files.CONFIG_NAME}: biases cannot be combined, got "
-            f"lora_bias={config.lora_bias}, bias={config.bias!r}"
-        )
+    try:
+        config.check_plain("of adapters to combine none")
+    except ValueError as error:
+        raise ValueError(f"{where / files.CONFIG_NAME}: {error}") from None
     found = files.read_shapes(folder)
     names = {key.removesuffix(end) for key in found for end in (_A, _B) if key.endswith(end)}
     if not names:
         raise ValueError(f"{where / files.WEIGHTS_NAME}: expected a LoRA layer, found none")
     expected: dict[str, files.Shape] = {}
     for name in names:
-        if config.excludes(name) or not (config.all_linear or config.targets(name)):
+        if not config.names(name):
             raise ValueError(f"{where}: {name} has tensors, but the config does not name it")
         r, K, N = config.rank_of(name), found.get(name + _A, ())[1:], found.get(name + _B, ())[:1]
         expected |= {name + _A: (r, *K), name + _B: (*N, r)}
@@ -119,14 +120,14 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
     # Exact names: a pattern matches the end of a name too, and a dot any character.
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     first = sources[0].config
-    targets, excluded = first.target_modules, first.exclude_modules
+    chosen = {name: getattr(first, name) for name in _CHOICE}
     alike = all(
         source.layers.keys() == layers.keys()
-        and (source.config.target_modules, source.config.exclude_modules) == (targets, excluded)
+        and {name: getattr(source.config, name) for name in _CHOICE} == chosen
         for source in sources
     )
     if not alike:
-        targets, excluded = tuple(layers), None
+        chosen = dict.fromkeys(_CHOICE) | {"target_modules": tuple(layers)}
     return replace(
         first,
         r=r,
@@ -134,8 +135,7 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
         use_rslora=False,
         rank_pattern=others,
         alpha_pattern=others,
-        target_modules=targets,
-        exclude_modules=excluded,
+        **chosen,
     )
 
 

@@ -30,8 +30,9 @@ class FidelityWarning(UserWarning):
 class Fidelity:
     """What became of the change d that adapters make to a weight W, in the merged weight M.
 
-    gain: <M - W, d> / <d, d>, the share of d that arrived; 1 is all of it. error:
-    ||M - W - d|| / ||d||. changed: the share of elements whose bits differ. size: ||d|| / ||W||.
+    gain: ``<M - W, d> / <d, d>``, the share of d that arrived; 1 is all of it. error:
+    ``||M - W - d|| / ||d||``. changed: the share of elements whose bits differ. size:
+    ``||d|| / ||W||``.
     Where d is zero there is nothing to lose: gain 1, and error 0 unless M differs from W all the
     same (then infinite). Elements where W is not finite count as changed or not, and no further.
     """

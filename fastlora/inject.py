@@ -1,80 +1,23 @@
-"""Putting LoRA into a whole model, and saying what was done to it."""
+"""Putting LoRA into a whole model."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from fastlora import each, initial, saved_modules
 from fastlora.adapter_files import check_name
-from fastlora.config import LoRAConfig
-from fastlora.fidelity import Fidelity
+from fastlora.config import LoRAConfig, moves_base
+from fastlora.conv1d import FastLoRAConv1D
+from fastlora.injection import Injection, forget, remember, swap
 from fastlora.modules import FastLoRALinear, lora_layers
-from fastlora.multi_modules import (
-    MultiLoRALinear,
-    TrainableMultiLoRALinear,
-    TrainingRows,
-    trained_layers,
-)
-from fastlora.wrapping import unsupported, unwrapped
-
-_RECORD = "_fastlora_injection"
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What ``replace_linear`` was asked for, and what it left alone and why.
-
-    rows: of several adapters in training, which the batch's rows belong to.
-    """
-
-    config: LoRAConfig
-    skipped: dict[str, str]
-    rows: TrainingRows | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Linears to replace, {first full name: (module, all its names)}, and others skipped, why."""
-
-    linears: dict[str, tuple[nn.Linear, list[str]]]
-    skipped: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Report:
-    """The state of a model with LoRA; ``str()`` of it is for people.
-
-    replaced: {layer: rank}; skipped: {layer: reason}; trainable and total: parameters; fidelity:
-    {merged layer: how much of its adapter has arrived}; untied: {layer: whose weight its was};
-    merged:
-    layers whose weight holds the adapter.
-    """
-
-    replaced: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    trainable: int = 0
-    total: int = 0
-    merged: tuple[str, ...] = ()
-    fidelity: dict[str, Fidelity] = field(default_factory=dict)
-    untied: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / self.total if self.total else 0.0
-        ranks = ", ".join(f"r={r}" for r in sorted(set(self.replaced.values())))
-        lines = [
-            f"{len(self.replaced)} layers replaced" + (f" ({ranks})" if ranks else ""),
-            f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.2f} %)",
-            f"{len(self.merged)} layers merged",
-        ]
-        if self.fidelity:
-            worst = min(self.fidelity, key=lambda name: self.fidelity[name].gain)
-            lines.append(f"least of its adapter arrived in {worst}: {self.fidelity[worst]}")
-        lines += [f"untied {name} from {', '.join(of)}" for name, of in self.untied.items()]
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+from fastlora.multi_modules import TrainableMultiLoRALinear, TrainingRows, trained_layers
+from fastlora.targets import Plan, plan
+from fastlora.tied import tied
+from fastlora.wrapping import is_conv1d, unwrapped
 
 
 def replace_linear(
@@ -86,134 +29,75 @@ def replace_linear(
 ) -> nn.Module:
     """Replaces in place the linears that ``config`` names by ``FastLoRALinear``; returns ``model``.
 
-    config: ``LoRAConfig`` or ``peft.LoraConfig``. freeze_base: everything but the adapters (and the
+    config: ``LoRAConfig`` or ``peft.LoraConfig``. transformers' ``Conv1D`` becomes
+    ``FastLoRAConv1D``; what modules_to_save names, and the head that PEFT adds for task_type, a
+    copy of itself that trains. Where init_lora_weights splits the weights, they change (until all
+    are ready, they take their memory twice). freeze_base: everything but the adapters (and the
     biases that ``config.bias`` asks for) stops requiring gradients. adapter_names: several adapters
     on the one base instead, trained together: ``use_adapters`` says whose each row of a batch is,
     ``save_adapter(..., adapter_name=)`` saves one. ``report(model)`` says what was replaced and
     what was skipped and why.
 
     Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
-    layer that was named cannot be replaced, or the model has LoRA layers already; for several
-    adapters also when ``config`` asks for biases, which belong to no single one.
+    layer that was named cannot be replaced, or the model has LoRA layers already, PEFT's among
+    them; for several adapters also when ``config`` asks for biases, whole modules or split weights,
+    which belong to no single one. Warns where no layer lies as fan_in_fan_out says; their own kind
+    decides.
     """
-    settings = LoRAConfig.of(config)
-    model = _checked(model)
-    rows = None if adapter_names is None else _rows_for(adapter_names, settings)
+    given = LoRAConfig.of(config)
+    model, settings = _checked(model), given.with_heads()
+    rows = None if adapter_names is None else _rows_for(adapter_names, given)
     chosen = plan(model, settings)
+    if rows is not None and chosen.saved:
+        raise ValueError(
+            "modules_to_save: of adapters trained together none trains modules whole, got "
+            f"{', '.join(chosen.saved)} (task_type={given.task_type!r})"
+        )
+    saved_modules.check_found(settings, chosen.saved)
     present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]
     if present:
         raise ValueError(
             f"model: {len(present)} layers have LoRA already ({present[0]}, …) and one config must "
             "speak for all: name all layers at once, rank_pattern and alpha_pattern tell them apart"
         )
-    layers = {
-        name: _layer(name, linear, settings, rows) for name, (linear, _) in chosen.linears.items()
-    }
-    for name, layer in layers.items():
-        swap(model, chosen.linears[name][1], layer)
-    remember(model, Injection(settings, chosen.skipped, rows))
-    if freeze_base:
-        _freeze(unwrapped(model), settings)
+    inject(model, settings, chosen, rows, freeze_base)
+    lies = {is_conv1d(linear) for linear, _ in chosen.linears.values()}
+    if given.fan_in_fan_out not in lies:
+        warnings.warn(
+            f"fan_in_fan_out={given.fan_in_fan_out} holds for none of the layers that were "
+            f"replaced ({next(iter(chosen.linears))}, …): taken as {not given.fan_in_fan_out}",
+            stacklevel=2,
+        )
     return model
 
 
-def report(model: nn.Module) -> Report:
-    """What has been done to ``model``: replaced, skipped and why, trainable, merged."""
+def inject(
+    model: nn.Module,
+    config: LoRAConfig,
+    chosen: Plan,
+    rows: TrainingRows | None = None,
+    freeze_base: bool = True,
+) -> None:
+    """Does what was ``chosen``, all of it or, on an error, nothing."""
     inner = unwrapped(model)
-    layers = dict(lora_layers(inner))
-    served = {
-        n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
+    layers = {
+        name: _layer(name, linear, config, rows) for name, (linear, _) in chosen.linears.items()
     }
-    trained = {name: layer.r for name, layer in trained_layers(inner)}
-    parameters = list(inner.parameters())
-    record: Injection | None = getattr(inner, _RECORD, None)
-    return Report(
-        replaced={name: layer.r for name, layer in layers.items()} | served | trained,
-        skipped=dict(record.skipped) if record else {},
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-        merged=tuple(name for name, layer in layers.items() if layer.merged),
-        fidelity={n: layer.fidelity for n, layer in layers.items() if layer.fidelity is not None},
-        untied={name: layer.untied for name, layer in layers.items() if layer.untied},
-    )
-
-
-def injection(model: nn.Module) -> Injection:
-    """What ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
-    record = getattr(unwrapped(model), _RECORD, None)
-    if record is None:
-        raise RuntimeError("model: expected one that went through fastlora.replace_linear")
-    return record
-
-
-def training_rows(model: nn.Module) -> TrainingRows:
-    """What ``use_adapters`` tells the layers of ``model``."""
-    rows = injection(model).rows
-    if rows is None:
-        raise RuntimeError(
-            "model: expected one with several adapters, of replace_linear(..., adapter_names=)"
-        )
-    return rows
-
-
-def remember(model: nn.Module, record: Injection) -> None:
-    """Notes on ``model`` what its LoRA layers are, for ``injection``."""
-    setattr(unwrapped(model), _RECORD, record)
-
-
-def forget(model: nn.Module) -> None:
-    """Takes the note away, where there is one."""
-    vars(unwrapped(model)).pop(_RECORD, None)
-
-
-def plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """Which linears of ``model`` ``config`` names, checked; nothing is changed."""
-    if config.target_modules is None:
-        raise ValueError(
-            "target_modules: expected a list of names, a regular expression or "
-            '"all-linear", got None'
-        )
-    inner = unwrapped(model)
-    # A module reached by two names is one layer, to be replaced under both.
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in inner.named_modules(remove_duplicate=False):
-        if name:
-            names.setdefault(module, []).append(name)
-    linears: dict[str, tuple[nn.Linear, list[str]]] = {}
-    skipped: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    head = _output_embedding(inner)
-    for module, known_as in names.items():
-        first = known_as[0]
-        named = any(config.targets(name) for name in known_as)
-        if not named and not (config.all_linear and isinstance(module, nn.Linear)):
-            continue
-        reason = _bypassed(inner, known_as) or unsupported(module)
-        if any(config.excludes(name) for name in known_as):
-            skipped[first] = "excluded by exclude_modules"
-        elif getattr(module, "holds_lora", False):
-            refused[first] = str(reason)
-        elif not named and module is head:
-            skipped[first] = 'the output embedding, which "all-linear" leaves out'
-        elif reason is not None:
-            (refused if named else skipped)[first] = reason
-        elif isinstance(module, nn.Linear):
-            linears[first] = (module, known_as)
-    if refused:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise ValueError(
-            f"target_modules: cannot replace {listed} (name other layers, or use exclude_modules)"
-        )
-    if not linears:
-        raise ValueError(_no_match(inner, config, skipped))
-    return Plan(linears, skipped)
-
-
-def swap(model: nn.Module, names: Iterable[str], layer: nn.Module) -> None:
-    """Puts ``layer`` where ``model`` has a module under each of ``names``."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(unwrapped(model).get_submodule(parent), child, layer)
+    saved = saved_modules.copied(chosen.saved)
+    with each.all_or_none() as done:
+        if moves_base(config.init_lora_weights):
+            _refuse_tied(inner, chosen, config)
+            initial.split_bases(layers, str(config.init_lora_weights), done)
+        for name, (linear, names) in chosen.linears.items():
+            done.append(lambda names=names, linear=linear: swap(inner, names, linear))
+            swap(inner, names, layers[name])
+        for name, module in saved.items():
+            done.append(lambda name=name, module=module: swap(inner, [name], module.original))
+            swap(inner, [name], module.trained)
+        done.append(lambda: forget(inner))
+        remember(inner, Injection(config, chosen.skipped, rows, saved))
+    if freeze_base:
+        _freeze(inner, config, saved)
 
 
 def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
@@ -222,17 +106,11 @@ def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
     names = [check_name(name) for name in adapter_names]
     if not names or len(set(names)) < len(names) or "__base__" in names:
         raise ValueError(f'adapter_names: expected different names, none "__base__", got {names!r}')
-    if config.lora_bias or config.bias != "none":
-        raise ValueError(
-            "config: of adapters trained together none has biases of its own, got "
-            f"lora_bias={config.lora_bias}, bias={config.bias!r}"
-        )
+    config.check_plain("of adapters trained together none")
     return TrainingRows(names)
 
 
-def _layer(
-    name: str, linear: nn.Linear, config: LoRAConfig, rows: TrainingRows | None
-) -> nn.Linear:
+def _layer(name: str, linear: nn.Module, config: LoRAConfig, rows: TrainingRows | None) -> Any:
     options = {
         "lora_alpha": config.alpha_of(name),
         "lora_dropout": config.lora_dropout,
@@ -242,7 +120,20 @@ def _layer(
     r = config.rank_of(name)
     if rows is not None:
         return TrainableMultiLoRALinear.from_linear(linear, rows, r, **options)
-    return FastLoRALinear._sharing(linear, r, lora_bias=config.lora_bias, **options)
+    kind = FastLoRAConv1D if is_conv1d(linear) else FastLoRALinear
+    return kind._sharing(linear, r, lora_bias=config.lora_bias, **options)
+
+
+def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
+    """A weight that is split must be nobody else's."""
+    found = tied(model, [linear for linear, _ in chosen.linears.values()])
+    for name, (linear, _) in chosen.linears.items():
+        if linear in found:
+            raise ValueError(
+                f"{name}: its weight is tied with {', '.join(found[linear])}, which "
+                f"init_lora_weights={config.init_lora_weights!r} would change too: exclude the "
+                "layer, or untie it first"
+            )
 
 
 def _checked(model: nn.Module) -> nn.Module:
@@ -256,46 +147,18 @@ def _checked(model: nn.Module) -> nn.Module:
     return model
 
 
-def _bypassed(model: nn.Module, names: list[str]) -> str | None:
-    """Why a layer's own forward would not be what its parent runs."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight and never calls it"
-        if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
-            return "nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
-    return None
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
-    return found if isinstance(found, nn.Module) else None
-
-
-def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    message = f"target_modules: no linear layer matches {config.target_modules!r}"
-    if skipped:
-        message += (
-            f" ({len(skipped)} skipped: {'; '.join(f'{n}: {r}' for n, r in skipped.items())})"
-        )
-    if not linears:
-        return message + "; the model has no nn.Linear"
-    suffixes = sorted({name.rpartition(".")[2] for name in linears})
-    wanted = config.target_modules or ()
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    near = [m for w in wanted for m in difflib.get_close_matches(w, suffixes + linears, cutoff=0.5)]
-    hint = f"; near names: {', '.join(dict.fromkeys(near))}" if near else ""
-    return f"{message}{hint}; its linears end in {', '.join(suffixes)}"
-
-
-def _freeze(model: nn.Module, config: LoRAConfig) -> None:
+def _freeze(
+    model: nn.Module,
+    config: LoRAConfig,
+    saved: Mapping[str, saved_modules.Saved],
+) -> None:
     layers = list(lora_layers(model))
     adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
     for _, layer in trained_layers(model):
         adapters |= {id(p) for p in (*layer.lora_A.values(), *layer.lora_B.values())}
+    for module in saved.values():
+        adapters |= {id(p) for p in module.trained.parameters()}
+        module.original.requires_grad_(False)
     for name, parameter in model.named_parameters():
         is_bias = name.rpartition(".")[2] == "bias"
         trained = id(parameter) in adapters or (config.bias == "all" and is_bias)

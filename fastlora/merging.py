@@ -15,8 +15,8 @@ from fastlora import checkpoint, each, tied
 from fastlora import functional as F
 from fastlora.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional_merge import foreach_remerge_
-from fastlora.inject import forget, swap
-from fastlora.modules import FastLoRALinear, lora_layers
+from fastlora.injection import forget, missing, saved, swap
+from fastlora.modules import LoRALayer, lora_layers
 from fastlora.multi_modules import trained_layers
 from fastlora.receipt import MergeReceipt
 from fastlora.wrapping import unwrapped
@@ -52,20 +52,21 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
 
 
 def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
-    """Merges for good: plain ``nn.Linear`` layers with the merged weights. Returns ``model``.
+    """Merges for good: plain ``nn.Linear`` (``Conv1D``) layers with the merged weights.
 
-    Layers merged before stay so, once they were seen to be what their merge left. untie, errors and
-    their guarantee as in ``merge_adapter``.
+    Returns ``model``. What was trained whole (modules_to_save) stays in its place. Layers merged
+    before stay so, once they were seen to be what their merge left. untie, errors and their
+    guarantee as in ``merge_adapter``.
     """
     inner = unwrapped(model)
     layers = dict(lora_layers(inner))
     if not layers:
-        raise RuntimeError(f"model: expected one with FastLoRALinear layers, found {_found(model)}")
+        raise missing(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     fresh = {name: layer for name, layer in layers.items() if not layer.merged}
     names: dict[nn.Module, list[str]] = {layer: [] for layer in layers.values()}
     for name, module in inner.named_modules(remove_duplicate=False):
-        if isinstance(module, FastLoRALinear):
+        if isinstance(module, LoRALayer):
             names[module].append(name)
     with each.all_or_none() as done:
         # An edited weight would be taken for the merged one: unmerging refuses it.
@@ -75,6 +76,8 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         for layer, linear in plain.items():
             done.append(lambda layer=layer: swap(inner, names[layer], layer))
             swap(inner, names[layer], linear)
+        if saved(inner):
+            done.append(tied.note_untied(inner))
         forget(inner)
     return model
 
@@ -82,18 +85,24 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
 def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     """Of a merged model: the adapter in ``directory`` instead of the one that is merged.
 
-    The weights have the bits of unmerging, loading and merging. The layers' own tensors are the new
-    adapter's afterwards, so that ``unmerge_adapter`` gives the base back and leaves it loaded. Its
-    ranks and layers must be those of the model (else: unmerge, load_adapter, merge_adapter).
-    Returns ``model``; errors as in ``load_adapter`` and ``merge_adapter``, every byte as before.
+    For adapters that train no modules whole (modules_to_save). The weights have the bits of
+    unmerging, loading and merging. The layers' own tensors are the new adapter's afterwards, so
+    that ``unmerge_adapter`` gives the base back and leaves it loaded. Its ranks and layers must be
+    those of the model (else: unmerge, load_adapter, merge_adapter). Returns ``model``; errors as in
+    ``load_adapter`` and ``merge_adapter``, every byte as before.
     """
     layers = _layers(model, merged=True)
+    if saved(model):
+        raise ValueError(
+            f"modules_to_save: the adapter trains {', '.join(saved(model))} whole, which is not "
+            "swapped: unmerge_adapter, load_adapter and merge_adapter"
+        )
     loaded = checkpoint.read_adapter(model, directory, merged=True)
     adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]
     with each.all_or_none() as done, _by_name(layers):
-        before = [(layer, layer.receipt) for layer in layers.values()]
+        before = [(layer, layer.needed_receipt()) for layer in layers.values()]
         old = [list(receipt.adapters) for _, receipt in before]
-        weights = [layer.weight for layer in layers.values()]
+        weights = [layer.matrix for layer in layers.values()]
         rows = [layer.sampled() for layer in layers.values()]
         receipts = F.foreach_swap_(weights, [r for _, r in before], [[a] for a in adapters])
         done.append(lambda: _set(layers, F.foreach_swap_(weights, receipts, old)))
@@ -110,33 +119,43 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block ``model`` computes what its base would; merged layers are unmerged in it.
 
-    What was merged is merged again at the end, whatever became of the adapter in between.
+    Modules that are trained whole are the original ones in it. A base whose weights were split
+    (init_lora_weights "pissa", "olora") stays what that left. What was merged is merged again at
+    the end, whatever became of the adapter in between.
     """
     layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
     if not layers and not trained:
-        raise RuntimeError("model: expected one with FastLoRALinear layers, found none")
+        raise missing(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     receipts = _unmerge(merged)
     before = {layer: layer.adapter_disabled for layer in (*layers.values(), *trained.values())}
-    for layer in before:
-        layer.adapter_disabled = True
     try:
-        yield model
+        for layer in before:
+            layer.adapter_disabled = True
+        with _originals_in_place(unwrapped(model)):
+            yield model
     finally:
         for layer, state in before.items():
             layer.adapter_disabled = state
         _remerge(merged, receipts)
 
 
-def _found(model: nn.Module) -> str:
-    several = next(trained_layers(model), None) is not None
-    return "several adapters in training: save one and load it alone" if several else "none"
+@contextmanager
+def _originals_in_place(model: nn.Module) -> Iterator[None]:
+    there = {name: model.get_submodule(name) for name in saved(model)}
+    try:
+        for name, module in saved(model).items():
+            swap(model, [name], module.follow())
+        yield
+    finally:
+        for name, module in there.items():
+            swap(model, [name], module)
 
 
-def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
+def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
     layers = dict(lora_layers(model))
     if not layers:
-        raise RuntimeError(f"model: expected one with FastLoRALinear layers, found {_found(model)}")
+        raise missing(model)
     wrong = [name for name, layer in layers.items() if layer.merged != merged]
     if wrong:
         state = "not merged" if merged else "merged already"
@@ -148,7 +167,7 @@ def _layers(model: nn.Module, *, merged: bool) -> dict[str, FastLoRALinear]:
 
 def _merge(
     model: nn.Module,
-    layers: dict[str, FastLoRALinear],
+    layers: dict[str, LoRALayer],
     untie: bool,
     snapshot: bool = False,
     done: list[Callable[[], Any]] | None = None,
@@ -166,7 +185,7 @@ def _merge(
             tied.refuse(inner, layers)
         before = [layer.sampled() for layer in layers.values()]
         adapters = [layer.adapter for layer in layers.values()]
-        weights = [layer.weight for layer in layers.values()]
+        weights = [layer.matrix for layer in layers.values()]
         receipts = F.foreach_merge_(weights, [[a] for a in adapters], snapshot=snapshot)
         done.append(lambda: _take_out(layers, weights, receipts))
         _set(layers, receipts)
@@ -176,17 +195,20 @@ def _merge(
         _warn(layers, stacklevel=4)
 
 
-def _unmerge(layers: dict[str, FastLoRALinear]) -> list[MergeReceipt]:
+def _unmerge(layers: dict[str, LoRALayer]) -> list[MergeReceipt]:
     """Unmerges every layer or none; returns what says how each was merged."""
-    receipts = [layer.receipt for layer in layers.values()]
+    receipts = []
+    for name, layer in layers.items():
+        with _by_name({name: layer}):
+            receipts.append(layer.needed_receipt())
     with each.all_or_none() as done, _by_name(layers):
-        F.foreach_unmerge_([layer.weight for layer in layers.values()], receipts)
+        F.foreach_unmerge_([layer.matrix for layer in layers.values()], receipts)
         done.append(lambda: _remerge(layers, receipts))
         _set(layers, [None] * len(receipts))
     return receipts
 
 
-def _remerge(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]) -> None:
+def _remerge(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt]) -> None:
     """Merges what the receipts say was merged once, whatever the adapters are by now.
 
     An interrupt is heard when all is merged: who asked for this wants the layers as they were.
@@ -198,25 +220,25 @@ def _remerge(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]
         raise
 
 
-def _remerge_once(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt]) -> None:
+def _remerge_once(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt]) -> None:
     with each.all_or_none() as done, _by_name(layers):
-        weights = [layer.weight for layer in layers.values()]
+        weights = [layer.matrix for layer in layers.values()]
         made = foreach_remerge_(weights, receipts)
         done.append(lambda: _take_out(layers, weights, made))
         _set(layers, made)
 
 
-def _take_out(layers: dict[str, FastLoRALinear], weights: list, receipts: list) -> None:
+def _take_out(layers: dict[str, LoRALayer], weights: list, receipts: list) -> None:
     F.foreach_unmerge_(weights, receipts)
     _set(layers, [None] * len(receipts))
 
 
-def _set(layers: dict[str, FastLoRALinear], receipts: Sequence[MergeReceipt | None]) -> None:
+def _set(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt | None]) -> None:
     for layer, receipt in zip(layers.values(), receipts, strict=True):
         layer._receipt = receipt
 
 
-def _way_back(layer: FastLoRALinear) -> Callable[[], None]:
+def _way_back(layer: LoRALayer) -> Callable[[], None]:
     """What gives ``layer`` its adapter and settings back, its weight left alone."""
     kept = {name: getattr(layer, name) for name in _SETTINGS}
     tensors = [
@@ -233,7 +255,7 @@ def _way_back(layer: FastLoRALinear) -> Callable[[], None]:
 
 
 @contextmanager
-def _by_name(layers: dict[str, FastLoRALinear]) -> Iterator[None]:
+def _by_name(layers: dict[str, LoRALayer]) -> Iterator[None]:
     """An error about one of several weights begins with its layer's name."""
     try:
         yield
@@ -247,7 +269,7 @@ def _by_name(layers: dict[str, FastLoRALinear]) -> Iterator[None]:
         raise raised from error
 
 
-def _warn(layers: dict[str, FastLoRALinear], stacklevel: int) -> None:
+def _warn(layers: dict[str, LoRALayer], stacklevel: int) -> None:
     low = {n: layer.fidelity.gain for n, layer in layers.items() if layer.fidelity is not None}
     low = {name: gain for name, gain in low.items() if gain < LOW_GAIN}
     if low:

@@ -13,21 +13,21 @@ from torch.nn import functional as nnf
 
 from fastlora import config as settings
 from fastlora import functional as F
+from fastlora.initial import init_lora
 from fastlora.invariance import asked
-from fastlora.modules import init_lora
+from fastlora.modules import check_drawn
 from fastlora.routing import Routing
-from fastlora.wrapping import adopt, lora_dtype_for, unsupported, unwrapped
+from fastlora.wrapping import SharedWeight, lora_dtype_for, plain_name, unwrapped
 
 
-class MultiLoRALinear(nn.Linear):
-    """A frozen linear and S slots of adapters; each row of x goes through the slot its id names.
+class MultiLoRALinear(SharedWeight):
+    """A frozen linear or ``Conv1D`` and S slots of adapters; each row's id names its slot.
 
-    Buffers, not in the state_dict: lora_A (S, R, in_features), lora_B (S, out_features, R),
-    scalings (S,), ranks (S,), zero while a slot is free. ``routing`` gives the rows' ids where the
-    caller of the model cannot pass them to the layer.
+    Made by ``from_linear``. Buffers, not in the state_dict: lora_A (S, R, in_features), lora_B (S,
+    out_features, R), scalings (S,) float32, ranks (S,) int32, zero while a slot is free.
+    ``routing`` gives the rows' ids where the caller of the model cannot pass them to the layer.
     """
 
-    holds_lora = True
     lora_A: Tensor
     lora_B: Tensor
     scalings: Tensor
@@ -37,20 +37,20 @@ class MultiLoRALinear(nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         max_adapters: int,
         max_rank: int,
         lora_dtype: torch.dtype | None = None,
     ) -> MultiLoRALinear:
-        """Shares ``linear``'s weight; lora_dtype None is its dtype. Errors as FastLoRALinear's."""
-        reason = unsupported(linear)
-        if reason is not None:
-            raise TypeError(f"linear: {reason}")
+        """A layer around ``linear``'s weight and bias, with S = max_adapters slots of R = max_rank.
+
+        lora_dtype: of the slots; None is the weight's. Raises TypeError for anything that is not a
+        plain ``nn.Linear``, TypeError or ValueError for sizes that are not positive integers.
+        """
         settings.check_rank("max_adapters", max_adapters)
         settings.check_rank("max_rank", max_rank)
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        adopt(layer, linear)
-        S, R, weight = max_adapters, max_rank, linear.weight
+        layer = cls.around(linear)
+        S, R, weight = max_adapters, max_rank, layer.weight
         zeros = {"device": weight.device, "dtype": lora_dtype or weight.dtype}
         buffers = {
             "lora_A": torch.zeros(S, R, layer.in_features, **zeros),
@@ -64,7 +64,11 @@ class MultiLoRALinear(nn.Linear):
         return layer
 
     def forward(self, input: Tensor, adapter_ids: Tensor | F.RowGroups | None = None) -> Tensor:
-        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,), by default ``routing``'s."""
+        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,), to (..., N).
+
+        ids: int32 or int64, the slot of each row, -1 = none; by default ``routing``'s, without
+        which RuntimeError is raised. Other errors as in ``functional.multi_lora_linear``.
+        """
         if adapter_ids is None:
             if self.routing is None:
                 raise RuntimeError(
@@ -73,7 +77,7 @@ class MultiLoRALinear(nn.Linear):
             adapter_ids = self.routing(input)
         return F.multi_lora_linear(
             input,
-            self.weight,
+            self.matrix,
             self.lora_A,
             self.lora_B,
             adapter_ids,
@@ -112,7 +116,7 @@ class MultiLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def clear_adapter(self, slot: int) -> None:
-        """Frees ``slot``: what it held is zeroed."""
+        """Frees ``slot``: what it held is zeroed. Raises TypeError or ValueError for no slot."""
         self._check_slot(slot)
         for buffer in (self.ranks, self.scalings, self.lora_A, self.lora_B):
             buffer[slot] = 0
@@ -170,14 +174,22 @@ class TrainingRows(Routing):
         return TrainingRows, (self.adapters,)
 
     @contextmanager
-    def named(self, adapter_names: Sequence[str | None]) -> Iterator[None]:
-        """Within, row i of the batch trains ``adapter_names[i]``, or none."""
+    def named(
+        self,
+        adapter_names: Sequence[str | None],
+        everywhere: Callable[[list[bool]], list[bool]] = list,
+    ) -> Iterator[None]:
+        """Within, row i of the batch trains ``adapter_names[i]``, or none.
+
+        everywhere: which adapters other processes have rows of, of which we have.
+        """
         rows = [-1 if name is None else self.index(name) for name in adapter_names]
         if self.owner not in (None, threading.get_ident()):
             raise RuntimeError("use_adapters: another thread is in such a block of this model")
         before = self.present, self.ran, self.owner
         ran: set[int] = set()
-        self.present, self.ran = tuple(sorted({row for row in rows if row >= 0})), ran
+        present = everywhere([i in rows for i in range(len(self.adapters))])
+        self.present, self.ran = tuple(i for i, here in enumerate(present) if here), ran
         self.owner = threading.get_ident()
         slot = {row: i for i, row in enumerate(self.present)}
         try:
@@ -205,7 +217,7 @@ class TrainingRows(Routing):
         return self.adapters.index(str(name))
 
 
-class TrainableMultiLoRALinear(nn.Linear):
+class TrainableMultiLoRALinear(SharedWeight):
     """A frozen linear and several adapters in training; a batch's rows each belong to one.
 
     Parameters: lora_A and lora_B, (r, in_features) and (out_features, r) for each adapter under its
@@ -214,7 +226,6 @@ class TrainableMultiLoRALinear(nn.Linear):
     Arithmetic as ``FastLoRALinear``'s; dropout is torch's own and draws a mask of x.
     """
 
-    holds_lora = True
     bias: nn.Parameter | None
     lora_A: nn.ParameterDict
     lora_B: nn.ParameterDict
@@ -228,7 +239,7 @@ class TrainableMultiLoRALinear(nn.Linear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         routing: TrainingRows,
         r: int = 8,
         *,
@@ -242,20 +253,14 @@ class TrainableMultiLoRALinear(nn.Linear):
 
         Options and errors as FastLoRALinear's.
         """
-        reason = unsupported(linear)
-        if reason is not None:
-            raise TypeError(f"linear: {reason}")
-        settings.check_rank("r", r)
-        settings.check_number("lora_alpha", lora_alpha)
-        settings.check_dropout(lora_dropout)
-        settings.check_init(init_lora_weights)
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        adopt(layer, linear)
+        settings.check_layer(r, lora_alpha, lora_dropout)
+        check_drawn(init_lora_weights)
+        layer = cls.around(linear)
         layer.r, layer.lora_alpha, layer.lora_dropout = r, lora_alpha, float(lora_dropout)
         layer.scaling = settings.scaling(lora_alpha, r, use_rslora)
         layer.adapter_disabled = False
         layer.routing = routing
-        base = linear.weight
+        base = layer.matrix
         kind = {"device": base.device, "dtype": lora_dtype or lora_dtype_for(base.dtype)}
         N, K = base.shape
         keys = [_key(name) for name in routing.adapters]
@@ -268,20 +273,20 @@ class TrainableMultiLoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (B, ..., in_features), a row of the batch first, to (B, ..., out_features)."""
         if self.adapter_disabled:
-            return F.base_linear(input, self.weight, self.bias)
+            return F.base_linear(input, self.matrix, self.bias)
         self.routing.slots_for(input)
         self.routing.check(self)
         present = [_key(self.routing.adapters[i]) for i in self.routing.present]
         # Invariant, rows of none have the bits that they have beside others: by the same op.
         if not present and not asked():
-            return F.base_linear(input, self.weight, self.bias)
+            return F.base_linear(input, self.matrix, self.bias)
         groups = self.routing.groups_for(input)
         lora_A, lora_B = _stacked(self.lora_A, present), _stacked(self.lora_B, present)
         scalings = input.new_full((len(present),), self.scaling, dtype=torch.float32)
         factors = (lora_A, lora_B, groups, scalings)
         if not (self.training and self.lora_dropout):
-            return F.multi_lora_linear(input, self.weight, *factors, bias=self.bias)
-        y = F.base_linear(input, self.weight, self.bias)
+            return F.multi_lora_linear(input, self.matrix, *factors, bias=self.bias)
+        y = F.base_linear(input, self.matrix, self.bias)
         return F.multi_lora_add_(y, nnf.dropout(input, self.lora_dropout), *factors)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -309,4 +314,4 @@ def trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainableMultiLoRALi
     """(full name, layer) of every TrainableMultiLoRALinear in ``model``, each once."""
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, TrainableMultiLoRALinear):
-            yield name, module
+            yield plain_name(name), module

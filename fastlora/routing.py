@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,20 +23,22 @@ class Routing:
         self.outside = outside
         self.num_slots = 0
         self.slots: Tensor | None = None
+        self.nobody = False
         self.copies = 1
-        self.groups: dict[tuple[object, ...], F.RowGroups] = {}
+        self.groups: list[F.RowGroups] = []
 
     @contextmanager
     def running(self, slots: list[int], num_slots: int, copies: int = 1) -> Iterator[None]:
         """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples)."""
-        before = self.num_slots, self.slots, self.copies, self.groups
-        self.num_slots, self.copies, self.groups = num_slots, copies, {}
+        before = self.num_slots, self.slots, self.nobody, self.copies, self.groups
+        self.num_slots, self.copies, self.groups = num_slots, copies, []
+        self.nobody = not any(slot >= 0 for slot in slots)
         with torch.inference_mode(False):
             self.slots = torch.tensor(slots, dtype=torch.int32)
         try:
             yield
         finally:
-            self.num_slots, self.slots, self.copies, self.groups = before
+            self.num_slots, self.slots, self.nobody, self.copies, self.groups = before
 
     def slots_for(self, x: Tensor) -> Tensor:
         """The slots, for a layer whose input x has the batch's rows first; else RuntimeError."""
@@ -52,13 +55,15 @@ class Routing:
 
     def groups_for(self, x: Tensor) -> F.RowGroups:
         """The groups of a layer's input x (B, ..., K), or of ``copies`` neighbours a batch row."""
-        slots = self.slots_for(x)
-        rows, inner, given = x.shape[0], tuple(x.shape[1:-1]), len(slots)
+        slots, lead = self.slots_for(x), tuple(x.shape[:-1])
+        rows, given = math.prod(lead), len(slots)
+        # Searched, not looked up: under torch.compile a key would hold the batch to one size.
+        for groups in self.groups:
+            if groups.ids.shape[0] == rows and groups.ids.device == x.device:
+                return replace(groups, shape=lead)
         # What is made in inference mode cannot be saved for backward.
-        key = (rows, inner, x.device, torch.is_inference_mode_enabled())
-        if key not in self.groups:
-            ids = slots.repeat_interleave(rows // given) if given else slots
-            groups = F.group_rows(ids.to(x.device), self.num_slots)
-            groups = replace(groups, nobody=not bool((slots >= 0).any()))
-            self.groups[key] = groups.repeat(inner[0]) if len(inner) == 1 else groups
-        return self.groups[key]
+        with torch.inference_mode(False):
+            groups = F.group_rows(slots.to(x.device), self.num_slots)
+            groups = replace(groups.repeat(rows // given if given else 1), nobody=self.nobody)
+        self.groups.append(groups)
+        return replace(groups, shape=lead)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fastlora.checks_merge import is_plain, overlap
-from fastlora.modules import FastLoRALinear
+from fastlora.modules import LoRALayer
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
-def tied(model: nn.Module, layers: Iterable[FastLoRALinear]) -> dict[FastLoRALinear, list[str]]:
+def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
     """Of each layer whose weight has elements in common with others' parameters, their names.
 
     Tied parameters and overlapping views count; slices of one storage that do not overlap are none.
@@ -27,12 +29,14 @@ def tied(model: nn.Module, layers: Iterable[FastLoRALinear]) -> dict[FastLoRALin
                 )
     found = {}
     for layer in layers:
-        sharing = owners.get(_memory(layer.weight), [])
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        sharing = owners.get(_memory(weight), [])
         others = [
             name
             for name, module, parameter in sharing
             if module is not layer
-            and (parameter is layer.weight or overlap(parameter.detach(), layer.weight.detach()))
+            and (parameter is weight or overlap(parameter.detach(), weight.detach()))
         ]
         if others:
             found[layer] = others
@@ -44,7 +48,7 @@ def _memory(parameter: torch.Tensor) -> int:
     return parameter.untyped_storage().data_ptr() if is_plain(parameter) else -id(parameter)
 
 
-def refuse(model: nn.Module, layers: dict[str, FastLoRALinear]) -> None:
+def refuse(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     """RuntimeError where merging into one of ``layers`` would change another module too."""
     found = tied(model, layers.values())
     for name, layer in layers.items():
@@ -64,9 +68,25 @@ def _tying_configs(model: nn.Module) -> list[Any]:
     return [each for each in found if getattr(each, "tie_word_embeddings", False) is True]
 
 
-def untie(model: nn.Module, layers: dict[str, FastLoRALinear]) -> Callable[[], None]:
+def note_untied(model: nn.Module) -> Callable[[], None]:
+    """Where the embeddings no longer share a weight, the config says so; returns the way back."""
+    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    weights = [getattr(end, "weight", None) for end in ends]
+    apart = None not in weights and weights[0] is not weights[1]
+    configs = _tying_configs(model) if apart else []
+    for config in configs:
+        config.tie_word_embeddings = False
+
+    def back() -> None:
+        for config in configs:
+            config.tie_word_embeddings = True
+
+    return back
+
+
+def untie(model: nn.Module, layers: dict[str, LoRALayer]) -> Callable[[], None]:
     """A weight of its own for each of ``layers`` that is tied; returns what ties them again."""
-    before: list[tuple[FastLoRALinear, nn.Parameter | None]] = []
+    before: list[tuple[LoRALayer, nn.Parameter | None]] = []
     configs = _tying_configs(model)
 
     def back() -> None:

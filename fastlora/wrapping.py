@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TypeVar
 
+import torch
+from torch import Tensor, nn
+
+# Where wrappers keep the module that they wrap: torch.compile's, checkpoint_wrapper's, FSDP1's.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_Layer = TypeVar("_Layer", bound="SharedWeight")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D`` (of GPT-2), whose weight is (in, out_features).
+
+    By its name, so that transformers need not be installed, let alone imported, to say no.
+    """
+    return any(map(_is_the_conv1d, type(module).__mro__))
+
+
+def peft_layers(model: nn.Module) -> list[str]:
+    """The names of the layers into which PEFT has put an adapter; PEFT is not imported for it."""
+    return [
+        name for name, module in model.named_modules() if any(map(_is_pefts, type(module).__mro__))
+    ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies by a weight: an ``nn.Linear``, a ``Conv1D``, or of a subclass."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out_features, in_features), the very one or a view."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(module) else weight
+
+
 def unsupported(module: nn.Module) -> str | None:
-    """Why ``module`` cannot be wrapped, or None for a plain ``nn.Linear``."""
+    """Why ``module`` cannot be wrapped, or None for a plain ``nn.Linear`` or ``Conv1D``."""
     kind = type(module)
     if getattr(module, "holds_lora", False):
         return f"it is a {kind.__name__} already"
-    if kind is not nn.Linear:
+    if kind is not nn.Linear and not _is_the_conv1d(kind):
+        base = "Conv1D" if is_conv1d(module) else "nn.Linear"
         sub = (
-            "a subclass of nn.Linear with behaviour of its own"
-            if isinstance(module, nn.Linear)
+            f"a subclass of {base} with behaviour of its own"
+            if is_linear(module)
             else "not an nn.Linear"
         )
         return f"{kind.__module__}.{kind.__qualname__} is {sub}"
@@ -27,6 +60,8 @@ def unsupported(module: nn.Module) -> str | None:
     extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     if extra:
         return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
+    if hasattr(module.weight, "placements"):
+        return "its weight is sharded over processes already: replace linears first, then shard"
     if module.weight.dtype not in _DTYPES:
         return f"its weight is {module.weight.dtype}"
     return None
@@ -38,12 +73,13 @@ def lora_dtype_for(base: torch.dtype) -> torch.dtype:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s and ``DistributedDataParallel``'s wrappers."""
+    """The model inside the wrappers of ``torch.compile``, data parallelism and checkpointing."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     while True:
-        # By its attribute: naming torch.compile's class would import all of the compiler.
-        inner = model._modules.get("_orig_mod")
+        # By their attributes: naming torch.compile's class would import all of the compiler.
+        wrapped = (model._modules.get(name) for name in _WRAPPED)
+        inner = next((module for module in wrapped if module is not None), None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:
@@ -51,10 +87,49 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def adopt(layer: nn.Linear, linear: nn.Linear, without: frozenset[str] = frozenset()) -> None:
+def plain_name(name: str) -> str:
+    """A module's full name without the wrappers inside the model, which files know nothing of."""
+    if not any(wrapped in name for wrapped in _WRAPPED):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def adopt(layer: nn.Module, linear: nn.Module, without: frozenset[str] = frozenset()) -> None:
     """Gives ``layer`` the weight, bias, mode, hooks and further attributes of ``linear``."""
     layer.weight, layer.bias = linear.weight, linear.bias
     for name, value in linear.__dict__.items():
         wanted = name == "training" or "_hook" in name or name not in layer.__dict__
         if wanted and name not in without:
             layer.__dict__[name] = value
+
+
+class SharedWeight(nn.Linear):
+    """Around a linear's weight, or a ``Conv1D``'s, which lies transposed."""
+
+    holds_lora = True
+    fan_in_fan_out = False
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), the very one or a view of it."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    @classmethod
+    def around(cls: type[_Layer], linear: nn.Module) -> _Layer:
+        """A layer in ``linear``'s place; TypeError where it cannot be taken."""
+        reason = unsupported(linear)
+        if reason is not None:
+            raise TypeError(f"linear: {reason}")
+        N, K = matrix_of(linear).shape
+        layer = cls(K, N, bias=False, device="meta")
+        adopt(layer, linear)
+        layer.fan_in_fan_out = is_conv1d(linear)
+        return layer
+
+
+def _is_pefts(kind: type) -> bool:
+    return kind.__name__ == "BaseTunerLayer" and kind.__module__.startswith("peft.")
+
+
+def _is_the_conv1d(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastlora import adapter_files as files
-from fastlora.config import LoRAConfig, check_number
+from fastlora.config import LoRAConfig, check_number, moves_base
 from fastlora.merge_files import durable
 
 _PARTS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_bias"}
@@ -32,13 +32,12 @@ class AdapterFolder:
     """An adapter's tensors by the layer's name, without PEFT's prefix.
 
     biases: trained ones of the base. copies: weights of the base, which PEFT saves along where the
-    output layer is a target. transposed: PEFT's fan_in_fan_out. digest: of both files.
+    output layer is a target. digest: of both files.
     """
 
     folder: Path
     weight: float
     config: LoRAConfig
-    transposed: bool
     layers: dict[str, Layer]
     biases: dict[str, Tensor]
     copies: dict[str, Tensor]
@@ -46,7 +45,7 @@ class AdapterFolder:
 
     def names(self, layer: str) -> bool:
         """Whether the config asks for a layer of this name."""
-        return self.config.targets(layer) and not self.config.excludes(layer)
+        return not self.config.all_linear and self.config.names(layer)
 
 
 def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> AdapterFolder:
@@ -59,11 +58,8 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
     if not folder.is_dir():
         raise FileNotFoundError(f"adapter: expected a folder, got {folder}")
     check_number("weight", weight)
-    settings = files.read_settings(folder)
-    transposed = settings.pop("fan_in_fan_out", None) or False
-    if not isinstance(transposed, bool):
-        raise ValueError(f"{folder}: fan_in_fan_out: expected a bool, got {transposed!r}")
-    config = files.config_of(folder, settings)
+    config = files.read_config(folder)
+    _check_mergeable(folder, config)
     tensors = files.read_tensors(folder, files.read_shapes(folder))
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -87,7 +83,22 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
     if not parts:
         raise ValueError(f"{folder}: expected lora_A and lora_B of some layer, found none")
     layers = {name: _layer(folder, config, name, part, weight) for name, part in parts.items()}
-    return AdapterFolder(folder, weight, config, transposed, layers, biases, copies, digest)
+    return AdapterFolder(folder, weight, config, layers, biases, copies, digest)
+
+
+def _check_mergeable(folder: Path, config: LoRAConfig) -> None:
+    if config.modules_to_save:
+        raise ValueError(
+            f"{folder}: it has trained modules whole (modules_to_save="
+            f"{list(config.modules_to_save)}), which files are not merged with: load it into the "
+            "model, merge_and_unload, and save that"
+        )
+    if moves_base(config.init_lora_weights):
+        raise ValueError(
+            f"{folder}: init_lora_weights={config.init_lora_weights!r} has split the base's "
+            "weights: load it into the model, which splits them again, merge_and_unload, and save "
+            "that"
+        )
 
 
 def _layer_of(name: str) -> str:
@@ -103,7 +114,7 @@ def _layer(
         raise ValueError(
             f"{where}: expected {', '.join(sorted(wanted))}, got {', '.join(sorted(parts))}"
         )
-    if config.excludes(name) or not (config.all_linear or config.targets(name)):
+    if not config.names(name):
         raise ValueError(f"{where}: the config does not name this layer")
     A, B, bias = parts["lora_A"], parts["lora_B"], parts.get("lora_bias")
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:

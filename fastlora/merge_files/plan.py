@@ -208,9 +208,9 @@ def _transposed(
             "into the model it was quantised from"
         )
     N, K = layer.lora_B.shape[0], layer.lora_A.shape[1]
-    swapped = adapter.transposed or base.option("model_type") in _FAN_IN_FAN_OUT
+    swapped = adapter.config.fan_in_fan_out or base.option("model_type") in _FAN_IN_FAN_OUT
     if N == K and entry.shape == (N, K):
-        if adapter.transposed and base.option("model_type") not in _FAN_IN_FAN_OUT:
+        if adapter.config.fan_in_fan_out and base.option("model_type") not in _FAN_IN_FAN_OUT:
             raise ValueError(
                 f"{adapter.folder}: fan_in_fan_out: {name} is square, and only the model's code "
                 "says which way its weight lies: merge it there, with merge_and_unload"

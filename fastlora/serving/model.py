@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from fastlora import adapter_files as files
 from fastlora.checkpoint import adapter_shapes
 from fastlora.config import LoRAConfig, check_rank
-from fastlora.inject import plan, swap
+from fastlora.injection import swap
 from fastlora.multi_modules import MultiLoRALinear
 from fastlora.routing import Routing
-from fastlora.wrapping import unwrapped
+from fastlora.targets import plan
+from fastlora.wrapping import is_linear, unwrapped
 
 BASE = "__base__"
 _BATCH_INPUTS = ("input_ids", "inputs_embeds", "inputs")
@@ -83,7 +84,8 @@ class MultiLoRAModel(nn.Module):
         """Loads PEFT's files from ``directory`` into a slot; a name loaded already is replaced.
 
         Raises ValueError or FileNotFoundError, nothing changed, as ``fastlora.load_adapter`` does,
-        and for a rank above max_rank, a layer that is not served or lora_bias and trained biases;
+        and for a rank above max_rank, a layer that is not served, lora_bias and trained biases,
+        modules_to_save, or an init_lora_weights that has split the base's weights;
         RuntimeError when every slot is taken.
         """
         files.check_name(adapter_name)
@@ -97,7 +99,7 @@ class MultiLoRAModel(nn.Module):
                 key: shape
                 for name, layer in self._layers.items()
                 if name in targeted
-                for key, shape in adapter_shapes(name, layer.weight, config).items()
+                for key, shape in adapter_shapes(name, layer.matrix, config).items()
             },
         )
         slot = self._slots.get(adapter_name)
@@ -120,16 +122,23 @@ class MultiLoRAModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, adapter_names: Sequence[str | None], **kwargs: Any) -> Any:
-        """``model(*args, **kwargs)``, row i through ``adapter_names[i]``; None, "__base__" = base.
+        """``model(*args, **kwargs)``, row i through ``adapter_names[i]``, without gradients.
 
-        Raises ValueError for an unknown name, or when the names are not one a row of the batch.
+        None and ``"__base__"`` name the base model. The batch is the first dimension of
+        ``input_ids``, ``inputs_embeds`` or ``inputs``, else of the first tensor.
+
+        Raises TypeError when the names are no list, ValueError for an unknown one, or when they are
+        not one a row of the batch.
         """
         with self._routed(adapter_names, args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, adapter_names: Sequence[str | None], **kwargs: Any) -> Any:
-        """``model.generate(*args, **kwargs)`` with an adapter a row, beams and samples included."""
+        """``model.generate(*args, **kwargs)`` with an adapter a row, beams and samples included.
+
+        Rows, names and errors as in ``forward``; beams and returned sequences are their row's.
+        """
         generation = kwargs.get("generation_config") or getattr(
             unwrapped(self.model), "generation_config", None
         )
@@ -174,18 +183,10 @@ class MultiLoRAModel(nn.Module):
 
     def _targeted(self, config: LoRAConfig) -> set[str]:
         """The served layers that an adapter is for, checked against its config."""
-        if config.lora_bias or config.bias != "none":
-            raise ValueError(
-                "config: an adapter served beside others has no biases of its own, got "
-                f"lora_bias={config.lora_bias}, bias={config.bias!r}"
-            )
+        config.check_plain("of adapters served beside each other none")
         layers = self._layers.keys()
-        linears = {n for n, m in unwrapped(self.model).named_modules() if isinstance(m, nn.Linear)}
-        named = {
-            n
-            for n in linears
-            if (config.targets(n) or config.all_linear) and not config.excludes(n)
-        }
+        linears = {n for n, m in unwrapped(self.model).named_modules() if is_linear(m)}
+        named = {name for name in linears if config.names(name)}
         if config.all_linear:
             named &= layers
         if not named or not named <= layers:

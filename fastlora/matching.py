@@ -1,0 +1,111 @@
+"""Which of a model's modules the names in a config mean, as PEFT reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Names = str | tuple[str, ...]
+
+# Around a name: it, or what is in it. Around what stands before a layer's index: the index.
+WITHIN = r"(^|.*\.){}($|\..*)"
+BEFORE_INDEX = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_ANY_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
+
+
+def matches(names: Names, name: str) -> bool:
+    """One of ``names`` whole or after a dot; or one regular expression, in full."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == wanted or name.endswith("." + wanted) for wanted in names)
+
+
+def is_within(modules: Iterable[str], name: str) -> bool:
+    """Whether ``name`` is one of ``modules``, whole or after a dot, or lies in one."""
+    return any(re.match(WITHIN.format(module), name) for module in modules)
+
+
+def ends_in(modules: Iterable[str], name: str) -> bool:
+    """Whether ``name`` ends in one of ``modules``, wherever: "head" is the end of "lm_head"."""
+    return any(name.endswith(module) for module in modules)
+
+
+def layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
+    """The first number in ``name`` that follows one of ``patterns``, or any name but the first."""
+    # PEFT's default wants a name before it, so that a dot must come first.
+    for regex in map(BEFORE_INDEX.format, patterns) if patterns else [_ANY_INDEX]:
+        found = re.match(regex, name)
+        if found is not None:
+            # An alternative of a pattern's may have matched without coming to an index.
+            return int(found["idx"]) if found["idx"] else None
+    return None
+
+
+def overridden(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of the first key that is a regular expression for the end of ``name``."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def names_or_regex(field_name: str, value: object) -> Names | None:
+    """A field's names, or its regular expression, checked."""
+    if isinstance(value, str):
+        if field_name == "exclude_modules" or value.lower() != "all-linear":
+            check_regex(field_name, value)
+        return value
+    return _names(field_name, value, "a list of names or a regular expression")
+
+
+def indices(value: object) -> int | tuple[int, ...] | None:
+    """layers_to_transform, checked."""
+    given = (value,) if isinstance(value, int) else value
+    if given is None:
+        return None
+    if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)):
+        found = tuple(given)
+        if all(isinstance(i, int) and not isinstance(i, bool) for i in found):
+            return value if isinstance(value, int) else found
+    raise TypeError(f"layers_to_transform: expected an index or a list of them, got {value!r}")
+
+
+def patterns(value: object) -> Names | None:
+    """layers_pattern, checked."""
+    given = (value,) if isinstance(value, str) else value
+    found = _names("layers_pattern", given, "a name or a list of them")
+    for pattern in found or ():
+        check_regex("layers_pattern", pattern, BEFORE_INDEX)
+    return value if isinstance(value, str) else found
+
+
+def modules(value: object) -> tuple[str, ...] | None:
+    """modules_to_save, checked."""
+    names = _names("modules_to_save", value, "a list of names")
+    for name in names or ():
+        if not name:
+            raise ValueError("modules_to_save: expected names, got an empty one")
+        check_regex("modules_to_save", name, WITHIN)
+    # PEFT's files name heads once more each time that they are loaded and saved.
+    return None if names is None else tuple(dict.fromkeys(names))
+
+
+def _names(field_name: str, value: object, expected: str) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+        names = tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+        if all(isinstance(name, str) for name in names):
+            return names
+    raise TypeError(f"{field_name}: expected {expected}, got {value!r}")
+
+
+def check_regex(field_name: str, pattern: str, around: str = "{}") -> None:
+    """ValueError unless ``pattern`` is a regular expression, also within ``around``."""
+    try:
+        re.compile(around.format(pattern))
+    except re.error as error:
+        raise ValueError(
+            f"{field_name}: {pattern!r} is not a regular expression: {error}"
+        ) from None

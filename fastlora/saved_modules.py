@@ -1,0 +1,124 @@
+"""Modules trained whole beside an adapter: ``modules_to_save``.
+
+A copy takes the module's place in the model, under its name: its parameters train, its state is
+saved under the names that it has there, as PEFT saves it. The original is kept aside, for
+``disable_adapter``; it is in no state_dict and no parameters of the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastlora.config import LoRAConfig
+
+
+class Saved(NamedTuple):
+    """A module and the copy that is trained in its place."""
+
+    original: nn.Module
+    trained: nn.Module
+
+    def follow(self) -> nn.Module:
+        """The original, brought to where and into the mode in which its copy is by now."""
+        self.original.train(self.trained.training)
+        pairs = zip(_tensors(self.original), _tensors(self.trained), strict=True)
+        for own, other in pairs:
+            if (own.device, own.dtype) != (other.device, other.dtype):
+                own.data = own.data.to(other.device, other.dtype)
+        return self.original
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+def find(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """{full name: module} of what modules_to_save means, checked.
+
+    As in PEFT a name is meant whose end it is, wherever it begins, and a module of several such
+    names gets a copy in each of its places. ValueError where one cannot be copied.
+    """
+    found: dict[str, nn.Module] = {}
+    places: set[tuple[nn.Module, str]] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, child = name.rpartition(".")
+        place = (model.get_submodule(parent), child)
+        if name and config.saves(name) and place not in places:
+            places.add(place)
+            found[name] = module
+    for name, module in found.items():
+        reason = _unfit(name, module, found)
+        if reason is not None:
+            raise ValueError(f"modules_to_save: cannot train a copy of {name}: {reason}")
+    return found
+
+
+def check_apart(found: Mapping[str, nn.Module], linears: Iterable[str]) -> None:
+    """ValueError where one of ``linears``, which get LoRA, is to be trained whole or lies in it."""
+    for linear in linears:
+        for name in found:
+            if f"{linear}.".startswith(f"{name}."):
+                raise ValueError(
+                    f"modules_to_save: cannot train a copy of {name}: target_modules puts LoRA "
+                    f"into {linear}; name it in exclude_modules, or what is to be saved in full"
+                )
+
+
+def check_found(config: LoRAConfig, found: Mapping[str, nn.Module]) -> None:
+    """ValueError where a name means nothing, unless it is a head that PEFT names for the task."""
+    for wanted in config.modules_to_save or ():
+        if wanted not in config.heads and not any(name.endswith(wanted) for name in found):
+            raise ValueError(f"modules_to_save: no module's name ends in {wanted!r}")
+
+
+def copied(found: Mapping[str, nn.Module]) -> dict[str, Saved]:
+    """Each with a copy to train; they are as they were."""
+    made = {name: Saved(module, copy.deepcopy(module)) for name, module in found.items()}
+    for module in made.values():
+        module.trained.requires_grad_(True)
+    return made
+
+
+def tensors(saved: Mapping[str, Saved], config: LoRAConfig) -> dict[str, Tensor]:
+    """{PEFT's name: tensor} of modules trained whole, not copied."""
+    found: dict[str, Tensor] = {}
+    for name, module in saved.items():
+        found |= state(name, module.trained)
+        if config.bias == "all":
+            # Here PEFT's files have biases once more, by what holds them there.
+            held = {"modules_to_save": module.trained, "original_module": module.original}
+            for kind, holder in held.items():
+                again = state(f"{name}.{kind}", holder)
+                found |= {key: t for key, t in again.items() if key.endswith(".bias")}
+    return found
+
+
+def state(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """{PEFT's name: tensor} of a module's parameters and buffers, not copied."""
+    return {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _unfit(name: str, module: nn.Module, found: Mapping[str, nn.Module]) -> str | None:
+    if isinstance(module, _CONTAINERS):
+        return f"a {type(module).__name__} is not called itself"
+    for other, child in module.named_modules():
+        full = f"{name}.{other}" if other else name
+        if other and full in found:
+            return f"{full} in it is named too"
+        if getattr(child, "holds_lora", False):
+            return f"{full} has LoRA already"
+        if "forward" in child.__dict__:
+            return f"the forward of {full} was replaced on the instance (an offloading hook?)"
+    if any(not isinstance(t, Tensor) for t in module.state_dict().values()):
+        return "its state is not of tensors alone"
+    if any(not p.is_floating_point() for p in module.parameters()):
+        return "its numbers are no floats (quantised?)"
+    return None
