@@ -51,7 +51,12 @@ def is_tracked(*tensors: Tensor | None) -> bool:
     """Whether autograd must see the call: a Function costs a decode step more than the op does.
 
     Under torch.func, and in forward mode, tensors do not tell: there it always sees the call.
+    Raises RuntimeError where torch.func is compiled: torch 2.13 would make its gradients zero.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            raise RuntimeError("torch.func around LoRA ops cannot be compiled: run it eagerly")
+        return True
+    if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

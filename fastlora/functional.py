@@ -8,10 +8,10 @@ in_features, N out_features, R rank, S adapter slots. Under autocast x, weight, 
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as nnf
 
-from fastlora import checks, dispatch, dropout, invariance, ops
+from fastlora import checks, dispatch, dropout, invariance, ops, programs
 from fastlora.autograd import LoRAAdd, LoRALinear
 from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch
 from fastlora.functional_merge import (
@@ -26,6 +26,10 @@ from fastlora.functional_multi import group_rows, multi_lora_add_, multi_lora_li
 from fastlora.grouping import RowGroups
 from fastlora.merge_stack import MergeStack
 from fastlora.receipt import MergeReceipt
+
+# Leaves of torch.fx.symbolic_trace, whose proxies have no shapes to check.
+for _name in ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_"):
+    fx.wrap(_name)
 
 __all__ = [
     "MergeReceipt",
@@ -74,7 +78,10 @@ def lora_linear(
     backend = invariance.marked(dispatch.choose("lora_linear", *kind_of(x, lora_A)))
     args = (as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
     tracked = is_tracked(x, weight, bias, lora_A, lora_B, lora_bias)
-    y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
+    if programs.written():
+        y = programs.call("lora_linear", *args)
+    else:
+        y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -99,8 +106,8 @@ def lora_add_(
     """Adds ``scaling * (dropout(x) @ lora_A.T) @ lora_B.T`` to y in place and returns y.
 
     For bases that are not a plain weight: y (..., N) is any base layer's output for x (..., K), of
-    the same dtype (under autocast x is cast to y's). Otherwise as ``lora_linear``; differentiable
-    in y, x, lora_A, lora_B.
+    the same dtype (under autocast x is cast to y's). lora_A (R, K), lora_B (N, R), dropout and
+    errors as in ``lora_linear``; differentiable in y, x, lora_A, lora_B.
     """
     x = checks.autocast_to(x, y)
     checks.added(y, x, lora_A, lora_B)
@@ -112,6 +119,9 @@ def lora_add_(
     h = scratch(lora_A.shape[0], rows, lora_A, seed)
     backend = invariance.marked(dispatch.choose("lora_add_", *kind_of(x, lora_A)))
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
+    if programs.written():
+        programs.call("lora_add_", *args)
+        return y
     return LoRAAdd.apply(*args) if tracked else LoRAAdd.forward(*args)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from fastlora import checks, checks_multi, dispatch, invariance, ops
+from fastlora import checks, checks_multi, dispatch, invariance, ops, programs
 from fastlora.autograd import MultiLoRAAdd, MultiLoRALinear
 from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch, written_back
 from fastlora.grouping import RowGroups
@@ -19,7 +19,8 @@ def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
     """Sorts the rows of a batch by adapter, once for every layer that sees the batch.
 
     adapter_ids: int32 or int64 (T,), (B,) or (B, L), values in [-1, num_slots), -1 = no adapter.
-    Host ids out of range raise ValueError; on a device, which is not waited for, they count as -1.
+    Raises TypeError for other dtypes, ValueError for other shapes and for host ids out of range; on
+    a device, which is not waited for, those count as -1.
     """
     checks_multi.adapter_ids(adapter_ids, num_slots)
     backend = dispatch.choose("group_rows", adapter_ids.device)
@@ -78,7 +79,10 @@ def multi_lora_linear(
         # The library's product is all there is to do, and no kernel of ours does it better.
         return nnf.linear(x, weight, bias)
     args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
-    y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
+    if programs.written():
+        y = programs.call("multi_lora_linear", *args)
+    else:
+        y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -95,7 +99,11 @@ def multi_lora_add_(
     slices: Sequence[int] | None = None,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """Adds each row's adapter part to y in place, as in ``multi_lora_linear``; returns y."""
+    """Adds each row's adapter part to y in place, as in ``multi_lora_linear``; returns y.
+
+    y (..., N): any base layer's output for x (..., K), of the same dtype (under autocast x is cast
+    to y's). Differentiable in y, x, lora_A, lora_B; all else, errors too, as there.
+    """
     x = checks.autocast_to(x, y)
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
     if slices is not None or page_table is not None:
@@ -113,6 +121,9 @@ def multi_lora_add_(
     h = scratch(lora_A.shape[1], rows, lora_A, *groups.tensors, ranks)
     backend = invariance.marked(dispatch.choose("multi_lora_add_", *kind_of(x, lora_A)))
     args = (y, h, rows, lora_A, lora_B, *routing, backend)
+    if programs.written():
+        programs.call("multi_lora_add_", *args)
+        return y
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
 

@@ -34,7 +34,7 @@ def batch_invariant() -> Iterator[None]:
     Of LoRA layers the whole output, of everything else nothing: attention, norms and other linears
     of a model are not this library's. Backward passes are as ever; a dropout mask follows a row's
     place. Compiled functions are traced again for it, and also when another thread is within.
-    Costs are in docs/support.md.
+    What it costs: docs/support.md.
     """
     _entered(1)
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastlora import dispatch
+from fastlora import dispatch, flops
 from fastlora.invariance import unmarked
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B"
@@ -164,6 +164,18 @@ def _implementation(name: str) -> Callable[..., Any]:
     return run_as_written if name in ("merge_", "unmerge_", "swap_") else run
 
 
+def _without_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
+    """For programs that call a raw op while gradients are on: what it is made of has none."""
+
+    def kernel(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args)
+        with torch.no_grad():
+            return run(*args)
+
+    return kernel
+
+
 def _vmap_rule(name: str) -> Callable[..., Any]:
     """One call for each element of the batch: right for any mix of batched and shared operands."""
 
@@ -193,7 +205,13 @@ def call(name: str, *args: Any) -> Any:
     Straight to the implementation where nothing on the way would look: torch's dispatcher and its
     way back into Python cost a small layer a tenth of its time on a CPU.
     """
-    if torch.compiler.is_compiling() or _watched() or not all(map(_plain, args)):
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.fastlora, name)(*args)
+    plain = all(map(_plain, args))
+    if not plain:
+        _refuse_sharded(name, args)
+    if _watched() or not plain:
+        flops.register()
         return getattr(torch.ops.fastlora, name)(*args)
     return _implementations[name](*args)
 
@@ -217,6 +235,20 @@ def _plain(value: Any) -> bool:
     return not (value.is_neg() or value.is_meta or value._is_zerotensor())
 
 
+def _refuse_sharded(name: str, args: Sequence[Any]) -> None:
+    """TypeError for a DTensor: where its parts lie, and what is a sum, is for layers to say."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    schema = getattr(torch.ops.fastlora, name).default._schema
+    for argument, value in zip(schema.arguments, args, strict=True):
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if any(hasattr(part, "placements") for part in parts):
+            raise TypeError(
+                f"{argument.name}: expected a tensor that this process holds whole, got a DTensor: "
+                "a layer under parallelize_module takes one, or give all operands' to_local()"
+            )
+
+
 # A tuple is of bools: which gradients are wanted.
 _VALUES = {type(None), float, int, bool, str, tuple}
 
@@ -224,7 +256,9 @@ _library = torch.library.Library("fastlora", "DEF")
 _implementations = {name: _implementation(name) for name in SCHEMAS}
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
-    _library.impl(_name, _implementations[_name], "CompositeExplicitAutograd")
+    _kernel = _without_gradients(_implementations[_name])
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", FAKES[_name], lib=_library)
     if _name not in _ALONE:
         torch.library.register_vmap(f"fastlora::{_name}", _vmap_rule(_name), lib=_library)
+flops.register()
