@@ -19,9 +19,12 @@ from fastlora import functional
 from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from fastlora.combining_files import combine_adapters
 from fastlora.config import LoRAConfig
+from fastlora.conv1d import FastLoRAConv1D
 from fastlora.dispatch import backend, use_backend
 from fastlora.fidelity import FidelityWarning
-from fastlora.inject import Report, replace_linear, report
+from fastlora.inject import replace_linear
+from fastlora.injection import Report, report
+from fastlora.integrations import patch_peft, unpatch_peft
 from fastlora.invariance import batch_invariant
 from fastlora.merge_files import merge_checkpoint
 from fastlora.merging import (
@@ -37,6 +40,7 @@ from fastlora.serving import MultiLoRAModel
 from fastlora.training import adapter_parameters, use_adapters
 
 __all__ = [
+    "FastLoRAConv1D",
     "FastLoRALinear",
     "FidelityWarning",
     "LoRAConfig",
@@ -54,11 +58,13 @@ __all__ = [
     "merge_adapter",
     "merge_and_unload",
     "merge_checkpoint",
+    "patch_peft",
     "replace_linear",
     "report",
     "save_adapter",
     "swap_adapter",
     "unmerge_adapter",
+    "unpatch_peft",
     "use_adapters",
     "use_backend",
 ]

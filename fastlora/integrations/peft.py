@@ -1,0 +1,126 @@
+"""A PEFT model on fastlora's kernels: its LoRA linears get another class, and PEFT's back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from peft.tuners.lora import layer as lora
+from torch import nn
+
+from fastlora.injection import Report, by_reason, report
+from fastlora.integrations.peft_linear import Linear
+from fastlora.integrations.peft_parts import obstacle, product
+from fastlora.integrations.peft_quantized import QUANTIZED
+from fastlora.targets import bypassed
+from fastlora.wrapping import unwrapped
+
+# {PEFT's class: ours}
+PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTIZED}
+OURS = {ours: theirs for theirs, ours in PATCHED.items()}
+
+
+class LoraModel(peft.LoraModel):
+    """``peft.LoraModel`` whose new layers are patched as they come."""
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(new_module, lora.LoraLayer) and _left_alone(new_module) is None:
+            _patch_layer(new_module)
+
+
+def patch(model: nn.Module, strict: bool) -> Report:
+    """``fastlora.patch_peft``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"peft_model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = _lora_layers(model)
+    if not layers:
+        raise ValueError(
+            "peft_model: expected a model with LoRA layers of PEFT's, found none in "
+            f"{type(unwrapped(model)).__name__}: patch what peft.get_peft_model returns (a model "
+            "of fastlora.replace_linear needs no patch)"
+        )
+    reasons = _reasons(model, layers)
+    if len(reasons) == len(layers) or (strict and reasons):
+        raise ValueError(
+            f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
+            f"{'; '.join(by_reason(reasons))}; the model is as it was, and PEFT computes it"
+        )
+    for name, layer in layers.items():
+        if name not in reasons:
+            _patch_layer(layer)
+    for module in unwrapped(model).modules():
+        if type(module) is peft.LoraModel:
+            module.__class__ = LoraModel
+    return report(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """``fastlora.unpatch_peft``."""
+    back = OURS | {LoraModel: peft.LoraModel}
+    modules = [module for module in unwrapped(model).modules() if type(module) in back]
+    if not modules:
+        raise ValueError(
+            f"peft_model: expected one that patch_peft has patched, got {type(model).__name__}"
+        )
+    for module in modules:
+        vars(module).pop("_receipts", None)
+        module.__class__ = back[type(module)]
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What ``fastlora.report`` says of PEFT's layers, where some are patched."""
+    layers = _lora_layers(model)
+    patched = {name: layer for name, layer in layers.items() if type(layer) in OURS}
+    if not patched:
+        return {}
+    new = [name for name in layers if name not in patched]
+    skipped = dict.fromkeys(new, "not patched: call patch_peft again")
+    skipped |= _reasons(model, layers)
+    bases = {name: product(layer.base_layer) for name, layer in patched.items()}
+    return {
+        "replaced": {
+            name: max(layer.r.values(), default=0)
+            for name, layer in patched.items()
+            if name not in skipped
+        },
+        "skipped": skipped,
+        "around": {
+            name: base
+            for name, base in bases.items()
+            if isinstance(base, str) and name not in skipped
+        },
+        "merged": tuple(name for name, layer in patched.items() if layer.merged),
+    }
+
+
+def _patch_layer(layer: nn.Module) -> None:
+    if type(layer) in PATCHED:
+        layer.__class__ = PATCHED[type(layer)]
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    modules = unwrapped(model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, lora.LoraLayer)}
+
+
+def _reasons(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
+    """{layer: why PEFT computes it}, of those that it does compute."""
+    found = {
+        name: bypassed(unwrapped(model), [name]) or _left_alone(layer)
+        for name, layer in layers.items()
+    }
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _left_alone(layer: Any) -> str | None:
+    kind = type(layer)
+    if kind not in PATCHED and kind not in OURS:
+        return f"it is a {kind.__module__}.{kind.__qualname__}, not a peft.tuners.lora.Linear"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance"
+    # Those that are active now; others are looked at when their turn comes.
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return obstacle(layer, active or list(layer.lora_A))
