@@ -21,6 +21,8 @@ quiet = pytest.mark.filterwarnings(
     "ignore:Adapter name 'a' should not be contained",
     "ignore:fan_in_fan_out is set to",
     "ignore:Setting `save_embedding_layers`",
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Input and output embeddings are no longer tied",
 )
 
 VOCABULARY = 97
@@ -72,6 +74,21 @@ def t5(*, seed: int = 0) -> nn.Module:
         "initializer_factor": 2.0,
     }
     return _built("T5", "T5ForConditionalGeneration", sizes, seed, torch.float32)
+
+
+def gpt2(
+    *, seed: int = 0, dtype: torch.dtype = torch.float32, head: str = "LMHead", **options: Any
+) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "initializer_range": 0.3,
+    }
+    kind = "GPT2LMHeadModel" if head == "LMHead" else f"GPT2For{head}"
+    return _built("GPT2", kind, sizes | options, seed, dtype)
 
 
 def tokens(*shape: int) -> Tensor:

@@ -158,7 +158,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "no linear layer matches|unexpected|not name|not served",
     ),
     "unsupported option": (lambda f: edit_config(f, use_dora=True), "not support use_dora=True"),
-    "layer zero only": (lambda f: edit_config(f, layers_to_transform=0), "layers_to_transform=0"),
+    "layer zero only": (
+        lambda f: edit_config(f, layers_to_transform=0),  # equals False
+        r"unexpected model\.layers\.1",
+    ),
+    "a head that is not there": (
+        lambda f: edit_config(f, modules_to_save=["lm_head"]),
+        r"missing lm_head\.weight|the model trains nothing whole|trains modules whole",
+    ),
     "bad value": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha"),
     "not finite": (lambda f: edit_config(f, lora_alpha=float("inf")), "lora_alpha"),
     "another method": (lambda f: edit_config(f, peft_type="IA3"), "expected LORA"),
@@ -195,7 +202,7 @@ def test_a_missing_file_is_named(folder, name):
     model = llama()
     with untouched(model), pytest.raises(FileNotFoundError, match=name):
         fastlora.load_adapter(model, folder)
-    with untouched(model), pytest.raises(FileNotFoundError, match=CONFIG):
+    with untouched(model), pytest.raises(FileNotFoundError, match=f"{CONFIG} .*a local folder"):
         fastlora.load_adapter(model, "some-hub/adapter")  # and nobody asked the network
 
 
@@ -243,3 +250,9 @@ def test_bad_names_are_refused(folder, name):
     with untouched(server), pytest.raises(ValueError, match="adapter_name: expected to match"):
         server.load_adapter(folder, name)
     assert adapter_files.check_name("a" * 128) == "a" * 128
+
+
+@pytest.mark.parametrize("call", [fastlora.save_adapter, fastlora.load_adapter])
+def test_arguments_in_the_wrong_order(call, tmp_path):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got "):
+        call(tmp_path, llama())

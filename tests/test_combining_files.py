@@ -169,6 +169,20 @@ def test_excluded_layers_of_the_first_are_not_lost(tmp_path):
     assert f"{PREFIX}{LAYER}.lora_A.weight" in load_file(tmp_path / "out" / WEIGHTS)
 
 
+@pytest.mark.parametrize("other", [0, 1])
+def test_layers_to_transform(tmp_path, other):
+    """Kept where they are the same; those of the first alone would be others' layers lost."""
+    layers = [0, other]
+    folders = [save(tmp_path / str(i), PLAIN | {"layers_to_transform": n})
+               for i, n in enumerate(layers)]  # fmt: skip
+    config = fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "out")
+    assert config.layers_to_transform == (0 if other == 0 else None)
+    found = {key.split(".")[4] for key in load_file(tmp_path / "out" / WEIGHTS)}
+    assert found == {str(n) for n in layers}
+    ours, theirs = loaded(tmp_path / "out", tokens(2, 5))
+    assert_agree(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["svd", "linear", "ties", "ties_svd"])
 def test_the_files_dtype_is_kept(tmp_path, kind, dtype):
@@ -228,8 +242,8 @@ def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
 
 
 SPOILS = {
-    "lora_bias": (lambda f: edit_config(f, lora_bias=True), "biases cannot be combined"),
-    "bias": (lambda f: edit_config(f, bias="all"), "biases cannot be combined, got .*'all'"),
+    "lora_bias": (lambda f: edit_config(f, lora_bias=True), "biases of its own"),
+    "bias": (lambda f: edit_config(f, bias="all"), "biases of its own, got .*'all'"),
     "dora": (lambda f: edit_config(f, use_dora=True), "does not support use_dora"),
     "saved": (lambda f: edit_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
     "kind": (lambda f: edit_config(f, peft_type="LOHA"), "peft_type: expected LORA"),

@@ -8,13 +8,13 @@ import re
 
 import peft
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import fastlora
-from fastlora import LoRAConfig
+from fastlora import LoRAConfig, refusals
 from fastlora.modules import lora_layers
 from tests.models import llama
 
@@ -23,6 +23,12 @@ PEFT = {f.name: f for f in dataclasses.fields(peft.LoraConfig)}
 # They describe the file, or tune an option that is refused itself.
 DESCRIPTIVE = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version"}
 DESCRIPTIVE |= {"qalora_group_size", "revision", "runtime_config"}
+REFUSED = {
+    "alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config",
+    "kasa_config", "layer_replication", "loftq_config", "lora_ga_config", "megatron_config",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
+}  # fmt: skip
 OTHER = sorted(PEFT.keys() - OWN - DESCRIPTIVE)
 
 FULL = {
@@ -37,9 +43,19 @@ FULL = {
     "init_lora_weights": False,
     "rank_pattern": {"q_proj": 2},
     "alpha_pattern": {"v_proj": 16},
+    "layers_to_transform": [0, 2],
+    "layers_pattern": ["layers"],
+    "modules_to_save": ["lm_head"],
+    "fan_in_fan_out": True,
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": "somewhere",
 }
+
+
+def test_every_field_of_pefts_is_known():
+    """One that a new PEFT brings is refused by ``from_dict``, and shows up here."""
+    assert not OWN & REFUSED | OWN & DESCRIPTIVE
+    assert {*OTHER} == REFUSED == refusals.FIELDS.keys()
 
 
 def test_names_and_defaults_are_pefts():
@@ -75,16 +91,19 @@ def test_what_only_peft_has_is_refused_by_name(name):
     "option",
     [
         {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
-        {"layers_to_transform": 0},  # equals False, yet it names layer 0
-        {"layers_to_transform": [1], "layers_pattern": "layers"},
         {"target_parameters": ["weight"]},
-        {"fan_in_fan_out": True},
+        {"ensure_weight_tying": True},
+        {"megatron_config": {"tensor_model_parallel_size": 2}},
+        {"use_qalora": True},
+        {"use_bdlora": {"target_modules_bd_a": ["q_proj"]}},
+        {"velora_config": {}},
         {"trainable_token_indices": [1]},
         {"layer_replication": [(0, 1)]},
         {"alora_invocation_tokens": [1]},
-        {"init_lora_weights": "orthogonal"},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "lora_ga"},
+        {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
+        {"corda_config": {"corda_method": "kpm"}, "init_lora_weights": "corda"},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -133,7 +152,23 @@ def test_another_kind_of_adapter_is_refused():
         ("bias", None, ValueError),
         ("use_rslora", 1, TypeError),
         ("lora_bias", None, TypeError),
-        ("init_lora_weights", "eva", ValueError),
+        *(("init_lora_weights", how, ValueError) for how in refusals.INITS),
+        ("init_lora_weights", "pissa_niter_", ValueError),
+        ("init_lora_weights", "pissa_niter_-1", ValueError),
+        ("init_lora_weights", "pissa_niter_4.5", ValueError),
+        ("layers_to_transform", "0", TypeError),
+        ("layers_to_transform", True, TypeError),
+        ("layers_to_transform", [0, True], TypeError),
+        ("layers_to_transform", [0.0], TypeError),
+        ("layers_pattern", 3, TypeError),
+        ("layers_pattern", "(", ValueError),
+        ("layers_pattern", ["h", "["], ValueError),
+        ("modules_to_save", "lm_head", TypeError),
+        ("modules_to_save", [3], TypeError),
+        ("modules_to_save", [""], ValueError),
+        ("modules_to_save", ["("], ValueError),
+        ("fan_in_fan_out", 1, TypeError),
+        ("fan_in_fan_out", None, TypeError),
         ("init_lora_weights", None, ValueError),
         ("target_modules", 3, TypeError),
         ("target_modules", [3], TypeError),
@@ -150,11 +185,39 @@ def test_bad_values_are_refused_by_name(name, value, kind):
         LoRAConfig(**{name: value})
 
 
-def test_no_config_is_made_that_peft_would_not_read():
-    options = {"lora_bias": True, "init_lora_weights": "gaussian"}
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias"),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias"),
+        ({"target_modules": "all-linear", "layers_to_transform": 0}, "layers_to_transform"),
+        ({"target_modules": ".*q", "layers_to_transform": []}, "layers_to_transform"),
+        ({"target_modules": ".*q", "layers_pattern": ""}, "layers_pattern"),
+        ({"target_modules": ["q"], "layers_pattern": "layers"}, "layers_pattern"),
+        ({"target_modules": ["q"], "layers_pattern": ["layers"]}, "layers_pattern"),
+    ],
+)
+def test_no_config_is_made_that_peft_would_not_read(options, named):
     for kind in (LoRAConfig, peft.LoraConfig):
-        with pytest.raises(ValueError, match="lora_bias"):
+        with pytest.raises(ValueError, match=named):
             kind(**options)
+
+
+def test_what_peft_takes_in_any_case_is_written_as_it_writes_it():
+    for name in ("Gaussian", "OLoRA"):
+        assert LoRAConfig(init_lora_weights=name) == LoRAConfig(init_lora_weights=name.lower())
+
+
+def test_heads_that_peft_saves_again_and_again_are_named_once():
+    config = LoRAConfig(modules_to_save=["score", "classifier", "score"], task_type="SEQ_CLS")
+    assert config.modules_to_save == ("score", "classifier")
+    assert config.with_heads() == config
+    assert LoRAConfig(task_type="TOKEN_CLS").with_heads().modules_to_save == (
+        "classifier",
+        "score",
+    )
+    assert LoRAConfig(task_type="QUESTION_ANS").with_heads().modules_to_save == ("qa_outputs",)
+    assert LoRAConfig(task_type="CAUSAL_LM").with_heads().modules_to_save is None
 
 
 def test_a_config_does_not_change_under_the_reader():
@@ -190,6 +253,17 @@ def test_a_config_does_not_change_under_the_reader():
         {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {r".*q_proj": 3, "q_proj": 5}},
         {"target_modules": "all-linear", "alpha_pattern": {"mlp.*": 32, "q_proj|k_proj": 1}},
         {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},  # equals False: it is a layer
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 0, 7]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["h", "l.*s"]},
+        {
+            "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+            "layers_to_transform": 1,  # a full name stands for itself
+        },
+        {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["self_attn"]},
     ],
     ids=str,
 )
@@ -205,6 +279,49 @@ def test_the_same_layers_ranks_and_scalings_as_peft(options):
     ours = fastlora.replace_linear(llama(), peft.LoraConfig(**options))
     assert {n: (layer.r, layer.scaling) for n, layer in lora_layers(ours)} == wanted
     assert wanted
+
+
+FAMILIES = {
+    "llama": ([f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q", "mlp.up")]),
+    "gpt2": [f"transformer.h.{i}.{m}" for i in range(3) for m in ("attn.c_attn", "mlp.c_fc")],
+    "moe": [f"model.layers.{i}.experts.{j}.up" for i in range(2) for j in range(3)],
+    "bare": [f"{i}.{m}" for i in range(3) for m in ("q", "layers.1.q")],
+    "towers": [f"{t}.layers.{i}.q" for t in ("encoder", "decoder.h.1", "1") for i in (0, 1, 10)],
+}
+NAMES = sorted({name for names in FAMILIES.values() for name in names} | {"lm_head", "layers.0.q"})
+ENDS = sorted({name.rpartition(".")[2] for name in NAMES})
+index = st.integers(-1, 11)
+
+
+@given(
+    targets=st.lists(st.sampled_from([*ENDS, *NAMES]), max_size=4),
+    layers=st.one_of(st.none(), index, st.lists(index, max_size=4)),
+    pattern=st.one_of(
+        st.none(),
+        st.sampled_from(["", "layers", "h", r"\w+", "experts", "decoder.h"]),
+        st.lists(st.sampled_from(["layers", "h", "experts", "", "l|h"]), max_size=3),
+    ),
+    whole=st.lists(
+        st.sampled_from(["q", "mlp", "lm_head", "layers.1", "head", "h.1.*"]), max_size=2
+    ),
+    excluded=st.lists(st.sampled_from([*ENDS, "model.layers.1.mlp.up"]), max_size=1),
+)
+@example(targets=["q"], layers=0, pattern=["l|h"], whole=[], excluded=[])
+@example(targets=["q"], layers=[0, 1], pattern=["l|h", "layers"], whole=[], excluded=[])
+def test_layers_are_chosen_as_in_peft(targets, layers, pattern, whole, excluded):
+    options = {
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "layers_pattern": None if layers is None else pattern,
+        "modules_to_save": whole or None,
+        "exclude_modules": excluded or None,
+    }
+    ours, theirs = LoRAConfig(**options), peft.LoraConfig(**options)
+    # As peft.LoraConfig.from_pretrained reads it, and as we write it.
+    again = LoRAConfig.from_dict(json.loads(json.dumps(ours.to_dict())))
+    for name in NAMES:
+        wanted = bool(check_target_module_exists(theirs, name))
+        assert ours.names(name) == again.names(name) == wanted, name
 
 
 names = st.lists(st.sampled_from(["a", "b", "ab", "0", "1"]), min_size=1, max_size=4).map(".".join)

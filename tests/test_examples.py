@@ -1,11 +1,15 @@
 """The examples run, small, and say what they promise."""
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def test_train_adapters(capsys):
@@ -41,3 +45,60 @@ def test_generate_mixed(dtype, capsys):
     rows = {line.split()[0]: float(line.split()[1]) for line in said.splitlines()[1:]}
     assert rows.keys() == {"base", "peft", "fastlora"}
     assert all(rate > 0 for rate in rows.values())
+
+
+TRAINER = [
+    "--steps=4",
+    "--hidden=32",
+    "--layers=1",
+    "--pretraining=2",
+    "--length=16",
+    "--threads=1",
+]
+
+
+def test_finetune_trainer(capsys, tmp_path):
+    for package in ("peft", "transformers", "tokenizers", "accelerate"):
+        pytest.importorskip(package)
+    main = runpy.run_path(str(EXAMPLES / "finetune_trainer.py"))["main"]
+    main([*TRAINER, "--recompute", f"--out={tmp_path}"])
+    said = capsys.readouterr().out
+    assert "7 layers replaced" in said
+    assert "stopped after 2 of 4 steps" in said
+    assert "PEFT reads the adapter" in said
+    without, resumed = (line for line in said.splitlines() if " … " in line)
+    assert without.split()[1:6] == resumed.split()[:5]
+    assert not list(tmp_path.glob("stopped/*/model*"))
+
+
+def test_finetune_trainer_sees_losses_that_differ(monkeypatch):
+    for package in ("peft", "transformers", "tokenizers", "accelerate"):
+        pytest.importorskip(package)
+    scope = runpy.run_path(str(EXAMPLES / "finetune_trainer.py"))
+    # Resumed with the weights that training began with.
+    kind = scope["main"].__globals__["AdapterTrainer"]
+    monkeypatch.setattr(kind, "_load_from_checkpoint", lambda *_: None)
+    with pytest.raises(SystemExit, match="the resumed run has other losses"):
+        scope["main"](TRAINER)
+
+
+def test_finetune_fsdp2(tmp_path):
+    for package in ("transformers", "tokenizers"):
+        pytest.importorskip(package)
+    sizes = {"steps": 2, "hidden": 32, "layers": 1, "length": 16, "rows": 1}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(EXAMPLES / "finetune_fsdp2.py"), f"--out={tmp_path}", "--dtype=bfloat16"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, *(f"--{name}={size}" for name, size in sizes.items())],
+        env=environment | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for said in ("step 1: ", "step 2: ", " of 2 processes, ", "loss with it ", "saved "):
+        assert said in run.stdout
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }

@@ -19,6 +19,7 @@ from tests.models import (
     assert_agree,
     bert,
     error,
+    gpt2,
     llama,
     logits,
     quiet,
@@ -83,7 +84,8 @@ def test_all_linear_leaves_the_head_out(tied):
     assert replaced(fastlora.replace_linear(named, config)) == {"lm_head"}
 
 
-@pytest.mark.parametrize("build", [llama, bert, t5])
+@pytest.mark.parametrize("build", [llama, bert, t5, gpt2])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out=False holds for none")
 def test_all_linear_is_pefts(build):
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), build())
     wanted = {n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
@@ -198,6 +200,18 @@ def test_a_module_of_two_names_is_replaced_under_both(name):
         ({"target_modules": []}, "no linear layer matches"),
         ({}, "target_modules: expected a list of names"),
         ({"target_modules": ["q_proj"], "exclude_modules": r".*q_proj"}, "2 skipped: .*excluded"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [2, -1]},
+            r"no linear layer matches \('q_proj',\) within layers_to_transform=\(2, -1\)",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+            "within layers_to_transform=0 of 'h'",
+        ),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
+            "2 skipped: .*modules_to_save trains it whole",
+        ),
     ],
 )
 def test_nothing_matched(options, hint):
@@ -220,8 +234,12 @@ class Odd(nn.Linear):
     pass
 
 
+class Own(transformers.pytorch_utils.Conv1D):
+    pass
+
+
 class Zoo(nn.Module):
-    """One linear that can have LoRA, and company that cannot."""
+    """Two linears that can have LoRA, and company that cannot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +247,7 @@ class Zoo(nn.Module):
         self.table = nn.Embedding(8, 8)
         self.conv = nn.Conv1d(8, 8, 1)
         self.gpt = transformers.pytorch_utils.Conv1D(8, 8)
+        self.own = Own(8, 8)
         self.mha = nn.MultiheadAttention(8, 2)
         self.encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
         self.odd = Odd(8, 8)
@@ -240,7 +259,7 @@ BYPASSED = "reads its weight and"
 CANNOT = {
     "table": "not an nn.Linear",
     "conv": "not an nn.Linear",
-    "gpt": "not an nn.Linear",
+    "own": "a subclass of Conv1D with behaviour of its own",
     "mha": "not an nn.Linear",
     "mha.out_proj": BYPASSED,
     "encoder.self_attn.out_proj": BYPASSED,
@@ -261,9 +280,9 @@ def test_what_cannot_have_lora_is_refused_when_named(name):
 
 def test_what_cannot_have_lora_is_skipped_and_reported_by_all_linear():
     model = fastlora.replace_linear(Zoo(), ALL)
-    assert replaced(model) == {"good"}
+    assert replaced(model) == {"good", "gpt"}
     skipped = fastlora.report(model).skipped
-    assert set(skipped) == {n for n in CANNOT if n not in ("table", "conv", "gpt", "mha")}
+    assert set(skipped) == {n for n in CANNOT if n not in ("table", "conv", "mha")}
     assert all(CANNOT[name] in reason for name, reason in skipped.items())
 
 
@@ -299,3 +318,9 @@ def test_what_is_no_model(model):
         fastlora.replace_linear(model, ALL)
     with pytest.raises(ValueError, match="from_linear"):
         fastlora.replace_linear(nn.Linear(4, 4), ALL)
+
+
+def test_a_report_gives_each_reason_once():
+    skipped = {"a": "too large", "b": "excluded", "c": "too large", "d": "too large"}
+    said = str(fastlora.Report(skipped=skipped))
+    assert said.splitlines()[3:] == ["skipped a and 2 more: too large", "skipped b: excluded"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import pytest
 import torch
@@ -30,17 +29,9 @@ from tests.checkpoints import (
     tensors,
 )
 from tests.helpers import same_bits
-from tests.models import VOCABULARY, assert_agree, bert, llama, logits, quiet, tokens
+from tests.models import assert_agree, bert, gpt2, llama, logits, quiet, tokens
 
 pytestmark = quiet
-
-
-def gpt2(**options: Any) -> transformers.GPT2LMHeadModel:
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "n_positions": 32}
-    config = transformers.GPT2Config(**sizes, initializer_range=0.3, **options)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(config).eval()
 
 
 CASES = {
@@ -49,6 +40,12 @@ CASES = {
     "ranks": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*v_proj": 32}},
     "regex": {"target_modules": r".*\.1\..*(up|o)_proj"},
     "head": {"target_modules": ["lm_head", "q_proj"]},
+    "layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0},
+    "layers": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["h", "layers"],
+    },
 }
 
 

@@ -163,7 +163,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert version in (ROOT / "fastlora/__init__.py").read_text()
     assert meta["License-Expression"] == "Apache-2.0"
     assert meta["Requires-Python"] == ">=3.10"
-    assert set(meta.get_all("Provides-Extra")) == {"peft", "bench", "demo", "test"}
+    assert set(meta.get_all("Provides-Extra")) == {"peft", "bench", "demo", "docs", "test"}
     needed = {r.replace('"', "'") for r in meta.get_all("Requires-Dist") if "extra ==" not in r}
     assert needed == {"torch>=2.10", "numpy", "safetensors", "triton; sys_platform == 'linux'"}
     assert "fastlora = fastlora.cli:main" in text["entry_points.txt"]

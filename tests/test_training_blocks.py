@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.inject import training_rows
+from fastlora.injection import training_rows
 from fastlora.multi_modules import TrainableMultiLoRALinear
 from tests.helpers import same_bits
 from tests.models import error, llama, logits, tokens, untouched

@@ -1,0 +1,128 @@
+"""A patched PEFT model whose rows have an adapter each: the numbers of the unpatched one."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+
+import fastlora  # noqa: E402
+from tests.models import assert_agree, quiet  # noqa: E402
+from tests.patched import (  # noqa: E402
+    KINDS,
+    assert_same,
+    both,
+    config,
+    counted,
+    filled,
+    inputs,
+    pair,
+    run,
+)
+
+pytestmark = quiet
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_adapter_a_row(kind, monkeypatch):
+    given = inputs(kind, rows=6)
+    rows = ["other", "default", "__base__", "third", "other", "default"]
+    plain, patched = pair(kind)
+    for model in (plain, patched):
+        model.add_adapter("other", config(kind, r=9, lora_alpha=20))
+        model.add_adapter("third", config(kind, target_modules=config(kind).target_modules, r=1))
+        filled(model).eval()
+    with counted(monkeypatch) as counts, torch.no_grad():
+        got, want = (run(m, given, adapter_names=rows) for m in (patched, plain))
+        layers = counts["many"]
+    assert_agree(got, want)
+    assert layers == len(fastlora.report(patched).replaced)
+    # Each row is what its adapter alone makes of it, and no two adapters agree.
+    with torch.no_grad():
+        for name in ("default", "other", "third"):
+            patched.set_adapter(name)
+            alone = run(patched, given)
+            mine = [i for i, row in enumerate(rows) if row == name]
+            assert_agree(got[mine], alone[mine])
+
+
+def test_base_is_no_adapter_even_if_one_is_called_so():
+    plain, patched = pair("mlp")
+    for model in (plain, patched):
+        model.add_adapter("__base__", config("mlp"))
+        filled(model).eval()
+    rows = ["__base__", "default", "__base__"]
+    given = inputs("mlp", rows=3)
+    with torch.no_grad():
+        assert_agree(*(run(m, given, adapter_names=rows) for m in (patched, plain)))
+
+
+def test_on_triton(on_triton, device):
+    plain, patched = pair("mlp", lora_dropout=0.1)
+    for model in (plain, patched):
+        model.add_adapter("other", config("mlp", r=3))
+        filled(model).eval().to(device)
+    given = {"x": inputs("mlp", rows=3)["x"].to(device)}
+    with torch.no_grad():
+        assert_agree(run(patched, given), run(plain, given))
+        for rows in (["other", "__base__", "default"], ["__base__"] * 3):
+            got, want = (run(m, given, adapter_names=rows) for m in (patched, plain))
+            assert_agree(got, want)
+
+
+def test_one_adapter_a_row_has_gradients_and_refusals():
+    plain, patched = pair("mlp")
+    x = torch.randn(3, 11)
+    rows = ["default", "__base__", "other"]
+
+    def act(model):
+        both(model)
+        model.base_model.set_adapter(["default", "other"])
+        out = run(model, {"x": x}, adapter_names=rows)
+        out.square().sum().backward()
+        return [out]
+
+    assert_same(plain, patched, act)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        run(patched, {"x": x}, adapter_names=["default"])
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        run(patched, {"x": x}, adapter_names=["default", "nobody", "other"])
+    patched.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters"):
+        run(patched, {"x": x}, adapter_names=rows)
+
+
+def test_what_a_transform_made_is_not_met_outside_of_it():
+    """torch.func wraps tensors; kept, they would be met by every later batch of these rows."""
+    found, rows, x = [], ["default", "__base__"], torch.randn(2, 11)
+    for model in pair("mlp"):
+        layer = model.base_model.model.lin0
+
+        def one(x, layer=layer):
+            return layer(x, adapter_names=rows)
+
+        # Not a transform that autograd's own Functions go through.
+        with contextlib.suppress(RuntimeError):
+            torch.func.functionalize(one)(x)
+        found.append(one(x))
+    assert_agree(found[1], found[0])
+
+
+def test_generate_with_an_adapter_a_row():
+    plain, patched = pair("llama")
+    given = {"input_ids": inputs("llama", rows=3)["input_ids"]}
+    more = {"max_new_tokens": 5, "num_beams": 2, "pad_token_id": 0, "do_sample": False}
+    for model in (plain, patched):
+        model.add_adapter("other", config("llama", r=2))
+        filled(model).eval()
+    rows = ["other", "__base__", "default"]
+    masks = {"attention_mask": torch.ones_like(given["input_ids"])}
+    found = [m.generate(**given, **masks, **more, adapter_names=rows) for m in (plain, patched)]
+    assert torch.equal(*found)
+    found = [m.generate(**given, **masks, **more) for m in (plain, patched)]
+    assert torch.equal(*found)
