@@ -14,7 +14,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 HAS_GPU = nvidia-smi -L 2>/dev/null | grep -q GPU
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test native asan demo bench aot gpu sanitize lint format types wheel clean
+.PHONY: help setup test native asan demo bench aot gpu sanitize lint format types docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,7 +34,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/pip install -q -e ".[test,demo,bench]"
+	$(BIN)/pip install -q -e ".[test,demo,bench,docs]"
 	@touch $@
 
 # One thread a worker, or they fight over the cores.
@@ -89,6 +89,7 @@ gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pyt
 	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
 	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
 	$(PYTHON) -m benchmarks --device cuda $(ARGS) && $(PYTHON) -m benchmarks.model_merge || bench=$$?; \
+	! $(PYTHON) -c "import peft, transformers" 2>/dev/null || $(PYTHON) -m benchmarks.training || bench=$$?; \
 	sanitizer=0; ! command -v compute-sanitizer || make --no-print-directory sanitize || sanitizer=$$?; \
 	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench, compute-sanitizer with $$sanitizer"; \
 	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ] && [ $$sanitizer -eq 0 ]
@@ -113,9 +114,14 @@ format: setup ## fix what can be fixed of both
 types: setup ## check the types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# Nothing is fetched: the site works without a network. Its search wants a server, such as
+# python3 -m http.server -d site
+docs: setup ## build these pages and the API reference as a site, in site/; a warning is a failure
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 wheel: setup ## build wheel and sdist, install them in every way and try each
 	$(BIN)/python -m pytest -q -m packaging $(ARGS)
 
 clean: ## remove everything that make made
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
