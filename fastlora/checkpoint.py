@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +139,7 @@ def read_adapter(
     expected = {
         key: shape
         for name, weight in weights.items()
-        for key, shape in adapter_shapes(name, weight, config).items()
+        for key, shape in adapter_shapes(name, weight.shape, config).items()
     }
     whole = saved_modules.tensors(_saved(inner, config, chosen), config)
     biases = _biases(inner, config, set(weights))
@@ -148,9 +148,9 @@ def read_adapter(
     return LoadedAdapter(config, chosen, files.read_tensors(directory, expected), biases)
 
 
-def adapter_shapes(name: str, weight: Tensor, config: LoRAConfig) -> dict[str, Shape]:
-    """{tensor name: shape} that an adapter for linear ``name`` of ``weight`` (N, K) consists of."""
-    (N, K), r = weight.shape, config.rank_of(name)
+def adapter_shapes(name: str, base: Sequence[int], config: LoRAConfig) -> dict[str, Shape]:
+    """{tensor name: shape} of an adapter for linear ``name`` of (N, K): A, B, and a bias if any."""
+    (N, K), r = base, config.rank_of(name)
     shapes: dict[str, Shape] = {
         f"{name}.{_KEYS['lora_A']}": (r, K),
         f"{name}.{_KEYS['lora_B']}": (N, r),
@@ -179,7 +179,7 @@ def _load_one(
                 f"{name}: the layer scales by {layer.scaling:g}, the adapter by "
                 f"{config.scaling_of(name):g}"
             )
-        expected |= adapter_shapes(name, layer.matrix, config)
+        expected |= adapter_shapes(name, layer.matrix.shape, config)
     tensors = files.read_tensors(directory, expected)
     with torch.no_grad():
         for name, layer in layers.items():

@@ -153,6 +153,8 @@ def _packed_linear(
     routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
     kind = (x.device, x.dtype, lora_A.dtype, form.R)
     backend = invariance.marked(dispatch.choose("packed_lora_linear", *kind))
+    if groups.nobody and backend == "triton":
+        return nnf.linear(x, weight, bias)
     lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
     args = (as_rows(x), weight, bias, lora_A, lora_B, page_table, form.ends, *routing, backend)
     y = ops.call("packed_lora_linear", *args)

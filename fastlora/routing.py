@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from fastlora import functional as F
+
+# What a batch sets while it runs.
+_RUNNING = ("num_slots", "slots", "nobody", "copies", "groups", "scales", "scaled")
 
 
 class Routing:
@@ -26,19 +29,32 @@ class Routing:
         self.nobody = False
         self.copies = 1
         self.groups: list[F.RowGroups] = []
+        self.scales: Tensor | None = None
+        self.scaled: list[Tensor] = []
 
     @contextmanager
-    def running(self, slots: list[int], num_slots: int, copies: int = 1) -> Iterator[None]:
-        """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples)."""
-        before = self.num_slots, self.slots, self.nobody, self.copies, self.groups
-        self.num_slots, self.copies, self.groups = num_slots, copies, []
+    def running(
+        self,
+        slots: list[int],
+        num_slots: int,
+        copies: int = 1,
+        scales: Sequence[float] | None = None,
+    ) -> Iterator[None]:
+        """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples).
+
+        scales: numbers that row i's adapter part is multiplied by.
+        """
+        before = {name: getattr(self, name) for name in _RUNNING}
+        self.num_slots, self.copies, self.groups, self.scaled = num_slots, copies, [], []
         self.nobody = not any(slot >= 0 for slot in slots)
         with torch.inference_mode(False):
             self.slots = torch.tensor(slots, dtype=torch.int32)
+            self.scales = None if scales is None else torch.tensor(scales, dtype=torch.float32)
         try:
             yield
         finally:
-            self.num_slots, self.slots, self.nobody, self.copies, self.groups = before
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def slots_for(self, x: Tensor) -> Tensor:
         """The slots, for a layer whose input x has the batch's rows first; else RuntimeError."""
@@ -67,3 +83,17 @@ class Routing:
             groups = replace(groups.repeat(rows // given if given else 1), nobody=self.nobody)
         self.groups.append(groups)
         return replace(groups, shape=lead)
+
+    def scales_for(self, x: Tensor) -> Tensor | None:
+        """row_scales for a layer's input x: one a row (T,), or None where all are 1."""
+        if self.scales is None:
+            return None
+        rows = math.prod(x.shape[:-1])
+        for scales in self.scaled:
+            if scales.shape[0] == rows and scales.device == x.device:
+                return scales
+        given = len(self.scales)
+        with torch.inference_mode(False):
+            scales = self.scales.to(x.device).repeat_interleave(rows // given if given else 1)
+        self.scaled.append(scales)
+        return scales

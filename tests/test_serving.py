@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel, availability
@@ -143,15 +144,20 @@ def test_the_inner_model_does_not_answer_alone(folder):
             server(adapter_names=["alice"], input_ids=None, inputs_embeds=None, x=tokens(1, 4))
 
 
-def test_replacing_unloading_and_running_out(folder):
+def test_replacing_unloading_and_making_room(folder):
     server = serve(folder, "alice", "bob", max_adapters=2)
     ids = tokens(1, 5)
-    with untouched(server), pytest.raises(RuntimeError, match="all 2 adapter slots are taken"):
-        server.load_adapter(folder / "carol", "carol")
+    server.load_adapter(folder / "carol", "carol")  # known, though all places are taken
+    for name in ("carol", "alice", "bob", "carol"):
+        got = logits(server, ids, adapter_names=[name])
+        assert_agree(got, logits(alone(folder, name), ids))
+    with untouched(server), pytest.raises(ValueError, match="max_adapters=2 different ones, got 3"):
+        server(input_ids=ids.repeat(3, 1), adapter_names=["alice", "bob", "carol"])
     server.load_adapter(folder / "carol", "alice")  # a name of its own decides, not the file's
-    assert server.adapters == ("alice", "bob")
+    assert server.adapters == ("alice", "bob", "carol")
     assert_agree(logits(server, ids, adapter_names=["alice"]), logits(alone(folder, "carol"), ids))
     server.unload_adapter("alice")
+    server.unload_adapter("carol")
     assert server.adapters == ("bob",)
     for refused in (
         lambda: server.unload_adapter("alice"),
@@ -166,38 +172,50 @@ def test_replacing_unloading_and_running_out(folder):
     assert_agree(logits(server, ids, adapter_names=["bob"]), logits(alone(folder, "bob"), ids))
 
 
-def layers(server: MultiLoRAModel) -> list[MultiLoRALinear]:
-    return [m for m in server.modules() if isinstance(m, MultiLoRALinear)]
+def arena_of(server: MultiLoRAModel) -> Tensor:
+    (arena,) = server.bank._all.device.arenas.values()
+    return arena.buffer
+
+
+def test_pages_keep_nothing_of_who_was_there(folder):
+    server = serve(folder, "alice", max_adapters=1)
+    assert bool(arena_of(server).any())
+    server.unload_adapter("alice")
+    assert not bool(arena_of(server).any())
+    (tables,) = server.bank._all.device.tables.values()
+    assert not bool(tables.ranks.any() | tables.scalings.any())
+    assert bool((tables.pages == -1).all())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_slot_keeps_nothing_of_its_last_adapter(folder, name):
-    """carol fills fewer layers and a lower rank than alice, who was there before her."""
-    server = serve(folder, "alice", max_adapters=1)
-    server.unload_adapter("alice")
-    assert not any(bool(b[0].any()) for m in layers(server) for b in m.buffers())
-    for layer in layers(server):
-        for buffer in (layer.lora_A, layer.lora_B, layer.scalings):
-            buffer.fill_(NAN)
-    server.load_adapter(folder / name, "new")
-    for layer in layers(server):
-        r = int(layer.ranks[0])
-        assert not bool(layer.lora_A[0, r:].any() | layer.lora_B[0, :, r:].any())
+def test_what_free_pages_hold_reaches_nobody(folder, name):
+    """Nor does what lies past an adapter's rank, or beside it in its pages."""
+    server = serve(folder, "alice", max_adapters=3)
+    taken = arena_of(server) != 0
+    arena_of(server)[~taken] = NAN  # what is zero in alice's own pages too: padding
     ids = tokens(3, 5)
-    got = logits(server, ids, adapter_names=["new", None, "new"])
-    for rows, wanted in ((got[::2], alone(folder, name)), (got[1:2], llama())):
-        assert_agree(rows, logits(wanted, ids[::2] if len(rows) == 2 else ids[1:2]))
+    got = logits(server, ids, adapter_names=["alice", None, "alice"])
+    arena_of(server)[~taken] = 0
+    server.load_adapter(folder / name, "new")
+    taken = arena_of(server) != 0
+    arena_of(server)[~taken] = NAN
+    got = [got, logits(server, ids, adapter_names=["new", None, "new"])]
+    for logits_of, who in zip(got, ("alice", name), strict=True):
+        for rows, wanted in ((logits_of[::2], alone(folder, who)), (logits_of[1:2], llama())):
+            assert_agree(rows, logits(wanted, ids[::2] if len(rows) == 2 else ids[1:2]))
 
 
-def test_poison_in_one_slot_stays_there(folder):
+def test_poison_in_one_adapter_stays_there(folder):
     server = serve(folder, "alice", "bob", max_adapters=4)
     ids, names = tokens(4, 5), ["alice", "bob", None, "alice"]
     want = logits(server, ids, adapter_names=names)
-    for layer in layers(server):
-        for slot in (1, 2, 3):  # bob's and the free ones
-            for buffer in (layer.lora_A, layer.lora_B):
-                buffer[slot] = NAN
-        layer.lora_A[0, 4:] = layer.lora_B[0, :, 4:] = NAN  # past alice's rank
+    resident = {entry.name: entry for entry in server.bank._all.resident}
+    ((arena, blocks),) = (
+        (server.bank._all.device.arenas[kind], blocks)
+        for kind, blocks in resident["bob"].places.items()
+    )
+    for first, size in blocks:
+        arena.part(first, size).fill_(NAN)
     got = logits(server, ids, adapter_names=names)
     assert same_bits(got[[0, 2, 3]], want[[0, 2, 3]])
     assert not bool(got[1].isfinite().any())
@@ -258,7 +276,8 @@ def test_copies_and_casts_serve_too(folder):
     assert same_bits(logits(twin, ids, adapter_names=names), want)
     half = logits(twin.to(torch.bfloat16), ids, adapter_names=names)
     assert error(half, want) <= TOLERANCE[torch.bfloat16]
-    assert {m.scalings.dtype for m in layers(twin)} == {torch.float32}
+    assert arena_of(twin).dtype == torch.bfloat16
+    assert same_bits(logits(pickle.loads(pickle.dumps(twin)), ids, adapter_names=names), half)
 
 
 def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import LoRAConfig, MultiLoRALinear, MultiLoRAModel
+from fastlora import LoRAConfig, MultiLoRAModel
+from fastlora.serving.layer import ServedLinear
 from tests.models import assert_agree, bert, llama, logits, randomise_lora, tokens, untouched
 
 
@@ -23,7 +24,7 @@ def test_experts_are_refused_or_left_out():
     with untouched(model), pytest.raises(ValueError, match=r"experts\.0 is an expert"):
         MultiLoRAModel(model)
     server = MultiLoRAModel(model, exclude_modules=r"experts\..*")
-    assert [name for name, m in model.named_modules() if isinstance(m, MultiLoRALinear)] == ["gate"]
+    assert [name for name, m in model.named_modules() if isinstance(m, ServedLinear)] == ["gate"]
     assert set(server.skipped) == {"experts.0", "experts.1"}
 
 

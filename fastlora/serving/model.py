@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import adapter_files as files
-from fastlora.checkpoint import adapter_shapes
-from fastlora.config import LoRAConfig, check_rank
+from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
-from fastlora.multi_modules import MultiLoRALinear
 from fastlora.routing import Routing
+from fastlora.serving.bank import AdapterBank
+from fastlora.serving.files import AdapterFiles, Reader
+from fastlora.serving.layer import ServedLinear
+from fastlora.serving.layout import Layout
 from fastlora.targets import plan
-from fastlora.wrapping import is_linear, unwrapped
+from fastlora.wrapping import is_linear, matrix_of, unwrapped
 
 BASE = "__base__"
 _BATCH_INPUTS = ("input_ids", "inputs_embeds", "inputs")
@@ -27,11 +29,19 @@ _EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 
 
 class MultiLoRAModel(nn.Module):
-    """A model whose linears hold ``max_adapters`` slots of rank ``max_rank``, allocated up front.
+    """A model whose linears add each row's own adapter, of any number that a bank knows.
 
     model: any batch-first torch model, changed in place: the linears that target_modules names (as
-    in ``LoRAConfig``) become ``MultiLoRALinear`` around the same weights. lora_dtype: of the slots,
-    default the weights'. Inference only: calls run without gradients.
+    in ``LoRAConfig``) share their weights with layers that read adapters from ``bank``.
+    max_adapters: how many are on the device at a time, thus how many different ones a batch can
+    have. max_rank: of an adapter in any layer. device_bytes: of pages for adapters; None: enough
+    for max_adapters of max_rank. An adapter takes what its own layers and ranks need, in steps of
+    eight ranks. host_bytes: of copies in the host's memory; others are read again when they are
+    needed. lora_dtype: of the pages, default the weights'. Inference only: calls run without
+    gradients.
+
+    All methods may be called from any thread, while batches run in others. A batch keeps the
+    adapters that it began with. Moving or casting the model takes the bank along, at the next call.
 
     Raises ValueError, the model unchanged, when nothing matches or a named layer cannot serve:
     besides what ``replace_linear`` refuses, experts of a mixture, whose rows are not the batch's.
@@ -46,6 +56,8 @@ class MultiLoRAModel(nn.Module):
         *,
         exclude_modules: str | Sequence[str] | None = None,
         lora_dtype: torch.dtype | None = None,
+        device_bytes: int | None = None,
+        host_bytes: int = 4 << 30,
     ) -> None:
         super().__init__()
         check_rank("max_adapters", max_adapters)
@@ -61,83 +73,109 @@ class MultiLoRAModel(nn.Module):
                 f"target_modules: {experts[0]} is an expert: its rows are routed tokens, which "
                 "cannot be told apart by adapter; leave experts out with exclude_modules"
             )
-        self.max_adapters, self.max_rank = max_adapters, max_rank
-        self._slots: dict[str, int] = {}
+        linears = {name: linear for name, (linear, _) in chosen.linears.items()}
+        self.max_adapters, self.max_rank, self.lora_dtype = max_adapters, max_rank, lora_dtype
+        layout = _layout(linears, max_rank, lora_dtype)
+        self.bank = AdapterBank(
+            layout, max_adapters, device_bytes=device_bytes, host_bytes=host_bytes
+        )
+        self._reader = Reader(
+            {name: (layer.N, layer.K) for name, layer in layout.layers.items()},
+            frozenset(n for n, m in unwrapped(model).named_modules() if is_linear(m)),
+            max_rank,
+        )
         self._batch = _Batch("call the MultiLoRAModel, not the model in it")
-        layers = {
-            name: MultiLoRALinear.from_linear(linear, max_adapters, max_rank, lora_dtype)
-            for name, (linear, _) in chosen.linears.items()
+        self._layers = {
+            name: ServedLinear.serving(linear, name, self.bank, self._batch)
+            for name, linear in linears.items()
         }
-        for name, layer in layers.items():
-            layer.routing = self._batch.groups_for
+        for name, layer in self._layers.items():
             swap(model, chosen.linears[name][1], layer)
         self.model = model
         self.skipped = chosen.skipped
-        self._layers = layers
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters."""
-        return tuple(self._slots)
+        return self.bank.names
 
-    def load_adapter(self, directory: str | os.PathLike[str], adapter_name: str) -> None:
-        """Loads PEFT's files from ``directory`` into a slot; a name loaded already is replaced.
+    def load_adapter(
+        self, directory: str | os.PathLike[str], adapter_name: str, *, pin: bool = False
+    ) -> None:
+        """Loads PEFT's files from ``directory``; a name that is loaded already is replaced.
+
+        Batches that run keep the old one. The new one is on the device when this returns if there
+        is room, else when a batch first needs it. pin: keep it there. The files must stay: they are
+        read again when the host's copy has made room for others.
 
         Raises ValueError or FileNotFoundError, nothing changed, as ``fastlora.load_adapter`` does,
-        and for a rank above max_rank, a layer that is not served, lora_bias and trained biases,
-        modules_to_save, or an init_lora_weights that has split the base's weights;
-        RuntimeError when every slot is taken.
+        and for a rank above max_rank, an adapter larger than device_bytes, a layer that is not
+        served, lora_bias and trained biases, modules_to_save, or an init_lora_weights that has
+        split the base's weights.
         """
         files.check_name(adapter_name)
         if adapter_name == BASE:
             raise ValueError(f"adapter_name: {BASE!r} means the base model")
-        config = files.read_config(directory)
-        targeted = self._targeted(config)
-        tensors = files.read_tensors(
-            directory,
-            {
-                key: shape
-                for name, layer in self._layers.items()
-                if name in targeted
-                for key, shape in adapter_shapes(name, layer.matrix, config).items()
-            },
-        )
-        slot = self._slots.get(adapter_name)
-        if slot is None:
-            slot = self._free_slot()
-        for name, layer in self._layers.items():
-            if name in targeted:
-                A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-                layer.set_adapter(slot, A, B, config.scaling_of(name))
-            else:
-                layer.clear_adapter(slot)
-        self._slots[adapter_name] = slot
+        self._follow()
+        self.bank.add(adapter_name, AdapterFiles(os.fspath(directory), self._reader))
+        if pin:
+            self.bank.pin(adapter_name)
 
-    def unload_adapter(self, adapter_name: str) -> None:
-        """Frees the adapter's slot and zeroes it; ValueError when the name is not loaded."""
-        slot = self._slot(adapter_name)
-        del self._slots[adapter_name]
-        for layer in self._layers.values():
-            layer.clear_adapter(slot)
+    def unload_adapter(
+        self, adapter_name: str, *, wait: bool = False, timeout: float | None = None
+    ) -> None:
+        """Forgets an adapter and zeroes its pages.
+
+        wait: whether to wait for the batches that use it, at most ``timeout`` seconds; no other
+        batch gets it from the call on. Raises ValueError when it is not loaded, RuntimeError,
+        nothing changed, when it is in use and wait is false, TimeoutError.
+        """
+        self.bank.remove(adapter_name, wait=wait, timeout=timeout)
+
+    def pin_adapter(self, adapter_name: str) -> None:
+        """Keeps an adapter on the device until ``unpin_adapter``; others make room.
+
+        Raises ValueError when it is not loaded, RuntimeError where pinned ones leave no room.
+        """
+        self.bank.pin(adapter_name)
+
+    def unpin_adapter(self, adapter_name: str) -> None:
+        """Undoes ``pin_adapter``; ValueError when it is not pinned."""
+        self.bank.unpin(adapter_name)
 
     @torch.no_grad()
-    def forward(self, *args: Any, adapter_names: Sequence[str | None], **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str | None],
+        adapter_scales: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """``model(*args, **kwargs)``, row i through ``adapter_names[i]``, without gradients.
 
-        None and ``"__base__"`` name the base model. The batch is the first dimension of
-        ``input_ids``, ``inputs_embeds`` or ``inputs``, else of the first tensor.
+        None and ``"__base__"`` name the base model; adapter_scales multiplies row i's adapter part
+        by the i-th number. The batch is the first dimension of ``input_ids``, ``inputs_embeds`` or
+        ``inputs``, else of the first tensor. Waits where an adapter is not on the device.
 
-        Raises TypeError when the names are no list, ValueError for an unknown one, or when they are
-        not one a row of the batch.
+        Raises TypeError when the names are no list, ValueError for an unknown one, more different
+        ones than max_adapters, scales that are not finite, or when they are not one a row of the
+        batch; RuntimeError where pinned adapters leave no room, or what reading an adapter raised.
         """
-        with self._routed(adapter_names, args, kwargs):
+        with self._routed(adapter_names, adapter_scales, args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
-    def generate(self, *args: Any, adapter_names: Sequence[str | None], **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str | None],
+        adapter_scales: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """``model.generate(*args, **kwargs)`` with an adapter a row, beams and samples included.
 
-        Rows, names and errors as in ``forward``; beams and returned sequences are their row's.
+        Rows, names, scales and errors as in ``forward``; beams and returned sequences are their
+        row's.
         """
         generation = kwargs.get("generation_config") or getattr(
             unwrapped(self.model), "generation_config", None
@@ -146,13 +184,26 @@ class MultiLoRAModel(nn.Module):
             kwargs.get(name) or getattr(generation, name, None) or 1
             for name in ("num_beams", "num_return_sequences")
         ]
-        with self._routed(adapter_names, args, kwargs, max(copies)):
+        with self._routed(adapter_names, adapter_scales, args, kwargs, max(copies)):
             return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    @contextmanager
+    def running(
+        self, slots: Sequence[int], scales: Sequence[float] | None = None, copies: int = 1
+    ) -> Iterator[None]:
+        """Within, this thread's batch has row i in ``slots[i]`` of a lease of the bank's, -1: none.
+
+        For who runs ``self.model`` himself, and holds the lease meanwhile. scales: one a row, of
+        its adapter's part. copies: how many neighbouring rows a layer may see in place of one.
+        """
+        with self._batch.running(list(slots), self.max_adapters, copies, scales):
+            yield
 
     @contextmanager
     def _routed(
         self,
         adapter_names: Sequence[str | None],
+        adapter_scales: Sequence[float] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         copies: int = 1,
@@ -162,45 +213,28 @@ class MultiLoRAModel(nn.Module):
                 f"adapter_names: expected a list with a name a row, got {adapter_names!r}"
             )
         rows = _batch_size(args, kwargs)
-        if len(adapter_names) != rows:
-            raise ValueError(f"adapter_names: expected {rows}, one a row, got {len(adapter_names)}")
-        slots = [-1 if name in (None, BASE) else self._slot(name) for name in adapter_names]
-        with self._batch.running(slots, self.max_adapters, copies):
-            yield
+        for what, given in (("adapter_names", adapter_names), ("adapter_scales", adapter_scales)):
+            if given is not None and len(given) != rows:
+                raise ValueError(f"{what}: expected {rows}, one a row, got {len(given)}")
+        for scale in adapter_scales or ():
+            check_number("adapter_scales", scale)
+        self._follow()
+        named = [name for name in adapter_names if name not in (None, BASE)]
+        with self.bank.lease(named).result() as lease:
+            slots = iter(lease.slots)
+            of_rows = [-1 if name in (None, BASE) else next(slots) for name in adapter_names]
+            with self.running(of_rows, adapter_scales, copies):
+                yield
 
-    def _slot(self, name: object) -> int:
-        if not isinstance(name, str) or name not in self._slots:
-            loaded = ", ".join(self._slots) or "none"
-            raise ValueError(f"adapter_names: no adapter {name!r} is loaded (loaded: {loaded})")
-        return self._slots[name]
-
-    def _free_slot(self) -> int:
-        taken = set(self._slots.values())
-        free = [slot for slot in range(self.max_adapters) if slot not in taken]
-        if not free:
-            raise RuntimeError(f"all {self.max_adapters} adapter slots are taken: unload one first")
-        return free[0]
-
-    def _targeted(self, config: LoRAConfig) -> set[str]:
-        """The served layers that an adapter is for, checked against its config."""
-        config.check_plain("of adapters served beside each other none")
-        layers = self._layers.keys()
-        linears = {n for n, m in unwrapped(self.model).named_modules() if is_linear(m)}
-        named = {name for name in linears if config.names(name)}
-        if config.all_linear:
-            named &= layers
-        if not named or not named <= layers:
-            found = ", ".join(sorted(named - layers)[:4]) or "no layer at all"
-            raise ValueError(
-                f"target_modules: the adapter is for {found}, which is not served here"
-            )
-        for name in named:
-            if config.rank_of(name) > self.max_rank:
-                raise ValueError(
-                    f"{name}: expected a rank of at most {self.max_rank}, got "
-                    f"{config.rank_of(name)}"
-                )
-        return named
+    def _follow(self) -> None:
+        """Takes the bank to where the layers are now."""
+        moved = [layer for layer in self._layers.values() if layer.moved]
+        if moved:
+            layout = _layout(self._layers, self.max_rank, self.lora_dtype)
+            if layout.layers != self.bank.layout.layers:
+                self.bank.rebuild(layout)
+            for layer in moved:
+                layer.moved = False
 
 
 class _Batch(Routing, threading.local):
@@ -209,6 +243,14 @@ class _Batch(Routing, threading.local):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model runs no batch; thread-local state cannot be copied anyway.
         return _Batch, (self.outside,)
+
+
+def _layout(linears: dict[str, Any], max_rank: int, lora_dtype: torch.dtype | None) -> Layout:
+    shapes = {}
+    for name, linear in linears.items():
+        N, K = matrix_of(linear).shape
+        shapes[name] = (N, K, linear.weight.device, lora_dtype or linear.weight.dtype)
+    return Layout(shapes, max_rank)
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
