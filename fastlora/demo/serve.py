@@ -113,6 +113,6 @@ def _inputs(stage: Stage, prompt: Tensor) -> dict[str, Tensor]:
     return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
 
-def _tokens(count: int) -> dict[str, int]:
+def _tokens(count: int) -> dict[str, Any]:
     """Exactly ``count`` new tokens, even where one of them would end the text."""
     return {"max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}

@@ -46,7 +46,7 @@ class AdapterBank:
     def _begin(self, layout: Layout, host_bytes: int) -> None:
         self._entries: dict[str, Entry] = {}
         device = Device(layout, self.max_adapters, self.device_bytes)
-        self._all = Residency(device, self.max_adapters, host_bytes, self._is_known)
+        self._all = Residency(device, self.max_adapters, host_bytes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,14 +83,16 @@ class AdapterBank:
                 f"device_bytes: {name!r} takes {layout.nbytes(ranks)} bytes in pages, which "
                 f"{self._all.device.nbytes} bytes cannot hold"
             )
-        entry = Entry(name, read, digest(factors), ranks, layout.image(factors))
+        entry, image = Entry(name, read, digest(factors), ranks), layout.image(factors)
         with self._all.lock:
             old = self._entries.get(name)
             if old is not None and old.digest == entry.digest:
                 old.read = read
                 return
+            if old is not None:
+                self._all.drop(old)
             self._entries[name] = entry
-            self._all.keep_copy(entry)
+            self._all.keep_copy(entry, image)
             pin = self._all.pins.pop(name, None)
         if pin is not None:
             pin.release()
@@ -112,6 +114,7 @@ class AdapterBank:
                     f"adapter_name: {name!r} is in use; unload it with wait=True, or later"
                 )
             del self._entries[name]
+            self._all.drop(entry)
             pin = self._all.pins.pop(name, None)
         if pin is not None:
             pin.release()
@@ -127,7 +130,7 @@ class AdapterBank:
         """
         lease = self.lease([name]).result()
         with self._all.lock:
-            wanted = name not in self._all.pins and self._is_known(lease.entries[0])
+            wanted = name not in self._all.pins and lease.entries[0].known
             if wanted:
                 self._all.pins[name] = lease
         if not wanted:
@@ -176,7 +179,7 @@ class AdapterBank:
                     "leases": sum(entry.users for entry in self._all.resident),
                     "device_bytes": device.nbytes,
                     "device_bytes_used": device.nbytes_taken,
-                    "host_bytes_used": sum(e.image.nbytes for e in self._all.copied if e.image),
+                    "host_bytes_used": self._all.host_bytes_used,
                 }
             )
 
@@ -203,12 +206,10 @@ class AdapterBank:
         self.max_adapters, self.device_bytes = state["max_adapters"], state["device_bytes"]
         self._begin(state["layout"], state["host_bytes"])
         for values in state["entries"]:
-            entry = self._entries[values[0]] = Entry(*values)
-            if entry.image is not None:
-                self._all.keep_copy(entry)
-
-    def _is_known(self, entry: Entry) -> bool:
-        return self._entries.get(entry.name) is entry
+            *own, image = values
+            entry = self._entries[own[0]] = Entry(*own)
+            if image is not None:
+                self._all.keep_copy(entry, image)
 
     def _entry(self, name: object) -> Entry:
         if not isinstance(name, str) or name not in self._entries:

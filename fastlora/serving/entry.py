@@ -21,19 +21,21 @@ class Entry:
 
     read, digest, ranks: where it comes from, what it is, of each layer. image: the host's copy,
     while there is one. slot, places: on the device. users, wanted: leases that hold it, and callers
-    that wait for it. passed: what its last users have queued on a GPU.
+    that wait for it. passed: what its last users have queued on a GPU. known: to the bank; one that
+    is not any more keeps its place until it is idle.
     """
 
     name: str
     read: Read
     digest: str
     ranks: dict[str, int]
-    image: Image | None
+    image: Image | None = None
     slot: int | None = None
     places: Places = field(default_factory=dict)
     users: int = 0
     wanted: int = 0
     passed: list[torch.cuda.Event] = field(default_factory=list)
+    known: bool = True
 
     @property
     def idle(self) -> bool:

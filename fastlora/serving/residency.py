@@ -28,24 +28,22 @@ class Left(NamedTuple):
 
 
 class Residency:
-    """The slots and pages of ``device``, and the host's copies, of at most ``host_bytes``.
+    """The slots and pages of ``device``, and the host's copies, of at most ``host_bytes``."""
 
-    known: whether a bank still knows an entry; others keep their place until they are idle.
-    """
-
-    def __init__(
-        self, device: Device, slots: int, host_bytes: int, known: Callable[[Entry], bool]
-    ) -> None:
-        self.device, self.host_bytes, self.known = device, host_bytes, known
+    def __init__(self, device: Device, slots: int, host_bytes: int) -> None:
+        self.device, self.host_bytes = device, host_bytes
         self.lock = threading.Condition(threading.Lock())
         self.counts = BankStats()
         # Least recently used first: who has a slot, who has a copy in the host's memory.
         self.resident: OrderedDict[Entry, None] = OrderedDict()
         self.copied: OrderedDict[Entry, None] = OrderedDict()
+        self.host_bytes_used = 0
         # Leases that nobody releases to make room.
         self.pins: dict[str, Lease] = {}
         self._slots = list(range(slots))[::-1]
         self._waiting: deque[Waiter] = deque()
+        # Known no more, but not idle yet.
+        self._dropped: list[Entry] = []
         # Whether the first of those waits for others to release what they hold, and how often
         # somebody has done so.
         self._starved, self._releases = False, 0
@@ -75,14 +73,24 @@ class Residency:
         self._loader.submit(self.pump)
         return waiter.future
 
-    def keep_copy(self, entry: Entry) -> None:
-        """Counts an entry's copy among the host's, the oldest of which may have to go."""
+    def keep_copy(self, entry: Entry, image: Image) -> None:
+        """Keeps an entry's copy among the host's, the oldest of which may have to go."""
+        entry.image = image
         self.copied[entry] = None
-        total = sum(e.image.nbytes for e in self.copied if e.image)
-        while total > self.host_bytes:
-            oldest, _ = self.copied.popitem(last=False)
-            total -= oldest.image.nbytes if oldest.image else 0
-            oldest.image = None
+        self.host_bytes_used += image.nbytes
+        while self.host_bytes_used > self.host_bytes:
+            self._forget_copy(next(iter(self.copied)))
+
+    def drop(self, entry: Entry) -> None:
+        """From now on an entry keeps its place only while it is in use."""
+        entry.known = False
+        self._dropped.append(entry)
+
+    def _forget_copy(self, entry: Entry) -> None:
+        if entry.image is not None:
+            self.host_bytes_used -= entry.image.nbytes
+            del self.copied[entry]
+            entry.image = None
 
     def _give_back(self, lease: Lease) -> None:
         passed = self.device.passed()
@@ -92,7 +100,7 @@ class Residency:
                 entry.passed = [*entry.passed, *passed] if entry.users else passed
             self._releases += 1
             self.lock.notify_all()
-            needed = self._starved or not all(map(self.known, lease.entries))
+            needed = self._starved or not all(entry.known for entry in lease.entries)
         if needed:
             self._loader.submit(self.pump)
 
@@ -110,50 +118,50 @@ class Residency:
     # Called in the loader alone.
 
     def pump(self) -> None:
-        """Frees what is known no more, then serves those who wait, until one waits for others."""
-        self._drop_unknown()
-        while True:
-            with self.lock:
-                self._starved, seen = False, self._releases
-                if not self._waiting:
-                    return
-                waiter = self._waiting[0]
-                absent = [e for e in waiter.different if e.slot is None]
-                done, lease = not absent or waiter.future.cancelled(), None
-                if done:
-                    self._next(waiter)
-                    lease = self._grant(waiter)
-            # Without the lock: it may call back.
-            if lease is not None:
-                waiter.future.set_result(lease)
+        """Frees what was dropped, then serves those who wait, until one must wait for others."""
+        self._free_dropped()
+        while self._serve_next():
+            self._free_dropped()
+
+    def _serve_next(self) -> bool:
+        """Whether it was worth while: it is when the first of those who wait has come closer."""
+        with self.lock:
+            self._starved, seen = False, self._releases
+            if not self._waiting:
+                return False
+            waiter = self._waiting[0]
+            absent = [e for e in waiter.different if e.slot is None]
+            done, lease = not absent or waiter.future.cancelled(), None
             if done:
-                continue
-            try:
-                if self.place(absent[0], waiter.different):
-                    continue
-            except Exception as error:
-                self._fail(waiter, error)
-                continue
-            with self.lock:
-                if self._releases != seen:
-                    continue
-                pinned = sum(len(lease.entries) for lease in self.pins.values())
-                self._starved = sum(e.users for e in self.resident) > pinned
-                if self._starved:
-                    return
-            names = ", ".join(sorted(self.pins)) or "none"
-            self._fail(
-                waiter,
-                RuntimeError(
-                    f"{absent[0].name}: pinned adapters leave it no room (pinned: {names})"
-                ),
-            )
+                self._next(waiter)
+                lease = self._grant(waiter)
+        # Without the lock: it may call back.
+        if lease is not None:
+            waiter.future.set_result(lease)
+        if done:
+            return True
+        try:
+            if self.place(absent[0], waiter.different):
+                return True
+        except Exception as error:
+            self._fail(waiter, error)
+            return True
+        with self.lock:
+            if self._releases != seen:
+                return True
+            pinned = ", ".join(sorted(self.pins)) or "none"
+            self._starved = sum(e.users for e in self.resident) > len(self.pins)
+            if self._starved:
+                return False
+        what = f"{absent[0].name}: pinned adapters leave it no room (pinned: {pinned})"
+        self._fail(waiter, RuntimeError(what))
+        return True
 
     def settle(self, entry: Entry) -> None:
         """Brings a new entry to the device where nobody has to leave for it."""
         self.pump()
         with self.lock:
-            wanted = self.known(entry) and entry.slot is None and not self._waiting
+            wanted = entry.known and entry.slot is None and not self._waiting
         if wanted:
             self.place(entry, (), evict=False)
 
@@ -192,17 +200,15 @@ class Residency:
         with self.lock:
             for entry in self.resident:
                 entry.slot, entry.places, entry.passed = None, {}, []
-            for entry in {*self.copied, *self.resident}:
-                self._relay(entry, before, layout)
+            for entry in self.copied:
+                assert entry.image is not None
+                self.host_bytes_used -= entry.image.nbytes
+                entry.image = layout.image(before.factors(entry.image))
+                self.host_bytes_used += entry.image.nbytes
             self.resident.clear()
             self.device, self._slots = device, list(range(slots))[::-1]
         for entry in pinned:
             self.place(entry, pinned)
-
-    @staticmethod
-    def _relay(entry: Entry, before: Layout, layout: Layout) -> None:
-        if entry.image is not None:
-            entry.image = layout.image(before.factors(entry.image))
 
     def _possible(self, entry: Entry, beside: Collection[Entry]) -> bool:
         """Whether there is room, or enough of those that could make it are idle."""
@@ -226,13 +232,13 @@ class Residency:
         self._wipe(left)
         return True
 
-    def _drop_unknown(self) -> None:
+    def _free_dropped(self) -> None:
         with self.lock:
-            unknown = [e for e in {*self.resident, *self.copied} if e.idle and not self.known(e)]
-            for entry in unknown:
-                self.copied.pop(entry, None)
-                entry.image = None
-            left = [self._detach(entry) for entry in unknown if entry.slot is not None]
+            gone = [entry for entry in self._dropped if entry.idle]
+            self._dropped = [entry for entry in self._dropped if not entry.idle]
+            for entry in gone:
+                self._forget_copy(entry)
+            left = [self._detach(entry) for entry in gone if entry.slot is not None]
         for place in left:
             self._wipe(place)
 
@@ -261,9 +267,7 @@ class Residency:
         image = self.device.layout.image(factors)
         with self.lock:
             self.counts.reads += 1
-            if self.known(entry):
-                entry.image = image
-                self.keep_copy(entry)
+            self.keep_copy(entry, image)
         return image
 
     def _next(self, waiter: Waiter) -> None:
