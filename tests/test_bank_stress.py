@@ -1,0 +1,232 @@
+"""Thousands of random steps from several threads: every row is some adapter's that its name had."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import LoRAConfig, MultiLoRAModel
+from fastlora.serving.entry import Entry, Lease
+from fastlora.serving.layout import Image
+from tests.banks import assert_empty
+from tests.models import randomise_lora
+
+THREADS, STEPS = 4, 1250  # of each, twice
+NAMES = [f"tenant-{i}" for i in range(12)]
+CONTENTS = 20
+WIDTH = 24
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 40), nn.Tanh(), nn.Linear(40, WIDTH, bias=False))
+    return model.requires_grad_(False)
+
+
+class Content:
+    """An adapter on disk, and in float64 what it makes of x."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.folder, r = folder / str(seed), random.Random(seed).choice([1, 3, 8, 12, 16])
+        targets = [["0"], ["2"], ["0", "2"]][seed % 3]
+        model = fastlora.replace_linear(base(), LoRAConfig(r=r, target_modules=targets))
+        fastlora.save_adapter(randomise_lora(model, 0.5), self.folder)
+        self.scaling = 8 / r
+        path = self.folder / "adapter_model.safetensors"
+        self.tensors = {key: t.double() for key, t in load_file(path).items()}
+
+    def layer(self, name: str, x: Tensor, scale: float) -> Tensor | float:
+        key = f"base_model.model.{name}.lora_"
+        if f"{key}A.weight" not in self.tensors:
+            return 0.0
+        A, B = self.tensors[f"{key}A.weight"], self.tensors[f"{key}B.weight"]
+        return scale * self.scaling * (x @ A.T) @ B.T
+
+
+def wanted(model: nn.Module, content: Content | None, x: Tensor, scale: float) -> Tensor:
+    """The oracle: row x through the base and an adapter, or none."""
+    y = x.double()
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Tanh):
+            y = y.tanh()
+        else:
+            added = content.layer(name, y, scale) if content else 0.0
+            y = y @ layer.weight.double().T + added
+            y = y if layer.bias is None else y + layer.bias.double()
+    return y
+
+
+class History:
+    """What each name has meant: a batch may see what it meant at any time while it ran."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.meant: dict[str, list[Content | None]] = {name: [None] for name in NAMES}
+        self.settled = dict.fromkeys(NAMES, 0)
+        self.turn = {name: threading.Lock() for name in NAMES}
+
+    @contextmanager
+    def changing(self, name: str, to: Content | None) -> Iterator[None]:
+        """Within, the name may mean the one or the other; afterwards ``to``, unless this raises."""
+        with self.turn[name]:
+            with self.lock:
+                before = self.meant[name][-1]
+                self.meant[name].append(to)
+            try:
+                yield
+            except BaseException:
+                with self.lock:
+                    self.meant[name].append(before)
+                raise
+            finally:
+                with self.lock:
+                    self.settled[name] = len(self.meant[name]) - 1
+
+    def now(self) -> dict[str, int]:
+        with self.lock:
+            return dict(self.settled)
+
+    def since(self, then: dict[str, int], name: str) -> list[Content | None]:
+        with self.lock:
+            return self.meant[name][then[name] :]
+
+
+def only(error: Exception, *says: str) -> None:
+    """Another error than these is the test's."""
+    if not any(what in str(error) for what in says):
+        raise error
+
+
+class Tenants:
+    """One thread's random steps against a server that others use too."""
+
+    def __init__(self, server: MultiLoRAModel, pool: list[Content], past: History) -> None:
+        self.server, self.pool, self.past = server, pool, past
+        self.plain, self.done = base(), Counter()
+
+    def run(self, seed: int) -> Counter[str]:
+        draw = random.Random(seed)
+        steps = [self.batch] * 6 + [self.load, self.load, self.unload, self.pin, self.cancel]
+        for _ in range(STEPS):
+            step = draw.choice(steps)
+            self.done[step.__name__] += 1
+            step(draw)
+        return self.done
+
+    def batch(self, draw: random.Random) -> None:
+        named = draw.sample(NAMES, draw.randint(0, 4))
+        rows = [draw.choice([None, *named]) for _ in range(draw.randint(1, 6))]
+        scales = [draw.choice([1.0, -0.5]) for _ in rows] if draw.random() < 0.5 else None
+        x, then = torch.randn(len(rows), WIDTH), self.past.now()
+        try:
+            y = self.server(x, adapter_names=rows, adapter_scales=scales)
+        except ValueError as error:
+            only(error, "is loaded")
+            assert any(None in self.past.since(then, name) for name in rows if name)
+            self.done["unknown"] += 1
+            return
+        except RuntimeError as error:
+            only(error, "pinned adapters leave it no room")
+            self.done["no room"] += 1
+            return
+        meanings = {name: self.past.since(then, name) for name in set(rows) if name}
+        for name in set(rows):
+            mine = [i for i, row in enumerate(rows) if row == name]
+            # One content for all of a name's rows, and it is one that the name had.
+            contents = meanings[name] if name else [None]
+            assert any(
+                all(self.same(y[i], x[i], content, scales[i] if scales else 1.0) for i in mine)
+                for content in contents
+                if content is not None or name is None
+            ), f"{name}: rows {mine} are nobody's that it was"
+
+    def same(self, got: Tensor, x: Tensor, content: Content | None, scale: float) -> bool:
+        want = wanted(self.plain, content, x, scale)
+        return float((got.double() - want).norm() / want.norm()) <= 1e-5
+
+    def load(self, draw: random.Random) -> None:
+        name, content = draw.choice(NAMES), draw.choice(self.pool)
+        with self.past.changing(name, content):
+            self.server.load_adapter(content.folder, name)
+
+    def unload(self, draw: random.Random) -> None:
+        name, wait = draw.choice(NAMES), draw.random() < 0.5
+        try:
+            with self.past.changing(name, None):
+                self.server.unload_adapter(name, wait=wait)
+        except RuntimeError as error:
+            only(error, "is in use" if not wait else "nothing")
+            self.done["refused"] += 1
+        except ValueError as error:
+            only(error, "is loaded")
+
+    def pin(self, draw: random.Random) -> None:
+        name = draw.choice(NAMES[:2])
+        try:
+            (self.server.pin_adapter if draw.random() < 0.5 else self.server.unpin_adapter)(name)
+        except ValueError as error:
+            only(error, "is loaded", "is not pinned")
+        except RuntimeError as error:
+            only(error, "leave it no room")
+
+    def cancel(self, draw: random.Random) -> None:
+        try:
+            future = self.server.bank.lease(draw.sample(NAMES, 2))
+        except ValueError:
+            return
+        if draw.random() < 0.5 and future.cancel():
+            self.done["cancelled"] += 1
+            return
+        try:
+            future.result(120).release()
+        except RuntimeError as error:
+            only(error, "leave it no room")
+
+
+def living(*kinds: type) -> int:
+    gc.collect()
+    return sum(type(found) in kinds for found in gc.get_objects())
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    found = [t for t in gc.get_objects() if type(t) is Tensor]
+    return sum(t.untyped_storage().nbytes() for t in found)
+
+
+@pytest.mark.parametrize("host_bytes", [20_000, 4 << 30])
+def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes):
+    pool = [Content(tmp_path, seed) for seed in range(CONTENTS)]
+    server = MultiLoRAModel(base(), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=60_000)
+    before, bytes_before = living(Entry, Lease, Image), bytes_of_tensors()
+    past = History()
+    with ThreadPoolExecutor(THREADS) as threads:
+        runs = [Tenants(server, pool, past).run for _ in range(THREADS)]
+        done: Any = sum(threads.map(lambda run, seed: run(seed), runs, range(THREADS)), Counter())
+    stats = server.bank.stats()
+    assert stats.leases == len(server.bank._all.pins)
+    # Enough of everything has happened for this to show something.
+    assert stats.evictions > 200
+    assert (stats.reads > 100) == (host_bytes == 20_000)
+    assert done["batch"] - done["unknown"] - done["no room"] > 500
+    assert min(done[what] for what in ("refused", "load", "unload", "pin", "cancel")) > 20
+    for name in server.adapters:
+        server.unload_adapter(name)
+    assert_empty(server.bank)
+    del runs, past, done
+    assert living(Entry, Lease, Image) == before
+    assert bytes_of_tensors() <= bytes_before
