@@ -211,7 +211,7 @@ def bytes_of_tensors() -> int:
 @pytest.mark.parametrize("host_bytes", [20_000, 4 << 30])
 def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes):
     pool = [Content(tmp_path, seed) for seed in range(CONTENTS)]
-    server = MultiLoRAModel(base(), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=60_000)
+    server = MultiLoRAModel(base(), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=32_000)
     before, bytes_before = living(Entry, Lease, Image), bytes_of_tensors()
     past = History()
     with ThreadPoolExecutor(THREADS) as threads:
@@ -223,7 +223,8 @@ def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes):
     assert stats.evictions > 200
     assert (stats.reads > 100) == (host_bytes == 20_000)
     assert done["batch"] - done["unknown"] - done["no room"] > 500
-    assert min(done[what] for what in ("refused", "load", "unload", "pin", "cancel")) > 20
+    assert min(done[what] for what in ("load", "unload", "pin", "cancel")) > 100
+    assert min(done["refused"], done["cancelled"]) > 0
     for name in server.adapters:
         server.unload_adapter(name)
     assert_empty(server.bank)

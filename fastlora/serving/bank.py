@@ -97,7 +97,7 @@ class AdapterBank:
         if pin is not None:
             pin.release()
             self.pin(name)
-        self._all.in_loader(self._all.settle, entry)
+        self._all.in_loader(self._all.settle, entry, image)
 
     def remove(self, name: str, *, wait: bool = False, timeout: float | None = None) -> None:
         """Forgets an adapter and its pin. Its pages are zeroed and free when this returns.

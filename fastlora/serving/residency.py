@@ -44,6 +44,8 @@ class Residency:
         self._waiting: deque[Waiter] = deque()
         # Known no more, but not idle yet.
         self._dropped: list[Entry] = []
+        # What has been read again for the first of those who wait, until it has a place.
+        self._fresh: tuple[Entry, Image] | None = None
         # Whether the first of those waits for others to release what they hold, and how often
         # somebody has done so.
         self._starved, self._releases = False, 0
@@ -133,15 +135,16 @@ class Residency:
             absent = [e for e in waiter.different if e.slot is None]
             done, lease = not absent or waiter.future.cancelled(), None
             if done:
-                self._next(waiter)
-                lease = self._grant(waiter)
+                lease = self._leave(waiter)
         # Without the lock: it may call back.
         if lease is not None:
             waiter.future.set_result(lease)
         if done:
             return True
         try:
-            if self.place(absent[0], waiter.different):
+            # Files first: whoever waits for them holds up nobody, who waits for room holds up all.
+            image = self._image(absent[0])
+            if self.place(absent[0], image, waiter.different):
                 return True
         except Exception as error:
             self._fail(waiter, error)
@@ -157,19 +160,20 @@ class Residency:
         self._fail(waiter, RuntimeError(what))
         return True
 
-    def settle(self, entry: Entry) -> None:
+    def settle(self, entry: Entry, image: Image) -> None:
         """Brings a new entry to the device where nobody has to leave for it."""
         self.pump()
         with self.lock:
             wanted = entry.known and entry.slot is None and not self._waiting
         if wanted:
-            self.place(entry, (), evict=False)
+            self.place(entry, image, (), evict=False)
 
-    def place(self, entry: Entry, beside: Collection[Entry], evict: bool = True) -> bool:
+    def place(
+        self, entry: Entry, image: Image, beside: Collection[Entry], evict: bool = True
+    ) -> bool:
         """Gives an entry a slot and pages, if need be of idle ones that are not ``beside`` it."""
         if not self._possible(entry, beside if evict else self.resident):
             return False
-        image = self._image(entry)
         while True:
             places = self.device.take(image) if self._slots else None
             if places is not None:
@@ -208,7 +212,7 @@ class Residency:
             self.resident.clear()
             self.device, self._slots = device, list(range(slots))[::-1]
         for entry in pinned:
-            self.place(entry, pinned)
+            self.place(entry, self._image(entry), pinned)
 
     def _possible(self, entry: Entry, beside: Collection[Entry]) -> bool:
         """Whether there is room, or enough of those that could make it are idle."""
@@ -258,6 +262,13 @@ class Residency:
         with self.lock:
             if entry.image is not None:
                 return entry.image
+            if self._fresh is not None and self._fresh[0] is entry:
+                return self._fresh[1]
+            ready = [w for w in self._waiting if all(e.slot is not None for e in w.different)]
+            leases = [(waiter, self._leave(waiter)) for waiter in ready]
+        for waiter, lease in leases:
+            if lease is not None:
+                waiter.future.set_result(lease)
         factors = entry.read()
         check_factors(factors, self.device.layout)
         if digest(factors) != entry.digest:
@@ -267,17 +278,22 @@ class Residency:
         image = self.device.layout.image(factors)
         with self.lock:
             self.counts.reads += 1
+            self._fresh = entry, image
             self.keep_copy(entry, image)
         return image
 
-    def _next(self, waiter: Waiter) -> None:
-        self._waiting.popleft()
+    def _leave(self, waiter: Waiter) -> Lease | None:
+        """Under the lock: takes a waiter from the queue, and lends what it asked for if it is there."""
+        self._waiting.remove(waiter)
+        self._fresh = None
         for entry in waiter.different:
             entry.wanted -= 1
         self.lock.notify_all()
+        absent = any(entry.slot is None for entry in waiter.different)
+        return None if absent else self._grant(waiter)
 
     def _fail(self, waiter: Waiter, error: BaseException) -> None:
         with self.lock:
-            self._next(waiter)
+            self._leave(waiter)
         if waiter.future.set_running_or_notify_cancel():
             waiter.future.set_exception(error)
