@@ -85,15 +85,15 @@ class Routing:
         return replace(groups, shape=lead)
 
     def scales_for(self, x: Tensor) -> Tensor | None:
-        """row_scales for a layer's input x: one a row (T,), or None where all are 1."""
+        """row_scales for a layer's input x (B, ..., K): one a row, or None where all are 1."""
         if self.scales is None:
             return None
-        rows = math.prod(x.shape[:-1])
+        lead = tuple(x.shape[:-1])
+        rows, given = math.prod(lead), len(self.scales)
         for scales in self.scaled:
             if scales.shape[0] == rows and scales.device == x.device:
-                return scales
-        given = len(self.scales)
+                return scales.view(lead)
         with torch.inference_mode(False):
             scales = self.scales.to(x.device).repeat_interleave(rows // given if given else 1)
         self.scaled.append(scales)
-        return scales
+        return scales.view(lead)

@@ -32,19 +32,26 @@ VOCABULARY = 97
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 7e-2, torch.float16: 6e-3}
 
 
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+
 def llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    return _built("Llama", "LlamaForCausalLM", sizes | options, seed, dtype)
+    return _built("Llama", "LlamaForCausalLM", _DECODER | options, seed, dtype)
+
+
+def qwen2(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """As Llama, with biases at q, k and v."""
+    return _built("Qwen2", "Qwen2ForCausalLM", _DECODER | options, seed, dtype)
 
 
 def bert(*, seed: int = 0, head: str = "MaskedLM", **options: Any) -> nn.Module:

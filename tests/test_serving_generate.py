@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ from transformers import GenerationConfig
 
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
-from tests.models import llama, randomise_lora, t5, tokens
+from tests.models import error, gpt2, llama, logits, quiet, qwen2, randomise_lora, t5, tokens
 
-TARGETS = {llama: ["q_proj", "up_proj", "down_proj"], t5: ["q", "v", "wi", "wo"]}
+TARGETS = {
+    llama: ["q_proj", "up_proj", "down_proj"],
+    qwen2: "all-linear",
+    gpt2: ["c_attn", "c_proj"],
+    t5: ["q", "v", "wi", "wo"],
+}
 NAMES = ["one", None, "two", "one"]
+
+
+pytestmark = quiet
 
 
 class Fixture:
@@ -47,8 +56,21 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
 
 
 @pytest.fixture(scope="module")
+def with_biases(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
+    return Fixture(qwen2, tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def of_conv1d(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
+    return Fixture(gpt2, tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="module")
 def encoder_decoder(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
     return Fixture(t5, tmp_path_factory.mktemp("t5"))
+
+
+KINDS = ["decoder", "with_biases", "of_conv1d", "encoder_decoder"]
 
 
 def prompt(padded: bool) -> tuple[Tensor, Tensor]:
@@ -71,11 +93,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_row_writes_what_it_writes_alone(request, kind, way, padded):
     fixture: Fixture = request.getfixturevalue(kind)
     ids, mask = prompt(padded)
-    options = WAYS[way] | {"max_new_tokens": 7, "min_new_tokens": 7}
+    options = WAYS[way] | {"max_new_tokens": 7, "min_new_tokens": 7, "pad_token_id": 0}
     got = fixture.server.generate(ids, adapter_names=NAMES, attention_mask=mask, **options)
     want = fixture.expected(ids, mask, **options)
     assert torch.equal(got, want)
@@ -128,3 +150,80 @@ def test_names_are_forgotten_after_generating(decoder):
     decoder.server.generate(ids, adapter_names=NAMES, attention_mask=mask, max_new_tokens=2)
     with pytest.raises(RuntimeError, match="no adapters were named"):
         decoder.server.model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_a_row(request, kind):
+    """Half an adapter, none of it and all of it, beside each other, beams and prompts alike."""
+    fixture: Fixture = request.getfixturevalue(kind)
+    ids, mask = prompt(True)
+    names, scales = ["one", "one", "one", "two"], [1.0, 0.0, 0.5, -1.0]
+    more = {"labels": tokens(4, 5)} if kind == "encoder_decoder" else {}
+    got = logits(
+        fixture.server, ids, attention_mask=mask, adapter_names=names, adapter_scales=scales, **more
+    )
+    for row, (name, scale) in enumerate(zip(names, scales, strict=True)):
+        model = fixture.alone[name]
+        layers = [m for m in model.modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")]
+        before = [layer.scaling for layer in layers]
+        for layer in layers:
+            layer.scaling *= scale
+        alone = {key: t[row : row + 1] for key, t in more.items()}
+        want = logits(model, ids[row : row + 1], attention_mask=mask[row : row + 1], **alone)
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling = scaling
+        seen = slice(None) if more else mask[row].bool()
+        assert error(got[row, seen], want[0, seen]) <= 1e-5
+    options = {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    got = fixture.server.generate(
+        ids, attention_mask=mask, adapter_names=["one"] * 4, adapter_scales=[1.0, 0, 1, 0],
+        **options,
+    )  # fmt: skip
+    for row, name in enumerate(["one", None] * 2):
+        one = fixture.alone[name]
+        want = one.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(got[row], want[0])
+
+
+@pytest.mark.parametrize(
+    "scales, kind, says",
+    [
+        ([1.0], ValueError, "adapter_scales: expected 4, one a row, got 1"),
+        ([1.0, 1.0, 1.0, float("nan")], ValueError, "adapter_scales: expected a finite number"),
+        ([1.0, 1.0, 1.0, "x"], TypeError, "adapter_scales: expected a number"),
+    ],
+)
+def test_bad_scales_are_refused(decoder, scales, kind, says):
+    ids, _ = prompt(False)
+    with pytest.raises(kind, match=says):
+        decoder.server(input_ids=ids, adapter_names=NAMES, adapter_scales=scales)
+
+
+def test_what_is_generating_keeps_its_adapter(tmp_path):
+    """While others load another content under its name, unload and load it again."""
+    fixture = Fixture(llama, tmp_path)
+    server, (ids, mask) = fixture.server, prompt(False)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    wants = [
+        fixture.alone[name].generate(ids[:1], attention_mask=mask[:1], **options)[0]
+        for name in ("one", "two")
+    ]
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            for name in ("two", "one"):
+                server.load_adapter(tmp_path / name, "one")
+            server.unload_adapter("two", wait=True)
+            server.load_adapter(tmp_path / "two", "two")
+
+    other = threading.Thread(target=change)
+    other.start()
+    try:
+        for _ in range(20):
+            got = server.generate(ids, attention_mask=mask, adapter_names=["one"] * 4, **options)
+            assert any(torch.equal(got[0], want) for want in wants)
+            assert all(torch.equal(row, got[0]) for row in got)
+    finally:
+        stop.set()
+        other.join()
