@@ -75,9 +75,11 @@ def test_what_is_pinned_stays():
         assert "a" in [entry.name for entry in of._all.resident]
     of.pin("b")
     of.pin("b")  # twice is once
-    with pytest.raises(RuntimeError, match=r"c: pinned adapters leave it no room .pinned: a, b"):
+    with pytest.raises(
+        RuntimeError, match=r"c: what is pinned \(a, b\) and runs .* leaves no room"
+    ):
         of.lease(["c"]).result(60)
-    with pytest.raises(RuntimeError, match="leave it no room"):
+    with pytest.raises(RuntimeError, match="leaves no room"):
         of.pin("c")
     of.unpin("b")
     assert_lends(of, {"a": adapters["a"], "c": adapters["c"]})
@@ -99,20 +101,52 @@ def test_what_is_lent_is_not_taken():
     first, second = (of.lease([name]).result(60) for name in ("a", "b"))
     third = of.lease(["c"])
     of._all.in_loader(of._all.pump)
-    # Even those on the device wait behind it now, or it might wait for ever.
-    fourth = of.lease(["a"])
+    # The one used longest ago is lent no more, or who waits might wait for ever; others are.
+    fourth, fifth = of.lease(["a"]), of.lease(["b"])
     of._all.in_loader(of._all.pump)
-    assert not third.done()
-    assert not fourth.done()
-    second.release()
-    assert third.result(60).slots == second.slots
-    assert fourth.result(60).slots == first.slots
-    second.release()  # more often does nothing
-    assert of.stats().leases == 3
-    for lease in (first, third.result(), fourth.result()):
+    assert (third.done(), fourth.done(), fifth.done()) == (False, False, True)
+    first.release()
+    assert third.result(60).slots == first.slots
+    for lease in (second, second, fifth.result()):  # more often does nothing
+        lease.release()
+    assert fourth.result(60).slots == second.slots
+    assert of.stats().leases == 2
+    for lease in (third.result(), fourth.result()):
         lease.release()
     assert_lends(of, {"d": adapters["d"], "a": adapters["a"]})
     assert of.stats().leases == 0
+
+
+def test_who_does_not_fit_beside_what_he_asked_for():
+    one = layout().nbytes(dict.fromkeys(SHAPES, 8))
+    of, adapters = bank(max_adapters=3, device_bytes=2 * one), {}
+    for name, r in (("small", 8), ("large", 16), ("medium", 9)):
+        adapters[name] = Adapter(r, r)
+        of.add(name, adapters[name])
+    waits = of.lease(["small", "large"])
+    with pytest.raises(RuntimeError, match=r"runs beside it \((large|small)\) leaves no room"):
+        waits.result(60)
+    for name in ("large", "small", "medium"):
+        assert_lends(of, {name: adapters[name]})
+
+
+def test_as_many_leave_as_it_takes():
+    one = layout().nbytes(dict.fromkeys(SHAPES, 8))
+    of, adapters = bank(max_adapters=8, device_bytes=3 * one), {}
+    for name, r in (("a", 8), ("b", 8), ("c", 8), ("large", 16)):
+        adapters[name] = Adapter(ord(name[0]), r)
+        of.add(name, adapters[name])
+    held = {name: of.lease([name]).result(60) for name in "abc"}
+    large = of.lease(["large"])
+    of._all.in_loader(of._all.pump)
+    assert of.lease(["c"]).done()
+    assert not of.lease(["a"]).done()
+    assert not of.lease(["b"]).done()
+    held["a"].release()
+    of._all.in_loader(of._all.pump)
+    assert not large.done()
+    held["b"].release()
+    large.result(60).release()
 
 
 def test_a_load_holds_up_nobody_else():

@@ -140,7 +140,7 @@ class Tenants:
             self.done["unknown"] += 1
             return
         except RuntimeError as error:
-            only(error, "pinned adapters leave it no room")
+            only(error, "leaves no room")
             self.done["no room"] += 1
             return
         meanings = {name: self.past.since(then, name) for name in set(rows) if name}
@@ -181,7 +181,7 @@ class Tenants:
         except ValueError as error:
             only(error, "is loaded", "is not pinned")
         except RuntimeError as error:
-            only(error, "leave it no room")
+            only(error, "leaves no room")
 
     def cancel(self, draw: random.Random) -> None:
         try:
@@ -194,7 +194,7 @@ class Tenants:
         try:
             future.result(120).release()
         except RuntimeError as error:
-            only(error, "leave it no room")
+            only(error, "leaves no room")
 
 
 def living(*kinds: type) -> int:

@@ -150,9 +150,10 @@ class AdapterBank:
 
         The future is done already where all are on the device; otherwise when the loader has
         brought them there, first come first served, in the places of the least recently used that
-        nobody has borrowed. It fails, for this caller alone, with what reading raised (files gone,
-        corrupt, or other than were loaded), or RuntimeError where pinned adapters leave no room. A
-        future that is cancelled borrows nothing.
+        nobody has borrowed; where all are borrowed, some are not lent on until it has got a place.
+        It fails, for this caller alone, with what reading raised (files gone, corrupt, or other
+        than were loaded), or RuntimeError where what is pinned leaves no room, or what is asked for
+        none for each other. A future that is cancelled borrows nothing.
 
         Raises ValueError for an unknown name, or more different ones than max_adapters.
         """
