@@ -1,4 +1,4 @@
-"""A thousand adapters on one small Llama: requests as they come, each with its own tenant's adapter.
+"""A thousand adapters on one small Llama: requests as they come, each for a tenant's own adapter.
 
 Random adapters of ranks 4, 8 and 16 for every linear are written in PEFT's files and loaded. A few
 popular ones get most of the requests (Zipf); those on the device change as requests need. Requests
@@ -57,7 +57,7 @@ def write_adapters(base: nn.Module, folder: Path, count: int) -> list[str]:
 
 
 def traffic(names: Sequence[str], options: argparse.Namespace) -> list[Request]:
-    """Requests of Zipf's law: the i-th most popular adapter is wanted 1 / i as often as the first."""
+    """Requests by Zipf's law: the i-th of the adapters is wanted 1 / i as often as the first."""
     draw = random.Random(0)
     weights = [1 / (i + 1) ** options.zipf for i in range(len(names))]
     popular = draw.sample(list(names), len(names))
@@ -192,9 +192,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in names:
             server.load_adapter(folder / name, name)
         seconds = time.perf_counter() - start
-        print(
-            f"{len(names)} adapters loaded in {seconds:.1f} s, {1e3 * seconds / len(names):.1f} ms each"
-        )
+        each = 1e3 * seconds / len(names)
+        print(f"{len(names)} adapters loaded in {seconds:.1f} s, {each:.1f} ms each")
 
         requests = traffic(names, options)
         different = {str(request.adapter_name) for request in requests}

@@ -15,6 +15,7 @@ PAGES = sorted(
 RUN = {
     "README.md": (["transformers"], "my-adapter"),
     "docs/quickstart.md": (["transformers", "peft"], "native-adapter"),
+    "docs/serving.md": (["transformers"], "tenants/alice"),
 }
 
 
