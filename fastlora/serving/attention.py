@@ -1,35 +1,23 @@
-"""Attention of a step: every token of the flat batch (1, T) sees its own row of the cache.
-
-transformers' models call what their config names, with the new tokens' queries, keys and values.
-While a step runs, in its thread alone, that is ``Step.attend``: it keeps keys and values in the
-cache and reads them there, so that no tensor of transformers' ever holds what is past.
-"""
+"""Attention of a step: every token of the flat batch (1, T) sees its own row of the cache."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora.serving.cache import RowCache
 
-_NAME = "fastlora_rows"
-# What some models give their attention that is not computed here.
-_REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
-
 
 class Piece(NamedTuple):
-    """Tokens of one row, ``count`` of them, that come to its cache from position ``start``."""
+    """Tokens of one row that come to its cache: positions ``start`` to ``end``."""
 
     row: int
     start: int
-    count: int
+    end: int
 
 
 class Step:
@@ -43,20 +31,19 @@ class Step:
         self, cache: RowCache, pieces: Sequence[Piece], singles: int, device: torch.device
     ) -> None:
         self.cache, self.pieces, self.singles = cache, pieces, singles
-        at = [p.start + i for p in pieces for i in range(p.count)]
-        rows = [p.row for p in pieces for _ in range(p.count)]
+        at = [position for p in pieces for position in range(p.start, p.end)]
+        rows = [p.row for p in pieces for _ in range(p.start, p.end)]
         self.rows, self.positions = torch.tensor([rows, at], device=device).unbind()
         for piece in pieces:
-            cache.announce(piece.row, piece.start + piece.count)
-        alone = pieces[:singles]
-        self.top = max((p.row + 1 for p in alone), default=0)
-        self.seen = cache.upto(max((p.start + 1 for p in alone), default=0))
+            cache.announce(piece.row, piece.end)
+        self.top = max((p.row + 1 for p in pieces[:singles]), default=0)
+        self.seen = cache.upto(max((p.end for p in pieces[:singles]), default=0))
         self.layers: set[int] = set()
         self._masks: dict[Any, Tensor] = {}
 
     def attend(
         self,
-        module: nn.Module,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -67,7 +54,6 @@ class Step:
 
         window: how many positions a token sees, itself included; None: all before it.
         """
-        layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
         if layer in self.layers:
             raise ValueError(f"layer {layer} attends twice a step")
         self.layers.add(layer)
@@ -75,17 +61,22 @@ class Step:
         keys, values = self.cache.layers[layer]
         parts, first = [], self.singles
         if self.singles:
-            mask = self._mask_of_singles(window, query)
-            parts.append(self._singles(query[0, :, : self.singles], keys, values, mask, scaling))
+            parts.append(self._singles(query[0, :, :first], keys, values, scaling, window))
         for piece in self.pieces[self.singles :]:
+            after = first + piece.end - piece.start
             mask = self._mask_of(piece, window, query)
-            own, past = query[0, :, first : first + piece.count], slice(mask.shape[-1])
-            parts.append(_piece(own, keys[piece.row, :, past], values[piece.row, :, past], mask, scaling))
-            first += piece.count
+            own = (t[piece.row, :, : mask.shape[-1]] for t in (keys, values))
+            parts.append(_alone(query[0, :, first:after], *own, mask, scaling))
+            first = after
         return torch.cat(parts)[None]
 
     def _singles(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float | None,
+        window: int | None,
     ) -> Tensor:
         """query (heads, n, size) of n rows to (n, heads, size)."""
         heads, n, size = query.shape
@@ -94,143 +85,62 @@ class Step:
         if n < self.top:
             # Rows between that have no token now take part with zeros.
             query = query.new_zeros(self.top, heads, size).index_copy_(0, rows, query)
-        grouped = query.reshape(self.top, keys.shape[1], -1, size)
-        past = slice(self.seen)
         y = nnf.scaled_dot_product_attention(
-            grouped, keys[: self.top, :, past], values[: self.top, :, past], mask, scale=scaling
+            query.reshape(self.top, keys.shape[1], -1, size),
+            keys[: self.top, :, : self.seen],
+            values[: self.top, :, : self.seen],
+            self._mask_of_singles(window, query),
+            scale=scaling,
         ).reshape(self.top, heads, -1)
         return y if n == self.top else y[rows]
 
     def _mask_of_singles(self, window: int | None, like: Tensor) -> Tensor:
         """(top, 1, 1, seen), added to scores; rows without a token see their first position."""
 
-        def mask() -> Tensor:
+        def hidden() -> Tensor:
             last = torch.zeros(self.top, dtype=torch.long)
             for piece in self.pieces[: self.singles]:
                 last[piece.row] = piece.start
-            return _visible(last, self.seen, window)[:, None, None]
+            return _hidden(last.to(like.device), self.seen, window)[:, None, None]
 
-        return self._made((window, None), mask, like)
+        return self._made((window, None), hidden, like)
 
     def _mask_of(self, piece: Piece, window: int | None, like: Tensor) -> Tensor:
-        """(count, positions to read), added to scores."""
-        end = piece.start + piece.count
+        """(tokens of the piece, positions to read), added to scores."""
 
-        def mask() -> Tensor:
-            return _visible(torch.arange(piece.start, end), self.cache.upto(end), window)
+        def hidden() -> Tensor:
+            last = torch.arange(piece.start, piece.end, device=like.device)
+            return _hidden(last, self.cache.upto(piece.end), window)
 
-        return self._made((window, piece.row), mask, like)
+        return self._made((window, piece.row), hidden, like)
 
-    def _made(self, key: Any, make: Any, like: Tensor) -> Tensor:
+    def _made(self, key: Any, hidden: Callable[[], Tensor], like: Tensor) -> Tensor:
         """A mask, made once a step for all layers of a kind."""
         key = (*key, like.dtype, like.device)
         if key not in self._masks:
-            hidden = ~make().to(like.device)
-            self._masks[key] = hidden.to(like.dtype).masked_fill_(hidden, float("-inf"))
+            where = hidden()
+            self._masks[key] = where.to(like.dtype).masked_fill_(where, float("-inf"))
         return self._masks[key]
 
 
-def _piece(
+def _alone(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
     """query (heads, n, size), keys (fewer heads, L, size), mask (n, L): to (n, heads, size)."""
     heads, n, size = query.shape
     shared = heads // keys.shape[0]
-    grouped = query.reshape(1, keys.shape[0], shared * n, size)
     y = nnf.scaled_dot_product_attention(
-        grouped, keys[None], values[None], mask.repeat(shared, 1), scale=scaling
+        query.reshape(1, keys.shape[0], shared * n, size),
+        keys[None],
+        values[None],
+        mask.repeat(shared, 1),
+        scale=scaling,
     )
     return y.reshape(heads, n, -1).transpose(0, 1)
 
 
-def _visible(last: Tensor, positions: int, window: int | None) -> Tensor:
-    """(n, positions): which ones are seen by tokens at ``last`` (n,)."""
-    at = torch.arange(positions)
-    seen = at <= last[:, None]
-    return seen if window is None else seen & (at > last[:, None] - window)
-
-
-class _Running(threading.local):
-    step: Step | None = None
-
-
-_running = _Running()
-_lock = threading.Lock()
-# Configs that have been given a class of ours, and by how many.
-_lent: dict[int, int] = {}
-
-
-@contextmanager
-def attending(step: Step) -> Iterator[None]:
-    """Within, this thread's forward of a model within ``routed_attention`` is the step's."""
-    _running.step = step
-    try:
-        yield
-    finally:
-        _running.step = None
-
-
-@contextmanager
-def routed_attention(model: nn.Module) -> Iterator[None]:
-    """Within, ``attending`` decides what the model's attention is; other threads notice nothing."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if hasattr(type(getattr(module, "config", None)), "_attn_implementation")
-    }
-    with _lock:
-        for key, config in configs.items():
-            _lent[key] = _lent.get(key, 0) + 1
-            if _lent[key] == 1:
-                config.__class__ = _routed(type(config))
-    try:
-        yield
-    finally:
-        with _lock:
-            for key, config in configs.items():
-                _lent[key] -= 1
-                if not _lent[key]:
-                    del _lent[key]
-                    config.__class__ = type(config).__base__
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The signature that transformers' models call."""
-    step = _running.step
-    assert step is not None
-    given = [name for name in _REFUSED if options.get(name) is not None]
-    if given or not getattr(module, "is_causal", True) or not hasattr(module, "layer_idx"):
-        what = f"attention with {given[0]}" if given else "such attention"
-        raise ValueError(f"{type(module).__name__}: {what} is not streamed")
-    return step.attend(module, query, key, value, scaling, sliding_window), None
-
-
-@cache
-def _routed(kind: type) -> type:
-    """A config's class whose objects name our attention in a thread that runs a step."""
-
-    def name(self: Any) -> Any:
-        return kind._attn_implementation.fget(self) if _running.step is None else _NAME  # pyright: ignore[reportAttributeAccessIssue]
-
-    def rename(self: Any, value: Any) -> None:
-        kind._attn_implementation.fset(self, value)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def reduced(self: Any, protocol: Any) -> Any:
-        # Copies are of the class that there was.
-        make, args, *rest = kind.__reduce_ex__(self, protocol)
-        return make, tuple(kind if a is type(self) else a for a in args), *rest
-
-    parts = {"_attn_implementation": property(name, rename), "__reduce_ex__": reduced}
-    return type(kind.__name__, (kind,), parts | {"__module__": kind.__module__})
+def _hidden(last: Tensor, positions: int, window: int | None) -> Tensor:
+    """(n, positions): which ones tokens at ``last`` (n,) do not see."""
+    at = torch.arange(positions, device=last.device)
+    after = at > last[:, None]
+    return after if window is None else after | (at <= last[:, None] - window)

@@ -78,8 +78,9 @@ class RowCache:
         return -(-self.length // _STEP) * _STEP
 
     def _allocate(self, layer: int, kind: Kind) -> None:
-        shape, like = (self.rows, kind.heads, self._padded), {"dtype": kind.dtype}
-        self.layers[layer] = (
-            torch.zeros(*shape, kind.key_size, **like, device=kind.device),
-            torch.zeros(*shape, kind.value_size, **like, device=kind.device),
+        shape = (self.rows, kind.heads, self._padded)
+        keys, values = (
+            torch.zeros(*shape, size, dtype=kind.dtype, device=kind.device)
+            for size in (kind.key_size, kind.value_size)
         )
+        self.layers[layer] = keys, values

@@ -30,12 +30,12 @@ class Engine:
     server: a ``MultiLoRAModel`` around a decoder of transformers with the usual attention; window
     attention included. max_rows: requests that run at a time, others wait. max_length: tokens that
     a request may come to, prompt and continuation; None: 2048, or what the model's positions allow
-    if that is less. step_tokens: how many tokens a forward has at most: one of each request that
-    writes, the rest of prompts, which are read in parts.
+    if that is less. step_tokens: how many tokens a forward has: one of each request that writes
+    (even where those are more), the rest of prompts, which are read in parts.
 
-    Keys and values for max_rows times max_length tokens are allocated here, ``cache_bytes`` of them,
-    and freed by ``close``. A forward has all requests' tokens, whichever their adapters. Methods
-    may be called from any thread; the server may be called meanwhile. ``batch_invariant`` and
+    ``cache_bytes`` of keys and values, for max_rows times max_length tokens, are allocated here and
+    freed by ``close``. A forward has all requests' tokens, whichever their adapters. Methods may be
+    called from any thread, and the server may be called meanwhile. ``batch_invariant`` and
     ``use_backend`` hold in the engine where they hold in the thread that makes it.
 
     Raises TypeError or ValueError for sizes that are no whole numbers above 0, or a model that
@@ -76,7 +76,7 @@ class Engine:
         when the engine is closed. All else fails in its stream, alone.
         """
         channel = Channel()
-        job = self.queue(request, channel.put)
+        job = self._queue(request, channel.put)
         inbox = self._inbox
 
         def cancel() -> None:
@@ -86,11 +86,11 @@ class Engine:
 
         return Stream(self, request, channel, cancel)
 
-    def queue(self, request: Request, emit: Callable[[Event], Any]) -> Job:
+    def _queue(self, request: Request, emit: Callable[[Event], Any]) -> Job:
         """As ``submit``, for who takes the events himself, quickly, in the engine's thread."""
         if not isinstance(request, Request):
             raise TypeError(f"request: expected a Request, got {type(request).__name__}")
-        beyond = [token for token in request.input_ids if token >= self._vocabulary]
+        beyond = [token for token in request.prompt if token >= self._vocabulary]
         if beyond:
             raise ValueError(
                 f"input_ids: expected tokens below {self._vocabulary}, got {beyond[0]}"
@@ -98,9 +98,9 @@ class Engine:
         if request.length > self.max_length:
             raise ValueError(
                 f"max_new_tokens: expected at most max_length={self.max_length} tokens in all, got "
-                f"{len(request.input_ids)} of the prompt and {request.max_new_tokens} new ones"
+                f"{len(request.prompt)} of the prompt and {request.max_new_tokens} new ones"
             )
-        eos = self._eos if request.eos_token_id is None else frozenset(request.eos_token_id)
+        eos = self._eos if request.eos is None else request.eos
         lent = lend(self._server, request.adapter_name)
         job = Job(request, eos, lent, self._device, emit)
         try:
@@ -125,9 +125,7 @@ class Engine:
         self.close()
 
 
-def stream(
-    server: MultiLoRAModel, requests: Iterable[Request], **options: Any
-) -> Iterator[Event]:
+def stream(server: MultiLoRAModel, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
     """Events of all requests as they come; options are ``Engine``'s, errors of the model too.
 
     Requests are taken when there is room: as many as there are rows run, as many wait. What can be
@@ -148,7 +146,7 @@ def _events(engine: Engine, requests: Iterator[Request]) -> Iterator[Event]:
                     more = False
                     break
                 try:
-                    engine.queue(request, events.put)
+                    engine._queue(request, events.put)
                 except (TypeError, ValueError) as error:
                     yield Event(request, None, "error", error)
                 else:

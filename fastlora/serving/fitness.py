@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastlora.serving.access import routed
-from fastlora.serving.attention import routed_attention
 from fastlora.serving.cache import Kind, RowCache
+from fastlora.serving.hooking import hooked
 from fastlora.serving.request import check_count
 from fastlora.serving.runner import Chunk, Runner, device_of
 from fastlora.wrapping import unwrapped
@@ -82,7 +82,7 @@ def _refusal(model: Any, config: Any) -> str | None:
         return "it does not write texts"
     other = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if other or getattr(config, "attention_chunk_size", None):
-        return f"its layers are of type {sorted(other or {'chunked_attention'})[0]}"
+        return f"its layers are of type {min(other or {'chunked_attention'})}"
     scaling = getattr(config, "rope_scaling", None) or {}
     rope = scaling.get("rope_type", scaling.get("type"))
     if rope in ("dynamic", "longrope"):
@@ -95,7 +95,10 @@ def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
     """What its layers keep; ValueError unless two texts in parts have the logits of each alone."""
     kind = type(model).__name__
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    texts = [[(7 + 31 * i) % vocabulary for i in range(6)], [(3 + 17 * i) % vocabulary for i in range(4)]]
+    texts = [
+        [(7 + 31 * i) % vocabulary for i in range(6)],
+        [(3 + 17 * i) % vocabulary for i in range(4)],
+    ]
     runner = Runner(server, RowCache(3, len(texts[0])))
     steps = [
         [Chunk(2, 0, texts[0][:3], last=False)],
@@ -103,7 +106,7 @@ def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
         [Chunk(0, 3, texts[1][3:]), Chunk(2, 5, texts[0][5:])],
     ]
     try:
-        with routed_attention(server.model):
+        with hooked(server.model):
             *_, (of_second, of_first) = [runner.step(chunks) for chunks in steps]
     except Exception as error:
         raise ValueError(f"model: {kind} cannot be streamed: {error}") from error

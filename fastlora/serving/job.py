@@ -40,7 +40,7 @@ class Job:
         self.cancelled = False
         self.row: int | None = None
         # All its tokens, and how many of them are in the cache.
-        self.tokens = list(request.input_ids)
+        self.tokens = list(request.prompt)
         self.fed = 0
 
     @property

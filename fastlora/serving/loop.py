@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from fastlora import dispatch, invariance
-from fastlora.serving.attention import routed_attention
+from fastlora.serving.hooking import hooked
 from fastlora.serving.job import Job
 from fastlora.serving.request import FinishReason
 from fastlora.serving.runner import Runner
@@ -51,7 +51,7 @@ class Loop:
         """All of the thread. invariant, backend: what its maker had asked of its own calls."""
         try:
             with ExitStack() as within:
-                within.enter_context(routed_attention(self.runner.server.model))
+                within.enter_context(hooked(self.runner.server.model))
                 if invariant:
                     within.enter_context(invariance.batch_invariant())
                 if backend is not None:
@@ -76,7 +76,7 @@ class Loop:
     def _receive(self) -> None:
         """Takes what has come; waits for it where there is nothing to do."""
         timeout = 0.0
-        if not self.scheduler.running:
+        if self.scheduler.idle:
             soonest = min((job.deadline for job in self.scheduler.waiting), default=math.inf)
             timeout = None if soonest == math.inf else max(soonest - time.monotonic(), 0)
         try:
@@ -119,7 +119,8 @@ class Loop:
             job.fed += len(chunk.tokens)
         for job, token in zip(asking, tokens, strict=True):
             if token is None:
-                what = f"adapter_name: {job.request.adapter_name!r} gives logits that are not finite"
+                name = job.request.adapter_name
+                what = f"adapter_name: the logits with {name!r} are not finite"
                 self._leave(job, "error", RuntimeError(what))
             elif job.add(token):
                 self._leave(job)

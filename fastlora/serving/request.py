@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -67,9 +67,19 @@ class Request:
             _check_above_zero("timeout", self.timeout)
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """input_ids as they are kept."""
+        return cast(tuple[int, ...], self.input_ids)
+
+    @property
+    def eos(self) -> frozenset[int] | None:
+        """eos_token_id as a set."""
+        return None if self.eos_token_id is None else frozenset(_ids("", self.eos_token_id))
+
+    @property
     def length(self) -> int:
         """Tokens that it can come to: prompt and continuation."""
-        return len(self.input_ids) + self.max_new_tokens
+        return len(self.prompt) + self.max_new_tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlora.serving.access import routed
-from fastlora.serving.attention import Piece, Step, attending
+from fastlora.serving.attention import Piece, Step
 from fastlora.serving.cache import RowCache
+from fastlora.serving.hooking import attending
 from fastlora.wrapping import SharedWeight, unwrapped
 
 if TYPE_CHECKING:
@@ -50,14 +51,16 @@ class Runner:
         Chunks of one token come first, in the order of their rows.
         """
         singles = next((i for i, c in enumerate(chunks) if len(c.tokens) > 1), len(chunks))
-        pieces = [Piece(c.row, c.start, len(c.tokens)) for c in chunks]
+        pieces = [Piece(c.row, c.start, c.start + len(c.tokens)) for c in chunks]
         step = Step(self.cache, pieces, singles, self.device)
         ids = torch.tensor([[t for c in chunks for t in c.tokens]], device=self.device)
         slots = [c.slot for c in chunks for _ in c.tokens]
         scales = [c.scale for c in chunks for _ in c.tokens]
         ends = torch.tensor([len(c.tokens) for c in chunks]).cumsum(0) - 1
         wanted = ends[torch.tensor([c.last for c in chunks])].to(self.device)
-        options: dict[str, Any] = {"logits_to_keep": wanted} if self._keeps and len(wanted) else {}
+        # Of no token would mean of all.
+        kept = wanted if len(wanted) else wanted.new_zeros(1)
+        options: dict[str, Any] = {"logits_to_keep": kept} if self._keeps else {}
         with torch.no_grad(), attending(step), routed(self.server, slots, scales):
             logits = self.server.model(
                 input_ids=ids,
@@ -67,7 +70,7 @@ class Runner:
                 use_cache=False,
                 **options,
             ).logits[0]
-        return logits if options else logits[wanted.to(logits.device)]
+        return logits[: len(wanted)] if self._keeps else logits[wanted.to(logits.device)]
 
 
 def device_of(server: MultiLoRAModel) -> torch.device:

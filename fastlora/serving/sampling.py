@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ class Sampler:
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[0, 0]
 
 
-def _warpers(request: Request) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _warpers(request: Request) -> list[Any]:
     """transformers' own, in the order in which ``generate`` has them."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
+    warpers: list[Any] = []
     if request.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(request.temperature)))
     if request.top_k:

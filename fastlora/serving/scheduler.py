@@ -11,9 +11,9 @@ from fastlora.serving.runner import Chunk
 class Scheduler:
     """Rows for ``max_rows`` jobs; the others wait, those first whose adapter is there.
 
-    step_tokens: how many tokens a step has. Every job that writes has one of them; prompts share
-    the rest (at least one token), in the order in which they came, so that long ones are read in
-    parts and nobody who writes waits for more than a step of that size.
+    step_tokens: how many tokens a step has. Every job that writes has one of them, even where those
+    are more; prompts share the rest, or one token, in the order in which they came, so that long
+    ones are read in parts and nobody who writes waits for more than such a step.
     """
 
     def __init__(self, max_rows: int, step_tokens: int) -> None:
@@ -25,6 +25,11 @@ class Scheduler:
     def __iter__(self) -> Iterator[Job]:
         """All jobs, in the order in which they came to where they are."""
         yield from (*self.running, *self.waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing can be done before something comes."""
+        return not self.running and not any(job.lent.done() for job in self.waiting)
 
     def admit(self) -> None:
         """Gives free rows, the lowest first, to those that wait and could run."""

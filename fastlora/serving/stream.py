@@ -31,7 +31,7 @@ class Channel:
 
 
 class Stream:
-    """A request's tokens, from any thread, as often as they are asked for. ``Engine.submit`` gives it.
+    """A request's tokens, as ``Engine.submit`` gives it; for any thread, as often as it asks.
 
     Iterating yields token ids as they come, and ends when the request has ended for whatever
     reason; only an error is raised. A stream that nobody holds any more cancels its request.
@@ -48,16 +48,15 @@ class Stream:
         weakref.finalize(self, cancel).atexit = False
 
     def __iter__(self) -> Iterator[int]:
-        read = 0
-        while True:
+        read, end = 0, None
+        while end is None:
             with self._channel.news:
-                self._channel.news.wait_for(lambda: self._has(read))
+                while self._channel.end is None and len(self._channel.tokens) == read:
+                    self._channel.news.wait()
                 tokens, end = self._channel.tokens[read:], self._channel.end
             read += len(tokens)
             yield from tokens
-            if end is not None:
-                _raise(end)
-                return
+        _raise(end)
 
     @property
     def tokens(self) -> list[int]:
@@ -93,9 +92,6 @@ class Stream:
     def cancel(self) -> None:
         """Ends it after the step that runs; tokens that have come stay. Later it does nothing."""
         self._cancel()
-
-    def _has(self, read: int) -> bool:
-        return self._channel.end is not None or len(self._channel.tokens) > read
 
 
 def _raise(end: Event) -> None:
