@@ -65,8 +65,9 @@ class Step:
         for piece in self.pieces[self.singles :]:
             after = first + piece.end - piece.start
             mask = self._mask_of(piece, window, query)
-            own = (t[piece.row, :, : mask.shape[-1]] for t in (keys, values))
-            parts.append(_alone(query[0, :, first:after], *own, mask, scaling))
+            own, past = query[0, :, first:after], slice(mask.shape[-1])
+            k, v = keys[piece.row, :, past], values[piece.row, :, past]
+            parts.append(_alone(own, k, v, mask, scaling))
             first = after
         return torch.cat(parts)[None]
 

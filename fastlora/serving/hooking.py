@@ -99,8 +99,8 @@ def _lent_class(kind: Any) -> type:
 
     def reduced(self: Any, protocol: Any) -> Any:
         # Copies are of the class that there was.
-        make, args, *rest = super(lent, self).__reduce_ex__(protocol)
-        return make, tuple(kind if arg is lent else arg for arg in args), *rest
+        _, _, *state = super(lent, self).__reduce_ex__(protocol)
+        return object.__new__, (kind,), *state
 
     parts = {"_attn_implementation": property(name, rename), "__reduce_ex__": reduced}
     lent: Any = type(kind.__name__, (kind,), parts | {"__module__": kind.__module__})
