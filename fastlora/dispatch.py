@@ -265,6 +265,11 @@ def use_backend(name: str) -> Iterator[None]:
         _asked.name = _latest = before
 
 
+def asked() -> str | None:
+    """The backend that this thread has asked for by name."""
+    return _asked.name
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Nothing is logged in here: what is asked is not run."""

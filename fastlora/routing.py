@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora import functional as F
 
 # What a batch sets while it runs.
-_RUNNING = ("num_slots", "slots", "nobody", "copies", "groups", "scales", "scaled")
+_RUNNING = ("num_slots", "slots", "nobody", "copies", "per_token", "groups", "scales", "scaled")
 
 
 class Routing:
@@ -28,6 +28,7 @@ class Routing:
         self.slots: Tensor | None = None
         self.nobody = False
         self.copies = 1
+        self.per_token = False
         self.groups: list[F.RowGroups] = []
         self.scales: Tensor | None = None
         self.scaled: list[Tensor] = []
@@ -39,13 +40,16 @@ class Routing:
         num_slots: int,
         copies: int = 1,
         scales: Sequence[float] | None = None,
+        per_token: bool = False,
     ) -> Iterator[None]:
         """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples).
 
-        scales: numbers that row i's adapter part is multiplied by.
+        scales: numbers that row i's adapter part is multiplied by. per_token: a row is a token,
+        wherever the layers' inputs break lines: (1, T, K), (T, K).
         """
         before = {name: getattr(self, name) for name in _RUNNING}
         self.num_slots, self.copies, self.groups, self.scaled = num_slots, copies, [], []
+        self.per_token = per_token
         self.nobody = not any(slot >= 0 for slot in slots)
         with torch.inference_mode(False):
             self.slots = torch.tensor(slots, dtype=torch.int32)
@@ -61,7 +65,8 @@ class Routing:
         if self.slots is None:
             raise RuntimeError(f"no adapters were named: {self.outside}")
         given = len(self.slots)
-        if x.dim() < 2 or x.shape[0] not in (given, given * self.copies):
+        rows = math.prod(x.shape[:-1]) if self.per_token else x.shape[0]
+        if x.dim() < 2 or rows not in (given, given * self.copies):
             raise RuntimeError(
                 f"x: expected {given} rows first, one an adapter name, got shape "
                 f"{tuple(x.shape)}: this layer "

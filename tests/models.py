@@ -54,6 +54,17 @@ def qwen2(*, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) 
     return _built("Qwen2", "Qwen2ForCausalLM", _DECODER | options, seed, dtype)
 
 
+def mistral(*, seed: int = 0, window: int = 5) -> nn.Module:
+    """Every token sees ``window`` tokens, itself included."""
+    sizes = _DECODER | {"sliding_window": window}
+    return _built("Mistral", "MistralForCausalLM", sizes, seed, torch.float32)
+
+
+def gemma2(*, seed: int = 0) -> nn.Module:
+    """Its scores are capped."""
+    return _built("Gemma2", "Gemma2ForCausalLM", _DECODER | {"head_dim": 8}, seed, torch.float32)
+
+
 def bert(*, seed: int = 0, head: str = "MaskedLM", **options: Any) -> nn.Module:
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,

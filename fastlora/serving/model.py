@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
 from fastlora.routing import Routing
 from fastlora.serving.bank import AdapterBank
+from fastlora.serving.engine import Engine, stream
 from fastlora.serving.files import AdapterFiles, Reader
 from fastlora.serving.layer import ServedLinear
 from fastlora.serving.layout import Layout
+from fastlora.serving.request import Event, Request
 from fastlora.targets import plan
 from fastlora.wrapping import is_linear, matrix_of, unwrapped
 
@@ -187,16 +189,34 @@ class MultiLoRAModel(nn.Module):
         with self._routed(adapter_names, adapter_scales, args, kwargs, max(copies)):
             return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
+    def engine(self, **options: Any) -> Engine:
+        """An ``Engine`` over this server: requests join and leave its batch; options are its."""
+        return Engine(self, **options)
+
+    def stream(self, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
+        """Events of all requests, each with an adapter of its own, as their tokens come.
+
+        Requests are taken from the iterable when there is room: twice ``max_rows`` are under way,
+        of which half wait. Options, and errors of the model, as ``Engine``'s; what is wrong with
+        one request is its own event, and the others go on. Closing the iterator cancels them.
+        """
+        return stream(self, requests, **options)
+
     @contextmanager
     def running(
-        self, slots: Sequence[int], scales: Sequence[float] | None = None, copies: int = 1
+        self,
+        slots: Sequence[int],
+        scales: Sequence[float] | None = None,
+        copies: int = 1,
+        per_token: bool = False,
     ) -> Iterator[None]:
         """Within, this thread's batch has row i in ``slots[i]`` of a lease of the bank's, -1: none.
 
         For who runs ``self.model`` himself, and holds the lease meanwhile. scales: one a row, of
         its adapter's part. copies: how many neighbouring rows a layer may see in place of one.
+        per_token: every token is a row, wherever its sequence begins and ends.
         """
-        with self._batch.running(list(slots), self.max_adapters, copies, scales):
+        with self._batch.running(list(slots), self.max_adapters, copies, scales, per_token):
             yield
 
     @contextmanager
