@@ -94,11 +94,11 @@ def run_multi(
     """With a table the adapters lie in pages, B (P, N, page) with unit columns N; h is None then."""
     if table is None:
         A, B, (S, R) = unit_columns(lora_A), unit_columns(lora_B), lora_A.shape[:2]
-        pages = (None, 0, 0, 0)
+        pages, ldb = (None, 0, 0, 0), B.stride(1)
     else:
-        A, B, table = lora_A, lora_B.transpose(1, 2), flat(table, torch.int32)
+        A, B, table = lora_A, lora_B, flat(table, torch.int32)
         (S, width), (P, page) = table.shape, A.shape[:2]
-        R = width * page
+        R, ldb = width * page, B.stride(2)
         pages = (table.data_ptr(), width, P, page)
     x = unit_columns(x)
     bias = None if bias is None else unit_columns(bias)
@@ -116,7 +116,7 @@ def run_multi(
     code = native.functions().fastlora_multi_lora_linear(
         y.data_ptr(), y.stride(0), *matrix(h), x.data_ptr(), x.stride(0),
         *matrix(weight), pointer(bias), A.data_ptr(), A.stride(0), A.stride(1), B.data_ptr(),
-        B.stride(0), B.stride(1), order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),
+        B.stride(0), ldb, order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),
         pointer(ranks), pointer(row_scales), M, K, N, R, S, *pages,
         native.DTYPES[x.dtype], native.DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip

@@ -106,23 +106,56 @@ struct ExpandPages {
             for (int v = 0; v < COUNT; ++v) finish(i + m, n + v * W, width, sum[m][v]);
     }
 
-    template <int COUNT>
-    void every_row(int64_t n, int64_t width) const {
-        come_closer(n, COUNT * width);
-        int64_t i = 0;
-        for (; i + MB <= rows; i += MB) tile<MB, COUNT>(i, n, width);
-        for (; i < rows; ++i) tile<1, COUNT>(i, n, width);
+    // COUNT vectors of outputs at a time, while there are as many: ROWS rows, then what is left.
+    template <int ROWS, int COUNT>
+    int64_t tiles(int64_t n) const {
+        for (; n + COUNT * W <= N; n += COUNT * W) {
+            come_closer(n, COUNT * W);
+            int64_t i = 0;
+            for (; i + ROWS <= rows; i += ROWS) tile<ROWS, COUNT>(i, n, W);
+            for (; i < rows; ++i) tile<1, COUNT>(i, n, W);
+        }
+        return n;
+    }
+
+    // A rank that leaves room for its columns in registers while the rows pass by.
+    template <int COLUMNS, int COUNT>
+    int64_t in_registers() const {
+        using kind = Kind<X>;
+        int64_t n = 0;
+        for (; n + COUNT * W <= N; n += COUNT * W) {
+            come_closer(n, COUNT * W);
+            F column[COUNT][COLUMNS];
+            for (int v = 0; v < COUNT; ++v)
+                for (int c = 0; c < COLUMNS; ++c)
+                    column[v][c] = kind::column(slot.B_ranks + c * kind::PER, first + n + v * W);
+            for (int64_t i = 0; i < rows; ++i) {
+                const auto* h = h_row(i);
+                F sum[COUNT];
+                for (F& s : sum) s = zero();
+                for (int c = 0; c < COLUMNS; ++c)
+                    for (int v = 0; v < COUNT; ++v)
+                        sum[v] = kind::step(sum[v], column[v][c], h + c * kind::PER);
+                for (int v = 0; v < COUNT; ++v) finish(i, n + v * W, W, sum[v]);
+            }
+        }
+        return n;
+    }
+
+    int64_t several_rows() const {
+        constexpr int PER = Kind<X>::PER;
+        if (slot.r == 4 * PER) return in_registers<4, 2>();
+        if (slot.r == 8 * PER) return W == 16 ? in_registers<8, 2>() : in_registers<8, 1>();
+        if (slot.r == 16 * PER && W == 16) return in_registers<16, 1>();
+        return tiles<MB, 4>(0);
     }
 
     void run() const {
-        int64_t n = 0;
-        if (rows == 1)
-            for (; n + 8 * W <= N; n += 8 * W) {
-                come_closer(n, 8 * W);
-                tile<1, 8>(0, n, W);
-            }
-        for (; n + 4 * W <= N; n += 4 * W) every_row<4>(n, W);
-        for (; n < N; n += W) every_row<1>(n, std::min<int64_t>(W, N - n));
+        int64_t n = rows == 1 ? tiles<1, 4>(tiles<1, 8>(0)) : several_rows();
+        n = tiles<MB, 1>(n);
+        if (n == N) return;
+        come_closer(n, N - n);
+        for (int64_t i = 0; i < rows; ++i) tile<1, 1>(i, n, N - n);
     }
 };
 
