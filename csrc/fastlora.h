@@ -68,10 +68,10 @@ FASTLORA_API int32_t fastlora_lora_linear(
  * others are never read into a result. order names each of the M rows once (null: 0, 1, 2, ...), starts[S]
  * is M, and the first starts[0] of them have no adapter. h is zeroed where no rank counts.
  *
- * With a table (S, R / page) of numbers of `pages` pages (null: none) adapters lie in pages of `page`
- * ranks: lora_A (pages, page, K), lora_B (pages, page, N), distances those of two pages and of two
- * ranks; slot s has rank i in row i % page of page table[s, i / page]. Pages may overlap; one out of
- * range holds nothing. Only those of slots with rows are read; h is not written and may be null. */
+ * Unless page is 0, adapters lie in pages of `page` ranks: lora_A (pages, page, K), lora_B (pages,
+ * page, N), distances those of two pages and of two ranks. table (S, R / page): slot s has rank i in
+ * row i % page of page table[s, i / page]; one out of range holds nothing. Pages may overlap; only
+ * those of slots with rows are read. h is not written then and may be null. */
 FASTLORA_API int32_t fastlora_multi_lora_linear(
     void *y, int64_t ldy, void *h, int64_t ldh, const void *x, int64_t ldx, const void *weight,
     int64_t ldw, const void *bias, const void *lora_A, int64_t lda_slot, int64_t lda,

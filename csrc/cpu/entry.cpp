@@ -69,14 +69,14 @@ bool dense(const LinearArgs& a) {
 }
 
 bool paged(const LinearArgs& a) {
-    return sizes({a.pages, a.page}) && (a.R == 0 || (a.page && a.R % a.page == 0)) &&
-           readable(a.A, a.R ? a.pages : 0, a.K) && readable(a.B, a.R ? a.pages : 0, a.N);
+    return sizes({a.pages, a.page}) && a.R % a.page == 0 && readable(a.table, a.S, a.R / a.page) &&
+           readable(a.A, a.pages, a.K) && readable(a.B, a.pages, a.N);
 }
 
 int32_t checked(const LinearArgs& a) {
     if (!sizes({a.M, a.K, a.N, a.R, a.S}) || !count(a.threads)) return FASTLORA_BAD_ARGUMENT;
     if (!matrix(a.y, a.M, a.N, a.ldy) || !readable(a.x, a.M, a.K) || !a.starts ||
-        (a.S && !a.scalings) || !(a.table ? paged(a) : dense(a)))
+        (a.S && !a.scalings) || !(a.page ? paged(a) : dense(a)))
         return FASTLORA_BAD_ARGUMENT;
     if (a.starts[0] < 0) return FASTLORA_BAD_ARGUMENT;
     for (int64_t s = 0; s < a.S; ++s)

@@ -71,7 +71,7 @@ int32_t linear(const LinearArgs& a) {
         using X = decltype(x);
         using T = decltype(t);
         const T *A = as<T>(a.A), *B = as<T>(a.B);
-        if (a.table) {
+        if (a.page) {
             const Pages<T> pages(a);
             linear_of<X, T>(a, A, a.lda, B, a.ldb, nullptr, &pages);
             return FASTLORA_OK;
