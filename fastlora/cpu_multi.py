@@ -91,7 +91,7 @@ def run_multi(
     row_scales: Tensor | None,
     table: Tensor | None = None,
 ) -> None:
-    """With a table the adapters lie in pages, B (P, N, page) with unit columns N; h is None then."""
+    """With a table adapters lie in pages: A of unit K, B (P, N, page) of unit N. h is None then."""
     if table is None:
         A, B, (S, R) = unit_columns(lora_A), unit_columns(lora_B), lora_A.shape[:2]
         pages, ldb = (None, 0, 0, 0), B.stride(1)
@@ -175,9 +175,10 @@ def run_packed(
         return run_multi(y, h, x, weight, bias, lora_A, lora_B, *rest)
     for part in slices_of(ends, R):
         columns = slice(part.begin, part.end)
-        own = [None if t is None else t[columns] for t in (weight, bias)]
+        base = None if weight is None else weight[columns]
+        own = None if bias is None else bias[columns]
         A, B = lora_A[:, part.first : part.last], lora_B[:, columns]
-        run_multi(y[:, columns], h, x, *own, A, B, *rest)
+        run_multi(y[:, columns], h, x, base, own, A, B, *rest)
     return None
 
 

@@ -3,8 +3,8 @@
 A packed projection's columns are C slices (q, k and v of one weight), each with an A of its own:
 lora_A (S, C * R, K), slice after slice, lora_B (S, N, R). In pages lora_A is (P, C * page, K) and
 lora_B, as ops have it, (P, N, page) of any strides; a table (S, pages a slot) says which pages are
-a slot's. ``kernels/`` reads both as they lie, "cpu" a slice at a time. "torch" runs a slice at a time
-too, and gathers the pages of the adapters in use first: right for a test or a fallback, not fast.
+a slot's. ``kernels/`` reads both as they lie, and so does "cpu", a slice at a time. "torch" gathers
+the pages of the adapters in use first: right for a test or a fallback, not fast.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters in pages on the native CPU kernels: read where they lie, in memory shared with others."""
+"""Adapters in pages on the native CPU kernels: read where they lie, among others' memory."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -60,29 +60,30 @@ class Bank(NamedTuple):
         return cls(A, B, table.to(torch.int32))
 
 
+def options(b: Batch) -> dict[str, Any]:
+    return {"ranks": b.ranks, "row_scales": b.row_scales}
+
+
 def whole(b: Batch, bank: Bank | None = None) -> Tensor:
-    A, B, how = (b.A, b.B, {}) if bank is None else (bank.A, bank.B, {"page_table": bank.table})
-    given = (b.x, b.weight, A, B, b.ids, b.scalings)
-    return F.multi_lora_linear(
-        *given, bias=b.bias, ranks=b.ranks, row_scales=b.row_scales, **how
-    )
+    A, B, table = bank or (b.A, b.B, None)
+    given, how = (b.x, b.weight, A, B, b.ids, b.scalings), options(b)
+    return F.multi_lora_linear(*given, bias=b.bias, page_table=table, **how)
 
 
 def added(b: Batch, bank: Bank | None, y: Tensor) -> Tensor:
-    A, B, how = (b.A, b.B, {}) if bank is None else (bank.A, bank.B, {"page_table": bank.table})
+    A, B, table = bank or (b.A, b.B, None)
     given = (y.clone(), b.x, A, B, b.ids, b.scalings)
-    return F.multi_lora_add_(*given, ranks=b.ranks, row_scales=b.row_scales, **how)
+    return F.multi_lora_add_(*given, page_table=table, **options(b))
 
 
 def fused(b: Batch, bank: Bank | None) -> Tensor:
     """The native product with the adapters, for any number of rows."""
     y, h = (b.x.new_empty(len(b.x), size) for size in (b.weight.shape[0], b.A.shape[1]))
-    given = (b.x, b.weight, b.bias)
     if bank is None:
-        cpu_multi.run_multi(y, h, *given, b.A, b.B, *b.routing)
+        given = (y, h, b.x, b.weight, b.bias, b.A, b.B)
     else:
-        pages = (bank.A, bank.B.transpose(1, 2))
-        cpu_multi.run_multi(y, None, *given, *pages, *b.routing, bank.table)
+        given = (y, None, b.x, b.weight, b.bias, bank.A, bank.B.mT)
+    cpu_multi.run_multi(*given, *b.routing, table=bank and bank.table)
     return y
 
 
@@ -233,10 +234,10 @@ def test_a_scaling_that_is_not_finite(threads):
     torch.set_num_threads(threads)
     try:
         given = (b.x, bank.A, bank.B, b.ids, b.scalings)
-        how = {"ranks": b.ranks, "page_table": bank.table}
-        with unchanged(y), pytest.raises(ValueError, match="scalings: .* got inf for slot 2"):
+        how = {**options(b), "page_table": bank.table}
+        with unchanged(y), pytest.raises(ValueError, match=r"scalings: .* got inf for slot 2"):
             F.multi_lora_add_(y, *given, **how)
-        with pytest.raises(ValueError, match="scalings: .* got inf for slot 2"):
+        with pytest.raises(ValueError, match=r"scalings: .* got inf for slot 2"):
             whole(b, bank)
     finally:
         torch.set_num_threads(1)
