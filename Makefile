@@ -64,7 +64,7 @@ asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under Addre
 	export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
-	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py \
+	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py tests/test_native_pages.py \
 		tests/test_cuda_machine.py tests/test_cuda_linear.py tests/test_cuda_multi.py tests/test_cuda_merge.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)

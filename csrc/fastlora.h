@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-#define FASTLORA_ABI_VERSION 3
+#define FASTLORA_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define FASTLORA_API __attribute__((visibility("default")))
@@ -66,13 +66,19 @@ FASTLORA_API int32_t fastlora_lora_linear(
  * lora_A (S, R, K) and lora_B (S, N, R) with distances lda_slot and ldb_slot of two slots, scaled
  * by scalings[s] * row_scales[row]. ranks (null: all R) says how many of a slot's R ranks count;
  * others are never read into a result. order names each of the M rows once (null: 0, 1, 2, ...), starts[S]
- * is M, and the first starts[0] of them have no adapter. h is zeroed where no rank counts. */
+ * is M, and the first starts[0] of them have no adapter. h is zeroed where no rank counts.
+ *
+ * Unless page is 0, adapters lie in pages of `page` ranks: lora_A (pages, page, K), lora_B (pages,
+ * page, N), distances those of two pages and of two ranks. table (S, R / page): slot s has rank i in
+ * row i % page of page table[s, i / page]; one out of range holds nothing. Pages may overlap; only
+ * those of slots with rows are read. h is not written then and may be null. */
 FASTLORA_API int32_t fastlora_multi_lora_linear(
     void *y, int64_t ldy, void *h, int64_t ldh, const void *x, int64_t ldx, const void *weight,
     int64_t ldw, const void *bias, const void *lora_A, int64_t lda_slot, int64_t lda,
     const void *lora_B, int64_t ldb_slot, int64_t ldb, const int64_t *order, const int64_t *starts,
     const float *scalings, const int32_t *ranks, const float *row_scales, int64_t M, int64_t K,
-    int64_t N, int64_t R, int64_t S, int32_t x_dtype, int32_t lora_dtype, int32_t threads);
+    int64_t N, int64_t R, int64_t S, const int32_t *table, int64_t table_ld, int64_t pages,
+    int64_t page, int32_t x_dtype, int32_t lora_dtype, int32_t threads);
 
 /* out (R, C) = scaling * left^T right, summed in float32 in the order of the rows: left (M, R) and
  * right (M, C) of dtype, out of out_dtype (dtype or float32) with any strides. */

@@ -23,7 +23,7 @@ from fastlora.cpu_linear import (
     writable,
     written,
 )
-from fastlora.packed import add_each
+from fastlora.packed import in_use, slices_of, unshared
 from fastlora.products import base_gradient, linear
 
 
@@ -77,7 +77,7 @@ def multi_lora_add_(
 
 def run_multi(
     y: Tensor,
-    h: Tensor,
+    h: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -89,25 +89,35 @@ def run_multi(
     scalings: Tensor,
     ranks: Tensor | None,
     row_scales: Tensor | None,
+    table: Tensor | None = None,
 ) -> None:
-    x, A, B = unit_columns(x), unit_columns(lora_A), unit_columns(lora_B)
+    """With a table adapters lie in pages: A of unit K, B (P, N, page) of unit N. h is None then."""
+    if table is None:
+        A, B, (S, R) = unit_columns(lora_A), unit_columns(lora_B), lora_A.shape[:2]
+        pages, ldb = (None, 0, 0, 0), B.stride(1)
+    else:
+        A, B, table = lora_A, lora_B, flat(table, torch.int32)
+        (S, width), (P, page) = table.shape, A.shape[:2]
+        R, ldb = width * page, B.stride(2)
+        pages = (table.data_ptr(), width, P, page)
+    x = unit_columns(x)
     bias = None if bias is None else unit_columns(bias)
     scalings, row_scales = flat(scalings, torch.float32), flat(row_scales, torch.float32)
     order, starts = flat(order, torch.int64), flat(starts, torch.int64)
     if ranks is not None and ranks.dtype != torch.int32:
-        ranks = ranks.clamp(0, A.shape[1])
+        ranks = ranks.clamp(0, R)
     ranks = flat(ranks, torch.int32)
-    (M, N), K, (S, R) = y.shape, x.shape[1], A.shape[:2]
+    (M, N), K = y.shape, x.shape[1]
     if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
         raise ValueError(
             f"adapter_ids: expected an order of {M} rows and starts of {S} slots, got "
             f"{order.numel()} and {starts.numel() - 1}"
         )
     code = native.functions().fastlora_multi_lora_linear(
-        y.data_ptr(), y.stride(0), h.data_ptr(), h.stride(0), x.data_ptr(), x.stride(0),
+        y.data_ptr(), y.stride(0), *matrix(h), x.data_ptr(), x.stride(0),
         *matrix(weight), pointer(bias), A.data_ptr(), A.stride(0), A.stride(1), B.data_ptr(),
-        B.stride(0), B.stride(1), order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),
-        pointer(ranks), pointer(row_scales), M, K, N, R, S,
+        B.stride(0), ldb, order.data_ptr(), starts.data_ptr(), scalings.data_ptr(),
+        pointer(ranks), pointer(row_scales), M, K, N, R, S, *pages,
         native.DTYPES[x.dtype], native.DTYPES[A.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if code == native.NOT_FINITE:
@@ -122,14 +132,58 @@ def run_multi(
 def packed_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any, invariant: bool = False
 ) -> Tensor:
-    plain = invariant and not readable(weight)
-    y = (linear if plain else product)(x, weight, bias, invariant)
+    if readable(weight) if invariant else few(x.shape[0], weight):
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        run_packed(y, x, weight, bias, *packed)
+        return y
+    y = (linear if invariant else product)(x, weight, bias, invariant)
     packed_lora_add_(y, x, *packed, invariant=invariant)
     return y
 
 
 def packed_lora_add_(y: Tensor, x: Tensor, *packed: Any, invariant: bool = False) -> None:
-    add_each(multi_lora_add_, y, x, *packed, invariant=invariant)
+    to_y, ends = writable(y), packed[3]
+    run_packed(to_y, unshared(x, y) if len(ends) > 1 else x, None, None, *packed)
+    written((y, to_y))
+
+
+def run_packed(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    table: Tensor | None,
+    ends: Sequence[int],
+    ids: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+    row_scales: Tensor | None,
+) -> None:
+    """A slice after the other, pages where they lie; y has unit columns."""
+    if table is not None and not (unit(lora_A, 2) and unit(lora_B, 1)):
+        lying = (lora_A, lora_B, table, len(ends), starts, scalings, ranks)
+        lora_A, lora_B, starts, scalings, ranks = in_use(*lying)
+        table = None
+    R = lora_B.shape[2]
+    h = x.new_empty(x.shape[0], R) if table is None else None
+    rest = (ids, order, starts, scalings, ranks, row_scales, table)
+    if len(ends) == 1:
+        return run_multi(y, h, x, weight, bias, lora_A, lora_B, *rest)
+    for part in slices_of(ends, R):
+        columns = slice(part.begin, part.end)
+        base = None if weight is None else weight[columns]
+        own = None if bias is None else bias[columns]
+        A, B = lora_A[:, part.first : part.last], lora_B[:, columns]
+        run_multi(y[:, columns], h, x, base, own, A, B, *rest)
+    return None
+
+
+def unit(t: Tensor, dim: int) -> bool:
+    return t.stride(dim) == 1 or t.shape[dim] < 2
 
 
 def multi_lora_linear_backward(

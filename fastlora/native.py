@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED, LAUNCH_FAILED = range(7)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,8 +57,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastlora_multi_lora_linear": (
         _i,
         # y, h, x, weight, bias, lora_A, lora_B, order, starts, scalings, ranks, row_scales,
-        # M K N R S, dtypes, threads
-        [*_MATRIX * 4, _p, *[_p, _l, _l] * 2, *[_p] * 5, *[_l] * 5, _i, _i, _i],
+        # M K N R S, table, pages, page, dtypes, threads
+        [*_MATRIX * 4, _p, *[_p, _l, _l] * 2, *[_p] * 5, *[_l] * 5, *_MATRIX, _l, _l, _i, _i, _i],
     ),
     # out, left, right, M R C, scaling, dtypes, threads
     "fastlora_gradient": (_i, [_p, _l, _l, *_MATRIX * 2, *[_l] * 3, _f, _i, _i, _i]),

@@ -3,7 +3,7 @@
 A packed projection's columns are C slices (q, k and v of one weight), each with an A of its own:
 lora_A (S, C * R, K), slice after slice, lora_B (S, N, R). In pages lora_A is (P, C * page, K) and
 lora_B, as ops have it, (P, N, page) of any strides; a table (S, pages a slot) says which pages are
-a slot's. ``kernels/`` reads both as they lie. The other backends run a slice at a time, and gather
+a slot's. ``kernels/`` reads both as they lie, and so does "cpu", a slice at a time. "torch" gathers
 the pages of the adapters in use first: right for a test or a fallback, not fast.
 """
 
@@ -75,6 +75,25 @@ def gathered(
     return A, B.transpose(1, 2).flatten(2)
 
 
+def in_use(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    table: Tensor,
+    slices: int,
+    starts: Tensor,
+    scalings: Tensor,
+    ranks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The slots that rows use, dense: lora_A, lora_B, starts, scalings and ranks of those alone.
+
+    Their rows keep their places, since the others have none.
+    """
+    slots = (starts[1:] > starts[:-1]).nonzero().flatten()
+    A, B = gathered(lora_A, lora_B, table, slices, slots)
+    starts = torch.cat([starts[slots], starts[-1:]])
+    return A, B, starts, scalings[slots], None if ranks is None else ranks[slots]
+
+
 def add_each(
     add: Callable[..., None],
     y: Tensor,
@@ -95,11 +114,8 @@ def add_each(
     if len(ends) > 1:
         x = unshared(x, y)
     if table is not None:
-        # Those in use alone: their rows keep their places, since the others have none.
-        slots = (starts[1:] > starts[:-1]).nonzero().flatten()
-        starts = torch.cat([starts[slots], starts[-1:]])
-        lora_A, lora_B = gathered(lora_A, lora_B, table, len(ends), slots)
-        scalings, ranks = scalings[slots], None if ranks is None else ranks[slots]
+        paged = (lora_A, lora_B, table, len(ends), starts, scalings, ranks)
+        lora_A, lora_B, starts, scalings, ranks = in_use(*paged)
     R = lora_B.shape[2]
     routing = (ids, order, starts, scalings, ranks, row_scales)
     h = x.new_empty(x.shape[0], R)

@@ -101,12 +101,14 @@ seeds = st.integers(0, 2**32 - 1)
 @given(
     st.sampled_from(SETS), sizes, sizes, sizes, st.integers(0, 20), st.integers(0, 4),
     st.sampled_from([F32, BF16, F16]), st.booleans(), st.booleans(), st.booleans(),
-    st.integers(0, 3), st.integers(1, 4), seeds,
+    st.integers(0, 3), st.integers(1, 4), st.sampled_from([0, 0, 1, 4, 5]), seeds,
 )  # fmt: skip
-def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, seed):
+def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, page, seed):
+    """Slots that are dense, or in pages where ``page`` is not 0."""
     draw = np.random.default_rng(seed)
     lora = F32 if wide else dtype
     native.use(name)
+    R = R // page * page if page else R
 
     def matrix(rows: int, columns: int, of: int, size: float = 1.0) -> Matrix:
         return Matrix(draw.standard_normal((rows, columns)) * size, of, columns + gap)
@@ -114,7 +116,15 @@ def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, s
     x, y, h = matrix(M, K, dtype), matrix(M, N, dtype), matrix(M, R, dtype)
     whole = whole and N * K > 0
     weight, bias = matrix(N, K, dtype), matrix(1, N, dtype)
-    A, B = matrix(S * R, K, lora), matrix(S * N, R, lora, max(R, 1) ** -0.5)
+    size = max(R, 1) ** -0.5
+    A, B = matrix(S * R, K, lora), matrix(S * N, R, lora, size)
+    distances = (R * A.ld, A.ld), (N * B.ld, B.ld)
+    table = np.zeros((S, 1), np.int32)
+    pages = draw.integers(0, 6)
+    if page:
+        A, B = matrix(pages * page, K, lora), matrix(pages * page, N, lora, size)
+        distances = (page * A.ld, A.ld), (page * B.ld, B.ld)
+        table = draw.integers(-1, pages + 1, (S, R // page + gap)).astype(np.int32)
     ids = draw.integers(-1, S, M)
     order = np.argsort(ids, kind="stable").astype(np.int64)
     starts = np.searchsorted(ids[order], np.arange(S + 1)).astype(np.int64)
@@ -124,26 +134,34 @@ def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, s
     code = LIBRARY.fastlora_multi_lora_linear(
         y.pointer, y.ld, h.pointer, h.ld, x.pointer, x.ld,
         weight.pointer if whole else None, weight.ld, bias.pointer if whole and optional else None,
-        A.pointer, R * A.ld, A.ld, B.pointer, N * B.ld, B.ld,
+        A.pointer, *distances[0], B.pointer, *distances[1],
         order.ctypes.data, starts.ctypes.data, scalings.ctypes.data,
         ranks.ctypes.data if optional else None, scales.ctypes.data if optional else None,
-        M, K, N, R, S, dtype, lora, threads,
+        M, K, N, R, S, table.ctypes.data, table.shape[1], pages, page, dtype, lora, threads,
     )  # fmt: skip
     assert code == native.OK
     assert all(t.same() for t in (x, weight, bias, A, B))
     assert y.only_values_changed()
-    assert h.only_values_changed()
+    assert h.same() if page else h.only_values_changed()
     before = decoded(encoded(y.values, dtype), dtype)
     want = x.get() @ weight.get().T + (bias.get() if optional else 0) if whole else before
     want = np.array(np.broadcast_to(want, (M, N)))
     for i, slot in enumerate(ids):
         if slot >= 0:
             r = min(max(ranks[slot], 0), R) if optional else R
-            own = B.get()[slot * N : (slot + 1) * N, :r]
-            part = own @ (A.get()[slot * R : slot * R + r] @ x.get()[i])
+            left = A.get()[slot * R : slot * R + r]
+            right = B.get()[slot * N : (slot + 1) * N, :r].T
+            if page:
+                numbers = [(table[slot, k // page], k % page) for k in range(r)]
+                at = [p * page + k for p, k in numbers if 0 <= p < pages]
+                left, right = A.get()[at], B.get()[at]
+            part = (left @ x.get()[i]) @ right
             want[i] += part * scalings[slot] * (scales[i] if optional else 1)
     scale = np.abs(want).max(initial=1.0) + np.sqrt(K + 1) * np.abs(scalings).max()
     assert np.abs(y.get() - want).max(initial=0) <= ROUNDING[dtype] * scale * 4
+
+
+TABLE = np.zeros((2, 2), np.int32)
 
 
 def refused(**changes: object) -> None:
@@ -159,7 +177,8 @@ def refused(**changes: object) -> None:
         "lda": K, "b": t["b"].pointer, "ldb_slot": N * R, "ldb": R,
         "order": np.array([0, 1, 2], np.int64), "starts": np.array([0, 2, 3], np.int64),
         "scalings": np.array([1, 1], np.float32), "ranks": None, "row_scales": None,
-        "M": M, "K": K, "N": N, "R": R, "S": S, "x_dtype": F32, "lora_dtype": F32, "threads": 1,
+        "M": M, "K": K, "N": N, "R": R, "S": S, "table": None, "table_ld": 1, "pages": 0, "page": 0,
+        "x_dtype": F32, "lora_dtype": F32, "threads": 1,
     }  # fmt: skip
     assert changes.keys() <= given.keys()
     given |= changes
@@ -187,6 +206,12 @@ def refused(**changes: object) -> None:
         {"starts": np.array([2, 0, 3], np.int64)},
         {"starts": np.array([-1, 2, 3], np.int64)},
         {"scalings": np.array([1, np.nan], np.float32)},
+        {"page": 2},
+        {"page": -1, "table": TABLE},
+        {"page": 3, "table": TABLE},
+        {"page": 1, "pages": -1, "table": TABLE},
+        {"page": 1, "pages": 1, "table": TABLE, "a": None},
+        {"page": 1, "pages": 1, "table": TABLE, "b": None},
         {"x_dtype": 3},
         {"x_dtype": F32, "lora_dtype": BF16},
         {"lora_dtype": -1},

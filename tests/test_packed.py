@@ -66,7 +66,7 @@ def test_values(dtype, sliced, page, backend, device):
             paged = call(b, A, B, **how)
         # Another order of the same sums is what plain torch's products may take.
         assert_accurate(paged, want, unfused, dtype)
-        assert same_bits(paged, y) or backend != "triton"
+        assert same_bits(paged, y) or backend == "torch"
     else:
         B = b.B
     added = own.clone()

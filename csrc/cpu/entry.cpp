@@ -63,11 +63,20 @@ bool readable(const void* p, int64_t rows, int64_t columns) {
     return rows == 0 || columns == 0 || p;
 }
 
+bool dense(const LinearArgs& a) {
+    return matrix(a.h, a.M, a.R, a.ldh) && readable(a.A, a.S * a.R, a.K) &&
+           readable(a.B, a.S * a.N, a.R);
+}
+
+bool paged(const LinearArgs& a) {
+    return sizes({a.pages, a.page}) && a.R % a.page == 0 && readable(a.table, a.S, a.R / a.page) &&
+           readable(a.A, a.pages, a.K) && readable(a.B, a.pages, a.N);
+}
+
 int32_t checked(const LinearArgs& a) {
     if (!sizes({a.M, a.K, a.N, a.R, a.S}) || !count(a.threads)) return FASTLORA_BAD_ARGUMENT;
-    if (!matrix(a.y, a.M, a.N, a.ldy) || !matrix(a.h, a.M, a.R, a.ldh) ||
-        !readable(a.x, a.M, a.K) || !readable(a.A, a.S * a.R, a.K) ||
-        !readable(a.B, a.S * a.N, a.R) || !a.starts || (a.S && !a.scalings))
+    if (!matrix(a.y, a.M, a.N, a.ldy) || !readable(a.x, a.M, a.K) || !a.starts ||
+        (a.S && !a.scalings) || !(a.page ? paged(a) : dense(a)))
         return FASTLORA_BAD_ARGUMENT;
     if (a.starts[0] < 0) return FASTLORA_BAD_ARGUMENT;
     for (int64_t s = 0; s < a.S; ++s)
@@ -157,13 +166,14 @@ int32_t fastlora_multi_lora_linear(
     int64_t ldw, const void* bias, const void* lora_A, int64_t lda_slot, int64_t lda,
     const void* lora_B, int64_t ldb_slot, int64_t ldb, const int64_t* order, const int64_t* starts,
     const float* scalings, const int32_t* ranks, const float* row_scales, int64_t M, int64_t K,
-    int64_t N, int64_t R, int64_t S, int32_t x_dtype, int32_t lora_dtype, int32_t threads) {
+    int64_t N, int64_t R, int64_t S, const int32_t* table, int64_t table_ld, int64_t pages,
+    int64_t page, int32_t x_dtype, int32_t lora_dtype, int32_t threads) {
     for (int64_t s = 0; scalings && starts && s < S; ++s)
         if (starts[s] < starts[s + 1] && !std::isfinite(scalings[s])) return FASTLORA_NOT_FINITE;
     return guarded([&] {
         return checked({y, h, x, weight, bias, lora_A, lora_B, nullptr, ldy, ldh, ldx, ldw, lda_slot,
                         lda, 1, ldb_slot, ldb, 1, order, starts, ranks, scalings, row_scales, M, K, N, R,
-                        S, x_dtype, lora_dtype, threads});
+                        S, x_dtype, lora_dtype, threads, table, table_ld, pages, page});
     });
 }
 

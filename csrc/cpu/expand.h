@@ -41,12 +41,14 @@ inline void part_quad(F out[4], const T* B, int64_t ldb, int64_t rows, int64_t r
     columns(out, q);
 }
 
-// Of one slot: how many ranks count, its factors, and lora_bias (or null).
+// Of one slot: how many ranks count, its factors, and lora_bias (or null). Of a slot in pages, in
+// place of the factors: where each rank's row of A and of B lies.
 template <class T>
 struct Slot {
-    int64_t r;
-    const T *A, *B;
-    const float* bias;
+    int64_t r = 0;
+    const T *A = nullptr, *B = nullptr;
+    const float* bias = nullptr;
+    const T *const *A_ranks = nullptr, *const *B_ranks = nullptr;
 };
 
 // What a slot adds to `rows` rows: h_row(i) is a row of h, finish(i, n, width, sum) takes the sums of

@@ -55,11 +55,11 @@ Buffer<To> copied(const From* from, int64_t rows, int64_t columns, int64_t row, 
 
 template <class X, class T>
 void linear_of(const LinearArgs& a, const T* A, int64_t lda, const T* B, int64_t ldb,
-               const float* lora_bias) {
+               const float* lora_bias, const Pages<T>* pages = nullptr) {
     const Rows<X, T> rows{
-        {a.M, a.K, a.N, a.R, a.S}, as<X>(a.y), a.ldy, as<X>(a.h), a.ldh, as<X>(a.x), a.ldx,
+        {a.M, a.K, a.N, pages ? pages->most : a.R, a.S}, as<X>(a.y), a.ldy, as<X>(a.h), a.ldh, as<X>(a.x), a.ldx,
         as<X>(a.weight), a.ldw, as<X>(a.bias), A, a.lda_slot, lda, B, a.ldb_slot, ldb, lora_bias,
-        a.order, a.starts, a.scalings, a.ranks, a.row_scales, a.threads};
+        a.order, a.starts, a.scalings, a.ranks, a.row_scales, a.threads, pages};
     LoRARows<X, T>(rows).run();
 }
 
@@ -71,6 +71,11 @@ int32_t linear(const LinearArgs& a) {
         using X = decltype(x);
         using T = decltype(t);
         const T *A = as<T>(a.A), *B = as<T>(a.B);
+        if (a.page) {
+            const Pages<T> pages(a);
+            linear_of<X, T>(a, A, a.lda, B, a.ldb, nullptr, &pages);
+            return FASTLORA_OK;
+        }
         Buffer<float> bias;
         if (a.lora_bias) bias = copied<float>(as<T>(a.lora_bias), 1, a.N, 0, 1);
         const float* lora_bias = a.lora_bias ? bias.get() : nullptr;

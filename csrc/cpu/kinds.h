@@ -32,6 +32,12 @@ struct Kind {
         return FL_ISA::quad(p);
     }
 
+    // The column of outputs n ... n + W - 1 of PER ranks, whose outputs lie side by side.
+    template <class T>
+    static F column(const T* const* rank, int64_t n) {
+        return load(rank[0] + n);
+    }
+
     // Two vectors of columns of PER rows; lane(c) is where column c of them went.
     static void rows(F out[2], const X* const row[PER]) {
         out[0] = load(row[0]);
@@ -64,6 +70,22 @@ struct Kind<bf16> {
 
     static Q quad(const bf16* p) { return _mm_loadu_ps(reinterpret_cast<const float*>(p)); }
     static Q quad(const float* p) { return (__m128)_mm256_cvtneps_pbh(_mm256_loadu_ps(p)); }
+
+    static F column(const bf16* const* rank, int64_t n) {
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rank[0] + n));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rank[1] + n));
+        return paired(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+    static F column(const float* const* rank, int64_t n) {
+        return paired((__m512i)_mm512_cvtne2ps_pbh(load(rank[1] + n), load(rank[0] + n)));
+    }
+    // The halves' neighbours: element i of the lower one beside element i of the upper one.
+    static F paired(__m512i halves) {
+        const __m512i lower = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(W));
+        const __m512i from = _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16));
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi16(from, halves));
+    }
 
     static void rows(F out[2], const bf16* const row[PER]) {
         const __m512i a = _mm512_loadu_si512(row[0]), b = _mm512_loadu_si512(row[1]);

@@ -12,6 +12,7 @@
 #include "buffer.h"
 #include "dots.h"
 #include "expand.h"
+#include "pages.h"
 #include "threads.h"
 
 namespace fastlora::FL_ISA {
@@ -44,11 +45,13 @@ struct Rows {
     const int32_t* ranks;
     const float* row_scales;
     int threads;
+    const Pages<T>* pages;  // or null: A and B are as above. h is not written then
 
     int64_t row(int64_t i) const { return order ? order[i] : i; }
 
     Slot<T> slot(int64_t s) const {
-        if (s < 0) return {0, nullptr, nullptr, nullptr};
+        if (s < 0) return {};
+        if (pages) return pages->slot(s);
         const int64_t r = ranks ? std::clamp<int64_t>(ranks[s], 0, shape.R) : shape.R;
         return {r, A + s * lda_slot, B + s * ldb_slot, lora_bias};
     }
@@ -101,7 +104,8 @@ class LoRARows {
         y_rows = Buffer<X*>(a.threads * group);
         scales = Buffer<float>(a.threads * group);
         sums = Buffer<float>(a.weight ? a.threads * group * outputs : 0);
-        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? group : 0);
+        const int64_t matrices = a.pages ? a.pages->total : group;
+        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? matrices : 0);
     }
 
     void run() {
@@ -158,7 +162,7 @@ class LoRARows {
         bool fresh = a.weight != nullptr;
         a.segments(begin, end, [&](int64_t s, int64_t first, int64_t count) {
             const Slot<T> slot = a.slot(s);
-            if (part == 0)
+            if (part == 0 && !a.pages)
                 for (int64_t i = first; i < first + count; ++i)
                     std::fill(h_row(i) + slot.r, h_row(i) + a.shape.R, X{});
             const int64_t share = (slot.r + NB * parts - 1) / (NB * parts) * NB;
@@ -168,8 +172,10 @@ class LoRARows {
             fresh = true;
             dots<X, T>(
                 packed.get() + place * packed_size<X>(K), first - begin, count, to - from,
-                [&](int64_t r) { return slot.A + (from + r) * a.lda; },
-                [&, next = next_A(first + count)](int64_t r) { return next ? next + r * a.lda : next; },
+                [&](int64_t r) { return A_row(slot, from + r); },
+                [&, next = next_slot(first + count)](int64_t r) {
+                    return r < next.r ? A_row(next, r) : nullptr;
+                },
                 K,
                 [&](int64_t m, int64_t r, const float* value, int64_t some) {
                     std::memcpy(sum + m * ranks + from + r, value, some * sizeof *value);
@@ -179,16 +185,21 @@ class LoRARows {
                     const int64_t width = std::min<int64_t>(W, to - r);
                     const F value = load_some(sum + (i - begin) * ranks + r, width);
                     store_some(h.data() + i * ranks + r, width, value);
-                    store_some(h_row(i) + r, width, value);
+                    if (!a.pages) store_some(h_row(i) + r, width, value);
                 }
         });
     }
 
     X* h_row(int64_t i) const { return a.h + a.row(i) * a.ldh; }
 
-    const T* next_A(int64_t i) const {
-        const T* found = nullptr;
-        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s).A; });
+    const T* A_row(const Slot<T>& slot, int64_t r) const {
+        return slot.A_ranks ? slot.A_ranks[r] : slot.A + r * a.lda;
+    }
+
+    // Of grouped row i, which may be past the last one.
+    Slot<T> next_slot(int64_t i) const {
+        Slot<T> found;
+        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s); });
         return found;
     }
 
@@ -221,9 +232,7 @@ class LoRARows {
     // sum: of x W^T, from row `first` on, or null.
     void add_slot(float* sum, int64_t s, int64_t first, int64_t rows, int64_t n, int64_t count) {
         Slot<T> slot = a.slot(s);
-        if (slot.B) slot.B += n * a.ldb;
-        if (slot.bias) slot.bias += n;
-        const T* next = few ? next_B(first + rows) : nullptr;
+        const Slot<T> next = few ? next_slot(first + rows) : Slot<T>{};
         X** y_row = y_rows.get() + omp_get_thread_num() * group;
         float* scale = scales.get() + omp_get_thread_num() * group;
         for (int64_t i = 0; i < rows; ++i) {
@@ -244,8 +253,14 @@ class LoRARows {
             }
             store_some(y, width, fma(delta, splat(scale[i]), before));
         };
+        if (a.pages)
+            return ExpandPages<X, T, decltype(h_row), decltype(finish)>{
+                slot, next, n, count, rows, h_row, finish}
+                .run();
+        if (slot.B) slot.B += n * a.ldb;
+        if (slot.bias) slot.bias += n;
         Expand<X, T, decltype(h_row), decltype(finish)>{
-            slot,  next ? next + n * a.ldb : nullptr,
+            slot,  next.B ? next.B + n * a.ldb : nullptr,
             a.ldb, count,
             rows,  h_row,
             finish, columns.get() + omp_get_thread_num() * columns_size()}
@@ -269,17 +284,15 @@ class LoRARows {
     // Every slot's B for outputs n ... n + count - 1 of `rows` rows.
     Ahead<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
         Ahead<T>& all = ahead[omp_get_thread_num()];
-        all.clear(a.ldb, count);
+        all.clear(a.pages ? 1 : a.ldb, count);
         a.segments(first, first + rows, [&](int64_t s, int64_t, int64_t) {
-            if (!a.idle(s) && a.slot(s).r) all.add(a.slot(s).B + n * a.ldb);
+            const Slot<T> slot = a.slot(s);
+            if (a.pages)
+                for (int64_t r = 0; r < slot.r; ++r) all.add(slot.B_ranks[r] + n);
+            else if (slot.r)
+                all.add(slot.B + n * a.ldb);
         });
         return all;
-    }
-
-    const T* next_B(int64_t i) const {
-        const T* found = nullptr;
-        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s).B; });
-        return found;
     }
 };
 

@@ -16,6 +16,9 @@ struct LinearArgs {
     const float *scalings, *row_scales;
     int64_t M, K, N, R, S;
     int32_t x_dtype, lora_dtype, threads;
+    // Of adapters in pages, unless page is 0: slots' distances are pages' then, B's rows ranks.
+    const int32_t* table = nullptr;
+    int64_t table_ld = 0, pages = 0, page = 0;
 };
 
 struct GradientArgs {
