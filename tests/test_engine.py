@@ -434,6 +434,19 @@ def test_settings_of_the_thread_that_makes_it(server):
     assert seen == [(True, "torch"), (False, dispatch.asked())]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_dtypes(dtype):
+    """What rounds more differs more beside others, and is no other model for that."""
+    server = MultiLoRAModel(llama(dtype=dtype, hidden_size=128, num_hidden_layers=6))
+    request = ask(None, new=8)
+    with server.engine(max_length=40) as engine:
+        assert engine._loop.runner.cache.kinds[5].dtype == dtype
+        text = engine.submit(request).result(PATIENCE)
+    assert len(text) == 8
+    if dtype == torch.float64:
+        assert text == alone(server, request)
+
+
 def test_a_head_with_adapters(tmp_path):
     """It must see every token, not only those that are followed by one."""
     server = MultiLoRAModel(llama(), max_rank=4, target_modules=["q_proj", "lm_head"])
