@@ -104,6 +104,18 @@ def test_a_text_ends_with_its_eos(server):
         server.model.generation_config.eos_token_id = None
 
 
+def test_a_scale_is_its_requests_own(server):
+    scales = [0.5, 1.0, -1.0, 0.0]
+    requests = [ask("two", new=10, scale=scale) for scale in scales]
+    expected = [alone(server, r, adapter_scales=[r.scale]) for r in requests]
+    with server.engine(max_length=40) as engine:
+        streams = [engine.submit(request) for request in requests]
+        got = [stream.result(PATIENCE) for stream in streams]
+    assert got == expected
+    assert got[3] == alone(server, ask(None, new=10))
+    assert len({tuple(text) for text in got}) == 4
+
+
 def test_a_token_is_computed_once(server):
     """Joining costs the joiner's prompt, and nothing of the others again."""
     requests = mixed()

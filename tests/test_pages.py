@@ -16,6 +16,7 @@ RUN = {
     "README.md": (["transformers"], "my-adapter"),
     "docs/quickstart.md": (["transformers", "peft"], "native-adapter"),
     "docs/serving.md": (["transformers"], "tenants/alice"),
+    "docs/streaming.md": (["transformers"], "tenants/alice"),
 }
 
 
