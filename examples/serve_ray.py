@@ -21,11 +21,9 @@ import signal
 import socket
 import tempfile
 import threading
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,43 +32,54 @@ from typing import Any
 import ray
 import torch
 import transformers
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from openai_format import Completion, Refused, Text, choice, describe_errors, server_sent
+from openai_ingress import OpenAI
+from pydantic import BaseModel, DirectoryPath, Field, ValidationError
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 import fastlora
-from fastlora.adapter_files import CONFIG_NAME, check_name
-from fastlora.demo.model import byte_tokenizer, small_llama
-from fastlora.serving import Request
+from fastlora.adapter_files import check_name
+from fastlora.serving import Request, Stream
 
-# This file has no deferred annotations: FastAPI cannot resolve those of a class that Ray pickles.
 logger = logging.getLogger("ray.serve")
-app = describe_errors(FastAPI())
+
+
+class Settings(BaseModel):
+    """What the command line and ``serve run`` take."""
+
+    model: DirectoryPath = Field(description="with a model and its tokenizer")
+    adapters: DirectoryPath | None = Field(None, description="with a folder for each adapter")
+    replicas: int = 2
+    cpus: int = Field(1, description="of a replica")
+    gpus: float = Field(0, description="of a replica, or what part of one")
+    slots: int = Field(8, description="for adapters in a replica")
+    rank: int = Field(16, description="the highest of an adapter")
+    rows: int = Field(32, description="that a replica runs at a time")
+    length: int | None = Field(None, description="tokens of a request, its prompt included")
 
 
 class Replica:
     """The base model with slots for adapters, and the engine that batches what is asked of it."""
 
-    def __init__(self, model: str, adapters: str | None, slots: int, rank: int, rows: int) -> None:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # the CPUs Ray gave it
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.cpus)
         base = transformers.AutoModelForCausalLM.from_pretrained(
-            model, local_files_only=True, dtype="auto"
+            settings.model, local_files_only=True, dtype="auto"
         )
         base.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         ends = base.generation_config.eos_token_id
         self.ends = set(ends) if isinstance(ends, list) else {ends}
-        self.server = fastlora.MultiLoRAModel(base, max_adapters=slots, max_rank=rank)
-        self.engine = self.server.engine(max_rows=rows)
+        self.server = fastlora.MultiLoRAModel(
+            base, max_adapters=settings.slots, max_rank=settings.rank
+        )
+        self.engine = self.server.engine(max_rows=settings.rows, max_length=settings.length)
         self.name = serve.get_replica_context().replica_id.unique_id
-        # One for each request that Serve lets in; what they do is wait for tokens.
-        self.threads = ThreadPoolExecutor(2 * rows)
+        # A thread for each request that Serve lets in: reading tokens is waiting for them.
+        self.readers = ThreadPoolExecutor(2 * settings.rows)
 
-        @serve.multiplexed(max_num_models_per_replica=slots)
+        @serve.multiplexed(max_num_models_per_replica=settings.slots)
         async def load(adapter: str) -> SimpleNamespace:
             try:
-                folder = Path(str(adapters), check_name(adapter))
+                folder = Path(str(settings.adapters), check_name(adapter))
                 await asyncio.to_thread(self.server.load_adapter, folder, adapter)
             except (OSError, ValueError) as error:
                 raise RuntimeError(f"adapter {adapter} cannot be loaded: {error}") from error
@@ -80,6 +89,13 @@ class Replica:
 
         self.load = load
 
+    async def begin(self, ids: list[int], adapter: str | None, how: dict[str, Any]) -> Stream:
+        request = Request(input_ids=ids, adapter_name=adapter, **how)
+        if adapter is not None:
+            await self.load(adapter)
+        # Nothing is awaited in between, so that nothing is evicted in between.
+        return self.engine.submit(request)
+
     async def complete(
         self, ids: list[int], adapter: str | None, how: dict[str, Any]
     ) -> AsyncIterator[str | int]:
@@ -87,128 +103,59 @@ class Replica:
 
         Raises ValueError, before anything was yielded, when the engine refuses the request.
         """
-        if adapter is not None:
-            # Shielded: a client that leaves must not stop a load half-way.
-            await asyncio.shield(asyncio.ensure_future(self.load(adapter)))
-        # Nothing is awaited between the two, so that nothing can be evicted in between.
-        handle = self.engine.submit(Request(input_ids=ids, adapter_name=adapter, **how))
-        loop, tokens, count = asyncio.get_running_loop(), iter(handle), 0
+        # Shielded: a client that leaves must not stop a load half-way. The stream that nobody
+        # takes then is dropped, which cancels it.
+        handle = await asyncio.shield(asyncio.ensure_future(self.begin(ids, adapter, how)))
+        items: asyncio.Queue[Any] = asyncio.Queue()
+        post = partial(asyncio.get_running_loop().call_soon_threadsafe, items.put_nowait)
+
+        def read() -> None:
+            count = 0
+            try:
+                for token in handle:
+                    count += 1
+                    post(token)
+                post(handle.finish_reason)
+            except Exception as error:
+                post(error)
+            logger.info(f"{adapter or 'base'}: {count} tokens, {handle.finish_reason}")
+
+        self.readers.submit(read)
         try:
             yield self.name
-            while (
-                token := await loop.run_in_executor(self.threads, next, tokens, None)
-            ) is not None:
-                count += 1
-                if token not in self.ends:
-                    yield token
-            yield handle.finish_reason
+            while isinstance(item := await items.get(), int):
+                if item not in self.ends:
+                    yield item
+            if isinstance(item, Exception):
+                raise item
+            yield item
         finally:
             handle.cancel()  # changes nothing once it has ended
-            logger.info(f"{adapter or 'base'}: {count} tokens, {handle.finish_reason}")
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
             self.engine.close()
 
 
-@serve.deployment(
-    max_ongoing_requests=1000,
-    graceful_shutdown_wait_loop_s=0.1,
-    ray_actor_options={"num_cpus": 0},
-)
-@serve.ingress(app)
-class OpenAI:
-    """Reads requests, sends each where its adapter is, and writes what comes back."""
-
-    def __init__(
-        self, replicas: DeploymentHandle, base: str, model: str, adapters: str | None
-    ) -> None:
-        self.replicas, self.base = replicas, base
-        self.folder = None if adapters is None else Path(adapters)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
-        self.config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
-
-    @app.get("/v1/models")
-    def models(self) -> dict[str, Any]:
-        names = sorted(entry.name for entry in self.folder.iterdir()) if self.folder else []
-        served = [self.base, *(f"{self.base}:{name}" for name in names if self.has(name))]
-        card = {"object": "model", "created": 0, "owned_by": "fastlora"}
-        return {"object": "list", "data": [{"id": name, **card} for name in served]}
-
-    @app.post("/v1/completions")
-    async def completions(self, asked: Completion) -> Response:
-        adapter, ids = self.adapter(asked.model), self.prompt(asked)
-        choices = self.choices(ids, adapter, asked.how())
-        try:
-            replica = await anext(choices)
-        except ValueError as error:
-            raise Refused(400, None, str(error)) from error
-        head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": asked.model,
-        }
-        headers = {"X-Replica": replica}
-        if asked.stream:
-            events = server_sent(head, choices)
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        parts = [part async for part in choices]
-        tokens = [token for part in parts for token in part["token_ids"]]
-        text = "".join(part["text"] for part in parts)
-        usage = {"prompt_tokens": len(ids), "completion_tokens": len(tokens)}
-        usage["total_tokens"] = len(ids) + len(tokens)
-        whole = [choice(text, tokens, parts[-1]["finish_reason"])]
-        return JSONResponse(head | {"choices": whole, "usage": usage}, headers=headers)
-
-    async def choices(
-        self, ids: list[int], adapter: str | None, how: dict[str, Any]
-    ) -> AsyncGenerator[Any]:
-        """Yields the replica's name as the request begins, then a choice for each token."""
-        replicas = self.replicas.options(multiplexed_model_id=adapter or "", stream=True)
-        answer, text = replicas.complete.remote(ids, adapter, how), Text(self.tokenizer)
-        try:
-            yield await anext(answer)
-            async for item in answer:
-                if isinstance(item, int):
-                    yield choice(text.add([item]), [item])
-                else:
-                    yield choice(text.add([], last=True), [], item)
-        finally:
-            answer.cancel()  # whoever asked may have left
-
-    def adapter(self, model: str) -> str | None:
-        """The adapter that ``model`` names, None for the base."""
-        if model == self.base:
-            return None
-        name = model.removeprefix(f"{self.base}:")
-        if name == model or not self.has(name):
-            raise Refused(404, "model", f"there is no {model!r}; GET /v1/models lists them")
-        return name
-
-    def has(self, name: str) -> bool:
-        """Whether the folder has that adapter; what is no name of an adapter is never a path."""
-        try:
-            check_name(name)
-        except ValueError:
-            return False
-        return self.folder is not None and (self.folder / name / CONFIG_NAME).is_file()
-
-    def prompt(self, asked: Completion) -> list[int]:
-        """The prompt's tokens, which the model knows and has room for."""
-        ids = asked.prompt
-        ids = self.tokenizer(ids)["input_ids"] if isinstance(ids, str) else ids
-        size, room = self.config.vocab_size, self.config.max_position_embeddings
-        if not ids or not all(0 <= i < size for i in ids):
-            raise Refused(400, "prompt", f"expected one or more tokens from 0 to {size - 1}")
-        if len(ids) + asked.max_tokens > room:
-            left = f"{room} less the prompt's {len(ids)}"
-            raise Refused(400, "max_tokens", f"expected at most {left}, got {asked.max_tokens}")
-        return ids
+def application(settings: Settings) -> serve.Application:
+    """The replicas and, before them, the HTTP side."""
+    model = settings.model.resolve()
+    adapters = settings.adapters and settings.adapters.resolve()
+    replicas = serve.deployment(
+        Replica,
+        num_replicas=settings.replicas,
+        max_ongoing_requests=2 * settings.rows,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+    ).bind(settings.model_copy(update={"model": model, "adapters": adapters}))
+    return OpenAI.bind(replicas, model, adapters)
 
 
 def demo(folder: Path) -> tuple[str, str]:
     """The library demo's model, untrained, and three random adapters; where they were saved."""
+    from fastlora.demo.model import byte_tokenizer, small_llama
+
     model, adapters, tokenizer = folder / "small-llama", folder / "adapters", byte_tokenizer()
     base = small_llama(192, 4, len(tokenizer), seed=0)
     base.save_pretrained(model)
@@ -241,21 +188,19 @@ def reserved(host: str, port: int) -> Iterator[int]:
 
 
 @contextmanager
-def running_ray(address: str, cpus: int, folder: Path) -> Iterator[None]:
-    """Ray at ``address``, or one of our own for "local": its files in ``folder``, on loopback."""
+def running_ray(cpus: int, folder: str) -> Iterator[None]:
+    """A Ray of our own on this machine, with its files in ``folder``; closed in the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own = {}
-    if address == "local":
-        # A token of its own, or Ray would leave one in the home folder.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
-        own = {
-            "num_cpus": cpus,
-            "object_store_memory": 100 << 20,  # little passes through it
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-            "_temp_dir": str(folder / "ray"),
-        }
-    ray.init(address, **own)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # or it leaves one in the home
+    ray.init(
+        "local",
+        num_cpus=cpus,
+        object_store_memory=100 << 20,  # little passes through it
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=folder,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         yield
     finally:
@@ -264,50 +209,25 @@ def running_ray(address: str, cpus: int, folder: Path) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="a directory with a model and its tokenizer")
-    parser.add_argument("--adapters", help="a directory with a directory for each adapter")
-    parser.add_argument("--name", help="of the base model in requests; default: its directory's")
-    parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--cpus", type=int, default=1, help="of a replica")
-    parser.add_argument("--gpus", type=float, default=0, help="of a replica, or a part of one")
-    parser.add_argument("--slots", type=int, default=8, help="for adapters in a replica")
-    parser.add_argument("--rank", type=int, default=16, help="the highest of an adapter")
-    parser.add_argument("--rows", type=int, default=32, help="that a replica runs at a time")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for name, field in Settings.model_fields.items():
+        parser.add_argument(f"--{name}", help=field.description, default=argparse.SUPPRESS)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument(
-        "--address", default="local", help="of a running Ray, which may be many machines"
-    )
-    options = parser.parse_args(argv)
-    if options.adapters and not options.model:
-        parser.error("--adapters: expected --model with it")
-
-    with (
-        tempfile.TemporaryDirectory(prefix="fastlora-") as folder,
-        reserved(options.host, options.port) as port,
-    ):
-        model, adapters = options.model, options.adapters
-        if model is None:
-            model, adapters = demo(Path(folder))
-        name = options.name or Path(model).resolve().name
-        with running_ray(options.address, options.replicas * options.cpus, Path(folder)):
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
-            try:
-                serve.start(http_options={"host": options.host, "port": port})
-                replicas = serve.deployment(
-                    Replica,
-                    num_replicas=options.replicas,
-                    max_ongoing_requests=2 * options.rows,
-                    graceful_shutdown_wait_loop_s=0.1,
-                    graceful_shutdown_timeout_s=5,
-                    ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
-                ).bind(model, adapters, options.slots, options.rank, options.rows)
-                serve.run(OpenAI.bind(replicas, name, model, adapters))
-                print(f"{name} is served at http://{options.host}:{port}/v1", flush=True)
-                threading.Event().wait()
-            except KeyboardInterrupt:
-                print("stopping", flush=True)
+    options = vars(parser.parse_args(argv))
+    host, port = options.pop("host"), options.pop("port")
+    with tempfile.TemporaryDirectory(prefix="fastlora-") as folder, reserved(host, port) as port:
+        if "model" not in options:
+            options["model"], options["adapters"] = demo(Path(folder))
+        try:
+            settings = Settings.model_validate(options)
+        except ValidationError as error:
+            parser.error(str(error))
+        with running_ray(settings.replicas * settings.cpus, folder), suppress(KeyboardInterrupt):
+            serve.start(http_options={"host": host, "port": port})
+            serve.run(application(settings))
+            print(f"{settings.model.name} is served at http://{host}:{port}/v1", flush=True)
+            threading.Event().wait()
 
 
 if __name__ == "__main__":
