@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,11 @@ pytest.importorskip("ray", reason="Ray is not installed")
 from tests.ray_server import (
     END,
     NAMES,
+    NEW,
     PATIENCE,
     ROOM,
     ROOT,
+    SHORT,
     SPARE,
     TOKENIZER,
     Server,
@@ -51,10 +54,12 @@ def test_tokens_are_those_of_generate(server, adapter):
         assert answer.body["choices"][0]["text"] == TOKENIZER.decode(tokens)
 
 
-def test_adapters_differ_and_some_end_early(server):
-    answers = [server.expected(name) for name in [*NAMES, None]]
-    assert len({tuple(tokens[:3]) for tokens, _ in answers}) == len(answers)
-    assert {ended for _, ended in answers} == {"stop", "length"}
+def test_adapters_differ_and_one_ends_early(server):
+    """Or the other tests would say little."""
+    answers = {name: server.expected(name) for name in [*NAMES, None]}
+    assert len({tuple(tokens[:3]) for tokens, _ in answers.values()}) == len(answers)
+    ends = {name: (len(tokens), why) for name, (tokens, why) in answers.items()}
+    assert ends == dict.fromkeys(ends, (NEW, "length")) | {"carol": (SHORT, "stop")}
 
 
 def test_mixed_at_the_same_time(server):
@@ -79,7 +84,7 @@ def test_prompts_are_text_or_tokens(server):
     assert server.greedy("bob", prompt=ids).tokens == tokens
 
 
-@pytest.mark.parametrize("adapter", ["alice", None])
+@pytest.mark.parametrize("adapter", ["carol", "bob", None])
 def test_streams(server, adapter):
     tokens, ended = server.expected(adapter)
     with closing(server.connect()) as connection:
@@ -101,7 +106,7 @@ def test_streams(server, adapter):
 
 def test_samples(server):
     def tokens(seed: int) -> list[int]:
-        return server.greedy("carol", temperature=1.5, top_p=0.95, seed=seed).tokens
+        return server.greedy("bob", temperature=1.5, top_p=0.95, seed=seed).tokens
 
     assert tokens(1) == tokens(1)
     assert len({tuple(tokens(seed)) for seed in range(4)}) > 1
@@ -185,20 +190,15 @@ def test_an_adapter_stays_where_it_is(server):
 LONG = ROOM - 100
 
 
-def endless(server: Server, spares: list[str]) -> str:
-    """The first of some adapters that does not soon write the token that ends an answer."""
-    return next(name for name in spares if server.expected(name, new=300)[1] == "length")
-
-
 def cancelled(server: Server, name: str) -> int:
     """How many tokens a cancelled request had got, which its replica logs; 0 before it has."""
-    found = re.search(rf"{name}: (\d+) tokens, cancelled", server.log.read_text())
-    return int(found[1]) if found else 0
+    found = re.findall(rf"{name}: (\d+) tokens, cancelled", server.log.read_text())
+    return max(map(int, found), default=0)
 
 
 def test_leaving_a_stream_cancels_it(server):
     """All of its tokens would take minutes."""
-    name = endless(server, SPARE[4:6])
+    name = SPARE[4]
     with closing(server.connect()) as connection:
         send(connection, asked(name) | {"max_tokens": LONG, "stream": True})
         response = connection.getresponse()
@@ -209,7 +209,7 @@ def test_leaving_a_stream_cancels_it(server):
 
 def test_leaving_before_the_answer_cancels_it(server):
     """It may not have begun yet, and then leaves no trace: each try stays longer."""
-    name, pauses = endless(server, SPARE[6:8]), iter(range(1, PATIENCE))
+    name, pauses = SPARE[5], iter(range(1, PATIENCE))
 
     def leave() -> int:
         with closing(server.connect()) as connection:
@@ -222,7 +222,7 @@ def test_leaving_before_the_answer_cancels_it(server):
 
 def test_stops_and_leaves_nothing(server):
     """Last, since it ends the server."""
-    assert processes_with(server.mark)
+    assert processes_with(server.mark) or sys.platform != "linux"
     assert stop(server.process) == 0
     wait_for(lambda: not processes_with(server.mark), server.log)
     assert list(server.temporary.iterdir()) == []
