@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import adapter_files
 from fastlora.demo.model import clone, small_llama
+from fastlora.demo.stage import FULL
 from fastlora.serving import Request
 
 VOCABULARY = 256
@@ -86,13 +87,13 @@ class Served:
         total = sum(map(len, self.tokens.values()))
         parts = [f"{name:<12}{total / self.seconds:>9.0f}"]
         for times in (self.last, self.first):
-            parts += [f"{percentile(times.values(), p):>8.2f}" for p in (50, 95, 99)]
+            parts += [f"{percentile(times.values(), p):>8.2f}" for p in (50, 95, 99) if times]
         return "".join(parts)
 
 
 def percentile(values: Iterator[float] | Sequence[float], p: int) -> float:
     found = sorted(values)
-    return found[min(len(found) * p // 100, len(found) - 1)] if found else float("nan")
+    return found[min(len(found) * p // 100, len(found) - 1)]
 
 
 def stream(server: fastlora.MultiLoRAModel, requests: Sequence[Request], rows: int) -> Served:
@@ -173,8 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=32, help="in the running batch")
     parser.add_argument("--tokens", type=int, default=64, help="new ones a request, at most")
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent; 0: all alike")
-    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 32")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=FULL.hidden, help="a multiple of 32")
+    parser.add_argument("--layers", type=int, default=FULL.layers)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

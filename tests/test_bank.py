@@ -254,6 +254,19 @@ def test_a_cancelled_wait_borrows_nothing():
     assert_lends(of, {"a": adapters["a"], "c": adapters["c"]})
 
 
+def test_nothing_is_kept_of_who_gave_up():
+    of, adapters = filled(3, host_bytes=0)
+    lease = of.lease(["a", "b"]).result(60)
+    waits = of.lease(["c"])
+    of._all.in_loader(of._all.pump)
+    assert of._all.fresh[0].name == "c"  # read, and waiting for a place
+    assert waits.cancel()
+    of.remove("c", wait=True, timeout=60)
+    assert of._all.fresh is None
+    assert of.lease(["a"]).result(60).slots == lease.slots[:1]  # a has to leave for nobody
+    assert adapters["c"].reads == 2
+
+
 def test_a_budget_in_bytes():
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
     of = bank(max_adapters=8, device_bytes=3 * one)

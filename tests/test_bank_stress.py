@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.serving.entry import Entry, Lease
 from fastlora.serving.layout import Image
 from tests.banks import assert_empty
+from tests.histories import History, only
 from tests.models import randomise_lora
 
 THREADS, STEPS = 4, 1250  # of each, twice
@@ -70,51 +68,10 @@ def wanted(model: nn.Module, content: Content | None, x: Tensor, scale: float) -
     return y
 
 
-class History:
-    """What each name has meant: a batch may see what it meant at any time while it ran."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.meant: dict[str, list[Content | None]] = {name: [None] for name in NAMES}
-        self.settled = dict.fromkeys(NAMES, 0)
-        self.turn = {name: threading.Lock() for name in NAMES}
-
-    @contextmanager
-    def changing(self, name: str, to: Content | None) -> Iterator[None]:
-        """Within, the name may mean the one or the other; afterwards ``to``, unless this raises."""
-        with self.turn[name]:
-            with self.lock:
-                before = self.meant[name][-1]
-                self.meant[name].append(to)
-            try:
-                yield
-            except BaseException:
-                with self.lock:
-                    self.meant[name].append(before)
-                raise
-            finally:
-                with self.lock:
-                    self.settled[name] = len(self.meant[name]) - 1
-
-    def now(self) -> dict[str, int]:
-        with self.lock:
-            return dict(self.settled)
-
-    def since(self, then: dict[str, int], name: str) -> list[Content | None]:
-        with self.lock:
-            return self.meant[name][then[name] :]
-
-
-def only(error: Exception, *says: str) -> None:
-    """Another error than these is the test's."""
-    if not any(what in str(error) for what in says):
-        raise error
-
-
 class Tenants:
     """One thread's random steps against a server that others use too."""
 
-    def __init__(self, server: MultiLoRAModel, pool: list[Content], past: History) -> None:
+    def __init__(self, server: MultiLoRAModel, pool: list[Content], past: History[Content]) -> None:
         self.server, self.pool, self.past = server, pool, past
         self.plain, self.done = base(), Counter()
 
@@ -213,7 +170,7 @@ def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes):
     pool = [Content(tmp_path, seed) for seed in range(CONTENTS)]
     server = MultiLoRAModel(base(), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=32_000)
     before, bytes_before = living(Entry, Lease, Image), bytes_of_tensors()
-    past = History()
+    past: History[Content] = History(NAMES)
     with ThreadPoolExecutor(THREADS) as threads:
         runs = [Tenants(server, pool, past).run for _ in range(THREADS)]
         done: Any = sum(threads.map(lambda run, seed: run(seed), runs, range(THREADS)), Counter())

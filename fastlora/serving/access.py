@@ -18,6 +18,7 @@ def lend(server: MultiLoRAModel, name: str | None) -> Future[Lease]:
 
     Raises ValueError for a name that is not loaded.
     """
+    server.follow()
     return server.bank.lease([] if name in (None, "__base__") else [name])
 
 

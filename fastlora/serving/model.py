@@ -118,7 +118,7 @@ class MultiLoRAModel(nn.Module):
         files.check_name(adapter_name)
         if adapter_name == BASE:
             raise ValueError(f"adapter_name: {BASE!r} means the base model")
-        self._follow()
+        self.follow()
         self.bank.add(adapter_name, AdapterFiles(os.fspath(directory), self._reader))
         if pin:
             self.bank.pin(adapter_name)
@@ -238,7 +238,7 @@ class MultiLoRAModel(nn.Module):
                 raise ValueError(f"{what}: expected {rows}, one a row, got {len(given)}")
         for scale in adapter_scales or ():
             check_number("adapter_scales", scale)
-        self._follow()
+        self.follow()
         named = [name for name in adapter_names if name not in (None, BASE)]
         with self.bank.lease(named).result() as lease:
             slots = iter(lease.slots)
@@ -246,8 +246,11 @@ class MultiLoRAModel(nn.Module):
             with self.running(of_rows, adapter_scales, copies):
                 yield
 
-    def _follow(self) -> None:
-        """Takes the bank to where the layers are now."""
+    def follow(self) -> None:
+        """Takes the bank to where the layers are now, as every call does that needs adapters.
+
+        Raises RuntimeError, nothing changed, where it is elsewhere and adapters are in use.
+        """
         moved = [layer for layer in self._layers.values() if layer.moved]
         if moved:
             layout = _layout(self._layers, self.max_rank, self.lora_dtype)

@@ -51,6 +51,7 @@ class Residency(Shelf):
         for entry in different:
             entry.wanted += 1
         self._waiting.append(waiter)
+        waiter.future.add_done_callback(self._given_up)
         self._loader.submit(self.pump)
         return waiter.future
 
@@ -100,6 +101,10 @@ class Residency(Shelf):
         if needed:
             self._loader.submit(self.pump)
 
+    def _given_up(self, future: Future[Lease]) -> None:
+        if future.cancelled():
+            self._loader.submit(self.pump)
+
     # Without the lock, in the loader alone.
 
     def pump(self) -> None:
@@ -127,7 +132,7 @@ class Residency(Shelf):
             if waiter.future.cancelled():
                 self._leave(waiter)
             if waiter.future.cancelled() or entry is None:
-                self._leaving.clear()
+                self._end_turn()
                 return True
         try:
             placed = self.place(entry, self.image(entry), waiter.different)
@@ -136,7 +141,7 @@ class Residency(Shelf):
             return True
         with self.lock:
             if placed:
-                self._leaving.clear()
+                self._end_turn()
             if placed or self._releases != seen:
                 return True
             if self._make_leave(entry, waiter.different):
@@ -148,6 +153,11 @@ class Residency(Shelf):
         )
         self._fail(waiter, RuntimeError(what))
         return True
+
+    def _end_turn(self) -> None:
+        """Nobody has to leave, and nothing is kept, for the first of those who wait any more."""
+        self._leaving.clear()
+        self.fresh = None
 
     def _serve_ready(self) -> None:
         """Lends to all who wait for nothing but that somebody looks."""
@@ -161,7 +171,7 @@ class Residency(Shelf):
 
     def _fail(self, waiter: Waiter, error: BaseException) -> None:
         with self.lock:
-            self._leaving.clear()
+            self._end_turn()
             self._leave(waiter)
         if waiter.future.set_running_or_notify_cancel():
             waiter.future.set_exception(error)

@@ -42,8 +42,8 @@ class Shelf:
         self._slots = list(range(slots))[::-1]
         # Known no more, but not idle yet.
         self._dropped: list[Entry] = []
-        # What has been read again last, until it has a place.
-        self._fresh: tuple[Entry, Image] | None = None
+        # What has been read again, for who waits for its place.
+        self.fresh: tuple[Entry, Image] | None = None
 
     # With the lock held, in any thread.
 
@@ -114,7 +114,6 @@ class Shelf:
             entry.slot, entry.places = slot, places
             self.resident[entry] = None
             self.counts.loads += 1
-        self._fresh = None
         return True
 
     def image(self, entry: Entry) -> Image:
@@ -122,8 +121,8 @@ class Shelf:
         with self.lock:
             if entry.image is not None:
                 return entry.image
-        if self._fresh is not None and self._fresh[0] is entry:
-            return self._fresh[1]
+        if self.fresh is not None and self.fresh[0] is entry:
+            return self.fresh[1]
         factors = entry.read()
         check_factors(factors, self.device.layout)
         if digest(factors) != entry.digest:
@@ -131,7 +130,7 @@ class Shelf:
                 f"{entry.name}: its files have changed since it was loaded; load it again"
             )
         image = self.device.layout.image(factors)
-        self._fresh = entry, image
+        self.fresh = entry, image
         with self.lock:
             self.counts.reads += 1
             self.keep_copy(entry, image)
@@ -165,7 +164,7 @@ class Shelf:
                 entry.image = layout.image(before.factors(entry.image))
                 self.host_bytes_used += entry.image.nbytes
             self.resident.clear()
-            self.device, self._slots, self._fresh = device, list(range(slots))[::-1], None
+            self.device, self._slots, self.fresh = device, list(range(slots))[::-1], None
         for entry in pinned:
             self.place(entry, self.image(entry), pinned)
 

@@ -1,0 +1,228 @@
+"""examples/serve_ray.py over HTTP: two replicas, whose tokens are those of ``generate``."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("fastapi", reason="FastAPI is not installed")
+pytest.importorskip("ray", reason="Ray is not installed")
+
+from tests.ray_server import (
+    END,
+    NAMES,
+    NEW,
+    PATIENCE,
+    ROOM,
+    ROOT,
+    SHORT,
+    SPARE,
+    TOKENIZER,
+    Server,
+    asked,
+    processes_with,
+    running,
+    send,
+    stop,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("served")) as server:
+        yield server
+
+
+@pytest.mark.parametrize("adapter", [*NAMES, None])
+def test_tokens_are_those_of_generate(server, adapter):
+    """One adapter after another, more of them than there are slots, and each of them again."""
+    tokens, ended = server.expected(adapter)
+    for _ in range(2):
+        answer = server.greedy(adapter)
+        assert (answer.status, answer.tokens, answer.ended) == (200, tokens, ended)
+        assert answer.body["object"] == "text_completion"
+        assert answer.body["usage"]["completion_tokens"] == len(tokens)
+        assert answer.body["choices"][0]["text"] == TOKENIZER.decode(tokens)
+
+
+def test_adapters_differ_and_one_ends_early(server):
+    """Or the other tests would say little."""
+    answers = {name: server.expected(name) for name in [*NAMES, None]}
+    assert len({tuple(tokens[:3]) for tokens, _ in answers.values()}) == len(answers)
+    ends = {name: (len(tokens), why) for name, (tokens, why) in answers.items()}
+    assert ends == dict.fromkeys(ends, (NEW, "length")) | {"carol": (SHORT, "stop")}
+
+
+def test_mixed_at_the_same_time(server):
+    """More requests than rows and adapters than slots, all under way together."""
+    names = [*NAMES, None] * 3
+    expected = {name: server.expected(name) for name in [*NAMES, None]}
+    with ThreadPoolExecutor(len(names)) as threads:
+        answers = [*threads.map(server.greedy, names)]
+    assert [(a.tokens, a.ended) for a in answers] == [expected[name] for name in names]
+
+
+def test_both_replicas_answer(server):
+    """To requests that go where they like, all to the same one with a probability of 2^-29."""
+    assert len({server.greedy(None, max_tokens=1).replica for _ in range(30)}) == 2
+
+
+def test_prompts_are_text_or_tokens(server):
+    prompt = "Süßes, oder …"
+    ids = TOKENIZER(prompt)["input_ids"]
+    tokens, _ = server.expected("bob", ids)
+    assert server.greedy("bob", prompt=prompt).tokens == tokens
+    assert server.greedy("bob", prompt=ids).tokens == tokens
+
+
+@pytest.mark.parametrize("adapter", ["carol", "bob", None])
+def test_streams(server, adapter):
+    tokens, ended = server.expected(adapter)
+    with closing(server.connect()) as connection:
+        send(connection, asked(adapter) | {"stream": True})
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.getheader("Content-Type").startswith("text/event-stream")
+        *events, done, nothing = response.read().decode().split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert {(c["id"], c["object"], c["model"]) for c in chunks} == {
+        (chunks[0]["id"], "text_completion", asked(adapter)["model"])
+    }
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [c["token_ids"] for c in choices] == [*([token] for token in tokens), []]
+    assert [c["finish_reason"] for c in choices] == [None] * len(tokens) + [ended]
+    assert "".join(c["text"] for c in choices) == TOKENIZER.decode(tokens)
+
+
+def test_samples(server):
+    def tokens(seed: int) -> list[int]:
+        return server.greedy("bob", temperature=1.5, top_p=0.95, seed=seed).tokens
+
+    assert tokens(1) == tokens(1)
+    assert len({tuple(tokens(seed)) for seed in range(4)}) > 1
+
+
+def test_models(server):
+    with closing(server.connect()) as connection:
+        connection.request("GET", "/v1/models")
+        listed = json.loads(connection.getresponse().read())
+    names = [*NAMES, *SPARE, "broken"]
+    assert listed["object"] == "list"
+    assert {card["id"] for card in listed["data"]} == {"small", *(f"small:{n}" for n in names)}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [f"small:{name}" for name in ("mallory", "", "..", "../adapters/bob", "bob/", "bob\0", "notes")]
+    + ["large", "large:bob", "smallbob", "bob", "", ":bob", "small:" + "b" * 200],
+)
+def test_unknown_models(server, model):
+    answer = server.greedy(None, model=model)
+    error = answer.body["error"]
+    assert (answer.status, error["param"], error["code"]) == (404, "model", "model_not_found")
+    assert repr(model) in error["message"]
+
+
+BAD = {
+    "max_tokens": [0, -1, "5", 2.5, True, ROOM],
+    "temperature": [-0.1, 2.1, "hot"],
+    "top_p": [0, 1.1],
+    "seed": [-1, 0.5],
+    "prompt": ["", [], [END + 1], [-1], [0.5], ["a", "b"], None, [[1]]],
+    "stream": ["yes", 1],
+    "n": [2],
+    "model": [None, 1],
+    "echo": [True],
+    "stop": ["a"],
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_bad_fields(server, field):
+    for value in BAD[field]:
+        answer = server.greedy("bob", **{field: value})
+        error = answer.body["error"]
+        assert (answer.status, error["type"]) == (400, "invalid_request_error"), value
+        assert field in error["message"], value
+    assert server.greedy("bob").tokens == server.expected("bob")[0]
+
+
+def test_no_json(server):
+    answer = server.post("{")
+    assert answer.status == 400
+    assert "JSON" in answer.body["error"]["message"]
+
+
+def test_an_adapter_that_cannot_be_loaded(server):
+    answer = server.greedy("broken")
+    assert (answer.status, answer.body["error"]["type"]) == (500, "server_error")
+    assert str(ROOT) not in json.dumps(answer.body)
+    assert server.greedy("dave").tokens == server.expected("dave")[0]
+
+
+def test_an_adapter_stays_where_it_is(server):
+    """Serve learns a moment later who has loaded what, so there are several tries.
+
+    Each takes an adapter that nobody has loaded. Were its requests spread over both replicas, ten
+    would go to the same one in a try with a probability of 1 / 512.
+    """
+    seen = []
+    for i, name in enumerate(SPARE[:4]):
+        first = server.greedy(name)
+        assert first.tokens == server.expected(name)[0]
+        time.sleep(0.5 * 4**i)
+        seen.append({first.replica, *(server.greedy(name, max_tokens=1).replica for _ in range(9))})
+        if len(seen[-1]) == 1:
+            return
+    raise AssertionError(f"adapters wander: {seen}")
+
+
+LONG = ROOM - 100
+
+
+def cancelled(server: Server, name: str) -> int:
+    """How many tokens a cancelled request had got, which its replica logs; 0 before it has."""
+    found = re.findall(rf"{name}: (\d+) tokens, cancelled", server.log.read_text())
+    return max(map(int, found), default=0)
+
+
+def test_leaving_a_stream_cancels_it(server):
+    """All of its tokens would take minutes."""
+    name = SPARE[4]
+    with closing(server.connect()) as connection:
+        send(connection, asked(name) | {"max_tokens": LONG, "stream": True})
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        response.close()
+    assert wait_for(lambda: cancelled(server, name), server.log) < LONG
+
+
+def test_leaving_before_the_answer_cancels_it(server):
+    """It may not have begun yet, and then leaves no trace: each try stays longer."""
+    name, pauses = SPARE[5], iter(range(1, PATIENCE))
+
+    def leave() -> int:
+        with closing(server.connect()) as connection:
+            send(connection, asked(name) | {"max_tokens": LONG})
+            time.sleep(next(pauses))
+        return cancelled(server, name)
+
+    assert wait_for(leave, server.log) < LONG
+
+
+def test_stops_and_leaves_nothing(server):
+    """Last, since it ends the server."""
+    assert processes_with(server.mark) or sys.platform != "linux"
+    assert stop(server.process) == 0
+    wait_for(lambda: not processes_with(server.mark), server.log)
+    assert list(server.temporary.iterdir()) == []
