@@ -72,6 +72,7 @@ demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and
 
 bench: setup ## measure on the CPU
 	$(BIN)/python -m benchmarks --device cpu $(ARGS)
+	$(BIN)/python -m benchmarks.serving --device cpu
 
 # Beside the same torch, which asks for no triton where there is no GPU.
 $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
@@ -89,7 +90,7 @@ gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pyt
 	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
 	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
 	$(PYTHON) -m benchmarks --device cuda $(ARGS) && $(PYTHON) -m benchmarks.model_merge || bench=$$?; \
-	! $(PYTHON) -c "import peft, transformers" 2>/dev/null || $(PYTHON) -m benchmarks.training || bench=$$?; \
+	! $(PYTHON) -c "import peft, transformers" 2>/dev/null || { $(PYTHON) -m benchmarks.training && $(PYTHON) -m benchmarks.serving; } || bench=$$?; \
 	sanitizer=0; ! command -v compute-sanitizer || make --no-print-directory sanitize || sanitizer=$$?; \
 	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench, compute-sanitizer with $$sanitizer"; \
 	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ] && [ $$sanitizer -eq 0 ]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastlora.demo.claims import Claims
-from fastlora.demo.screen import Screen
 from fastlora.demo.training import Recipe
+
+if TYPE_CHECKING:
+    # Benchmarks run where rich is not installed.
+    from fastlora.demo.claims import Claims
+    from fastlora.demo.screen import Screen
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Arena:
     def clear(self, blocks: Sequence[Block]) -> None:
         """Zeroes blocks."""
         for first, size in neighbours(blocks):
-            self.part(first, size).zero_()
+            clear(self.part(first, size))
 
     def part(self, first: int, size: int) -> Tensor:
         return self.buffer[first * GRANULE : (first + size) * GRANULE]
@@ -112,9 +113,21 @@ def _length(run: tuple[int, int]) -> int:
     return run[1] - run[0]
 
 
+def clear(what: Tensor) -> None:
+    """Zeroes a contiguous tensor."""
+    if what.is_cuda:
+        what.zero_()
+    else:
+        _bytes(what)[:] = 0
+
+
 def _copy(to: Tensor, what: Tensor) -> None:
     if to.is_cuda:
         to.copy_(what, non_blocking=True)
     else:
-        # By numpy, in this thread: torch's copy would call in the threads that run the batch.
-        to.view(torch.uint8).numpy()[:] = what.view(torch.uint8).numpy()
+        _bytes(to)[:] = _bytes(what)
+
+
+def _bytes(host: Tensor) -> Any:
+    """For numpy, which works in this thread: torch would call on those that run the batch."""
+    return host.view(torch.uint8).numpy()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.serving.arena import GRANULE, Arena, granules
+from fastlora.serving.arena import GRANULE, Arena, clear, granules
 
 # Ranks: what the GPU kernels read at least, and all that an adapter's last page can waste.
 PAGE = 8
@@ -108,7 +108,8 @@ class Layout:
         need = self.granules({name: f.lora_A.shape[0] for name, f in factors.items()})
         for kind, count in self.counts.items():
             pin = kind[0].type == "cuda"
-            flats[kind] = torch.zeros(need[kind] * GRANULE, dtype=kind[1], pin_memory=pin)
+            flats[kind] = torch.empty(need[kind] * GRANULE, dtype=kind[1], pin_memory=pin)
+            clear(flats[kind])
             tables[kind] = torch.full((count, self.pages), -1, dtype=torch.int32)
             ranks[kind] = torch.zeros(count, dtype=torch.int32)
             scalings[kind] = torch.zeros(count, dtype=torch.float32)
