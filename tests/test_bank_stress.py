@@ -161,8 +161,14 @@ def living(*kinds: type) -> int:
 
 def bytes_of_tensors() -> int:
     gc.collect()
-    found = [t for t in gc.get_objects() if type(t) is Tensor]
-    return sum(t.untyped_storage().nbytes() for t in found)
+    return sum(storage(t) for t in gc.get_objects() if type(t) is Tensor)
+
+
+def storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().nbytes()
+    except RuntimeError:  # of other tests, one that has none: sparse, a transform's
+        return 0
 
 
 @pytest.mark.parametrize("host_bytes", [20_000, 4 << 30])
@@ -186,5 +192,5 @@ def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes):
         server.unload_adapter(name)
     assert_empty(server.bank)
     del runs, past, done
-    assert living(Entry, Lease, Image) == before
+    assert living(Entry, Lease, Image) <= before  # of other tests some may go meanwhile
     assert bytes_of_tensors() <= bytes_before
