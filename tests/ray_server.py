@@ -155,15 +155,11 @@ def running(folder: Path) -> Iterator[Server]:
     local, log, mark = save_all(folder), folder / "log", uuid.uuid4().hex
     command = [sys.executable, str(ROOT / "examples" / "serve_ray.py"), "--port=0"]
     command += [f"--model={folder / 'small'}", f"--adapters={folder / 'adapters'}"]
-    command += [
-        "--replicas=2",
-        f"--slots={SLOTS}",
-        "--rank=4",
-        f"--rows={ROWS}",
-        f"--length={ROOM}",
-    ]
+    command += ["--replicas=2", f"--slots={SLOTS}", "--rank=4"]
+    command += [f"--rows={ROWS}", f"--length={ROOM}"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", MARK: mark}
+    environment["RAY_DEDUP_LOGS"] = "0"  # or lines that resemble each other are held back
     # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary, log.open("w") as out:
         environment["TMPDIR"] = temporary
