@@ -29,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import ray
 import torch
 import transformers
@@ -204,8 +205,12 @@ def running_ray(cpus: int, folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        started = psutil.Process().children(recursive=True)
         serve.shutdown()
         ray.shutdown()
+        # Ray gives its own processes a second; those that they have started may stay for a minute.
+        for process in psutil.wait_procs(started, timeout=5)[1]:
+            process.kill()
 
 
 def main(argv: list[str] | None = None) -> None:

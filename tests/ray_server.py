@@ -7,13 +7,14 @@ import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from fastlora.demo.model import byte_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["alice", "bob", "carol", "dave", "eve"]  # more than the slots of both replicas
 SPARE = [f"spare{i}" for i in range(6)]  # each for one test alone
-SLOTS, ROOM = 2, 20_000
+SLOTS, ROWS, ROOM = 2, 4, 20_000
 PROMPT, NEW, SHORT = list(b"Once upon a time"), 24, 6
 PATIENCE = 300  # seconds: how long something may take before it counts as hung
 MARK = "FASTLORA_TEST_RUN"
@@ -154,9 +155,11 @@ def running(folder: Path) -> Iterator[Server]:
     local, log, mark = save_all(folder), folder / "log", uuid.uuid4().hex
     command = [sys.executable, str(ROOT / "examples" / "serve_ray.py"), "--port=0"]
     command += [f"--model={folder / 'small'}", f"--adapters={folder / 'adapters'}"]
-    command += ["--replicas=2", f"--slots={SLOTS}", "--rank=4", "--rows=4", f"--length={ROOM}"]
+    command += ["--replicas=2", f"--slots={SLOTS}", "--rank=4"]
+    command += [f"--rows={ROWS}", f"--length={ROOM}"]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", MARK: mark}
+    environment["RAY_DEDUP_LOGS"] = "0"  # or lines that resemble each other are held back
     # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary, log.open("w") as out:
         environment["TMPDIR"] = temporary
@@ -172,6 +175,9 @@ def running(folder: Path) -> Iterator[Server]:
             yield Server(process, log, at, mark, Path(temporary), local)
         finally:
             stop(process)
+            for left in processes_with(mark):
+                with suppress(ProcessLookupError):
+                    os.kill(left, signal.SIGKILL)
 
 
 def stop(process: subprocess.Popen) -> int:
@@ -180,14 +186,15 @@ def stop(process: subprocess.Popen) -> int:
     try:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        process.kill()  # Ray's processes end with it
+        process.kill()
         return process.wait()
 
 
-def processes_with(mark: str) -> list[str]:
+def processes_with(mark: str) -> list[int]:
     """Processes, by number, that have inherited the mark; none where there is no /proc."""
     wanted = f"{MARK}={mark}".encode()
-    return [folder.name for folder in Path("/proc").glob("[0-9]*") if wanted in _environ(folder)]
+    folders = [folder for folder in Path("/proc").glob("[0-9]*") if wanted in _environ(folder)]
+    return [int(folder.name) for folder in folders]
 
 
 def _environ(folder: Path) -> bytes:
