@@ -71,6 +71,13 @@ def delta(of: AdapterBank, layer: str, slot: int, x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def settled(of: AdapterBank) -> None:
+    """Returns when the loader has nothing to do before somebody gives something back."""
+    of._all.loader.wait_for(int)
+    while of._all.poked:
+        of._all.loader.wait_for(int)
+
+
 def assert_lends(of: AdapterBank, names: Mapping[str, Adapter]) -> None:
     """One lease of all the names: in its slots are these adapters' numbers."""
     with of.lease(list(names)).result(60) as lease:

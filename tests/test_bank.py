@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlora.serving import AdapterBank
-from tests.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout
+from tests.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
 
 RANKS = (0, 1, 3, 8, 9, 16)
 
@@ -100,10 +100,10 @@ def test_what_is_lent_is_not_taken():
     of, adapters = filled(4)
     first, second = (of.lease([name]).result(60) for name in ("a", "b"))
     third = of.lease(["c"])
-    of._all.in_loader(of._all.pump)
+    settled(of)
     # The one used longest ago is lent no more, or who waits might wait for ever; others are.
     fourth, fifth = of.lease(["a"]), of.lease(["b"])
-    of._all.in_loader(of._all.pump)
+    settled(of)
     assert (third.done(), fourth.done(), fifth.done()) == (False, False, True)
     first.release()
     assert third.result(60).slots == first.slots
@@ -138,15 +138,18 @@ def test_as_many_leave_as_it_takes():
         of.add(name, adapters[name])
     held = {name: of.lease([name]).result(60) for name in "abc"}
     large = of.lease(["large"])
-    of._all.in_loader(of._all.pump)
-    assert of.lease(["c"]).done()
-    assert not of.lease(["a"]).done()
-    assert not of.lease(["b"]).done()
+    settled(of)
+    again = {name: of.lease([name]) for name in "abc"}
+    assert [future.done() for future in again.values()] == [False, False, True]
     held["a"].release()
-    of._all.in_loader(of._all.pump)
-    assert not large.done()
+    settled(of)
+    assert not any(future.done() for future in (large, again["a"], again["b"]))
     held["b"].release()
-    large.result(60).release()
+    assert set(large.result(60).slots) <= {0, 1}
+    for lease in (large.result(), held["c"], again["c"].result()):
+        lease.release()
+    for name in "ab":
+        again[name].result(60).release()
 
 
 def test_a_load_holds_up_nobody_else():
@@ -206,7 +209,7 @@ def test_the_same_name_again():
         assert held.entries[0].slot == held.slots[0]  # as it was
     assert of.stats().resident == 2
     held.release()
-    of._all.in_loader(of._all.pump)
+    settled(of)
     assert of.stats().resident == 1
     assert_lends(of, {"a": other})
     of.add("a", Adapter(5, scaling=0.25))
@@ -225,7 +228,7 @@ def test_unloading_what_is_in_use():
         of.lease(["a"])
     assert of.stats().resident == 2
     lease.release()
-    of._all.in_loader(of._all.pump)
+    settled(of)
     assert of.stats().resident == 1
     lease, gone = of.lease(["b"]).result(60), threading.Event()
     thread = threading.Thread(target=lambda: (of.remove("b", wait=True), gone.set()))
@@ -249,7 +252,7 @@ def test_a_cancelled_wait_borrows_nothing():
     futures[1].result(60).release()
     with pytest.raises(CancelledError):
         futures[0].result()
-    of._all.in_loader(of._all.pump)
+    settled(of)
     assert of.stats().leases == 0
     assert_lends(of, {"a": adapters["a"], "c": adapters["c"]})
 
@@ -258,7 +261,7 @@ def test_nothing_is_kept_of_who_gave_up():
     of, adapters = filled(3, host_bytes=0)
     lease = of.lease(["a", "b"]).result(60)
     waits = of.lease(["c"])
-    of._all.in_loader(of._all.pump)
+    settled(of)
     assert of._all.fresh[0].name == "c"  # read, and waiting for a place
     assert waits.cancel()
     of.remove("c", wait=True, timeout=60)

@@ -7,13 +7,15 @@ until it is released, whatever is loaded, replaced or dropped meanwhile.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from fastlora.config import check_rank
 from fastlora.serving.device import Device, Pages
-from fastlora.serving.entry import BankStats, Entry, Lease, Read
+from fastlora.serving.entry import BankStats, Entry, Lease, Read, let_go
 from fastlora.serving.layout import Layout, check_factors, digest
 from fastlora.serving.residency import Residency
 
@@ -63,7 +65,8 @@ class AdapterBank:
 
     def digest(self, name: str) -> str:
         """SHA-256 of the adapter's tensors and scalings; ValueError when it is not known."""
-        return self._entry(name).digest
+        with self._all.lock:
+            return self._entry(name).digest
 
     def add(self, name: str, read: Read) -> None:
         """Makes an adapter known; under a name that is taken it replaces the old one, pin and all.
@@ -71,8 +74,8 @@ class AdapterBank:
         read: gives {layer: Factors}, now and whenever the host's copy has made room for others.
         Batches that run keep what they borrowed; who borrows after this returns gets the new one.
         Where it fits without taking another's place it is on the device then. Raises what ``read``
-        raises, and ValueError, nothing changed, for what does not fit the layout or for an adapter
-        larger than the device's pages.
+        raises, and ValueError, nothing changed, for what does not fit the layout, or an adapter
+        larger than the device's pages, or than what other pinned ones leave a pinned one.
         """
         factors = read()
         layout = self.layout
@@ -85,28 +88,44 @@ class AdapterBank:
             )
         entry, image = Entry(name, read, digest(factors), ranks), layout.image(factors)
         with self._all.lock:
-            old = self._entries.get(name)
-            if old is not None and old.digest == entry.digest:
+            moved, old = self._all.moving or self.layout is not layout, self._entries.get(name)
+            if not moved and old is not None and old.digest == entry.digest:
                 old.read = read
                 return
-            if old is not None:
-                self._all.drop(old)
-            self._entries[name] = entry
-            self._all.keep_copy(entry, image)
-            pin = self._all.pins.pop(name, None)
-        if pin is not None:
-            pin.release()
+            pins = {e.name: e.ranks for pin in self._all.pins.values() for e in pin.entries}
+            pinned = name in pins
+            if (
+                pinned
+                and not moved
+                and not self._all.device.holds(*(pins | {name: ranks}).values())
+            ):
+                raise ValueError(
+                    f"device_bytes: {name!r} is pinned, and would not fit beside others that are"
+                )
+            if not moved:
+                if old is not None:
+                    self._all.drop(old)
+                self._entries[name] = entry
+                self._all.keep_copy(entry, image)
+        if moved:
+            # The model has gone elsewhere meanwhile; all is there when the loader is done.
+            self._all.loader.wait_for(int)
+            self.add(name, read)
+            return
+        if pinned:
+            self._all.pins[name].release()
             self.pin(name)
-        self._all.in_loader(self._all.settle, entry, image)
+        self._all.loader.wait_for(self._all.settle, entry, image)
 
     def remove(self, name: str, *, wait: bool = False, timeout: float | None = None) -> None:
         """Forgets an adapter and its pin. Its pages are zeroed and free when this returns.
 
-        wait: whether to wait for batches that use it, for at most ``timeout`` seconds; from the
-        call on nobody else can borrow it. Raises ValueError for an unknown name, RuntimeError,
-        nothing changed, where it is in use and wait is false, TimeoutError when the time is over:
-        its pages are then free as soon as its last batch has ended.
+        wait: whether to wait for batches that use it; from the call on nobody else can borrow it.
+        timeout: seconds to wait at most, for them and for the loader. Raises ValueError for an
+        unknown name, RuntimeError, nothing changed, where it is in use and wait is false,
+        TimeoutError when the time is over: its pages are then free as soon as may be.
         """
+        end = math.inf if timeout is None else time.monotonic() + timeout
         with self._all.lock:
             entry = self._entry(name)
             if not wait and entry.users + entry.wanted > (name in self._all.pins):
@@ -118,24 +137,36 @@ class AdapterBank:
             pin = self._all.pins.pop(name, None)
         if pin is not None:
             pin.release()
+        self._all.poke()
         with self._all.lock:
-            if not self._all.lock.wait_for(lambda: entry.idle, timeout):
+            left = None if timeout is None else max(end - time.monotonic(), 0)
+            if not self._all.lock.wait_for(lambda: entry.idle, left):
                 raise TimeoutError(f"adapter_name: {name!r} is still in use after {timeout} s")
-        self._all.in_loader(self._all.pump)
+        left = None if timeout is None else max(end - time.monotonic(), 0)
+        self._all.loader.wait_for(self._all.free_dropped, timeout=left)
 
     def pin(self, name: str) -> None:
         """Brings an adapter to the device, where it stays until ``unpin`` or ``remove``.
 
-        Raises as ``lease`` does, and as its future.
+        Raises as ``lease`` does, and as its future: then it is not pinned.
         """
-        lease = self.lease([name]).result()
-        with self._all.lock:
-            wanted = name not in self._all.pins and lease.entries[0].known
-            if wanted:
-                self._all.pins[name] = lease
-        if not wanted:
+        while True:
+            try:
+                lease = self.borrow([name])
+            except BaseException:
+                self._all.pins.pop(name, None)
+                raise
+            with self._all.lock:
+                entry, pin = lease.entries[0], self._all.pins.get(name)
+                there = pin is not None and pin.entries[0] is entry
+                if entry.known and not there:
+                    self._all.pins[name] = lease
+                    break
+            # Pinned already, or exchanged while it was brought: then the new one is.
             lease.release()
-        self._all.in_loader(self._all.pump)
+            if there:
+                break
+        self._all.poke()
 
     def unpin(self, name: str) -> None:
         """Lets a pinned adapter make room for others again; ValueError when it is not pinned."""
@@ -144,6 +175,16 @@ class AdapterBank:
         if pin is None:
             raise ValueError(f"adapter_name: {name!r} is not pinned")
         pin.release()
+
+    def borrow(self, names: Sequence[str]) -> Lease:
+        """What ``lease`` promises, when it is there. Raises what it and its future raise."""
+        future = self.lease(names)
+        try:
+            return future.result()
+        except BaseException:
+            # Interrupted, perhaps: then nobody would give it back.
+            let_go(future)
+            raise
 
     def lease(self, names: Sequence[str]) -> Future[Lease]:
         """Borrows adapters, in any number; their slots are in the lease, in the order of names.
@@ -157,6 +198,8 @@ class AdapterBank:
 
         Raises ValueError for an unknown name, or more different ones than max_adapters.
         """
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names: expected a list of names, got {names!r}")
         with self._all.lock:
             entries = [self._entry(name) for name in names]
             different = len(set(names))
@@ -189,7 +232,7 @@ class AdapterBank:
 
         Raises RuntimeError, nothing changed, while adapters are borrowed.
         """
-        self._all.in_loader(self._all.rebuild, layout, self.max_adapters, self.device_bytes)
+        self._all.loader.wait_for(self._all.move, layout, self.max_adapters, self.device_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy knows the same adapters, lends none, and has an empty device of its own.

@@ -18,6 +18,8 @@ from fastlora.serving.arena import GRANULE, Arena, Block
 from fastlora.serving.layout import Image, Kind, Layout
 
 Places = dict[Kind, list[Block]]
+# The last event of each stream of each device, by its index and the stream's handle.
+Passed = dict[tuple[int | None, int], torch.cuda.Event]
 
 
 class Pages(NamedTuple):
@@ -81,10 +83,10 @@ class Device:
         sizes = ((a.size - a.free) * GRANULE * a.buffer.itemsize for a in self.arenas.values())
         return sum(sizes)
 
-    def holds(self, ranks: Mapping[str, int]) -> bool:
-        """Whether an adapter of these ranks has room where there is no other."""
-        need = self.layout.granules(ranks)
-        return all(self.arenas[kind].size >= n for kind, n in need.items())
+    def holds(self, *ranks: Mapping[str, int]) -> bool:
+        """Whether adapters of these ranks have room beside each other where there is no other."""
+        each = [self.layout.granules(one) for one in ranks]
+        return all(a.size >= sum(need[kind] for need in each) for kind, a in self.arenas.items())
 
     def fits(self, need: Mapping[Kind, int]) -> bool:
         """Whether so many granules of each arena are free, in one piece or not."""
@@ -107,13 +109,15 @@ class Device:
         with self._aside():
             for kind, blocks in places.items():
                 self.arenas[kind].fill(blocks, image.flats[kind])
-                firsts = torch.tensor([first for first, _ in blocks] + [-1], dtype=torch.int32)
+                firsts = torch.tensor(
+                    [first for first, _ in blocks] + [-1], dtype=torch.int32, device="cpu"
+                )
                 # The entry -1, of no page, takes the last one.
                 rows = (firsts[image.tables[kind].long()], image.ranks[kind], image.scalings[kind])
                 for table, row in zip(self.tables[kind], rows, strict=True):
                     table[:, slot].copy_(row)
 
-    def wipe(self, slot: int, places: Places, after: list[torch.cuda.Event]) -> None:
+    def wipe(self, slot: int, places: Places, after: Passed) -> None:
         """Zeroes a slot and its pages, which are free then; ``after`` what still reads them."""
         with self._aside(after):
             for kind, blocks in places.items():
@@ -123,22 +127,22 @@ class Device:
         for kind, blocks in places.items():
             self.arenas[kind].give_back(blocks)
 
-    def passed(self) -> list[torch.cuda.Event]:
+    def passed(self) -> Passed:
         """Events that happen when everything that this thread has queued so far is done."""
-        events = []
+        events: Passed = {}
         for device in self._streams:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            events.append(event)
+            stream, event = torch.cuda.current_stream(device), torch.cuda.Event()
+            event.record(stream)
+            events[device.index, stream.cuda_stream] = event
         return events
 
     @contextmanager
-    def _aside(self, after: list[torch.cuda.Event] | None = None) -> Iterator[None]:
+    def _aside(self, after: Passed | None = None) -> Iterator[None]:
         with torch.inference_mode(False), torch.no_grad():
             before = {device: torch.cuda.current_stream(device) for device in self._streams}
             try:
                 for stream in self._streams.values():
-                    for event in after or ():
+                    for event in (after or {}).values():
                         stream.wait_event(event)
                     torch.cuda.set_stream(stream)
                 yield

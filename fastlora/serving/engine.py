@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora import dispatch, invariance
 from fastlora.serving.access import lend
 from fastlora.serving.cache import RowCache
+from fastlora.serving.entry import let_go
 from fastlora.serving.fitness import eos_of, fitting
 from fastlora.serving.job import Job
 from fastlora.serving.loop import Loop
@@ -102,11 +103,11 @@ class Engine:
             )
         eos = self._eos if request.eos is None else request.eos
         lent = lend(self._server, request.adapter_name)
-        job = Job(request, eos, lent, self._device, emit)
         try:
+            job = Job(request, eos, lent, self._device, emit)
             self._loop.add(job)
-        except RuntimeError:
-            job.give_back()
+        except BaseException:
+            let_go(lent)
             raise
         inbox = self._inbox
         lent.add_done_callback(lambda _: inbox.put(None))

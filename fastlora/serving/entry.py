@@ -7,9 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
-from fastlora.serving.device import Places
+from fastlora.serving.device import Passed, Places
 from fastlora.serving.layout import Factors, Image
 
 Read = Callable[[], Mapping[str, Factors]]
@@ -21,8 +19,8 @@ class Entry:
 
     read, digest, ranks: where it comes from, what it is, of each layer. image: the host's copy,
     while there is one. slot, places: on the device. users, wanted: leases that hold it, and callers
-    that wait for it. passed: what its last users have queued on a GPU. known: to the bank; one that
-    is not any more keeps its place until it is idle.
+    that wait for it. passed: what its users have queued on a GPU, each stream's last. known: to the
+    bank; one that is not any more keeps its place until it is idle.
     """
 
     name: str
@@ -34,7 +32,7 @@ class Entry:
     places: Places = field(default_factory=dict)
     users: int = 0
     wanted: int = 0
-    passed: list[torch.cuda.Event] = field(default_factory=list)
+    passed: Passed = field(default_factory=dict)
     known: bool = True
 
     @property
@@ -45,8 +43,9 @@ class Entry:
 class Lease:
     """Adapters that a batch has borrowed: they stay in ``slots``, as they are, until ``release``.
 
-    slots: one an adapter that was asked for, in that order. Release it once, when the batch's
-    last forward has been called; more often does nothing. As a context manager it does so itself.
+    slots: one an adapter that was asked for, in that order. Release it in the thread that ran the
+    batch, on its stream, when its last forward has been called; more often than once does nothing.
+    As a context manager it does so itself.
     """
 
     def __init__(self, entries: Sequence[Entry], give_back: Callable[[Lease], None]) -> None:
@@ -64,6 +63,17 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def let_go(future: Future[Lease]) -> None:
+    """Lets go of a lease that nobody waits for any more, be it there or still to come."""
+    if not future.cancel():
+        future.add_done_callback(_release)
+
+
+def _release(future: Future[Lease]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().release()
 
 
 class Waiter(NamedTuple):

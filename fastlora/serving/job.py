@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlora.serving.entry import Lease
+from fastlora.serving.entry import Lease, let_go
 from fastlora.serving.request import Event, FinishReason, Request
 from fastlora.serving.runner import Chunk
 from fastlora.serving.sampling import Sampler
@@ -73,10 +73,4 @@ class Job:
 
     def give_back(self) -> None:
         """Lets go of the adapter, or of the wish for it."""
-        if not self.lent.cancel():
-            self.lent.add_done_callback(_release)
-
-
-def _release(lent: Future[Lease]) -> None:
-    if not lent.cancelled() and lent.exception() is None:
-        lent.result().release()
+        let_go(self.lent)

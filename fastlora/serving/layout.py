@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -53,13 +54,14 @@ class Served:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An adapter as its pages hold it, in the host's memory.
+    """An adapter as a layout's pages hold it, in the host's memory.
 
     flats: of each arena, page after page. sizes: of those pages, in granules. tables: of each arena
     (layers, pages a slot), whose entries count these pages, -1 where there is none. ranks and
     scalings: of each arena, one a layer.
     """
 
+    layout: Layout
     flats: dict[Kind, Tensor]
     sizes: dict[Kind, list[int]]
     tables: dict[Kind, Tensor]
@@ -108,11 +110,13 @@ class Layout:
         need = self.granules({name: f.lora_A.shape[0] for name, f in factors.items()})
         for kind, count in self.counts.items():
             pin = kind[0].type == "cuda"
-            flats[kind] = torch.empty(need[kind] * GRANULE, dtype=kind[1], pin_memory=pin)
+            flats[kind] = torch.empty(
+                need[kind] * GRANULE, dtype=kind[1], device="cpu", pin_memory=pin
+            )
             clear(flats[kind])
-            tables[kind] = torch.full((count, self.pages), -1, dtype=torch.int32)
-            ranks[kind] = torch.zeros(count, dtype=torch.int32)
-            scalings[kind] = torch.zeros(count, dtype=torch.float32)
+            tables[kind] = torch.full((count, self.pages), -1, dtype=torch.int32, device="cpu")
+            ranks[kind] = torch.zeros(count, dtype=torch.int32, device="cpu")
+            scalings[kind] = torch.zeros(count, dtype=torch.float32, device="cpu")
         at = dict.fromkeys(self.counts, 0)
         for name, (A, B, scaling) in factors.items():
             layer = self.layers[name]
@@ -127,15 +131,16 @@ class Layout:
                 tables[kind][layer.index, page] = len(sizes[kind])
                 sizes[kind].append(layer.page_granules)
                 at[kind] += layer.page_granules
-        return Image(flats, sizes, tables, ranks, scalings)
+        return Image(self, flats, sizes, tables, ranks, scalings)
 
     def factors(self, image: Image) -> dict[str, Factors]:
         """What the image was made from, in the arenas' dtypes."""
-        starts = {k: [0, *torch.tensor(s).cumsum(0).tolist()] for k, s in image.sizes.items()}
+        starts = {k: [0, *accumulate(s)] for k, s in image.sizes.items()}
         found = {}
         for name, layer in self.layers.items():
             kind, r = layer.kind, int(image.ranks[layer.kind][layer.index])
-            A, B = torch.empty(r, layer.K, dtype=kind[1]), torch.empty(layer.N, r, dtype=kind[1])
+            A = torch.empty(r, layer.K, dtype=kind[1], device="cpu")
+            B = torch.empty(layer.N, r, dtype=kind[1], device="cpu")
             for page, first in enumerate(range(0, r, PAGE)):
                 some = min(PAGE, r - first)
                 start = starts[kind][int(image.tables[kind][layer.index, page])]

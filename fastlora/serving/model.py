@@ -119,7 +119,7 @@ class MultiLoRAModel(nn.Module):
         if adapter_name == BASE:
             raise ValueError(f"adapter_name: {BASE!r} means the base model")
         self.follow()
-        self.bank.add(adapter_name, AdapterFiles(os.fspath(directory), self._reader))
+        self.bank.add(adapter_name, AdapterFiles(os.path.abspath(directory), self._reader))
         if pin:
             self.bank.pin(adapter_name)
 
@@ -240,7 +240,7 @@ class MultiLoRAModel(nn.Module):
             check_number("adapter_scales", scale)
         self.follow()
         named = [name for name in adapter_names if name not in (None, BASE)]
-        with self.bank.lease(named).result() as lease:
+        with self.bank.borrow(named) as lease:
             slots = iter(lease.slots)
             of_rows = [-1 if name in (None, BASE) else next(slots) for name in adapter_names]
             with self.running(of_rows, adapter_scales, copies):

@@ -9,14 +9,14 @@ as many as it takes, until they are idle.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Collection
+from concurrent.futures import Future
 
 from fastlora.serving.device import Device
 from fastlora.serving.entry import Entry, Lease, Waiter
-from fastlora.serving.layout import Image
+from fastlora.serving.layout import Image, Layout
 from fastlora.serving.shelf import Shelf
+from fastlora.serving.worker import Worker
 
 
 class Residency(Shelf):
@@ -28,11 +28,9 @@ class Residency(Shelf):
         # Who is lent no more, for the first of those; how often anybody has released anything.
         self._leaving: set[Entry] = set()
         self._releases = 0
-        self._loader = ThreadPoolExecutor(1, "fastlora-adapters")
-
-    def in_loader(self, work: Callable[..., Any], *args: Any) -> Any:
-        """What ``work`` returns, in the loader, when it has done what it was asked before."""
-        return self._loader.submit(work, *args).result()
+        self.loader = Worker("fastlora-adapters")
+        # Whether the loader will look at those who wait.
+        self.poked = False
 
     # With the lock held, in any thread.
 
@@ -52,11 +50,19 @@ class Residency(Shelf):
             entry.wanted += 1
         self._waiting.append(waiter)
         waiter.future.add_done_callback(self._given_up)
-        self._loader.submit(self.pump)
+        self.poke()
         return waiter.future
 
+    def poke(self) -> None:
+        """Has the loader look at those who wait; needs no lock."""
+        if not self.poked:
+            self.poked = True
+            self.loader.submit(self._pump)
+
     def _ready(self, waiter: Waiter) -> bool:
-        return all(e.slot is not None and e not in self._leaving for e in waiter.different)
+        return not self.moving and all(
+            e.slot is not None and e not in self._leaving for e in waiter.different
+        )
 
     def _grant(self, waiter: Waiter) -> Lease | None:
         """What is lent; None where nobody waits any more."""
@@ -67,22 +73,23 @@ class Residency(Shelf):
             self.touch(entry)
         return Lease(waiter.entries, self._give_back)
 
-    def _leave(self, waiter: Waiter) -> Lease | None:
-        """Takes a waiter from the queue, and lends what it asked for if that is there."""
+    def _leave(self, waiter: Waiter) -> None:
+        """Takes a waiter from the queue."""
         self._waiting.remove(waiter)
         for entry in waiter.different:
             entry.wanted -= 1
         self.lock.notify_all()
-        return self._grant(waiter) if self._ready(waiter) else None
 
     def _make_leave(self, entry: Entry, beside: Collection[Entry]) -> bool:
         """Has as many lent no more as ``entry`` needs; False when nobody can be waited for."""
         pinned = {e for lease in self.pins.values() for e in lease.entries}
         others = [e for e in self.resident if e not in beside and e not in pinned]
         in_use = [e for e in others if e.users]
+        self._leaving.intersection_update(self.resident)
         for other in in_use:
             gone = [e for e in others if not e.users or e in self._leaving]
-            if self._leaving and self.has_room(entry, gone):
+            # One more than have gone, at least: room in all may be too little in one piece.
+            if any(e.users for e in self._leaving) and self.has_room(entry, gone):
                 break
             self._leaving.add(other)
         return bool(in_use)
@@ -90,36 +97,46 @@ class Residency(Shelf):
     # Without the lock, in any thread.
 
     def _give_back(self, lease: Lease) -> None:
-        passed = self.device.passed()
         with self.lock:
+            # Recorded in the order in which they count: each stream's last is the one to wait for.
+            passed = self.device.passed()
             for entry in dict.fromkeys(lease.entries):
                 entry.users -= 1
-                entry.passed = [*entry.passed, *passed] if entry.users else passed
+                entry.passed.update(passed)
             self._releases += 1
             self.lock.notify_all()
             needed = self._leaving or not all(entry.known for entry in lease.entries)
         if needed:
-            self._loader.submit(self.pump)
+            self.poke()
 
     def _given_up(self, future: Future[Lease]) -> None:
         if future.cancelled():
-            self._loader.submit(self.pump)
+            self.poke()
 
     # Without the lock, in the loader alone.
 
-    def pump(self) -> None:
-        """Frees what was dropped, then serves those who wait, until one must wait for others."""
+    def _pump(self) -> None:
+        """Frees what was dropped and serves the next who wait; then other tasks have their turn."""
+        self.poked = False
         self.free_dropped()
-        while self._serve_next():
-            self.free_dropped()
+        if self._serve_next():
+            self.poke()
 
     def settle(self, entry: Entry, image: Image) -> None:
         """Brings a new entry to the device where nobody has to leave for it."""
-        self.pump()
+        self.free_dropped()
         with self.lock:
-            wanted = entry.known and entry.slot is None and not self._waiting
+            same = self.device.layout is image.layout
+            wanted = same and entry.known and entry.slot is None and not self._waiting
         if wanted:
             self.place(entry, image, (), evict=False)
+
+    def move(self, layout: Layout, slots: int, nbytes: int | None) -> None:
+        """``rebuild``, and then those who have waited for it."""
+        try:
+            self.rebuild(layout, slots, nbytes)
+        finally:
+            self.poke()
 
     def _serve_next(self) -> bool:
         """Whether to go on: where the first of those who wait has come closer to what it wants."""
@@ -129,14 +146,12 @@ class Residency(Shelf):
                 return False
             waiter, seen = self._waiting[0], self._releases
             entry = next((e for e in waiter.different if e.slot is None), None)
-            if waiter.future.cancelled():
-                self._leave(waiter)
-            if waiter.future.cancelled() or entry is None:
+            if entry is None:
                 self._end_turn()
                 return True
         try:
             placed = self.place(entry, self.image(entry), waiter.different)
-        except Exception as error:
+        except BaseException as error:
             self._fail(waiter, error)
             return True
         with self.lock:
@@ -148,10 +163,10 @@ class Residency(Shelf):
                 return False
             pinned = ", ".join(sorted(self.pins)) or "nothing"
         names = ", ".join(e.name for e in waiter.different if e is not entry) or "nothing"
-        what = (
-            f"{entry.name}: what is pinned ({pinned}) and runs beside it ({names}) leaves no room"
-        )
-        self._fail(waiter, RuntimeError(what))
+        what = f"what is pinned ({pinned}) and runs beside it ({names}) leaves no room"
+        if not self.device.holds(entry.ranks):
+            what = f"it is larger than the device's {self.device.nbytes} bytes of pages"
+        self._fail(waiter, RuntimeError(f"{entry.name}: {what}"))
         return True
 
     def _end_turn(self) -> None:
@@ -160,10 +175,15 @@ class Residency(Shelf):
         self.fresh = None
 
     def _serve_ready(self) -> None:
-        """Lends to all who wait for nothing but that somebody looks."""
+        """Lends to all who wait for nothing but that somebody looks, and forgets who gave up."""
         with self.lock:
-            ready = [waiter for waiter in self._waiting if self._ready(waiter)]
-            leases = [(waiter, self._leave(waiter)) for waiter in ready]
+            first = self._waiting[0] if self._waiting else None
+            ready = [w for w in self._waiting if w.future.cancelled() or self._ready(w)]
+            for waiter in ready:
+                self._leave(waiter)
+            leases = [(waiter, self._grant(waiter)) for waiter in ready]
+            if first in ready:
+                self._end_turn()
         # Without the lock: it may call back.
         for waiter, lease in leases:
             if lease is not None:

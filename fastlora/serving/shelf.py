@@ -11,9 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from typing import NamedTuple
 
-import torch
-
-from fastlora.serving.device import Device, Places
+from fastlora.serving.device import Device, Passed, Places
 from fastlora.serving.entry import BankStats, Entry, Lease
 from fastlora.serving.layout import Image, Layout, check_factors, digest
 
@@ -23,7 +21,7 @@ class Left(NamedTuple):
 
     slot: int
     places: Places
-    passed: list[torch.cuda.Event]
+    passed: Passed
 
 
 class Shelf:
@@ -42,6 +40,8 @@ class Shelf:
         self._slots = list(range(slots))[::-1]
         # Known no more, but not idle yet.
         self._dropped: list[Entry] = []
+        # Nobody is lent anything while the device is exchanged.
+        self.moving = False
         # What has been read again, for who waits for its place.
         self.fresh: tuple[Entry, Image] | None = None
 
@@ -84,7 +84,7 @@ class Shelf:
         del self.resident[entry]
         assert entry.slot is not None
         left = Left(entry.slot, entry.places, entry.passed)
-        entry.slot, entry.places, entry.passed = None, {}, []
+        entry.slot, entry.places, entry.passed = None, {}, {}
         return left
 
     # In the loader alone, without the lock.
@@ -107,7 +107,7 @@ class Shelf:
         try:
             self.device.write(slot, image, places)
         except BaseException:
-            self.device.wipe(slot, places, [])
+            self.device.wipe(slot, places, {})
             self._slots.append(slot)
             raise
         with self.lock:
@@ -148,25 +148,44 @@ class Shelf:
             self._wipe(place)
 
     def rebuild(self, layout: Layout, slots: int, nbytes: int | None) -> None:
-        """Another device in the old one's place, with the pinned entries and no other on it."""
+        """Another device in the old one's place, with the pinned entries and no other on it.
+
+        All that can fail comes before the exchange.
+        """
         with self.lock:
-            pinned = [entry for lease in self.pins.values() for entry in lease.entries]
-            if sum(e.users for e in self.resident) > len(pinned):
-                raise RuntimeError("adapters are in use: move or cast the model when no batch runs")
             before = self.device.layout
-        device = Device(layout, slots, nbytes)
-        with self.lock:
-            for entry in self.resident:
-                entry.slot, entry.places, entry.passed = None, {}, []
-            for entry in self.copied:
-                assert entry.image is not None
-                self.host_bytes_used -= entry.image.nbytes
-                entry.image = layout.image(before.factors(entry.image))
-                self.host_bytes_used += entry.image.nbytes
-            self.resident.clear()
-            self.device, self._slots, self.fresh = device, list(range(slots))[::-1], None
-        for entry in pinned:
-            self.place(entry, self.image(entry), pinned)
+            if before.layers == layout.layers:
+                return
+            pinned = list(dict.fromkeys(e for pin in self.pins.values() for e in pin.entries))
+            if any(e.users > (e in pinned) for e in self.resident):
+                raise RuntimeError("adapters are in use: move or cast the model when no batch runs")
+            self.moving, copied = True, {e: e.image for e in self.copied}
+        try:
+            device = Device(layout, slots, nbytes)
+            if not device.holds(*(entry.ranks for entry in pinned)):
+                raise RuntimeError(
+                    f"device_bytes: pinned adapters need more than {device.nbytes} bytes there; "
+                    "unpin some before the model is moved or cast"
+                )
+            copied |= {entry: self.image(entry) for entry in pinned}
+            images = {e: layout.image(before.factors(i)) for e, i in copied.items() if i}
+            for entry in list(self.resident):
+                for event in entry.passed.values():
+                    event.synchronize()
+            with self.lock:
+                for entry in self.resident:
+                    entry.slot, entry.places, entry.passed = None, {}, {}
+                self.resident.clear()
+                self.device, self._slots, self.fresh = device, list(range(slots))[::-1], None
+                for entry in list(self.copied):
+                    self._forget_copy(entry)
+                    if entry in images:
+                        self.keep_copy(entry, images[entry])
+            for entry in pinned:
+                self.place(entry, images[entry], pinned)
+        finally:
+            with self.lock:
+                self.moving = False
 
     def _evict(self, beside: Collection[Entry]) -> bool:
         """Takes the place of the least recently used that is idle; False when there is none."""
