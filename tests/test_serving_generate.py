@@ -173,7 +173,8 @@ def test_a_scale_a_row(request, kind):
         for layer, scaling in zip(layers, before, strict=True):
             layer.scaling = scaling
         seen = slice(None) if more else mask[row].bool()
-        assert error(got[row, seen], want[0, seen]) <= 1e-5
+        # Encoder and decoder are twice the layers, with larger weights.
+        assert error(got[row, seen], want[0, seen]) <= (5e-5 if more else 1e-5)
     options = {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
     got = fixture.server.generate(
         ids, attention_mask=mask, adapter_names=["one"] * 4, adapter_scales=[1.0, 0, 1, 0],

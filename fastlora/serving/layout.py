@@ -189,3 +189,9 @@ def check_factors(factors: Mapping[str, Factors], layout: Layout) -> None:
             raise ValueError(f"{name}: expected a rank of at most {layout.max_rank}, got {r}")
         if not math.isfinite(scaling) or abs(scaling) > torch.finfo(torch.float32).max:
             raise ValueError(f"{name}: expected a finite scaling that float32 holds, got {scaling}")
+        # float16 alone has less range than what adapters are saved in.
+        for what, factor in (("lora_A", A), ("lora_B", B)):
+            narrow = layer.kind[1] == torch.float16 != factor.dtype
+            beyond = factor.abs() > torch.finfo(torch.float16).max if narrow else None
+            if beyond is not None and bool((beyond & factor.isfinite()).any()):
+                raise ValueError(f"{name}: {what} holds numbers that torch.float16 does not")
