@@ -84,6 +84,7 @@ class Replica:
                 await asyncio.to_thread(self.server.load_adapter, folder, adapter)
             except (OSError, ValueError) as error:
                 raise RuntimeError(f"adapter {adapter} cannot be loaded: {error}") from error
+            logger.info(f"loaded {adapter}, has {len(self.server.adapters)}")
             # Serve evicts it by calling __del__: an attribute, not a method, which the garbage
             # collector would call again, perhaps after the adapter has been loaded once more.
             return SimpleNamespace(__del__=partial(self.server.unload_adapter, adapter, wait=True))

@@ -25,6 +25,7 @@ from tests.ray_server import (
     ROOT,
     ROWS,
     SHORT,
+    SLOTS,
     SPARE,
     TOKENIZER,
     Server,
@@ -70,6 +71,22 @@ def test_mixed_at_the_same_time(server):
     with ThreadPoolExecutor(len(names)) as threads:
         answers = [*threads.map(server.greedy, names)]
     assert [(a.tokens, a.ended) for a in answers] == [expected[name] for name in names]
+
+
+def test_adapters_come_and_go(server):
+    """Short requests by turns: adapters are evicted all the time, and never are there too many."""
+    names = NAMES * 24
+    expected = {name: server.expected(name, new=1)[0] for name in NAMES}
+    with ThreadPoolExecutor(2 * ROWS) as threads:
+        answers = [*threads.map(lambda name: server.greedy(name, max_tokens=1), names)]
+    assert [answer.body for answer in answers if answer.status != 200] == []
+    assert [answer.tokens for answer in answers] == [expected[name] for name in names]
+
+    def kept() -> list[str]:
+        found = re.findall(r"loaded \w+, has (\d+)", server.log.read_text())
+        return found if len(found) >= len(NAMES) else []
+
+    assert max(map(int, wait_for(kept, server.log))) == SLOTS
 
 
 def test_prompts_are_text_or_tokens(server):
