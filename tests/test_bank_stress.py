@@ -6,6 +6,7 @@ import gc
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,19 @@ def wanted(model: nn.Module, content: Content | None, x: Tensor, scale: float) -
 class Tenants:
     """One thread's random steps against a server that others use too."""
 
-    def __init__(self, server: MultiLoRAModel, pool: list[Content], past: History[Content]) -> None:
-        self.server, self.pool, self.past = server, pool, past
+    def __init__(
+        self, server: MultiLoRAModel, pool: list[Content], past: History[Content], device: Any
+    ) -> None:
+        self.server, self.pool, self.past, self.device = server, pool, past, device
         self.plain, self.done = base(), Counter()
 
     def run(self, seed: int) -> Counter[str]:
+        # On a GPU batches of different threads overlap, each on a stream of its own.
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+            return self.steps(seed)
+
+    def steps(self, seed: int) -> Counter[str]:
         draw = random.Random(seed)
         steps = [self.batch] * 6 + [self.load, self.load, self.unload, self.pin, self.cancel]
         for _ in range(STEPS):
@@ -90,7 +99,7 @@ class Tenants:
         scales = [draw.choice([1.0, -0.5]) for _ in rows] if draw.random() < 0.5 else None
         x, then = torch.randn(len(rows), WIDTH), self.past.now()
         try:
-            y = self.server(x, adapter_names=rows, adapter_scales=scales)
+            y = self.server(x.to(self.device), adapter_names=rows, adapter_scales=scales).cpu()
         except ValueError as error:
             only(error, "is loaded")
             assert any(None in self.past.since(then, name) for name in rows if name)
@@ -172,13 +181,15 @@ def storage(tensor: Tensor) -> int:
 
 
 @pytest.mark.parametrize("host_bytes", [20_000, 4 << 30])
-def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes):
+def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes, device):
     pool = [Content(tmp_path, seed) for seed in range(CONTENTS)]
-    server = MultiLoRAModel(base(), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=32_000)
+    server = MultiLoRAModel(
+        base().to(device), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=32_000
+    )
     before, bytes_before = living(Entry, Lease, Image), bytes_of_tensors()
     past: History[Content] = History(NAMES)
     with ThreadPoolExecutor(THREADS) as threads:
-        runs = [Tenants(server, pool, past).run for _ in range(THREADS)]
+        runs = [Tenants(server, pool, past, device).run for _ in range(THREADS)]
         done: Any = sum(threads.map(lambda run, seed: run(seed), runs, range(THREADS)), Counter())
     stats = server.bank.stats()
     assert stats.leases == len(server.bank._all.pins)

@@ -47,6 +47,43 @@ def test_generate_mixed(dtype, capsys):
     assert all(rate > 0 for rate in rows.values())
 
 
+MANY = [
+    "--adapters=12", "--resident=4", "--requests=10", "--rows=4", "--tokens=8", "--hidden=32",
+    "--layers=1", "--peft-requests=5", "--threads=1",
+]  # fmt: skip
+
+
+def test_serve_many_adapters(capsys):
+    for package in ("peft", "transformers", "tokenizers"):
+        pytest.importorskip(package)
+    main = runpy.run_path(str(EXAMPLES / "serve_many_adapters.py"))["main"]
+    main(MANY)
+    said = capsys.readouterr().out
+    assert "12 adapters loaded" in said
+    assert "10 requests for " in said
+    assert "found their adapter on the device, which has 4" in said
+    rows = {line[:12].strip(): line[12:].split() for line in said.splitlines()}
+    assert [len(rows[name]) for name in ("fastlora", "base model", "PEFT")] == [7, 7, 4]
+    assert all(float(rows[name][0]) > 0 for name in ("fastlora", "base model", "PEFT"))
+    assert "PEFT wrote the same tokens for 5 of 5 requests" in said
+
+
+def test_serve_many_adapters_sees_another_s_tokens(monkeypatch):
+    for package in ("peft", "transformers", "tokenizers"):
+        pytest.importorskip(package)
+    scope = runpy.run_path(str(EXAMPLES / "serve_many_adapters.py"))
+    real = scope["stream"]
+
+    def wrong(server, requests, rows):
+        served = real(server, requests, rows)
+        served.tokens[0][-1] ^= 1
+        return served
+
+    monkeypatch.setitem(scope["main"].__globals__, "stream", wrong)
+    with pytest.raises(SystemExit, match="request 0 got other tokens than its adapter's"):
+        scope["main"](MANY)
+
+
 TRAINER = [
     "--steps=4",
     "--hidden=32",
