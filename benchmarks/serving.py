@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cold-rows", type=int, default=16)
     parser.add_argument("--cold-tokens", type=int, default=200)
     parser.add_argument("--every", type=int, default=20, help="tokens between two cold adapters")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

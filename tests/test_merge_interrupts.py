@@ -68,8 +68,11 @@ def alike(a, b) -> bool:
 def test_a_model_is_merged_or_not(step, merge_backend):
     if merge_backend == "triton":
         pytest.skip("interpreted: too slow to be interrupted often")
-    changed, undone = 0, 0
-    for round_ in range(25):
+    undone = 0
+    for round_ in range(400):
+        # On a busy machine most come too late: as many as it takes for one to come in time.
+        if undone and round_ >= 25:
+            break
         m = model()
         if step == "unmerge_adapter":
             fastlora.merge_adapter(m)
@@ -81,7 +84,7 @@ def test_a_model_is_merged_or_not(step, merge_backend):
         interrupted(lambda m=m: getattr(fastlora, step)(m), took * (round_ % 13) / 10)
         now = state(m)
         assert alike(now, before) or alike(now, after)
-        changed, undone = changed + alike(now, after), undone + alike(now, before)
+        undone += alike(now, before)
     assert undone
 
 
