@@ -34,6 +34,13 @@ def server_of(build: Callable[[], nn.Module], path: Path) -> MultiLoRAModel:
     return server
 
 
+def ask(adapter_name: str | None = "one", new: int = 6, prompt: int = 4, **options) -> Request:
+    torch.manual_seed(prompt)
+    return Request(
+        tokens(prompt), adapter_name, max_new_tokens=new, **{"eos_token_id": ()} | options
+    )
+
+
 def alone(server: MultiLoRAModel, request: Request, **options: Any) -> list[int]:
     """What transformers' own loop writes for this request by itself."""
     ids = torch.tensor([request.input_ids])
