@@ -16,6 +16,7 @@ from benchmarks.workloads import adapter_ids
 from fastlora import functional as F
 
 _MIXED_SEQUENCES = 4
+_PAGE = 8
 # Of the Triton kernels; kernels/ledger.py has the list, but importing it needs triton. "library" is
 # how others serve: the library's product, then a launch to shrink and one to expand.
 PATHS = ("decode", "decode_beside", "prefill", "prefill_beside", "library")
@@ -37,6 +38,7 @@ class Multi(Work):
         self.phase = phase
         self.name = f"multi-{phase}"
         self.providers = {BASE: _base, "torch": _torch, "peft": _peft, "fastlora": _fastlora}
+        self.providers["fastlora-pages"] = _fastlora_pages
         if phase != "mixed":
             # Copies an adapter for every row or sequence: of use while they are few.
             self.providers["torch-gather"] = _torch_gather
@@ -177,6 +179,19 @@ def _fastlora(case: Case, o: Operands) -> Call:
     args = (o["x"], o["weight"], o["lora_A"], o["lora_B"], groups, o["scalings"])
     ranks = o["ranks"] if case.ranks else None
     return lambda: {"y": F.multi_lora_linear(*args, ranks=ranks)}
+
+
+def _fastlora_pages(case: Case, o: Operands) -> Call:
+    """The same adapters as a bank has them: in pages of eight ranks, B's rank-major."""
+    groups, (S, R, _) = F.group_rows(o["ids"], case.shape["S"]), o["lora_A"].shape
+    pages = -(-R // _PAGE)
+    lora_A, lora_B = (
+        nnf.pad(t, (0, 0, 0, pages * _PAGE - R)).reshape(S * pages, _PAGE, -1)
+        for t in (o["lora_A"], o["lora_B"].mT)
+    )
+    table = torch.arange(S * pages, dtype=torch.int32, device=case.device).view(S, pages)
+    args = (o["x"], o["weight"], lora_A, lora_B, groups, o["scalings"])
+    return lambda: {"y": F.multi_lora_linear(*args, ranks=o["ranks"], page_table=table)}
 
 
 def _merged(case: Case, o: Operands) -> Call:
