@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.truth import oracle
-from benchmarks.work import BASE, YARDSTICK, Absent, Case, Outputs
+from benchmarks.work import YARDSTICK, Absent, Case, Outputs
 
 # Relative norms: what is allowed beyond twice the yardstick's, and the most that the yardstick may
 # show itself.
@@ -31,6 +31,7 @@ class Verdict:
 
 def check(case: Case, seed: int) -> dict[str, Verdict]:
     """A verdict on every provider of the case, the yardstick first."""
+    case = case.work.gated(case)
     order = sorted(case.providers, key=lambda name: name != YARDSTICK)
     truths: dict[str, Outputs] = {}
     verdicts: dict[str, Verdict] = {}
@@ -64,10 +65,7 @@ def _errors(case: Case, seed: int, provider: str, truths: dict[str, Outputs]) ->
     call = case.providers[provider](case, case.work.operands(case, seed))
     torch.manual_seed(seed)
     got = case.work.sample(case, call())
-    key = BASE if provider == BASE else "adapters"
-    if case.dropout and provider != BASE:
-        # Each library draws a mask of its own; fastlora's is the same along every path.
-        key = provider if provider in case.work.providers else "fastlora"
+    key = case.work.truth(case, provider)
     if key not in truths:
         operands = case.work.operands(case, seed)
         torch.manual_seed(seed)

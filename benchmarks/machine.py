@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -13,7 +14,11 @@ import torch
 
 import fastlora
 
+# Distributions whose versions stand beside a figure, installed or not.
+PEERS = ("peft", "transformers", "unsloth", "liger-kernel", "vllm", "sglang")
+
 _ROOT = Path(__file__).parent.parent
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -24,20 +29,58 @@ def facts(device: str) -> dict[str, Any]:
             "fastlora": fastlora.__version__,
             "torch": torch.__version__,
             "triton": _version("triton") or _version("pytorch-triton"),
-            "peft": _version("peft"),
             "python": platform.python_version(),
+            **{name: _version(name) for name in PEERS},
         },
         "commit": _commit(),
     }
+
+
+def clocks(device: str) -> dict[str, float | str]:
+    """How fast the device runs just now, as far as it says: MHz; and what else wants it.
+
+    Of a GPU also its temperature and the power it draws, of a CPU the machine's load a minute.
+    """
+    if device == "cuda":
+        return _gpu_clocks()
+    found: dict[str, float | str] = {"load": os.getloadavg()[0]}
+    try:
+        cores = re.findall(r"^cpu MHz\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        cores = []
+    return found | ({"mhz": sum(map(float, cores)) / len(cores)} if cores else {})
+
+
+def _gpu_clocks() -> dict[str, float | str]:
+    fields = {"mhz": "clocks.sm", "memory_mhz": "clocks.mem", "limit_mhz": "clocks.max.sm"}
+    fields |= {"celsius": "temperature.gpu", "watts": "power.draw"}
+    fields |= {"throttled": "clocks_event_reasons.active"}
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits"]
+    command.append(f"--query-gpu={','.join(fields.values())}")
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"unknown": str(error)}
+    said = (text.strip() for text in done.stdout.split(","))
+    return {
+        k: text if k == "throttled" else _number(text)
+        for k, text in zip(fields, said, strict=False)
+    }
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
-        said = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
+        said = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)
     except OSError:
         said = None
     return said[1].strip() if said else platform.processor() or platform.machine()

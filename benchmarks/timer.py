@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,7 @@ from benchmarks.work import Call
 ROTATED_BYTES = 200 * 2**20
 
 _ROUNDS = (10, 300)
+_RESAMPLES = 1000
 # The slowest case still ends: fewer rounds than ten, but three, where ten take longer than this.
 _LONGEST = 15.0
 _WARM_UP_ROUNDS, _WARM_UP_SECONDS = 3, 1.0
@@ -40,14 +42,22 @@ class Samples:
 
 def copies(operand_bytes: int, providers: int) -> int:
     """How many copies of its operands each provider needs for a rotation past the caches."""
-    return max(_HostClock.CALLS, math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers)))
+    return max(HostClock.TURN, math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers)))
 
 
-def interleaved(calls: dict[str, list[Call]], device: str, seconds: float) -> dict[str, Samples]:
+def clock_for(device: str, *, host_only: bool = False) -> HostClock | CudaClock:
+    if device == "cuda":
+        return HostClock(torch.cuda.synchronize) if host_only else CudaClock()
+    return HostClock()
+
+
+def interleaved(
+    calls: dict[str, list[Call]], device: str, seconds: float, *, host_only: bool = False
+) -> dict[str, Samples]:
     """Samples of every provider. calls: one for each copy of the operands."""
-    clock = _CudaClock() if device == "cuda" else _HostClock()
+    clock = clock_for(device, host_only=host_only)
     names = list(calls)
-    rounds = _rounds(_warm_up(calls, clock) * clock.CALLS, seconds)
+    rounds = _rounds(_warm_up(calls, clock) * clock.TURN, seconds)
     samples = {name: Samples() for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -57,7 +67,7 @@ def interleaved(calls: dict[str, list[Call]], device: str, seconds: float) -> di
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 each = calls[name]
-                turn = range(i * clock.CALLS, (i + 1) * clock.CALLS)
+                turn = range(i * clock.TURN, (i + 1) * clock.TURN)
                 clock.sample(name, *(each[j % len(each)] for j in turn))
             for name, (ms, cpu_ms) in clock.read().items():
                 samples[name].ms.append(ms)
@@ -74,12 +84,19 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80}
 
 
+def interval(values: list[float]) -> dict[str, float]:
+    """The median's 95 % interval by the percentile bootstrap (Efron 1979): resampled rounds."""
+    drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5)).tolist()
+    return {"low": low, "high": high}
+
+
 def ratios(samples: list[float], base: list[float]) -> list[float]:
     """Round by round."""
     return [ours / theirs for ours, theirs in zip(samples, base, strict=True)]
 
 
-def _warm_up(calls: dict[str, list[Call]], clock: _HostClock | _CudaClock) -> float:
+def _warm_up(calls: dict[str, list[Call]], clock: HostClock | CudaClock) -> float:
     """Seconds of the last of the rounds that nobody looks at."""
     began, a_round = time.perf_counter(), 0.0
     for i in range(_WARM_UP_ROUNDS):
@@ -97,12 +114,14 @@ def _rounds(a_round: float, seconds: float) -> int:
     return max(3, min(wanted, int(_LONGEST / a_round)))
 
 
-class _HostClock:
+class HostClock:
     # A turn: the last one is timed. With one before it a small layer's time still depended on whose
     # turn was before (1.25 to 1.56 of the base), with two it is that of eight (1.11).
-    CALLS = 3
+    TURN = 3
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
+        """settle: called before the clock starts, as to wait for a device."""
+        self._settle = settle
         self._round: dict[str, tuple[float, float]] = {}
 
     def warm_up(self, name: str, call: Call) -> None:
@@ -112,6 +131,7 @@ class _HostClock:
         *before, call = calls
         for each in before:
             each()
+        self._settle()
         cpu, wall = time.process_time_ns(), time.perf_counter_ns()
         call()
         wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
@@ -121,11 +141,11 @@ class _HostClock:
         return self._round
 
 
-class _CudaClock:
+class CudaClock:
     """Events around each call, while the GPU idles until the host has enqueued it: the time between
     them is the GPU's own. A call that waits for the device inside is charged for the wait."""
 
-    CALLS = 1
+    TURN = 1
 
     def __init__(self) -> None:
         self._ahead: dict[str, float] = {}
@@ -138,7 +158,8 @@ class _CudaClock:
         self._ahead[name] = min(time.perf_counter() - started, 0.005)
         torch.cuda.synchronize()
 
-    def sample(self, name: str, call: Call) -> None:
+    def sample(self, name: str, *calls: Call) -> None:
+        (call,) = calls
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(1.5 * self._ahead[name] * _CYCLES) + 20_000)
         start.record()

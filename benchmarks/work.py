@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,14 @@ Outputs = dict[str, Tensor]
 Call = Callable[[], Outputs]
 Builder = Callable[["Case", Operands], Call]
 
-# Of the GPU that limits are told for, an H200: bytes a second, read and written, and half-precision
-# flops a second, as copies and the library's products reach there.
-BANDWIDTH, FLOPS = 4.3e12, 790e12
-
 _TINY = {"M": 9, "T": 12, "B": 3, "L": 5, "K": 40, "N": 56, "R": 4, "S": 5}
+
+
+class Ceilings(NamedTuple):
+    """What the device reached in this run: bytes a second, and flops a second by dtype."""
+
+    bandwidth: float
+    flops: dict[str, float]
 
 
 class Absent(Exception):
@@ -40,8 +44,13 @@ class Work(ABC):
     suite: str
     name: str
     providers: dict[str, Builder]
-    # Those that there are on a GPU alone.
+    # Those that there are on a GPU alone, and those whose compilation takes longer than a case.
     gpu_providers: Mapping[str, Builder] = {}
+    compiled_providers: Mapping[str, Builder] = {}
+    # Calls in one sample, whose time is divided by them. Where the host alone is timed, a GPU is
+    # not waited for.
+    calls = 1
+    host_only = False
 
     @abstractmethod
     def operands(self, case: Case, seed: int) -> Operands:
@@ -59,14 +68,18 @@ class Work(ABC):
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
         """Floating-point operations and bytes, each operand moved once."""
 
-    def limit(self, case: Case, provider: str) -> float:
-        """The least ratio to the base that memory and arithmetic allow, of half precision."""
+    def truth(self, case: Case, provider: str) -> str:
+        """Providers of one truth are held to the same ``expected`` outputs."""
+        return BASE if provider == BASE else "adapters"
 
-        def seconds(whose: str) -> float:
-            flops, moved = self.cost(case, whose)
-            return max(moved / BANDWIDTH, flops / FLOPS)
+    def gated(self, case: Case) -> Case:
+        """The case whose outputs are compared before this one is timed: itself where it can be."""
+        return case
 
-        return seconds(provider) / seconds(BASE)
+    def least(self, case: Case, provider: str, ceilings: Ceilings) -> float:
+        """Seconds that memory and arithmetic need, as far as this device was seen to go."""
+        flops, moved = self.cost(case, provider)
+        return max(moved / ceilings.bandwidth, flops / ceilings.flops[case.dtype])
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,13 @@ class Case:
     ranks: str = ""  # "mixed": slots of 8 to R ranks
     quick: bool = False
     full: bool = False  # measured with --full alone
+    compiled: bool = False  # whether those take part who compile first
 
     @property
     def providers(self) -> dict[str, Builder]:
-        extra = self.work.gpu_providers if self.device == "cuda" else {}
-        return {**self.work.providers, **extra}
+        gpu = self.work.gpu_providers if self.device == "cuda" else {}
+        compiled = self.work.compiled_providers if self.compiled else {}
+        return {**self.work.providers, **compiled, **gpu}
 
     @property
     def suite(self) -> str:
