@@ -6,14 +6,16 @@ CPU sizes keep the whole list at five minutes or so on two cores. CUDA sizes are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 from benchmarks.linear import Linear
 from benchmarks.merge import Merge, Swap
 from benchmarks.multi import Multi
 from benchmarks.work import Case
 
-SUITES = ("linear", "multi", "merge")
+SUITES = ("linear", "multi", "merge", "model", "overhead")
 
 FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
 INVARIANT = Linear(backward=False, invariant=True)
@@ -151,3 +153,27 @@ def select(
         and (case.quick or not quick)
         and (full or not case.full)
     ]
+
+
+def custom(
+    device: str, suite: str, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]
+) -> list[Case]:
+    """Cases at shapes (M, K, N, R), for ``multi`` also with S adapters: 8, or as many as rows.
+
+    Raises ValueError for a suite whose cases are not layers.
+    """
+    if suite not in ("linear", "multi", "merge"):
+        raise ValueError(f"--shapes: expected suite linear, multi or merge, got {suite!r}")
+    found = []
+    for M, K, N, R, *S in shapes:
+        layer = {"K": K, "N": N, "R": R}
+        for dtype in dtypes:
+            case = partial(Case, device=device, dtype=dtype)
+            if suite == "linear":
+                found += [case(work, shape={"M": M, **layer}) for work in (FORWARD, TRAIN)]
+            elif suite == "multi":
+                shape = {"T": M, **layer, "S": S[0] if S else min(8, M)}
+                found.append(case(DECODE, shape=shape, workload="distinct"))
+            else:
+                found += [case(work, shape=layer) for work in (MERGE, MERGE_UNMERGE, SWAP)]
+    return list({case.name: case for case in found}.values())

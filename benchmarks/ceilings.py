@@ -7,6 +7,8 @@ of five, after one that nobody looks at: a figure above its ceiling is noise, or
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterable
 
@@ -45,3 +47,18 @@ def _seconds(call: Callable[[], object], device: str) -> float:
         clock.sample("", *[call] * clock.TURN)
         samples.append(clock.read()[""][0] / 1e3)
     return statistics.median(samples[1:])
+
+
+def main() -> None:
+    """Prints them as JSON, for the process that runs the cases."""
+    parser = argparse.ArgumentParser("benchmarks.ceilings", description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("dtypes", nargs="+", choices=tuple(DTYPES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(json.dumps(measure(options.device, options.dtypes)._asdict()))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -16,6 +17,10 @@ import fastlora
 
 # Distributions whose versions stand beside a figure, installed or not.
 PEERS = ("peft", "transformers", "unsloth", "liger-kernel", "vllm", "sglang")
+
+_MEASURED = ("fastlora", "kernels", "csrc", "benchmarks")
+_WRITTEN = (":(exclude)kernels/tuning", ":(exclude)benchmarks/results")
+_SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 
 _ROOT = Path(__file__).parent.parent
 _CPUINFO = Path("/proc/cpuinfo")
@@ -32,7 +37,7 @@ def facts(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in PEERS},
         },
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -101,17 +106,28 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The checkout's commit, marked where files have changed since; None outside a repository."""
-    if not (_ROOT / ".git").exists():
-        return None
+def commit() -> str:
+    """The checkout's commit and, where what is measured has changed since, a digest of it.
+
+    Outside a repository the digest alone.
+    """
     try:
-        commit = _git("rev-parse", "HEAD").strip()
-        return commit + (
-            "+changes" if _git("status", "--porcelain", "--", "fastlora", "kernels") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
+        if not (_ROOT / ".git").exists():
+            return f"files {_digest()}"
+        changed = _git("status", "--porcelain", "--", *_MEASURED, *_WRITTEN)
+        return _git("rev-parse", "HEAD").strip() + (f"+changes {_digest()}" if changed else "")
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown: {error}"
+
+
+def _digest() -> str:
+    """Of the sources, without what a check or a tuning on this machine writes."""
+    total = hashlib.sha256()
+    for folder in _MEASURED:
+        for path in sorted((_ROOT / folder).rglob("*")):
+            if path.suffix in _SOURCES:
+                total.update(str(path.relative_to(_ROOT)).encode() + path.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def _git(*args: str) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
 import fastlora
 from benchmarks import gate, machine, memory, timer
+from benchmarks.lines import Line
 from benchmarks.work import BASE, Call, Case, Ceilings, Operands, Outputs
 
 SEED = 0
@@ -25,8 +21,6 @@ METHOD = (
     "is the 95 % percentile bootstrap of its median; ceilings are a copy's, a sum's and the "
     "library's products', measured in this run; share is the least time by them over p50"
 )
-
-Line = dict[str, Any]
 
 
 def identity(case: Case) -> Line:
@@ -80,20 +74,6 @@ def measure(
             "copies": count,
             "clocks": clocks,
         }
-
-
-def write(line: Line, file: Path | None) -> None:
-    """Appends the line in one piece, or prints it where there is no file."""
-    text = json.dumps(_finite(line), allow_nan=False)
-    if file is None:
-        print(text, flush=True)
-        return
-    # One write to the end: a kill leaves whole lines behind.
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, (text + "\n").encode())
-    finally:
-        os.close(descriptor)
 
 
 def _copies(case: Case, operands: Operands, providers: int) -> int:
@@ -162,10 +142,3 @@ def _timing(
         timing["cpu_ratio"] = timer.spread(timer.ratios(samples.cpu_ms, base.cpu_ms))
         timing["limit"] = least[0] / least[1]
     return timing
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not finite is written as text."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,13 +18,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import table
-from benchmarks.one import Line, identity, write
-from benchmarks.work import Case
+from benchmarks import lines
+from benchmarks.lines import Line
+from benchmarks.one import identity
+from benchmarks.screen import Screen
+from benchmarks.work import Case, Ceilings
 
 ROOT = Path(__file__).parent.parent
 GOOD = ("ok", "absent")
-
 
 # Cases that share a process on a GPU, where its start and imports take longer than most cases.
 _TOGETHER = {"cuda": 8, "cpu": 1}
@@ -32,27 +33,68 @@ _TOGETHER = {"cuda": 8, "cpu": 1}
 FINISHED = "finished "
 
 
-def run(cases: Sequence[Case], folder: Path, options: Sequence[str], timeout: float) -> bool:
+def run(
+    cases: Sequence[Case],
+    folder: Path,
+    options: Sequence[str],
+    timeout: float,
+    shown: Screen,
+    deadline: float | None = None,
+) -> bool:
     """Measures the cases into ``folder``/<suite>.jsonl; whether every one of them is good.
 
     options: of the command line, passed on to the processes. timeout: seconds for each case.
+    deadline: seconds after which no further case is begun.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    good, number = True, 0
+    good, number, began = True, 0, time.monotonic()
+    if cases:
+        shown.begin("the device's ceilings")
+        options = [*options, "--ceilings", json.dumps(_ceilings(cases, options)._asdict())]
     while number < len(cases):
+        if deadline is not None and time.monotonic() - began > deadline:
+            shown.say(f"\nout of time: {len(cases) - number} cases were not begun")
+            break
         first = cases[number]
         rest = cases[number : number + _TOGETHER[first.device]]
         batch = next(list(group) for _, group in itertools.groupby(rest, key=lambda c: c.suite))
-        file = (folder / f"{first.suite}.jsonl").resolve()
-        command = [sys.executable, "-m", "benchmarks", "--device", first.device, *options]
+        shown.begin(first.name)
+        file = _file(first, folder)
+        command = [sys.executable, "-m", "benchmarks", first.suite, "--device", first.device]
+        command += options
         for case in batch:
             command += ["--one", case.name]
-        for case, lines in run_some(batch, [*command, "--out", str(file)], file, timeout):
+        for case, found in run_some(batch, [*command, "--out", str(file)], file, timeout):
             number += 1
-            print(f"\n[{number}/{len(cases)}] {case.name}", flush=True)
-            print(table.rows(lines), flush=True)
-            good &= all(line["status"] in GOOD for line in lines)
+            shown.case(case.name, found)
+            good &= all(line["status"] in GOOD for line in found)
     return good
+
+
+def _ceilings(cases: Sequence[Case], options: Sequence[str]) -> Ceilings:
+    """Measured in a process of its own, as the cases are. Raises RuntimeError where it dies."""
+    threads = options[options.index("--threads") + 1]
+    command = [sys.executable, "-m", "benchmarks.ceilings", "--threads", threads]
+    command += [cases[0].device, *dict.fromkeys(case.dtype for case in cases)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the device's ceilings could not be measured: {done.stderr.strip()}")
+    return Ceilings(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def is_done(case: Case, folder: Path, commit: str | None) -> bool:
+    """Whether the case's lines are there, all good and of this commit."""
+    found = lines_of(case, folder)
+    of_commit = all(line.get("commit") == commit for line in found)
+    return bool(found) and of_commit and all(line["status"] in GOOD for line in found)
+
+
+def lines_of(case: Case, folder: Path) -> list[Line]:
+    return _lines(case, _file(case, folder))
+
+
+def _file(case: Case, folder: Path) -> Path:
+    return (folder / f"{case.suite}.jsonl").resolve()
 
 
 def run_some(
@@ -62,14 +104,16 @@ def run_some(
 
     Earlier lines are replaced. One that ended the process has a line that says so, and is the last.
     """
-    for case in batch:
-        _forget(case, file)
+    names = {case.name for case in batch}
+    lines.keep(file, lambda line: line["case"] not in names)
     ended, finished = _watch(command, timeout)
     tried = batch if ended is None else batch[: finished + 1]
     for case in tried:
         if (ended is not None and case is tried[-1]) or not _lines(case, file):
             status, reason = ended or ("crashed", "it ended without a result")
-            write({**identity(case), "provider": None, "status": status, "reason": reason}, file)
+            lines.write(
+                {**identity(case), "provider": None, "status": status, "reason": reason}, file
+            )
     return [(case, _lines(case, file)) for case in tried]
 
 
@@ -113,20 +157,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _lines(case: Case, file: Path) -> list[Line]:
-    return [line for line in read(file) if line["case"] == case.name]
-
-
-def read(file: Path) -> list[Line]:
-    """The lines of a results file, none where there is no file."""
-    if not file.exists():
-        return []
-    return [json.loads(text) for text in file.read_text().splitlines()]
-
-
-def _forget(case: Case, file: Path) -> None:
-    kept = [line for line in read(file) if line["case"] != case.name]
-    if not file.exists():
-        return
-    new = file.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(new, file)
+    return [line for line in lines.read(file) if line["case"] == case.name]

@@ -1,4 +1,4 @@
-"""The command line: ``fastlora info``, ``check``, ``tune``, ``merge`` and ``demo``.
+"""The command line: ``fastlora info``, ``check``, ``tune``, ``merge``, ``bench`` and ``demo``.
 
 Also as ``python -m fastlora``.
 """
@@ -24,6 +24,9 @@ from fastlora.formula import DTYPES
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code is 0 when it did what it says."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["bench"]:  # it has a parser of its own
+        return bench(arguments[1:])
     parser = argparse.ArgumentParser(prog="fastlora", description="LoRA in drop-in torch modules.")
     parser.add_argument("--version", action="version", version=f"fastlora {fastlora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_check(commands.add_parser("check", help="test the kernels on this device, and use them"))
     _add_tune(commands.add_parser("tune", help="time the kernels' tile shapes on this GPU"))
     merge_command.add(commands.add_parser("merge", help="merge adapters into a model's files"))
+    commands.add_parser("bench", help="measure beside torch and PEFT, in a checkout")
     demo = commands.add_parser(
         "demo", help="train, compare with PEFT, serve and merge, on real text"
     )
@@ -51,6 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fastlora.demo import run
 
     return run(options.model, options.data, quick=options.quick, seed=options.seed)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """``benchmarks/`` of the checkout that this package lies in; exit code 2 where it is not."""
+    checkout = Path(fastlora.__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "cases.py").exists():
+        return _refused(
+            "bench",
+            "benchmarks come with the sources: expected fastlora in a checkout, or "
+            f"installed from one with `pip install -e .`; this one lies in {checkout}",
+        )
+    # In front: anybody may have installed a package of that name.
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module("benchmarks.cli").main(arguments, "fastlora bench")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,212 @@
+"""``fastlora bench`` and ``python -m benchmarks``: measure, print, and keep the results.
+
+Exit code: 0 when every provider passed its gate or was absent and nothing is slower than what it is
+compared with; 1 when one failed, a process died, or ours became slower; 2 when there was nothing to
+run, to compare with or to report, or no such device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import cases, ceilings, compare, lines, machine, one, runner, screen
+from benchmarks.work import DTYPES, Case, Ceilings
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["report"]:
+        return _report(argv[1:], prog)
+    args = _parser(prog).parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available() and not args.list:
+        return _refuse(f"--device cuda: torch {torch.__version__} finds no usable CUDA GPU here")
+    try:
+        chosen = _select(args)
+    except ValueError as error:
+        return _refuse(str(error))
+    if args.list:
+        for case in chosen:
+            print(f"{case.suite:<8} {case.name}{'  (quick)' if case.quick else ''}")
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.one:
+        return _one(args, chosen)
+    if not chosen:
+        return _refuse("no case matches; --list shows their names")
+    return _run(args, chosen)
+
+
+def _run(args: argparse.Namespace, chosen: list[Case]) -> int:
+    try:
+        earlier = lines.read_all(args.compare) if args.compare else []
+    except (OSError, ValueError) as error:
+        return _refuse(f"--compare: {error}")
+    kind = "-quick" if args.quick else "-shapes" if args.shapes else ""
+    folder = (args.save or RESULTS) / (machine.folder_name(args.device) + kind)
+    threads = torch.get_num_threads()
+    print(f"{machine.device_name(args.device)}, torch {torch.__version__}, {threads} CPU threads")
+    options = ["--threads", str(threads), *(["--quick"] if args.quick else [])]
+    if args.shapes:
+        options += ["--shapes", *(",".join(map(str, shape)) for shape in args.shapes)]
+        options += ["--dtype", *args.dtype]
+    if args.resume:
+        commit = machine.commit()
+        chosen = [case for case in chosen if not runner.is_done(case, folder, commit)]
+    with screen.screen(len(chosen)) as shown:
+        good = runner.run(chosen, folder, options, args.timeout, shown, args.deadline)
+        if earlier:
+            good &= _compared(chosen, folder, options, args, earlier, shown)
+    print(f"\nresults in {folder}; a report with pictures: fastlora bench report {folder}")
+    if not good:
+        print("\nbenchmarks: not everything passed; see the lines above", file=sys.stderr)
+    return 0 if good else 1
+
+
+def _compared(
+    chosen: list[Case],
+    folder: Path,
+    options: Sequence[str],
+    args: argparse.Namespace,
+    earlier: list[lines.Line],
+    shown: screen.Screen,
+) -> bool:
+    """Whether nothing of ours is slower; what seems so is measured again before it is believed."""
+    now = [line for case in chosen for line in runner.lines_of(case, folder)]
+    changes = compare.changes(now, earlier)
+    shown.table(*compare.table(changes))
+    slower = {change.case for change in changes if change.slower}
+    for _ in range(compare.RETRIES):
+        again = [case for case in chosen if case.name in slower]
+        if not again:
+            break
+        shown.say(f"slower, measured again: {', '.join(sorted(slower))}")
+        runner.run(again, folder, options, args.timeout, shown, None)
+        now = [line for case in again for line in runner.lines_of(case, folder)]
+        slower &= {change.case for change in compare.changes(now, earlier) if change.slower}
+    for case in sorted(slower):
+        shown.say(f"slower each of {compare.RETRIES + 1} times: {case}")
+    if not changes:
+        shown.say(compare.NOTHING)
+    return not slower
+
+
+def _one(args: argparse.Namespace, chosen: list[Case]) -> int:
+    """Cases in this process, their lines to a file or standard output."""
+    by_name = {case.name: case for case in chosen}
+    missing = [name for name in args.one if name not in by_name]
+    if missing:
+        return _refuse(f"--one: no case is called {missing[0]!r}; --list shows them")
+    measured = [by_name[name] for name in args.one]
+    seen = (
+        Ceilings(**args.ceilings)
+        if args.ceilings
+        else ceilings.measure(args.device, {case.dtype for case in measured})
+    )
+    seconds = one.QUICK_SECONDS if args.quick else one.SECONDS
+    for case in measured:
+        for line in one.measure(case, seen, seconds=seconds):
+            lines.write({**line, "quick": args.quick}, args.out)
+        if args.out is not None:
+            print(f"{runner.FINISHED}{case.name}", flush=True)
+    return 0
+
+
+def _select(args: argparse.Namespace) -> list[Case]:
+    if args.shapes:
+        return cases.custom(args.device, args.suite or "linear", args.shapes, args.dtype)
+    # A name that was asked for is enough, whatever else would leave it out.
+    every = bool(args.one) or args.full
+    return cases.select(
+        args.device,
+        suite=args.suite,
+        name=args.case,
+        quick=args.quick and not args.one,
+        full=every,
+    )
+
+
+def _report(argv: Sequence[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{prog} report", description="Writes Markdown, tables and pictures of results."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="where results were kept")
+    folder: Path = parser.parse_args(argv).folder
+    found = sorted(
+        {file.parent for suite in cases.SUITES for file in folder.rglob(f"{suite}.jsonl")}
+    )
+    if not found:
+        return _refuse(f"report: expected results such as linear.jsonl, found none in {folder}")
+    from benchmarks import report
+
+    for each in found:
+        for path in report.write(each):
+            print(path)
+    return 0
+
+
+def _refuse(why: str) -> int:
+    print(f"benchmarks: {why}", file=sys.stderr)
+    return 2
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) not in (4, 5) or min(shape) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected M,K,N,R or M,K,N,R,S, whole numbers of 1 or more, got {text!r}"
+        )
+    return shape
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=_summary(), epilog=_EPILOG)
+    parser.add_argument("suite", nargs="?", choices=cases.SUITES, help="default: all of them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=_default_device())
+    parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
+    parser.add_argument("--full", action="store_true", help="the rarer shapes too")
+    parser.add_argument(
+        "--shapes", metavar="M,K,N,R", nargs="+", type=_shape,
+        help="these instead of the list's, of linear, multi (its adapters a fifth number) or merge",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="with --shapes"
+    )
+    parser.add_argument("--save", metavar="DIR", type=Path, help="default: benchmarks/results")
+    parser.add_argument(
+        "--compare", metavar="FILE", type=Path,
+        help="earlier results, a file or a folder: ours must not be slower",
+    )  # fmt: skip
+    parser.add_argument("--case", metavar="GLOB", default="*", help="cases whose name matches")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--timeout", metavar="S", type=float, default=180.0, help="for each case")
+    parser.add_argument("--deadline", metavar="S", type=float, help="begin no case after so long")
+    parser.add_argument("--resume", action="store_true", help="skip what this commit has measured")
+    inner = parser.add_argument_group("one case in this very process")
+    inner.add_argument("--one", metavar="NAME", action="append")
+    inner.add_argument("--out", metavar="FILE", type=Path, help="where its lines go")
+    inner.add_argument("--ceilings", metavar="JSON", type=json.loads, help="measured beforehand")
+    return parser
+
+
+_EPILOG = "`report DIR` instead of a suite writes Markdown and pictures of what was kept in DIR."
+
+
+def _summary() -> str:
+    return "Measures fastlora beside its peers: who disagrees with float64 fails and is not timed."
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

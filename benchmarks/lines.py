@@ -1,0 +1,72 @@
+"""Lines of results: one for each case and provider, JSON, a file a suite."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def write(line: Line, file: Path | None) -> None:
+    """Appends the line in one piece, or prints it where there is no file."""
+    text = json.dumps(_finite(line), allow_nan=False)
+    if file is None:
+        print(text, flush=True)
+        return
+    # One write to the end: a kill leaves whole lines behind.
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (text + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def read(file: Path) -> list[Line]:
+    """The lines of a file, none where there is no file.
+
+    Raises ValueError where one is not a line of results.
+    """
+    if not file.exists():
+        return []
+    found = []
+    for number, text in enumerate(file.read_text().splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: expected JSON, {error}") from error
+        if not isinstance(line, dict) or "case" not in line:
+            raise ValueError(f"{file}, line {number}: expected a line of results")
+        found.append(line)
+    return found
+
+
+def read_all(path: Path) -> list[Line]:
+    """The lines of a file, or of a folder's files.
+
+    Raises FileNotFoundError where there is none, ValueError as ``read``.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"expected results such as linear.jsonl, found none at {path}")
+    return [line for file in files for line in read(file)]
+
+
+def keep(file: Path, wanted: Callable[[Line], bool]) -> None:
+    """Leaves those that are wanted; the file is replaced in one piece."""
+    if not file.exists():
+        return
+    new = file.with_suffix(".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in read(file) if wanted(line)))
+    os.replace(new, file)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite is written as text."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
