@@ -22,6 +22,9 @@ from benchmarks.work import Call
 
 # More than the last-level caches it is meant to outrun: 50 to 60 MB on data-centre GPUs.
 ROTATED_BYTES = 200 * 2**20
+# Of layers so small that their copies would be thousands, and take a minute to build. A model's are
+# in some cache too.
+_MOST_COPIES = 200
 
 _ROUNDS = (10, 300)
 _RESAMPLES = 1000
@@ -42,7 +45,8 @@ class Samples:
 
 def copies(operand_bytes: int, providers: int) -> int:
     """How many copies of its operands each provider needs for a rotation past the caches."""
-    return max(HostClock.TURN, math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers)))
+    wanted = math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers))
+    return min(max(HostClock.TURN, wanted), _MOST_COPIES)
 
 
 def clock_for(device: str, *, host_only: bool = False) -> HostClock | CudaClock:

@@ -141,6 +141,7 @@ def test_providers_take_turns_on_their_copies():
     assert [i for n, i in turns if n == "b"] == [i % 4 for i in range(3 * rounds)]
     assert timer.copies(2**20, 4) == 50
     assert timer.copies(2**30, 4) == 3
+    assert timer.copies(2**10, 4) == 200
 
 
 def test_of_a_turn_the_last_call_is_timed():
