@@ -150,6 +150,27 @@ def test_a_run_that_is_slower_than_an_earlier_one_fails(measured, tmp_path, caps
     assert measured("--compare", str(generous))[0] == 0
 
 
+def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, capsys):
+    """A run in which something else wanted the machine, and then a quiet one."""
+    _, found = measured()
+    earlier, quiet, runs = tmp_path / "earlier.jsonl", one.measure, []
+    for line in found:
+        lines.write({**line, "ratio": {"p50": 1.0}}, earlier)
+
+    def disturbed(case, *args, **how):
+        runs.append(case.name)
+        slow = 9.0 if runs.count(case.name) == 1 else 1.0
+        for line in quiet(case, *args, **how):
+            ours = line["provider"] == "fastlora"
+            yield {**line, "ratio": {"p50": slow if ours else 1.0}, "cpu_ratio": {"p50": 1.0}}
+
+    monkeypatch.setattr(one, "measure", disturbed)
+    monkeypatch.setattr(screen.table, "rows", lambda _: [])
+    assert measured("--compare", str(earlier))[0] == 0
+    assert "slower, measured again: linear-forward" in capsys.readouterr().out
+    assert len(runs) == 4
+
+
 def test_the_interval_holds_the_median_and_narrows():
     draw = torch.Generator().manual_seed(0)
     values = (1 + 0.1 * torch.randn(300, generator=draw)).tolist()
@@ -159,7 +180,7 @@ def test_the_interval_holds_the_median_and_narrows():
     assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
     assert timer.interval(values) == many
     # The median's standard error is 1.25 sigma / sqrt(n), of which the interval has 3.92.
-    assert many["high"] - many["low"] == pytest.approx(3.92 * 0.125 / 300**0.5, rel=0.5)
+    assert many["high"] - many["low"] == pytest.approx(3.92 * 0.125 / 300**0.5, rel=0.3)
 
 
 def test_ceilings_are_a_machine_s(monkeypatch):
