@@ -1,7 +1,7 @@
 """The list of cases through pytest-benchmark: ``pytest benchmarks/``.
 
 For its statistics, comparisons and histograms. It times one provider after the other, on warm
-operands; ratios to be trusted come from ``python -m benchmarks``, which lets them take turns.
+operands; ratios to be trusted come from ``fastlora bench``, which lets them take turns.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_case(benchmark, number: int, provider: str) -> None:
 
 def _synchronized(case: Case, provider: str):
     call = case.providers[provider](case, case.work.operands(case, SEED))
-    if case.device == "cpu":
+    if case.device == "cpu" or case.work.host_only:
         return call
 
     def call_and_wait() -> None:
