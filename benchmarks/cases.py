@@ -18,6 +18,7 @@ from benchmarks.work import Case
 SUITES = ("linear", "multi", "merge", "model", "overhead")
 
 FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
+NATIVE = Linear(backward=False, natively=True)
 INVARIANT = Linear(backward=False, invariant=True)
 DECODE, PREFILL, MIXED = Multi("decode"), Multi("prefill"), Multi("mixed")
 MERGE, MERGE_UNMERGE, SWAP = Merge(unmerge=False), Merge(unmerge=True), Swap()
@@ -55,6 +56,12 @@ CPU = (
     Case(PREFILL, "cpu", "bf16", {"B": 8, "L": 128, **_WIDE, "S": 16}, workload="uniform"),
     Case(PREFILL, "cpu", "fp32", {"B": 4, "L": 128, **_NARROW, "S": 4}, workload="zipf"),
     Case(MIXED, "cpu", "fp32", {"T": 128, **_NARROW, "S": 8}, workload="skewed"),
+    *(
+        Case(NATIVE, "cpu", dtype, {"M": M, **_square(size)}, full=True)
+        for dtype in ("bf16", "fp32")
+        for size in (1024, 4096)
+        for M in (8, 16, 32, 64, 96)
+    ),
     Case(INVARIANT, "cpu", "bf16", {"M": 32, **_WIDE}),
     Case(INVARIANT, "cpu", "bf16", {"M": 512, **_WIDE}),
     Case(INVARIANT, "cpu", "fp32", {"M": 512, **_WIDE}),

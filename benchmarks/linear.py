@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.paths import along, on
+from benchmarks.paths import along, on, with_base
 from benchmarks.peers import peft_linear, torch_keep
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
@@ -29,7 +29,7 @@ class Linear(Work):
 
     suite = "linear"
 
-    def __init__(self, *, backward: bool, invariant: bool = False) -> None:
+    def __init__(self, *, backward: bool, invariant: bool = False, natively: bool = False) -> None:
         self.backward = backward
         self.name = "linear-train" if backward else "linear-forward"
         self.providers = {
@@ -42,6 +42,11 @@ class Linear(Work):
             # What it costs that a row has its bits in every batch.
             self.name = "linear-invariant"
             self.providers["fastlora-invariant"] = self._invariant
+        elif natively:
+            # Who multiplies by the weight on a CPU: where the one is better, and where the other.
+            self.name = "linear-native"
+            for name, whole in (("native", True), ("torch-product", False)):
+                self.providers[name] = partial(with_base, whole, self._fastlora)
         else:
             self.gpu_providers = {path: partial(along, path, self._fastlora) for path in PATHS}
             self.gpu_providers["cuda"] = partial(on, "cuda", self._fastlora)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from benchmarks.work import Absent, Builder, Call, Case, Operands, Outputs
-from fastlora import availability, dispatch, use_backend
+from unittest.mock import patch
+
+from benchmarks.work import DTYPES, Absent, Builder, Call, Case, Operands, Outputs
+from fastlora import availability, dispatch, native, use_backend
+from fastlora.cpu_linear import FEW_ROWS
 
 
 def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
@@ -22,6 +25,22 @@ def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
             raise Absent(str(error)) from error
 
     return on_the_backend
+
+
+def with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """What the provider ``fastlora`` calls on a CPU: the base in the native kernel, or by torch."""
+    reason = availability.unusable("cpu")
+    if reason is not None:
+        raise Absent(reason)
+    rows = dict.fromkeys(DTYPES.values(), case.shape["M"] if natively else 0)
+    with use_backend("cpu"):
+        call = fastlora(case, o)
+
+    def chosen() -> Outputs:
+        with use_backend("cpu"), patch.dict(FEW_ROWS, {native.instruction_set(): rows}):
+            return call()
+
+    return chosen
 
 
 def along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:
