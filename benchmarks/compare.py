@@ -15,8 +15,8 @@ from benchmarks.work import BASE, YARDSTICK
 
 OURS = "fastlora"
 # The least slow-down that counts. One by half is above it with room for noise: six quick runs of an
-# unchanged tree, on two cores that four other processes wanted, were off by 1.01 to 1.29 at worst and
-# once by 1.78, which was not repeated.
+# unchanged tree, on two cores that four other processes wanted, were off by 1.01 to 1.29 at worst,
+# once by 1.78.
 MARGIN = 1.35
 # How often what seems slower is measured again before it is believed.
 RETRIES = 2
