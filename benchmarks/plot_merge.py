@@ -30,24 +30,28 @@ def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
     }
     if not cases:
         return []
-    most = max(map(len, cases.values()))
     columns = min(_COLUMNS, len(cases))
-    plot, a_row = most * _BAR, most * _BAR + _OVER + _UNDER
-    foot, rows = ps.legend_height(1), -(-len(cases) // columns)
-    height = ps.HEADING + rows * a_row + foot
-    made = ps.figure(
-        height,
-        "Merging: bandwidth reached",
-        f"{where} · each byte of W once in each direction, over the median time; thin bars: p20 to "
-        "p80 · higher is faster",
+    bars = list(map(len, cases.values()))
+    # A row is as high as its case with the most bars.
+    rows = [
+        max(bars[i : i + columns]) * _BAR + _OVER + _UNDER for i in range(0, len(bars), columns)
+    ]
+    foot = ps.legend_height(1)
+    subtitle = (
+        "each byte of W once in each direction, over the median time · thin bars: p20 to p80 · "
+        "higher is faster"
     )
+    heading = ps.heading(subtitle)
+    height = heading + sum(rows) + foot
+    made = ps.figure(height, f"merge: bandwidth reached, {where}", subtitle)
     width = (ps.WIDTH - _LEFT - _RIGHT - (columns - 1) * _BETWEEN) / columns
     furthest = max(
         max(_fastest(line), _ceiling(line)) for found in cases.values() for line in found
     )
     for number, (case, found) in enumerate(cases.items()):
         row, column = divmod(number, columns)
-        below = height - ps.HEADING - (row + 1) * a_row + _UNDER
+        plot = len(found) * _BAR
+        below = height - heading - sum(rows[:row]) - _OVER - plot
         axes = ps.axes(made, _LEFT + column * (width + _BETWEEN), below, width, plot)
         axes.set_title(case, size=ps.FONT, loc="left", color=ps.INK)
         _bars(axes, found, furthest)
@@ -70,13 +74,18 @@ def _ceiling(line: Line) -> float:
 
 
 def _bars(axes: Axes, found: Sequence[Line], furthest: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.grid(visible=False)
-    axes.set_xlim(0, furthest * 1.35)
+    axes.set_xlim(0, furthest * 1.55)
+    ticks = MaxNLocator(5).tick_values(0, furthest)
+    axes.set_xticks([tick for tick in ticks if tick <= furthest * 1.02])
+    axes.spines["bottom"].set_bounds(0, furthest * 1.02)
     axes.set_ylim(len(found) - 0.5, -0.5)
     names = ["copy (base)" if line["provider"] == BASE else line["provider"] for line in found]
     axes.set_yticks(range(len(found)), names)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("GB/s", size=ps.FONT)
+    axes.set_xlabel("GB/s", size=ps.FONT, x=0.5 / 1.55)
     ceiling = _ceiling(found[0])
     for y, line in enumerate(found):
         style, value = ps.style(line["provider"]), line["gbps"]
@@ -87,12 +96,10 @@ def _bars(axes: Axes, found: Sequence[Line], furthest: float) -> None:
         ours = line["provider"] == OURS
         if ours:
             axes.get_yticklabels()[y].set_fontweight("bold")
-        part = f" ({100 * value / ceiling:.0f} %)" if ceiling else ""
         # In a column of their own, where no bar and no line is.
-        part = f" ({100 * value / ceiling:.0f} %)" if ceiling else ""
-        axes.text(
-            furthest * 1.05, y, f"{value:.3g}{part}", va="center", size=ps.FONT, color=ps.INK,
-            weight="bold" if ours else "normal",
-        )  # fmt: skip
+        said = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        said += f" ({100 * value / ceiling:.0f} %)" if ceiling else ""
+        weight = "bold" if ours else "normal"
+        axes.text(furthest * 1.05, y, said, va="center", size=ps.FONT, color=ps.INK, weight=weight)
     if ceiling:
         axes.axvline(ceiling, color=ps.INK, linestyle="--", linewidth=1.4, zorder=4)

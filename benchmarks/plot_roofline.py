@@ -30,13 +30,12 @@ def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
     providers = ps.ordered(line["provider"] for lines in found.values() for line in lines)
     dtypes = sorted(found, key=lambda dtype: (*DTYPES, dtype).index(dtype))
     foot = ps.legend_height(len(providers))
-    height = ps.HEADING + _OVER + _PLOT + _UNDER + foot
-    made = ps.figure(
-        height,
-        "Roofline",
-        f"{where} · lines: the bandwidth and the library's products of the same run · a point is a "
-        "provider in a case",
+    subtitle = (
+        "a point is a provider in a case · lines: the bandwidth and the library's products that "
+        "the same run measured"
     )
+    height = ps.heading(subtitle) + _OVER + _PLOT + _UNDER + foot
+    made = ps.figure(height, f"roofline, {where}", subtitle)
     width = (ps.WIDTH - _LEFT - _RIGHT - (len(dtypes) - 1) * _BETWEEN) / len(dtypes)
     for number, dtype in enumerate(dtypes):
         left = _LEFT + number * (width + _BETWEEN)

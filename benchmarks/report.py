@@ -26,6 +26,10 @@ _LOST = (
     "Providers whose interval lies wholly below fastlora's, the greatest loss first. `slower by` "
     "is the ratio of the medians, `at least` that of the intervals' near ends."
 )
+_MERGED = (
+    "Where a weight is ahead that one adapter was merged into beforehand, which leaves nothing to "
+    "do but the base's work (counted in no loss above):"
+)
 _WON = "Beside the fastest of the others, whose interval lies wholly above fastlora's."
 _MEMORY = (BASE, "peft", OURS)
 # Of providers in tables; any other comes after them by name.
@@ -90,14 +94,15 @@ def _summary(standings: Sequence[Standing]) -> str:
     of = many if compared == len(standings) else f"{compared} of {many} (the rest: not compared)"
     return (
         f"In {of}: fastlora is **slower than somebody in {count[LOSES]}**, faster than everyone "
-        f"else in {count[WINS]}, and {count[EVEN]} are too close to call."
+        f"else in {count[WINS]}, and {count[EVEN]} are too close to call: there the 95 % intervals "
+        "of the ratios touch."
     )
 
 
 def _scores(standings: Sequence[Standing]) -> str:
     """fastlora beside each of the others."""
     pairs: dict[str, list[Pair]] = {}
-    for pair in (pair for s in standings for pair in s.pairs):
+    for pair in (pair for s in standings for pair in (*s.pairs, *s.merged)):
         pairs.setdefault(pair.other["provider"], []).append(pair)
     if not pairs:
         return ""
@@ -107,7 +112,8 @@ def _scores(standings: Sequence[Standing]) -> str:
         found = pairs[name]
         count = Counter(pair.outcome for pair in found)
         times = [pair.factor for pair in found]
-        middle = f"{statistics.median(times):.2f} ({span(times)})"
+        middle = f"{statistics.median(times):.2f}"
+        middle += f" ({span(times)})" if len(times) > 1 else ""
         counts = [str(count[outcome]) for outcome in (LOSES, EVEN, WINS)]
         rows.append([name, str(len(found)), *counts, middle])
     return table([*heading, "fastlora's time over its: median (all)"], rows)
@@ -123,7 +129,12 @@ def _losses(standings: Sequence[Standing]) -> list[str]:
         parts.append("Nowhere: in no case that could be compared is anyone ahead of fastlora.")
     else:
         parts.append("Nothing can be said of it: there is nothing to compare.")
-    paths = [(s.case, s.paths[0]) for s in standings if s.paths and s.paths[0].outcome == LOSES]
+    merged, paths = (
+        [(s.case, pairs[0]) for s, pairs in each if pairs and pairs[0].outcome == LOSES]
+        for each in (((s, s.merged) for s in standings), ((s, s.paths) for s in standings))
+    )
+    if merged:
+        parts += [_MERGED, _pairs(merged, "slower by")]
     if paths:
         parts.append("Where one of fastlora's own paths is ahead of the one that it chose:")
         parts.append(_pairs(paths, "slower by"))
@@ -142,7 +153,7 @@ def _pairs(found: Iterable[tuple[str, Pair]], by: str) -> str:
     rows = [
         [
             case,
-            pair.other["provider"],
+            _other(pair),
             f"{pair.by:.2f} ×",
             f"{pair.at_least:.2f} ×",
             ratio(pair.ours),
@@ -151,6 +162,11 @@ def _pairs(found: Iterable[tuple[str, Pair]], by: str) -> str:
         for case, pair in sorted(found, key=lambda each: -each[1].by)
     ]
     return table(heading, rows, left=2)
+
+
+def _other(pair: Pair) -> str:
+    ours, other = pair.ours["provider"], pair.other["provider"]
+    return other if ours == OURS else f"{other}, beside {ours}"
 
 
 def _rest(standings: Sequence[Standing]) -> list[str]:
@@ -169,8 +185,16 @@ def _images(pictures: Sequence[plots.Picture], suite: str) -> list[str]:
 
 
 def _tables(of_suite: Sequence[Line]) -> list[str]:
+    """One for each work: its providers differ from another's."""
+    works: dict[str, list[Line]] = {}
+    for line in of_suite:
+        works.setdefault(standing.work_of(line), []).append(line)
+    return [part for work, found in works.items() for part in (f"### {work}", *_work(found))]
+
+
+def _work(of_work: Sequence[Line]) -> list[str]:
     """Everyone but our kernels' paths, which have a table of their own."""
-    cases = standing.by_case(of_suite)
+    cases = standing.by_case(of_work)
     names = {name for found in cases.values() for name in found if name is not None}
     names.discard(BASE)
     paths = [name for name in PATHS if name in names]
@@ -181,9 +205,8 @@ def _tables(of_suite: Sequence[Line]) -> list[str]:
     for case, found in cases.items():
         ours = found.get(OURS, {})
         limit = f"{ours['limit']:.3f}" if ours.get("limit") else "-"
-        base = ms(found.get(BASE))
         cells = [ratio(found.get(name)) for name in others]
-        rows.append([case, base, *cells, limit, share(ours), _memory(found)])
+        rows.append([case, ms(found.get(BASE)), *cells, limit, share(ours), _memory(found)])
     parts = [table(heading, rows)]
     if paths:
         shown = [OURS, *paths]

@@ -6,7 +6,7 @@ ratio is formed within a round of one run, so lines of different runs are not co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,29 @@ from benchmarks.work import BASE
 OURS = "fastlora"
 # fastlora's kernels along one path each, and on one backend alone.
 PATHS = (*dict.fromkeys((*linear.PATHS, *multi.PATHS)), "triton", "cuda")
+# One adapter's weights, merged before the clock starts: nothing is left to do but the base's work.
+MERGED = ("merged", "peft-merged")
+# They compute something else than LoRA.
+_OTHER_FUNCTIONS = ("peft-prefix", "peft-prompt")
+_COMPILED = "-compiled"
 
 LOSES, WINS, EVEN, UNKNOWN = "loses", "wins", "even", "not compared"
 
 
 def is_ours(provider: str) -> bool:
-    return provider == OURS or provider.startswith(OURS + "-") or provider in PATHS
+    """peft-patched: PEFT's model on fastlora's kernels."""
+    return provider.startswith(OURS) or provider == "peft-patched" or provider in PATHS
+
+
+def is_rival(provider: str) -> bool:
+    """Whoever does the same work in a call and is not ours."""
+    idle = provider.startswith(BASE) or provider in MERGED or provider in _OTHER_FUNCTIONS
+    return not idle and not is_ours(provider)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """fastlora beside another provider of the same case, in the same run."""
+    """fastlora beside another provider of a case, in one run; compiled beside compiled."""
 
     ours: Line
     other: Line
@@ -58,13 +70,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Standing:
-    """Of fastlora in one case. pairs: with everyone else; paths: with its own paths.
-
-    reason: why there are no pairs. Pairs with faster ones come first.
+    """Of fastlora in one case. pairs: with everyone else; merged: with weights merged beforehand;
+    paths: with its own paths. Faster ones come first. reason: why there are no pairs.
     """
 
     case: str
     pairs: list[Pair] = field(default_factory=list)
+    merged: list[Pair] = field(default_factory=list)
     paths: list[Pair] = field(default_factory=list)
     reason: str = ""
 
@@ -85,6 +97,11 @@ def by_case(lines: Iterable[Line]) -> dict[str, dict[str | None, Line]]:
     return found
 
 
+def work_of(line: Line) -> str:
+    """``linear-train``, ``multi-decode``: a case's name up to its dtype."""
+    return line["case"].split(f"-{line['dtype']}-")[0]
+
+
 def run_of(line: Line) -> tuple[Any, ...]:
     """Equal for lines of one run: ceilings are measured once a run, and never come out the same."""
     ceilings = line.get("ceilings") or {}
@@ -103,18 +120,22 @@ def _standing(case: str, providers: dict[str | None, Line]) -> Standing:
     why = _incomparable(ours, providers.get(None))
     if ours is None or why:
         return Standing(case, reason=why)
-    pairs = sorted(
-        (
-            Pair(ours, line)
-            for line in providers.values()
-            if line is not ours and _has_interval(line) and run_of(line) == run_of(ours)
-        ),
-        key=lambda pair: -pair.factor,
+    timed = {
+        name: line
+        for name, line in providers.items()
+        if name is not None and _has_interval(line) and run_of(line) == run_of(ours)
+    }
+    compiled = timed.get(OURS + _COMPILED, ours)
+    pairs = [
+        Pair(compiled if name.endswith(_COMPILED) else ours, line) for name, line in timed.items()
+    ]
+    pairs.sort(key=lambda pair: -pair.factor)
+    rivals = [pair for pair in pairs if is_rival(pair.other["provider"])]
+    merged, paths = (
+        [pair for pair in pairs if pair.other["provider"] in names] for names in (MERGED, PATHS)
     )
-    paths = [pair for pair in pairs if pair.other["provider"] in PATHS]
-    # The base does less than the others.
-    others = [p for p in pairs if p.other["provider"] != BASE and not is_ours(p.other["provider"])]
-    return Standing(case, others, paths, "" if others else "nobody else was timed in the same run")
+    why = "" if rivals else "nobody else was timed in the same run"
+    return Standing(case, rivals, merged, paths, why)
 
 
 def _incomparable(ours: Line | None, process: Line | None) -> str:
