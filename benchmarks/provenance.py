@@ -65,7 +65,7 @@ def _facts(measured: Sequence[Line]) -> list[list[str]]:
     rounds = [line["rounds"] for line in measured if line.get("rounds")]
     rows += [["rounds a case", span(rounds)]] if rounds else []
     quick = len({line["case"] for line in measured if line.get("quick")})
-    rows += [["measured in haste (`--quick`)", f"{quick} cases"]] if quick else []
+    rows += [["cases measured in haste (`--quick`)", str(quick)]] if quick else []
     return rows
 
 
