@@ -26,6 +26,8 @@ def test_csv_has_every_field_of_every_line(tmp_path):
         }
     assert rows[1]["ratio.p50"] == repr(1 / 3)
     assert rows[1]["shape.K"] == "64"
+    assert rows[1]["gate.y.bound"] == "0.004"
+    assert rows[1]["ceilings.flops.bf16"] == "370000000000.0"
     assert rows[2]["ms.p50"] == rows[3]["provider"] == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["linear.csv", "linear.jsonl"]
 

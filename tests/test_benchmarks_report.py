@@ -35,6 +35,14 @@ def test_two_are_told_apart_where_their_intervals_do_not_touch(torch, outcome):
     assert found.outcome == outcome
 
 
+def test_a_case_is_won_beside_everyone_or_not_at_all():
+    lines = [line("fastlora"), line("torch", 1.0, 1.1, 1.2), line("peft", 2.0, 2.0, 2.0)]
+    (found,) = standing.standings(lines)
+    assert {pair.outcome for pair in found.pairs} == {standing.WINS, standing.EVEN}
+    assert found.outcome == standing.EVEN
+    assert CASE in section(report.text(lines), "Too close to call")
+
+
 def test_losses_say_to_whom_and_by_how_much_the_greatest_first():
     near, far = CASE.replace("M1", "M16"), CASE.replace("M1", "M512")
     text = report.text(
