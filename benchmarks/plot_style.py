@@ -47,6 +47,8 @@ _KNOWN = {
     "library": (_SKY, "h"),
     "triton": (_SKY, "p"),
     "cuda": (_GREEN, "*"),
+    "native": (_SKY, "o"),
+    "torch-product": (_SKY, "s"),
     "torch": (_BLACK, "s"),
     "torch-compiled": (_BLACK, "D"),
     "torch-gather": (_BLACK, "v"),

@@ -15,8 +15,9 @@ from benchmarks.lines import Line
 from benchmarks.work import BASE
 
 OURS = "fastlora"
-# fastlora's kernels along one path each, and on one backend alone.
-PATHS = (*dict.fromkeys((*linear.PATHS, *multi.PATHS)), "triton", "cuda")
+# fastlora along one path each: of the Triton kernels, on one backend alone, and on a CPU with the
+# base's product in its own kernel or by torch.
+PATHS = (*dict.fromkeys((*linear.PATHS, *multi.PATHS)), "triton", "cuda", "native", "torch-product")
 # One adapter's weights, merged before the clock starts: nothing is left to do but the base's work.
 MERGED = ("merged", "peft-merged")
 # They compute something else than LoRA.

@@ -79,20 +79,20 @@ def test_a_win_is_over_everyone_and_shown_beside_the_fastest():
 
 def test_who_is_no_rival_is_no_loss():
     """The base does less, a merged weight was prepared, a prompt is no LoRA, the rest is ours."""
-    others = ("base-compiled", "peft-prefix", "peft-prompt", "peft-patched", "merged", "two_pass")
-    faster = [line(name, 0.1, 0.1, 0.1) for name in others]
+    others = ("base-compiled", "peft-prefix", "peft-prompt", "peft-patched", "torch-product")
+    faster = [line(name, 0.1, 0.1, 0.1) for name in (*others, "merged", "two_pass")]
     (found,) = standing.standings(
         [*faster, line("torch", 1.5, 1.5, 1.5), line("fastlora"), line("base")]
     )
     assert found.outcome == standing.WINS
     assert [pair.other["provider"] for pair in found.merged] == ["merged"]
-    assert [pair.other["provider"] for pair in found.paths] == ["two_pass"]
+    assert [pair.other["provider"] for pair in found.paths] == ["torch-product", "two_pass"]
     lost = section(
         report.text([*faster, line("fastlora"), line("torch", 2, 2, 2)]), "Where fastlora loses"
     )
     assert "Nowhere" in lost
     assert re.search(
-        r"merged into beforehand.*\| merged \| 10.00 ×.*own paths.*two_pass", lost, re.DOTALL
+        r"merged into beforehand.*\| merged \| 10.00 ×.*own paths.*torch-product", lost, re.DOTALL
     )
 
 
