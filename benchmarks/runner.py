@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import lines
+from benchmarks import flat, lines
 from benchmarks.lines import Line
 from benchmarks.one import identity
 from benchmarks.screen import Screen
@@ -68,6 +68,8 @@ def run(
             number += 1
             shown.case(case.name, found)
             good &= all(line["status"] in GOOD for line in found)
+    for suite in dict.fromkeys(case.suite for case in cases[:number]):
+        flat.write_csv(folder / f"{suite}.jsonl")
     return good
 
 
