@@ -18,8 +18,8 @@ from benchmarks.timer import clock_for
 from benchmarks.work import DTYPES, Ceilings
 
 _ROUNDS = 5
-# Past every cache; products large enough that a case does not go past them, by a tenth and more with
-# 1536 on two cores.
+# Past every cache; products large enough that cases do not go past them, as they did by a tenth and
+# more with 1536 on two cores.
 _BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 _SIZE = {"cpu": 3072, "cuda": 8192}
 
