@@ -31,16 +31,16 @@ def _square(size: int) -> dict[str, int]:
 _WIDE, _NARROW = _square(2048), _square(1024)
 
 CPU = (
-    Case(FORWARD, "cpu", "bf16", {"M": 1, **_WIDE}, quick=True),
+    Case(FORWARD, "cpu", "bf16", {"M": 1, **_WIDE}, quick=True, compiled=True),
     Case(FORWARD, "cpu", "bf16", {"M": 1, **_square(4096)}),
     Case(FORWARD, "cpu", "fp32", {"M": 4, **_square(4096)}),
     Case(FORWARD, "cpu", "bf16", {"M": 16, **_square(4096)}),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_NARROW}, lora_dtype="fp32"),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_WIDE}, lora_dtype="fp32"),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_square(4096)}, lora_dtype="fp32"),
-    Case(FORWARD, "cpu", "fp32", {"M": 512, **_NARROW}),
+    Case(FORWARD, "cpu", "fp32", {"M": 512, **_NARROW}, compiled=True),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_NARROW}),
-    Case(TRAIN, "cpu", "fp32", {"M": 512, **_NARROW}, quick=True),
+    Case(TRAIN, "cpu", "fp32", {"M": 512, **_NARROW}, quick=True, compiled=True),
     Case(TRAIN, "cpu", "fp32", {"M": 512, **_NARROW}, dropout=0.1),
     Case(TRAIN, "cpu", "bf16", {"M": 512, **_NARROW}),
     Case(TRAIN, "cpu", "bf16", {"M": 512, **_NARROW}, lora_dtype="fp32"),
@@ -54,7 +54,14 @@ CPU = (
     Case(DECODE, "cpu", "fp32", {"T": 16, **_WIDE, "S": 16}, workload="distinct"),
     Case(DECODE, "cpu", "fp32", {"T": 64, **_NARROW, "S": 32}, workload="zipf"),
     Case(PREFILL, "cpu", "bf16", {"B": 8, "L": 128, **_WIDE, "S": 16}, workload="uniform"),
-    Case(PREFILL, "cpu", "fp32", {"B": 4, "L": 128, **_NARROW, "S": 4}, workload="zipf"),
+    Case(
+        PREFILL,
+        "cpu",
+        "fp32",
+        {"B": 4, "L": 128, **_NARROW, "S": 4},
+        workload="zipf",
+        compiled=True,
+    ),
     Case(MIXED, "cpu", "fp32", {"T": 128, **_NARROW, "S": 8}, workload="skewed"),
     *(
         Case(NATIVE, "cpu", dtype, {"M": M, **_square(size)}, full=True)
@@ -88,6 +95,7 @@ def _single(work: Linear, dropout: float) -> list[Case]:
             dropout=dropout,
             quick=not dropout and M in (1, 8192) and R == 16 and K == N,
             full=(K != N and (R != 16 or M in (1, 64))) or (dropout > 0 and (K != N or M < 2048)),
+            compiled=not dropout and M in (1, 256, 8192) and R == 16 and K == N,
         )
         for K, N in ((4096, 4096), (4096, 14336), (14336, 4096))
         for M in (8192, 2048, 256, 64, 16, 1)
@@ -118,6 +126,7 @@ def _many() -> list[Case]:
                         quick=(T, S, R, N) == (32, 8, 16, 4096),
                         full=(K != N or not (R == 16 or decoded))
                         and (T, S) not in ((32, 32), (256, 8), (1, 1)),
+                        compiled=(T, S, R, N) == (256, 8, 16, 4096),
                     )
                     found.append(case)
     return found

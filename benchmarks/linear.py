@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from benchmarks.compiling import Compile, as_it_is, compiled
 from benchmarks.paths import along, on, with_base
 from benchmarks.peers import peft_linear, torch_keep
+from benchmarks.peers_calls import tried
+from benchmarks.peers_training import unsloth_linear
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
 from fastlora import batch_invariant, dropout
@@ -19,6 +22,7 @@ from fastlora import functional as F
 SCALING = 2.0
 # Of the Triton kernels; kernels/ledger.py has the list, but importing it needs triton.
 PATHS = ("one_pass", "two_pass", "overlapped", "library")
+_TENSORS = ("x", "weight", "lora_A", "lora_B")
 
 
 class Linear(Work):
@@ -50,6 +54,12 @@ class Linear(Work):
         else:
             self.gpu_providers = {path: partial(along, path, self._fastlora) for path in PATHS}
             self.gpu_providers["cuda"] = partial(on, "cuda", self._fastlora)
+            self.gpu_providers["unsloth"] = partial(tried, "unsloth", self._unsloth)
+            self.compiled_providers = {
+                "torch-compiled": partial(compiled, self._torch),
+                "peft-compiled": partial(compiled, self._peft),
+                "fastlora-compiled": partial(compiled, self._fastlora),
+            }
 
     def operands(self, case: Case, seed: int) -> Operands:
         M, K, N, R = (case.shape[k] for k in "MKNR")
@@ -70,28 +80,37 @@ class Linear(Work):
     def _base(self, case: Case, o: Operands) -> Call:
         return self._call(o, lambda: nnf.linear(o["x"], o["weight"]), [o["x"]])
 
-    def _torch(self, case: Case, o: Operands) -> Call:
-        x, lora_A, lora_B = o["x"], o["lora_A"], o["lora_B"]
+    def _torch(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+        x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
 
         def forward() -> Tensor:
             seen = nnf.dropout(x, case.dropout) if case.dropout else x
             h = nnf.linear(seen, lora_A.to(x.dtype))
             # In place: no further tensor of the output's size, in autograd neither.
-            return nnf.linear(x, o["weight"]).addmm_(h, lora_B.to(x.dtype).T, alpha=SCALING)
+            return nnf.linear(x, weight).addmm_(h, lora_B.to(x.dtype).T, alpha=SCALING)
 
-        return self._call(o, forward, [x, lora_A, lora_B])
+        return self._call(o, wrap(forward), [x, lora_A, lora_B])
 
-    def _peft(self, case: Case, o: Operands) -> Call:
+    def _peft(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
         layer = peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)], case.dropout)
-        leaves = [o["x"], layer.lora_A["0"].weight, layer.lora_B["0"].weight]
-        return self._call(o, lambda: layer(o["x"]), leaves)
+        x, leaves = o["x"], [o["x"], layer.lora_A["0"].weight, layer.lora_B["0"].weight]
+        return self._call(o, wrap(lambda: layer(x)), leaves)
 
-    def _fastlora(self, case: Case, o: Operands) -> Call:
-        x, lora_A, lora_B = o["x"], o["lora_A"], o["lora_B"]
+    def _fastlora(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+        x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
         how = {"dropout_p": case.dropout, "training": case.dropout > 0}
 
         def forward() -> Tensor:
-            return F.lora_linear(x, o["weight"], lora_A, lora_B, SCALING, **how)
+            return F.lora_linear(x, weight, lora_A, lora_B, SCALING, **how)
+
+        return self._call(o, wrap(forward), [x, lora_A, lora_B])
+
+    def _unsloth(self, case: Case, o: Operands) -> Call:
+        linear = unsloth_linear(case)
+        x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
+
+        def forward() -> Tensor:
+            return linear(x, weight, lora_A, lora_B, SCALING)
 
         return self._call(o, forward, [x, lora_A, lora_B])
 

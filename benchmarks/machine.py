@@ -33,9 +33,9 @@ def facts(device: str) -> dict[str, Any]:
         "versions": {
             "fastlora": fastlora.__version__,
             "torch": torch.__version__,
-            "triton": _version("triton") or _version("pytorch-triton"),
+            "triton": version("triton") or version("pytorch-triton"),
             "python": platform.python_version(),
-            **{name: _version(name) for name in PEERS},
+            **{name: version(name) for name in PEERS},
         },
         "commit": commit(),
     }
@@ -99,7 +99,7 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from benchmarks.compiling import compiled, whole
 from benchmarks.paths import along, on
 from benchmarks.peers import peft_linear
+from benchmarks.peers_calls import tried
+from benchmarks.peers_serving import sglang, vllm
 from benchmarks.truth import oracle
 from benchmarks.work import BASE, Absent, Call, Case, Operands, Outputs, Work, sampled, wide
 from benchmarks.workloads import adapter_ids
@@ -42,9 +45,16 @@ class Multi(Work):
         if phase != "mixed":
             # Copies an adapter for every row or sequence: of use while they are few.
             self.providers["torch-gather"] = _torch_gather
+        self.compiled_providers = {
+            f"{name}-compiled": partial(compiled, whole(self.providers[name]))
+            for name in ("torch", "torch-gather", "peft", "fastlora")
+            if name in self.providers
+        }
         self.gpu_providers = {path: partial(along, path, _fastlora) for path in PATHS}
         self.gpu_providers["cuda"] = partial(on, "cuda", _fastlora)
         self.gpu_providers["merged"] = _merged
+        self.gpu_providers["vllm"] = partial(tried, "vllm", vllm)
+        self.gpu_providers["sglang"] = partial(tried, "sglang", sglang)
 
     def operands(self, case: Case, seed: int) -> Operands:
         K, N, R, S = (case.shape[k] for k in "KNRS")
