@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -161,14 +162,14 @@ _BUILD += "mv {to}/fastlora/libfastlora_*.so fastlora/"
 
 def full() -> list[Part]:
     """Verified kernels and what the targets are decided by; then the tests, then all the rest."""
-    build = _BUILD.format(python=sys.executable, to="build/gpu")
+    build = _BUILD.format(python=shlex.quote(sys.executable), to="build/gpu")
     processes = min(8, CORES)
     workers = ("-n", str(processes)) if modules("xdist")() is None else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "cuda", *workers, "tests")
     return [
         Part(
-            "build", ("sh", "-c", build), 240, least=60, cores=max(1, CORES // 4), missing=unbuilt, again=True,
-            environment={"FASTLORA_BUILD": "cuda"},
+            "build", ("sh", "-c", build), 240, least=60, cores=max(1, CORES // 4),
+            missing=unbuilt, again=True, environment={"FASTLORA_BUILD": "cuda"},
         ),
         *(part for dtype in _FIRST for part in check_triton(dtype)),
         warm(120),

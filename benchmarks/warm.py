@@ -104,24 +104,14 @@ def _share(name: str, options: argparse.Namespace, until: float) -> tuple[str, d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 whatever a provider did, 2 without such a device."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.warm", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="the quick cases alone")
-    parser.add_argument("--full", action="store_true", help="the rarer shapes too")
-    parser.add_argument("--case", metavar="GLOB", default="*", help="cases whose name matches")
-    parser.add_argument("--deadline", metavar="S", type=float, default=float("inf"))
-    parser.add_argument("--family", help="this one, in this very process")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks.warm: torch {torch.__version__} finds no usable CUDA GPU here",
               file=sys.stderr)  # fmt: skip
         return 2
     until = time.monotonic() + options.deadline
     shares = families(
-        cases.select(
-            options.device, name=options.case, quick=options.quick, full=options.full
-        )
+        cases.select(options.device, name=options.case, quick=options.quick, full=options.full)
     )
     if options.family:
         torch.set_num_threads(1)
@@ -131,6 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, counts in pool.map(lambda name: _share(name, options, until), shares):
             print(f"{name} ({len(shares[name])} cases): {_said(counts)}", flush=True)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.warm", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="the quick cases alone")
+    parser.add_argument("--full", action="store_true", help="the rarer shapes too")
+    parser.add_argument("--case", metavar="GLOB", default="*", help="cases whose name matches")
+    parser.add_argument("--deadline", metavar="S", type=float, default=float("inf"))
+    parser.add_argument("--family", help="this one, in this very process")
+    return parser
 
 
 def _said(counts: dict[str, Any]) -> str:

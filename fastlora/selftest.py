@@ -136,18 +136,19 @@ def _subjects(
     ops: Sequence[str], name: str, device: torch.device, seed: int, quick: bool
 ) -> dict[str, Sequence[Any]]:
     """The data of each op, the same whichever others are checked beside it."""
-    kinds = (
+    kinds: list[tuple[Sequence[str], Any, Any]] = [
         (OPS, Subject, cases),
         (MULTI_OPS, MultiSubject, multi_cases),
         (MERGE_OPS, MergeSubject, merge_cases),
-    )
+    ]
     by_op: dict[str, Sequence[Any]] = {}
     for alike, subject, cases_of in kinds:
         asked = [op for op in alike if op in ops]
         if asked:
             draw = torch.Generator().manual_seed(seed)
             of = cases_of(quick, device.type == "cuda")
-            by_op |= dict.fromkeys(asked, [subject(case, name, device, draw) for case in of])
+            drawn = [subject(case, name, device, draw) for case in of]
+            by_op.update((op, drawn) for op in asked)
     return by_op
 
 
