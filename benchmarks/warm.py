@@ -27,6 +27,8 @@ from benchmarks.one import SEED
 from benchmarks.work import DTYPES, Absent, Case
 
 ROOT = Path(__file__).parent.parent
+# Seconds past the deadline that a case may take which was begun before.
+_LATE = 5.0
 
 
 def family(case: Case) -> str:
@@ -95,7 +97,13 @@ def _share(name: str, options: argparse.Namespace, until: float) -> tuple[str, d
     command += [f"--{flag}" for flag in ("quick", "full") if getattr(options, flag)]
     # There are enough processes already.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    limit = None if left == float("inf") else left + _LATE
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return name, {"died": "out of time within a case"}
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         return name, {"died": f"exit code {done.returncode}: {said[-1]}"}

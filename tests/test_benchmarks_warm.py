@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def test_processes_have_a_family_each_and_a_dead_one_costs_its_own(monkeypatch, 
     assert "linear-bf16-R16-bf16 (1 cases): 3 called, 1 absent, 1 raised, 2 cases left\n" in said
     assert "  a case, peft: why\n" in said
     assert "multi-bf16-R16-bf16 (1 cases): exit code -11: Segmentation fault\n" in said
+
+
+def test_a_case_that_hangs_is_ended_soon_after_the_deadline(monkeypatch, capsys):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
+    run = subprocess.run
+    monkeypatch.setattr(warm.subprocess, "run", lambda command, **options: run(sleeps, **options))
+    monkeypatch.setattr(warm, "_LATE", 0.2)
+    started = time.monotonic()
+    assert warm.main(["--device", "cpu", "--jobs", "9", "--quick", "--deadline", "0.5"]) == 0
+    assert time.monotonic() - started < 30
+    assert "linear-bf16-R16-bf16 (1 cases): out of time within a case\n" in capsys.readouterr().out
 
 
 def test_a_process_says_what_it_called():
