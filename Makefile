@@ -14,10 +14,10 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 HAS_GPU = nvidia-smi -L 2>/dev/null | grep -q GPU
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test native asan demo bench aot gpu sanitize lint format types docs wheel clean
+.PHONY: help setup test native asan demo bench aot gpu gpu-quick sanitize lint format types docs wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.installed ## make .venv with torch, fastlora and every tool (the others do it when needed)
 
@@ -82,18 +82,13 @@ aot: setup $(VENV)/triton-$(OLD_TRITON) ## compile every kernel for sm_80, sm_90
 	env -u TRITON_INTERPRET $(BIN)/python -m fastlora.kernels.aot $(ARGS)
 	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python -m fastlora.kernels.aot $(ARGS)
 
-# From a bare checkout: no .venv, nothing installed, no network. Every part runs whatever the first
-# ones say. With pytest-xdist the tests, which mostly compile, run side by side.
+# From a bare checkout: no .venv, nothing installed, no network. A second run goes on where the first
+# one ended.
 gpu: ## verify and measure on a GPU with python3's own torch, triton, numpy, pytest, safetensors
-	@! command -v nvcc >/dev/null || $(PYTHON) setup.py -q build_ext --inplace || echo "gpu: without the CUDA library"
-	@many=$$($(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null); tests=0; check=0; bench=0; \
-	$(PYTHON) -m pytest -q -m cuda $$many tests || tests=$$?; \
-	$(PYTHON) -m fastlora check --device cuda --save kernels/tuning || check=$$?; \
-	$(PYTHON) -m benchmarks --device cuda $(ARGS) && $(PYTHON) -m benchmarks.model_merge || bench=$$?; \
-	! $(PYTHON) -c "import peft, transformers" 2>/dev/null || { $(PYTHON) -m benchmarks.training && $(PYTHON) -m benchmarks.serving; } || bench=$$?; \
-	sanitizer=0; ! command -v compute-sanitizer || make --no-print-directory sanitize || sanitizer=$$?; \
-	echo "gpu: tests exited with $$tests, the check with $$check, benchmarks with $$bench, compute-sanitizer with $$sanitizer"; \
-	[ $$tests -eq 0 ] && [ $$check -eq 0 ] && [ $$bench -eq 0 ] && [ $$sanitizer -eq 0 ]
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-quick: ## the same in two minutes: small shapes, a few cases
+	@$(PYTHON) -m benchmarks.gpu --quick $(ARGS)
 
 sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and writes, races
 	for tool in memcheck racecheck; do \

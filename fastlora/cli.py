@@ -75,6 +75,9 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, help="default: the GPU, if there is one")
     parser.add_argument("--backend", choices=selftest.BACKENDS, help="default: all that run there")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
+    parser.add_argument(
+        "--op", choices=selftest.EVERY_OP, action="append", metavar="OP", help="may be repeated"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes; stamps nothing")
     parser.add_argument("--save", type=Path, metavar="DIR", help="default: the cache folder")
     parser.add_argument("--seed", type=int, help="of the data, to repeat a failure")
@@ -136,6 +139,7 @@ def check(options: argparse.Namespace) -> int:
             device,
             [name for name in backends if name not in unchecked],
             names=options.dtype,
+            ops=options.op,
             quick=options.quick,
             folder=options.save,
             seed=options.seed,

@@ -31,6 +31,7 @@ MULTI_OPS = (
     "packed_lora_add_",
 )
 MERGE_OPS = ("merge_", "unmerge_", "swap_")
+EVERY_OP = (*OPS, *MULTI_OPS, *MERGE_OPS)
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 # The CUDA kernels' paths to an op; what is not here they leave to others.
 _ONE = ("cuda_one_pass", "cuda_two_pass", "cuda_overlapped")
@@ -98,12 +99,16 @@ def check(
     backends: Sequence[str],
     *,
     names: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
     quick: bool = False,
     folder: Path | None = None,
     seed: int | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Checks the backends and stamps what passed; whether all of it did."""
+    """Checks the backends and stamps what passed; whether all of it did.
+
+    names, ops: default all of them.
+    """
     gpu = device.type == "cuda"
     seed = secrets.randbits(32) if seed is None else seed
     where = torch.cuda.get_device_name(device) if gpu else "CPU"
@@ -112,14 +117,8 @@ def check(
     say(f"{'backend':<8} {'path':<15} {'dtype':<10} {'checks':>6}  worst error over allowed")
     passed = True
     for name in names or [name for name in DTYPES if gpu or name != "tf32"]:
-        draw = torch.Generator().manual_seed(seed)
         with fp32_precision(name):
-            subjects = [Subject(case, name, device, draw) for case in cases(quick, gpu)]
-            many = [MultiSubject(case, name, device, draw) for case in multi_cases(quick, gpu)]
-            by_op: dict[str, Sequence[Any]] = dict.fromkeys(OPS, subjects)
-            by_op.update(dict.fromkeys(MULTI_OPS, many))
-            merged = [MergeSubject(case, name, device, draw) for case in merge_cases(quick, gpu)]
-            by_op.update(dict.fromkeys(MERGE_OPS, merged))
+            by_op = _subjects(ops or EVERY_OP, name, device, seed, quick)
             for backend in backends:
                 for path in paths_of(backend):
                     failures, dead = _line(backend, path, name, device, by_op, stamps, say)
@@ -131,6 +130,26 @@ def check(
         say(stamps.summary())
     say("all passed" if passed else "FAILED")
     return passed
+
+
+def _subjects(
+    ops: Sequence[str], name: str, device: torch.device, seed: int, quick: bool
+) -> dict[str, Sequence[Any]]:
+    """The data of each op, the same whichever others are checked beside it."""
+    kinds: list[tuple[Sequence[str], Any, Any]] = [
+        (OPS, Subject, cases),
+        (MULTI_OPS, MultiSubject, multi_cases),
+        (MERGE_OPS, MergeSubject, merge_cases),
+    ]
+    by_op: dict[str, Sequence[Any]] = {}
+    for alike, subject, cases_of in kinds:
+        asked = [op for op in alike if op in ops]
+        if asked:
+            draw = torch.Generator().manual_seed(seed)
+            of = cases_of(quick, device.type == "cuda")
+            drawn = [subject(case, name, device, draw) for case in of]
+            by_op.update((op, drawn) for op in asked)
+    return by_op
 
 
 def _line(

@@ -111,6 +111,26 @@ def test_the_kernels_pass_under_the_interpreter(tmp_path):
     assert not rows(tmp_path)
 
 
+def test_an_op_alone_is_checked_on_the_data_that_it_has_beside_others(backend, cache):
+    seen: dict[str, list] = {}
+
+    def remember(op, path, results):
+        seen.setdefault(op, []).extend(t.clone() for t in results if isinstance(t, torch.Tensor))
+
+    backend(remember)
+    check(seed=3)
+    together = dict(seen)
+    for op in ("lora_linear_backward", "packed_lora_linear"):
+        seen.clear()
+        (cache / "verified.json").unlink()
+        passed, _ = check(ops=[op], seed=3)
+        assert passed
+        assert list(seen) == [op]
+        assert {row["op"] for row in rows(cache)} == {op}
+        assert len(seen[op]) == len(together[op])
+        assert all(map(torch.equal, seen[op], together[op]))
+
+
 def test_what_passes_is_stamped(backend, cache):
     backend()
     passed, said = check()
@@ -253,12 +273,14 @@ def test_the_command(monkeypatch, tmp_path, passed):
         return passed
 
     monkeypatch.setattr(selftest, "check", fake)
-    arguments = f"--device cpu --backend torch --dtype bf16 --quick --save {tmp_path} --seed 3"
+    arguments = "--device cpu --backend torch --dtype bf16 --op merge_ --quick --seed 3"
+    arguments += f" --save {tmp_path}"
     assert command(arguments) == (0 if passed else 1)
     assert seen == {
         "device": CPU,
         "backends": ["torch"],
         "names": ["bf16"],
+        "ops": ["merge_"],
         "quick": True,
         "folder": tmp_path,
         "seed": 3,
