@@ -15,7 +15,6 @@ from pathlib import Path
 from benchmarks import lines
 from benchmarks.lines import Line
 from benchmarks.wanted import TARGETS, Target
-from benchmarks.work import BASE
 
 MET, NOISE, MISSED, UNKNOWN = "met", "within noise", "missed", "not measured"
 
@@ -59,8 +58,6 @@ def _value(target: Target, case: str, line: Line, over: Line) -> Measured:
     ratio, other = _interval(line), _interval(over)
     # Both are ratios to the base: that of the two is as wide as both of them.
     middle, low, high = ratio[0] / other[0], ratio[1] / other[2], ratio[2] / other[1]
-    if target.over == BASE:
-        middle, low, high = ratio
     if target.measure == "limit":
         middle, low, high = (v / line["limit"] for v in (middle, low, high))
     elif target.measure == "times":
