@@ -133,7 +133,7 @@ def warm(seconds: float, *args: str) -> Part:
 
 def bench(name: str, seconds: float, *args: str, **options: Any) -> Part:
     """It begins no case after its deadline, and skips those that this commit has measured."""
-    command = ("benchmarks", "--device", "cuda", "--resume", "--timeout", "60", *args)
+    command = ("benchmarks", "--device", "cuda", "--resume", "--timeout", "100", *args)
     command += ("--deadline", "{deadline}")
     options = {"grace": 60, "least": 80, "cores": None, "again": True, **options}
     return Part(f"bench-{name}", (sys.executable, "-m", *command), seconds, **options)
@@ -174,7 +174,7 @@ def full() -> list[Part]:
         *(part for dtype in _FIRST for part in check_triton(dtype)),
         warm(120),
         check_cuda("bf16", _FIRST),
-        bench("forward", 60, "--case", "linear-*-M8192-K4096-N4096-R??"),
+        bench("forward", 90, "--case", "linear-*-M8192-K4096-N4096-R??"),
         bench("merge", 40, "--case", "merge*-bf16-K4096-N4096-R16"),
         bench("decode", 80, "--case", "multi-decode-*-K4096-N4096-R16-*-distinct"),
         # They compile all along; nothing is timed meanwhile.
