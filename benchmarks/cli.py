@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,7 +113,11 @@ def _one(args: argparse.Namespace, chosen: list[Case]) -> int:
         else ceilings.measure(args.device, {case.dtype for case in measured})
     )
     seconds = one.QUICK_SECONDS if args.quick else one.SECONDS
+    began = time.monotonic()
     for case in measured:
+        if args.deadline is not None and time.monotonic() - began > args.deadline:
+            print(runner.OUT_OF_TIME)
+            break
         for line in one.measure(case, seen, seconds=seconds):
             lines.write({**line, "quick": args.quick}, args.out)
         if args.out is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,8 +30,8 @@ GOOD = ("ok", "absent")
 
 # Cases that share a process on a GPU, where its start and imports take longer than most cases.
 _TOGETHER = {"cuda": 8, "cpu": 1}
-# What a process says when it is through with a case.
-FINISHED = "finished "
+# What a process says when it is through with a case, and when it leaves the others to nobody.
+FINISHED, OUT_OF_TIME = "finished ", "out of time"
 
 
 def run(
@@ -52,8 +53,9 @@ def run(
         shown.begin("the device's ceilings")
         options = [*options, "--ceilings", json.dumps(_ceilings(cases, options)._asdict())]
     while number < len(cases):
-        if deadline is not None and time.monotonic() - began > deadline:
-            shown.say(f"\nout of time: {len(cases) - number} cases were not begun")
+        left = math.inf if deadline is None else deadline - (time.monotonic() - began)
+        if left <= 0:
+            shown.say(f"\n{OUT_OF_TIME}: {len(cases) - number} cases were not begun")
             break
         first = cases[number]
         rest = cases[number : number + _TOGETHER[first.device]]
@@ -62,6 +64,7 @@ def run(
         file = _file(first, folder)
         command = [sys.executable, "-m", "benchmarks", first.suite, "--device", first.device]
         command += options
+        command += ["--deadline", f"{left:.1f}"] if math.isfinite(left) else []
         for case in batch:
             command += ["--one", case.name]
         for case, found in run_some(batch, [*command, "--out", str(file)], file, timeout):
@@ -104,12 +107,18 @@ def run_some(
 ) -> list[tuple[Case, list[Line]]]:
     """The first cases of the batch, as far as ``command`` came, and their lines in ``file``.
 
-    Earlier lines are replaced. One that ended the process has a line that says so, and is the last.
+    Earlier lines of those are replaced. One that ended the process has a line that says so, and is
+    the last.
     """
     names = {case.name for case in batch}
+    earlier = [line for line in lines.read(file) if line["case"] in names]
     lines.keep(file, lambda line: line["case"] not in names)
-    ended, finished = _watch(command, timeout)
-    tried = batch if ended is None else batch[: finished + 1]
+    ended, finished, stopped = _watch(command, timeout)
+    tried = batch[:finished] if stopped else batch if ended is None else batch[: finished + 1]
+    names -= {case.name for case in tried}
+    for line in earlier:
+        if line["case"] in names:
+            lines.write(line, file)
     for case in tried:
         if (ended is not None and case is tried[-1]) or not _lines(case, file):
             status, reason = ended or ("crashed", "it ended without a result")
@@ -119,8 +128,8 @@ def run_some(
     return [(case, _lines(case, file)) for case in tried]
 
 
-def _watch(command: Sequence[str], timeout: float) -> tuple[tuple[str, str] | None, int]:
-    """How the process failed, or None, and how many cases it finished before.
+def _watch(command: Sequence[str], timeout: float) -> tuple[tuple[str, str] | None, int, bool]:
+    """How the process failed, or None; how many cases it finished; whether it had no more time.
 
     It and all that it started are gone on return.
     """
@@ -140,12 +149,12 @@ def _watch(command: Sequence[str], timeout: float) -> tuple[tuple[str, str] | No
         said = _said(log.name)
         finished = said.count(FINISHED)
     if code is None:
-        return ("timeout", f"killed after {timeout:g} s"), finished
+        return ("timeout", f"killed after {timeout:g} s"), finished, False
     if code == 0:
-        return None, finished
+        return None, finished, said.rstrip().endswith(OUT_OF_TIME)
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return ("crashed", f"{how}: {last}"), finished
+    return ("crashed", f"{how}: {last}"), finished, False
 
 
 def _said(log: str) -> str:

@@ -263,6 +263,22 @@ def test_a_crash_costs_one_case_of_its_process(tmp_path):
     assert [[line["status"] for line in lines] for _, lines in tried] == [["ok"], ["crashed"]]
 
 
+def test_a_process_that_has_no_more_time_leaves_cases_unmeasured(tmp_path):
+    batch = [dataclasses.replace(linear_case(), shape={"M": M}) for M in (1, 2)]
+    file = tmp_path / "linear.jsonl"
+    script = (
+        f"print({runner.FINISHED + batch[0].name!r}, flush=True)\n"
+        f"print({json.dumps({'case': batch[0].name, 'status': 'ok'})!r},"
+        f" file=open({str(file)!r}, 'a'))\n"
+        f"print({runner.OUT_OF_TIME!r})"
+    )
+    for case in batch:
+        lines.write({"case": case.name, "status": "ok", "earlier": True}, file)
+    tried = runner.run_some(batch, [sys.executable, "-c", script], file, 60.0)
+    assert [(case.name, len(found)) for case, found in tried] == [(batch[0].name, 1)]
+    assert [line.get("earlier") for line in lines.read(file)] == [None, True]
+
+
 def test_the_cuda_kernels_are_providers(on_cuda_kernels):
     """On a GPU; here they run on the host, and are held to the same gate, or say why not."""
     from benchmarks import linear, merge, multi
