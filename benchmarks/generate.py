@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import llama, models
-from benchmarks.work import BASE, Call, Case, Operands, Outputs, Work
+from benchmarks.work import BASE, Call, Case, Operands, Outputs
 
 # Who computes W + scaling * lora_B @ lora_A beforehand, and who another function altogether.
 _MERGED = ("merged", "peft-merged")
 _VIRTUAL = ("peft-prefix", "peft-prompt")
 
 
-class Generate(Work):
+class Generate(llama.OfLlama):
     """The logits of each of ``new`` tokens that B rows of L tokens go on with, S adapters in turn.
 
     Which tokens these are is settled beforehand, the same for all: everyone has the same work, and
@@ -26,9 +26,10 @@ class Generate(Work):
     something else and have a truth of their own.
     """
 
-    suite, name = "model", "model-generate"
+    name = "model-generate"
 
     def __init__(self, *, one: bool) -> None:
+        super().__init__()
         self.one = one
         self.providers = {
             BASE: lambda case, o: _generated(llama.built(case, o), case, o),
@@ -45,15 +46,13 @@ class Generate(Work):
                 "peft-prompt": _of(partial(models.peft_virtual, kind="prompt")),
             }
 
-    def operands(self, case: Case, seed: int) -> Operands:
+    def inputs(self, case: Case, draw: torch.Generator) -> Operands:
         B, L, new, H = (case.shape[k] for k in ("B", "L", "new", "H"))
-        draw = torch.Generator().manual_seed(seed)
-        o = {**llama.weights(case, draw), **llama.adapters(case, draw)}
         tokens = torch.randint(llama.VOCABULARY, (B, L + new), generator=draw).to(case.device)
-        o["ids"], o["forced"] = tokens[:, :L].contiguous(), tokens[:, L:].contiguous()
+        o = {"ids": tokens[:, :L], "forced": tokens[:, L:]}
         if self.one:
-            _, keys, width = llama.heads(case)
-            of_layers = 2 * case.shape["layers"] * keys * width
+            _, heads, width = llama.heads(case)
+            of_layers = 2 * case.shape["layers"] * heads * width
             o["prefix"] = case.tensor(draw, models.VIRTUAL_TOKENS, of_layers)
             o["prompt"] = case.tensor(draw, models.VIRTUAL_TOKENS, H)
         return o

@@ -7,19 +7,41 @@ from H = 1024 on they are 128 wide, four to a key and a value, as in Llama 3.
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.work import Absent, Case, Operands
+from benchmarks.work import Absent, Case, Operands, Work
 
 VOCABULARY = 256
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = "model.embed_tokens.weight"
+
+
+class OfLlama(Work):
+    """Work on such a model; its operands are the model's tensors and others of its own."""
+
+    suite = "model"
+
+    def __init__(self) -> None:
+        self._drawn: tuple[Case, int, Operands] | None = None
+
+    @abstractmethod
+    def inputs(self, case: Case, draw: torch.Generator) -> Operands:
+        """What is not the model's."""
+
+    def operands(self, case: Case, seed: int) -> Operands:
+        # Every provider asks, and a wide block takes seconds to draw.
+        if self._drawn is None or self._drawn[:2] != (case, seed):
+            draw = torch.Generator().manual_seed(seed)
+            of_model = {**_weights(case, draw), **_adapters(case, draw)}
+            self._drawn = case, seed, {**of_model, **self.inputs(case, draw)}
+        return {name: t.clone() for name, t in self._drawn[2].items()}
 
 
 def needs(package: str) -> Any:
@@ -58,7 +80,7 @@ def linears(case: Case) -> dict[str, tuple[int, int]]:
     }
 
 
-def weights(case: Case, draw: torch.Generator) -> Operands:
+def _weights(case: Case, draw: torch.Generator) -> Operands:
     """The base's tensors by the names of its state."""
     H, layers = case.shape["H"], case.shape["layers"]
     needs("transformers")
@@ -76,7 +98,7 @@ def weights(case: Case, draw: torch.Generator) -> Operands:
     return found
 
 
-def adapters(case: Case, draw: torch.Generator) -> Operands:
+def _adapters(case: Case, draw: torch.Generator) -> Operands:
     """lora_A (S, R, K) and lora_B (S, N, R) of every linear; one slot where the case has no S."""
     S, R = case.shape.get("S", 1), case.shape["R"]
     found = {}
@@ -122,11 +144,6 @@ def exact(case: Case, o: Operands, slot: int | None) -> tuple[Any, dict[str, Ten
             norm.weight = module.weight
             model.set_submodule(name, norm)
     return model, {name: model.get_parameter(f"{name}.weight") for name in linears(case)}
-
-
-def embedded(o: Operands) -> Tensor:
-    """The embeddings (B, L, H) of the case's tokens."""
-    return nn.functional.embedding(o["ids"], o[_EMBEDDINGS])
 
 
 def _config(case: Case) -> Any:

@@ -13,22 +13,23 @@ from torch import Tensor, nn
 from benchmarks import llama, models
 from benchmarks.compiled import compiled
 from benchmarks.linear import Linear
-from benchmarks.work import BASE, Call, Case, Operands, Outputs, Work
+from benchmarks.work import BASE, Call, Case, Operands, Outputs
 
 
-class Train(Work):
-    """The loss of B x L tokens and the gradients of the embeddings and of every lora_A and lora_B.
+class Train(llama.OfLlama):
+    """The loss of B x L tokens, and the gradients of x (B, L, H), every lora_A and every lora_B.
 
-    The base's weights are frozen: its loss and its embeddings' gradients alone, which any adapter
-    needs nearly all of; the others compute it too, as blocks in the middle of a model do. An
-    optimizer is no part of it: all would run the same one on the same parameters.
+    x, in the place of embedded tokens, has a gradient for all, as it has for blocks in the middle
+    of a model; the frozen base has no other. An optimizer is no part of it: all would run the same
+    one on the same parameters.
     """
 
-    suite, name = "model", "model-train"
+    name = "model-train"
     # Four blocks in bf16: 0.019 in any of ten gradients and five seeds.
     yardstick_factor = 2.0
 
     def __init__(self) -> None:
+        super().__init__()
         self.providers = {
             BASE: partial(_step, llama.built, adapters=False),
             "torch": partial(_step, models.lean),
@@ -42,12 +43,14 @@ class Train(Work):
             "fastlora-compiled": partial(_step, models.replaced, compiles=True),
         }
 
+    def inputs(self, case: Case, draw: torch.Generator) -> Operands:
+        B, L, H = (case.shape[k] for k in "BLH")
+        ids = torch.randint(llama.VOCABULARY, (B, L), generator=draw).to(case.device)
+        return {"ids": ids, "x": case.tensor(draw, B, L, H)}
+
     def operands(self, case: Case, seed: int) -> Operands:
-        draw = torch.Generator().manual_seed(seed)
-        o = {**llama.weights(case, draw), **llama.adapters(case, draw)}
-        shape = case.shape["B"], case.shape["L"]
-        o["ids"] = torch.randint(llama.VOCABULARY, shape, generator=draw).to(case.device)
-        o["x"] = llama.embedded(o).requires_grad_()
+        o = super().operands(case, seed)
+        o["x"].requires_grad_()
         return o
 
     def truth(self, case: Case, provider: str) -> str:

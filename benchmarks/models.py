@@ -126,7 +126,11 @@ def served(case: Case, o: Operands, slots: Sequence[int]) -> fastlora.MultiLoRAM
     """A server that has the slots' adapters on the device, named as their slots."""
     present = sorted(set(slots))
     server = fastlora.MultiLoRAModel(
-        built(case, o), len(present), case.shape["R"], TARGETS, lora_dtype=DTYPES[case.lora_dtype or case.dtype]
+        built(case, o),
+        len(present),
+        case.shape["R"],
+        TARGETS,
+        lora_dtype=DTYPES[case.lora_dtype or case.dtype],
     )
     for slot in present:
         adapter = {}
@@ -151,9 +155,7 @@ def peft_virtual(case: Case, o: Operands, kind: str) -> Any:
     """PEFT's "prefix" or "prompt" tuning, of the operand of that name."""
     peft = needs("peft")
     make = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
-    config = make(
-        task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, inference_mode=True
-    )
+    config = make(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, inference_mode=True)
     model = peft.get_peft_model(built(case, o), config)
     (encoder,) = model.prompt_encoder.values()
     if encoder.embedding.weight.shape != o[kind].shape:
