@@ -44,9 +44,9 @@ class LeanMany(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = nnf.linear(x, self.weight)
-        for rows, lora_A, lora_B, scaling in self.groups:
+        for rows, lora_A, lora_B, factor in self.groups:
             part = (x[rows] @ lora_A.to(x.dtype).T) @ lora_B.to(x.dtype).T
-            y.index_add_(0, rows, part, alpha=scaling)
+            y.index_add_(0, rows, part, alpha=factor)
         return y
 
 

@@ -20,10 +20,8 @@ Outputs = dict[str, Tensor]
 Call = Callable[[], Outputs]
 Builder = Callable[["Case", Operands], Call]
 
-_TINY = {
-    **{"M": 9, "T": 12, "B": 3, "L": 5, "K": 40, "N": 56, "R": 4, "S": 5},
-    **{"H": 64, "I": 96, "layers": 2, "new": 3},
-}
+_TINY = {"M": 9, "T": 12, "B": 3, "L": 5, "K": 40, "N": 56, "R": 4, "S": 5}
+_TINY |= {"H": 64, "I": 96, "layers": 2, "new": 3}
 
 
 class Ceilings(NamedTuple):
