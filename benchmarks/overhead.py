@@ -32,10 +32,10 @@ class _HostTime(Work):
         return super().truth(case, _eager(provider))
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
-        return super().expected(case, operands, _eager(provider))  # pyright: ignore
+        return super().expected(case, operands, _eager(provider))
 
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
-        return super().cost(case, _eager(provider))  # pyright: ignore
+        return super().cost(case, _eager(provider))
 
 
 class Overhead(_HostTime, Linear):
