@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import llama, models
-from benchmarks.compiled import compiled
+from benchmarks.compiling import compiled_module
 from benchmarks.linear import Linear
+from benchmarks.peers_training import liger
 from benchmarks.work import BASE, Call, Case, Operands, Outputs
 
 
@@ -37,6 +38,7 @@ class Train(llama.OfLlama):
             "peft-patched": partial(_step, models.peft_patched),
             "fastlora": partial(_step, models.replaced),
         }
+        self.gpu_providers = {"peft-liger": partial(_step, _liger)}
         self.compiled_providers = {
             "base-compiled": partial(_step, llama.built, adapters=False, compiles=True),
             "peft-compiled": partial(_step, models.peft_lora, compiles=True),
@@ -106,6 +108,10 @@ class Train(llama.OfLlama):
 _LINEAR = Linear(backward=True)
 
 
+def _liger(case: Case, o: Operands) -> Any:
+    return liger(models.peft_lora(case, o))
+
+
 def _step(
     build: Callable[[Case, Operands], Any],
     case: Case,
@@ -116,7 +122,7 @@ def _step(
 ) -> Call:
     model = build(case, o)
     leaves = {"dx": o["x"], **(models.trainable(case, model) if adapters else {})}
-    run = compiled(model, case.device) if compiles else model
+    run = compiled_module(model, case.device) if compiles else model
 
     def call() -> Outputs:
         loss: Tensor = run(inputs_embeds=o["x"], labels=o["ids"], use_cache=False).loss

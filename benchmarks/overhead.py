@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.compiled import compiled
+from benchmarks.compiling import compiled_module
 from benchmarks.linear import SCALING, Linear
 from benchmarks.multi import Multi, peft_mixed
 from benchmarks.peers import peft_linear
@@ -64,7 +64,7 @@ class Overhead(_HostTime, Linear):
 
     def _module(self, make: Any, case: Case, o: Operands, *, compiles: bool = False) -> Call:
         layer, factors = make(o)
-        run = compiled(layer, case.device) if compiles else layer
+        run = compiled_module(layer, case.device) if compiles else layer
         return self._call(o, lambda: run(o["x"]), [o["x"], *factors])
 
 
@@ -114,13 +114,13 @@ def _fastlora(o: Operands) -> tuple[nn.Module, list[Tensor]]:
 
 def _multi_base(case: Case, o: Operands, *, compiles: bool = False) -> Call:
     layer, _ = _linear(o)
-    run = compiled(layer, case.device) if compiles else layer
+    run = compiled_module(layer, case.device) if compiles else layer
     return lambda: {"y": run(o["x"])}
 
 
 def _multi_peft_compiled(case: Case, o: Operands) -> Call:
     layer, names = peft_mixed(o)
-    run = compiled(layer, case.device)
+    run = compiled_module(layer, case.device)
     return lambda: {"y": run(o["x"], adapter_names=names)}
 
 
@@ -130,5 +130,5 @@ def _multi_fastlora(case: Case, o: Operands, *, compiles: bool = False) -> Call:
     for slot, factor in enumerate(o["scalings"].tolist()):
         layer.set_adapter(slot, o["lora_A"][slot], o["lora_B"][slot], factor)
     groups = F.group_rows(o["ids"], S)
-    run = compiled(layer, case.device) if compiles else layer
+    run = compiled_module(layer, case.device) if compiles else layer
     return lambda: {"y": run(o["x"], groups)}
