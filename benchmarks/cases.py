@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
+from benchmarks.generate import Generate
 from benchmarks.linear import Linear
 from benchmarks.merge import Merge, Swap
+from benchmarks.model import Train
 from benchmarks.multi import Multi
+from benchmarks.overhead import Overhead, OverheadMulti
 from benchmarks.work import Case
 
 SUITES = ("linear", "multi", "merge", "model", "overhead")
@@ -21,6 +24,8 @@ FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
 NATIVE = Linear(backward=False, natively=True)
 INVARIANT = Linear(backward=False, invariant=True)
 DECODE, PREFILL, MIXED = Multi("decode"), Multi("prefill"), Multi("mixed")
+MODEL, GENERATE_ONE, GENERATE = Train(), Generate(one=True), Generate(one=False)
+CALL, CALL_TRAIN, CALL_MULTI = Overhead(backward=False), Overhead(backward=True), OverheadMulti()
 MERGE, MERGE_UNMERGE, SWAP = Merge(unmerge=False), Merge(unmerge=True), Swap()
 
 
@@ -29,6 +34,23 @@ def _square(size: int) -> dict[str, int]:
 
 
 _WIDE, _NARROW = _square(2048), _square(1024)
+# A model of few calls of Python, the demo's, and a block of Llama 3 8B.
+_SMALL = {"H": 384, "I": 1024, "layers": 2, "R": 8}
+_DEMO = {"H": 192, "I": 512, "layers": 4, "R": 8}
+_WRITTEN = {"B": 8, "L": 8, "new": 4}
+_BLOCK = {"H": 4096, "I": 14336, "layers": 1, "R": 16}
+
+
+def _overhead(device: str, dtype: str) -> tuple[Case, ...]:
+    small = {"K": 64, "N": 64, "R": 8}
+    rows = {"T": 4, **small, "S": 4}
+    return (
+        Case(CALL, device, dtype, {"M": 1, **small}, quick=True, compiled=True),
+        Case(CALL_TRAIN, device, dtype, {"M": 1, **small}, compiled=True),
+        # On a CPU the others have shown what compilation does to a call: it takes its time.
+        Case(CALL_MULTI, device, dtype, rows, workload="distinct", compiled=device == "cuda"),
+    )
+
 
 CPU = (
     Case(FORWARD, "cpu", "bf16", {"M": 1, **_WIDE}, quick=True, compiled=True),
@@ -77,6 +99,19 @@ CPU = (
     Case(MERGE, "cpu", "bf16", _WIDE, lora_dtype="fp32"),
     Case(MERGE_UNMERGE, "cpu", "bf16", _WIDE, quick=True),
     Case(SWAP, "cpu", "bf16", _WIDE),
+    Case(MODEL, "cpu", "bf16", {"B": 2, "L": 64, **_SMALL}, lora_dtype="fp32", dropout=0.05),
+    *(
+        # The demo's own steps: a third of a second each.
+        Case(MODEL, "cpu", dtype, {"B": 8, "L": 128, **_DEMO}, lora, dropout, full=True)
+        for dtype, lora in (("fp32", ""), ("bf16", "fp32"))
+        for dropout in (0.0, 0.05)
+    ),
+    # Compilation takes a minute.
+    Case(MODEL, "cpu", "fp32", {"B": 2, "L": 64, **_SMALL, "layers": 1}, full=True, compiled=True),
+    Case(GENERATE_ONE, "cpu", "fp32", {**_WRITTEN, **_SMALL, "S": 1}),
+    Case(GENERATE, "cpu", "fp32", {**_WRITTEN, **_SMALL, "S": 8}, quick=True),
+    Case(GENERATE, "cpu", "bf16", {**_WRITTEN, **_DEMO, "S": 8}, full=True),
+    *_overhead("cpu", "fp32"),
 )
 
 
@@ -149,6 +184,20 @@ CUDA = (
     Case(MERGE, "cuda", "bf16", _layer(16), lora_dtype="fp32"),
     Case(MERGE_UNMERGE, "cuda", "bf16", _layer(16), quick=True),
     Case(SWAP, "cuda", "bf16", _layer(16)),
+    Case(MODEL, "cuda", "bf16", {"B": 4, "L": 512, **_BLOCK}, lora_dtype="fp32", quick=True),
+    Case(MODEL, "cuda", "bf16", {"B": 4, "L": 512, **_BLOCK}, lora_dtype="fp32", dropout=0.05),
+    Case(MODEL, "cuda", "bf16", {"B": 8, "L": 512, **_BLOCK}, lora_dtype="fp32", compiled=True),
+    *(
+        Case(
+            GENERATE_ONE if S == 1 else GENERATE,
+            "cuda",
+            "bf16",
+            {"B": 32, "L": 128, "new": 16, **_BLOCK, "layers": 2, "S": S},
+            quick=S == 8,
+        )
+        for S in (8, 1, 32)
+    ),
+    *_overhead("cuda", "bf16"),
 )
 
 

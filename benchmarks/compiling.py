@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.work import Absent, Builder, Call, Case, Operands
 
@@ -48,6 +52,18 @@ def compiled(builder: Compilable, case: Case, o: Operands) -> Call:
             raise
         raise Absent(f"torch.compile cannot compile here: {str(error).splitlines()[0]}") from error
     return call
+
+
+def compiled_module(module: nn.Module, device: str) -> Any:
+    """The module as its user compiles it, by its first call.
+
+    Modules of one kind and shape share a compilation. ``Absent`` where there would be no compiler.
+    """
+    if device == "cuda" and find_spec("triton") is None:
+        raise Absent("torch.compile needs triton on a GPU")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++")):
+        raise Absent("torch.compile needs a C++ compiler: none in CXX, no g++, no clang++")
+    return torch.compile(module)
 
 
 def _compile(case: Case, function: Function) -> Function:

@@ -54,7 +54,8 @@ def _verdict(
     except Exception as error:
         return Verdict("error", f"{type(error).__name__}: {error}")
     if yardstick is None:
-        return _judge(errors, dict.fromkeys(errors, _YARDSTICK_LIMIT[case.dtype]))
+        limit = case.work.yardstick_factor * _YARDSTICK_LIMIT[case.dtype]
+        return _judge(errors, dict.fromkeys(errors, limit))
     if yardstick.status != "ok":
         return Verdict("error", "unfused torch, which errors are judged by, did not pass")
     allowed = {k: 2 * yardstick.errors[k][0] + ALLOWANCE[case.dtype] for k in errors}

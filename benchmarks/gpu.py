@@ -183,7 +183,6 @@ def full() -> list[Part]:
         check_cuda("others", _LATER, least=30),
         table("model_merge", 60),
         bench("rest", 600),
-        table("training", 90, "peft", "transformers"),
         table("serving", 180, "peft", "transformers"),
         sanitize("triton", modules("triton"), "--quick"),
         sanitize("cuda", library),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,12 +177,16 @@ def _torch_gather(case: Case, o: Operands) -> Call:
 
 
 def _peft(case: Case, o: Operands) -> Call:
-    """Its mixed batch: ``adapter_names``, one for each element of the batch."""
+    layer, names = peft_mixed(o)
+    return lambda: {"y": layer(o["x"], adapter_names=names)}
+
+
+def peft_mixed(o: Operands) -> tuple[Any, list[str]]:
+    """PEFT's layer and the ``adapter_names`` of its mixed batch, one for each element of it."""
     slots = enumerate(zip(o["ranks"].tolist(), o["scalings"].tolist(), strict=True))
     parts = [(o["lora_A"][i, :r], o["lora_B"][i, :, :r], scaling) for i, (r, scaling) in slots]
-    layer = peft_linear(o["weight"], parts)
     names = ["__base__" if i < 0 else str(i) for i in o["ids"].tolist()]
-    return lambda: {"y": layer(o["x"], adapter_names=names)}
+    return peft_linear(o["weight"], parts), names
 
 
 def _fastlora(case: Case, o: Operands) -> Call:

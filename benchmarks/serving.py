@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import fastlora
 from benchmarks import machine
 from benchmarks.timer import ratios, spread
-from benchmarks.training import timed
 from fastlora import adapter_files
 from fastlora.demo.model import clone, small_llama
 from fastlora.serving import Request
@@ -80,6 +79,23 @@ def streamed(engine: Any, ids: list[list[int]], names: list[str], tokens: int) -
         for row, name in zip(ids, names, strict=True)
     ]
     return [handle.result() for handle in handles]
+
+
+def timed(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each round; the first one, which allocates, is left out."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            calls[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            samples[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in samples.items()}
 
 
 def throughput(options: argparse.Namespace, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ Call = Callable[[], Outputs]
 Builder = Callable[["Case", Operands], Call]
 
 _TINY = {"M": 9, "T": 12, "B": 3, "L": 5, "K": 40, "N": 56, "R": 4, "S": 5}
+_TINY |= {"H": 64, "I": 96, "layers": 2, "new": 3}
 
 
 class Ceilings(NamedTuple):
@@ -51,6 +52,8 @@ class Work(ABC):
     # not waited for.
     calls = 1
     host_only = False
+    # Times one layer's limit (gate.py): how far unfused torch itself may be from float64.
+    yardstick_factor = 1.0
 
     @abstractmethod
     def operands(self, case: Case, seed: int) -> Operands:
@@ -123,8 +126,9 @@ class Case:
         return DTYPES[self.dtype].itemsize, DTYPES[self.lora_dtype or self.dtype].itemsize
 
     def tiny(self) -> Case:
-        """The same case at a shape that takes no time, for tests."""
-        return replace(self, shape={k: min(v, _TINY[k]) for k, v in self.shape.items()})
+        """The same case at a shape that takes no time, for tests, and nobody who compiles."""
+        shape = {k: min(v, _TINY[k]) for k, v in self.shape.items()}
+        return replace(self, shape=shape, compiled=False)
 
     def tensor(self, draw: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
         """A normal tensor in the base's dtype on the case's device."""

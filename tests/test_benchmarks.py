@@ -165,10 +165,12 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_registered_case_passes_its_gate_when_tiny(name):
+    if TINY[name].suite == "model":
+        pytest.importorskip("transformers", reason="transformers is not installed")
     verdicts = gate.check(TINY[name], seed=1)
     assert verdicts.keys() >= {"base", "torch", "peft", "fastlora"}
     for provider, verdict in verdicts.items():
-        allowed = ("ok", "absent") if provider == "peft" else ("ok",)
+        allowed = ("ok", "absent") if "peft" in provider else ("ok",)
         assert verdict.status in allowed, (provider, verdict.reason)
 
 

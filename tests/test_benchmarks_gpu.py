@@ -321,7 +321,7 @@ def test_every_other_command_is_one_that_there_is():
 
     for _, words in commands("benchmarks.warm"):
         assert warm.parser().parse_args(words).device == "cuda"
-    for name in ("model_merge", "training", "serving"):
+    for name in ("model_merge", "serving"):
         assert commands(f"benchmarks.{name}") == [(name, [])]
         assert (ROOT / "benchmarks" / f"{name}.py").exists()
     ((_, words),) = commands("pytest")

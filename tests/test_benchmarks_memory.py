@@ -1,0 +1,14 @@
+"""The peak of a call is what it holds at most beyond what was there."""
+
+import torch
+
+from benchmarks import memory
+
+
+def test_the_peak_is_what_is_held_at_most():
+    def call():
+        kept = [torch.empty(1000, 1000) for _ in range(3)]
+        del kept[1:]
+        kept.append(torch.empty(500, 1000))
+
+    assert 12e6 <= memory.peak(call, "cpu") < 12.1e6
