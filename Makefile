@@ -72,7 +72,7 @@ demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and
 
 bench: setup ## measure on the CPU
 	$(BIN)/python -m benchmarks --device cpu $(ARGS)
-	$(BIN)/python -m benchmarks.serving --device cpu
+	$(BIN)/python -m benchmarks.tables.serving --device cpu
 
 # Beside the same torch, which asks for no triton where there is no GPU.
 $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
-from benchmarks.generate import Generate
-from benchmarks.linear import Linear
-from benchmarks.merge import Merge, Swap
-from benchmarks.model import Train
-from benchmarks.multi import Multi
-from benchmarks.overhead import Overhead, OverheadMulti
-from benchmarks.work import Case
+from benchmarks.harness.work import Case
+from benchmarks.suites.generate import Generate
+from benchmarks.suites.linear import Linear
+from benchmarks.suites.merge import Merge, Swap
+from benchmarks.suites.model import Train
+from benchmarks.suites.multi import Multi
+from benchmarks.suites.overhead import Overhead, OverheadMulti
 
 SUITES = ("linear", "multi", "merge", "model", "overhead")
 

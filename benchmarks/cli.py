@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, ceilings, compare, lines, machine, one, runner, screen
-from benchmarks.work import DTYPES, Case, Ceilings
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import RESULTS, cases
+from benchmarks.harness import ceilings, lines, machine, one, runner, screen
+from benchmarks.harness.work import DTYPES, Case, Ceilings
+from benchmarks.reports import compare
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
@@ -150,7 +150,7 @@ def _report(argv: Sequence[str], prog: str) -> int:
     )
     if not found:
         return _refuse(f"report: expected results such as linear.jsonl, found none in {folder}")
-    from benchmarks import report
+    from benchmarks.reports import report
 
     for each in found:
         for path in report.write(each):

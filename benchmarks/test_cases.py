@@ -11,9 +11,10 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks import cases, gate
-from benchmarks.one import SEED
-from benchmarks.work import Case
+from benchmarks import cases
+from benchmarks.harness import gate
+from benchmarks.harness.one import SEED
+from benchmarks.harness.work import Case
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

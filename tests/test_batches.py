@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import PHASES, WORKLOADS, adapter_ids
+from benchmarks.suites.workloads import PHASES, WORKLOADS, adapter_ids
 from fastlora import availability
 from fastlora import functional as F
 from tests import oracle

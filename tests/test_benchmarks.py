@@ -13,23 +13,15 @@ import pytest
 import torch
 from torch.nn import functional as nnf
 
-from benchmarks import (
-    cases,
-    gate,
-    linear,
-    lines,
-    multi,
-    one,
-    runner,
-    table,
-    timer,
-)
+from benchmarks import cases
 from benchmarks.cli import main
-from benchmarks.linear import SCALING, Linear
-from benchmarks.merge import Merge
-from benchmarks.multi import Multi
-from benchmarks.screen import Plain
-from benchmarks.work import Absent, Case, Ceilings
+from benchmarks.harness import gate, lines, one, runner, table, timer
+from benchmarks.harness.screen import Plain
+from benchmarks.harness.work import Absent, Case, Ceilings
+from benchmarks.suites import linear, multi
+from benchmarks.suites.linear import SCALING, Linear
+from benchmarks.suites.merge import Merge
+from benchmarks.suites.multi import Multi
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEN = Ceilings(1e10, dict.fromkeys(("fp32", "fp16", "bf16"), 1e11))
@@ -283,7 +275,7 @@ def test_a_process_that_has_no_more_time_leaves_cases_unmeasured(tmp_path):
 
 def test_the_cuda_kernels_are_providers(on_cuda_kernels):
     """On a GPU; here they run on the host, and are held to the same gate, or say why not."""
-    from benchmarks import linear, merge, multi
+    from benchmarks.suites import linear, merge, multi
 
     def verdict(case: Case) -> str:
         case.work.providers |= {"cuda": case.work.gpu_providers["cuda"]}

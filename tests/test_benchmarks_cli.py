@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import cases, ceilings, compare, lines, machine, one, runner, screen, timer
+from benchmarks import cases
 from benchmarks import cli as bench
+from benchmarks.harness import ceilings, lines, machine, one, runner, screen, timer
+from benchmarks.reports import compare
 from fastlora import cli
 from tests.test_benchmarks import SEEN, linear_case
 
@@ -227,7 +229,7 @@ def test_outside_a_checkout_the_command_says_where_benchmarks_are(monkeypatch, t
 
 
 def test_the_commit_names_what_was_changed(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / "kernels" / "tuning").mkdir(parents=True)
     source = tmp_path / "kernels" / "a.py"
     source.write_text("a = 1\n")

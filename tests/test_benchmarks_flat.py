@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks import flat
+from benchmarks.reports import flat
 from tests.result_lines import line, not_timed, written
 
 

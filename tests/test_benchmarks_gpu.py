@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, cli, gpu, parts
+from benchmarks import cases, cli
 from benchmarks.__main__ import main as bench
-from benchmarks.parts import Part, Run
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import Part, Run
 from fastlora import cli as fastlora_cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,8 +231,8 @@ def test_a_document_is_kept_only_when_its_part_was_ok(tmp_path):
 
 INTERRUPTED = """
 import pathlib, sys
-from benchmarks import gpu
-from benchmarks.parts import Part
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.parts import Part
 python, folder = sys.executable, pathlib.Path({folder!r})
 chosen = [
     Part("first", (python, "-c", "pass"), 60.0, cores=None),
@@ -317,13 +319,13 @@ def test_every_benchmark_has_cases(monkeypatch, capsys):
 
 
 def test_every_other_command_is_one_that_there_is():
-    from benchmarks import warm
+    from benchmarks.gpu import warm
 
-    for _, words in commands("benchmarks.warm"):
+    for _, words in commands("benchmarks.gpu.warm"):
         assert warm.parser().parse_args(words).device == "cuda"
     for name in ("model_merge", "serving"):
-        assert commands(f"benchmarks.{name}") == [(name, [])]
-        assert (ROOT / "benchmarks" / f"{name}.py").exists()
+        assert commands(f"benchmarks.tables.{name}") == [(name, [])]
+        assert (ROOT / "benchmarks" / "tables" / f"{name}.py").exists()
     ((_, words),) = commands("pytest")
     collect = [*words[:-1], "tests/test_grouping.py", "--collect-only"]
     command = [sys.executable, "-m", "pytest", *collect]

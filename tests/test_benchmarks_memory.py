@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks import memory
+from benchmarks.harness import memory
 
 
 def test_the_peak_is_what_is_held_at_most():

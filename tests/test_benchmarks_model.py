@@ -10,10 +10,11 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from benchmarks import gate, llama, models, one
-from benchmarks.generate import Generate, _generated, _of
-from benchmarks.model import Train, _step
-from benchmarks.work import Case, Ceilings
+from benchmarks.harness import gate, one
+from benchmarks.harness.work import Case, Ceilings
+from benchmarks.suites import llama, models
+from benchmarks.suites.generate import Generate, _generated, _of
+from benchmarks.suites.model import Train, _step
 from tests import oracle
 
 SEEN = Ceilings(1e10, {"fp32": 1e11, "bf16": 1e11})

@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import cases, gate, one
-from benchmarks.overhead import Overhead, OverheadMulti
-from benchmarks.work import Case, Ceilings
+from benchmarks import cases
+from benchmarks.harness import gate, one
+from benchmarks.harness.work import Case, Ceilings
+from benchmarks.suites.overhead import Overhead, OverheadMulti
 
 SEEN = Ceilings(1e10, {"fp32": 1e11})
 SMALL = {"K": 64, "N": 64, "R": 8}

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks import cases, gate, peers_training
-from benchmarks.compiling import compiled
-from benchmarks.linear import Linear
-from benchmarks.multi import Multi
-from benchmarks.work import Absent, Case
+from benchmarks import cases
+from benchmarks.harness import gate
+from benchmarks.harness.work import Absent, Case
+from benchmarks.peers import training as peers_training
+from benchmarks.peers.compiling import compiled
+from benchmarks.suites.linear import Linear
+from benchmarks.suites.multi import Multi
 
 # Inductor's, for what is no library's product.
 needs_compiler = pytest.mark.skipif(
@@ -269,7 +271,7 @@ def test_rows_without_an_adapter_and_ranks_of_their_own(fake, library, monkeypat
 )
 def test_a_library_that_is_called_in_another_way_is_absent(fake, library, said, monkeypatch):
     fake(monkeypatch, fits=False)
-    monkeypatch.setattr("benchmarks.peers_calls.version", lambda name: f"of {name}")
+    monkeypatch.setattr("benchmarks.peers.calls.version", lambda name: f"of {name}")
     work = Linear(backward=False) if library == "unsloth" else Multi("decode")
     verdict = verdict_of(library, case_of(work, "fp16"))
     assert verdict.status == "absent"

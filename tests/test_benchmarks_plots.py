@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks import plot_style, report, standing
+from benchmarks.reports import plot_style, report, standing
 from tests.result_lines import CASE, line, not_timed, written
 
 

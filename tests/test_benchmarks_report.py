@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import plots, provenance, report, standing
+from benchmarks.reports import plots, provenance, report, standing
 from tests.result_lines import CASE, line, not_timed, written
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, targets
-from benchmarks.wanted import TARGETS, Target
+from benchmarks import cases
+from benchmarks.reports import targets
+from benchmarks.reports.wanted import TARGETS, Target
 
 CASE = "linear-forward-bf16-M8192-K4096-N4096-R16"
 ROOT = Path(__file__).resolve().parent.parent

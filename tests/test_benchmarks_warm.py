@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, warm
-from benchmarks.linear import Linear
-from benchmarks.merge import Merge
-from benchmarks.multi import Multi
-from benchmarks.work import Absent, Case
+from benchmarks import cases
+from benchmarks.gpu import warm
+from benchmarks.harness.work import Absent, Case
+from benchmarks.suites.linear import Linear
+from benchmarks.suites.merge import Merge
+from benchmarks.suites.multi import Multi
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,7 +141,7 @@ def test_a_case_that_hangs_is_ended_soon_after_the_deadline(monkeypatch, capsys)
 
 
 def test_a_process_says_what_it_called():
-    command = [sys.executable, "-m", "benchmarks.warm", "--device", "cpu", "--jobs", "1"]
+    command = [sys.executable, "-m", "benchmarks.gpu.warm", "--device", "cpu", "--jobs", "1"]
     command += ["--case", "linear-forward-bf16-M1-K2048-N2048-R16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import merge_tables
+from benchmarks.tables import merging as merge_tables
 
 
 @pytest.mark.parametrize("table, rows", [("receipt", 3), ("fidelity", 6), ("combine", 5)])

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("tokenizers")
 
-from benchmarks import serving
+from benchmarks.tables import serving
 
 SMALL = ["--hidden=64", "--layers=1", "--rows=8", "--tokens=3", "--rounds=1", "--threads=1"]
 SMALL += ["--device=cpu", "--cold-rows=2", "--cold-tokens=12", "--every=4", "--rank=4"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.workloads import PHASES, WORKLOADS, adapter_ids, request_lengths
+from benchmarks.suites.workloads import PHASES, WORKLOADS, adapter_ids, request_lengths
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)

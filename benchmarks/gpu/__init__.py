@@ -1,0 +1,1 @@
+"""``make gpu``: what is worth most on a GPU first, watched and resumable."""

@@ -1,0 +1,65 @@
+"""What the device reaches at best, measured in the run whose figures stand beside it.
+
+Bandwidth is the better of a copy's (bytes read and written) and a sum's (bytes read), of buffers
+that no cache holds; flops are those of the library's product of square matrices, by dtype. Medians
+of five, after one that nobody looks at: a figure above its ceiling is noise, or a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+
+import torch
+
+from benchmarks.harness.timer import clock_for
+from benchmarks.harness.work import DTYPES, Ceilings
+
+_ROUNDS = 5
+# Past every cache; products large enough that cases do not go past them, as they did by a tenth and
+# more with 1536 on two cores.
+_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+_SIZE = {"cpu": 3072, "cuda": 8192}
+
+
+def measure(device: str, dtypes: Iterable[str]) -> Ceilings:
+    """dtypes: of the cases; CPUs without fp16 instructions take seconds for a product in it."""
+    return Ceilings(_bandwidth(device), {dtype: _flops(device, dtype) for dtype in dtypes})
+
+
+def _bandwidth(device: str) -> float:
+    source, target = (torch.ones(_BYTES[device] // 4, device=device) for _ in range(2))
+    copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+    summed = source.nbytes / _seconds(lambda: source.sum(), device)
+    return max(copied, summed)
+
+
+def _flops(device: str, dtype: str) -> float:
+    size = _SIZE[device]
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, device)
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    clock, samples = clock_for(device), []
+    for _ in range(_ROUNDS + 1):
+        clock.sample("", *[call] * clock.TURN)
+        samples.append(clock.read()[""][0] / 1e3)
+    return statistics.median(samples[1:])
+
+
+def main() -> None:
+    """Prints them as JSON, for the process that runs the cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("dtypes", nargs="+", choices=tuple(DTYPES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(json.dumps(measure(options.device, options.dtypes)._asdict()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""One case in this process: gate, then timing, one line of results for every provider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timezone
+
+import fastlora
+from benchmarks.harness import gate, machine, memory, timer
+from benchmarks.harness.lines import Line
+from benchmarks.harness.work import BASE, Call, Case, Ceilings, Operands, Outputs
+
+SEED = 0
+SECONDS, QUICK_SECONDS = 1.5, 0.3
+
+# Stands in every line; docs/benchmarks.md explains it.
+METHOD = (
+    "every provider is held to float64 before it is timed (gate); warm-up; providers take turns, "
+    "each round begins with another; on a CPU a turn is three calls, the last is timed; copies of "
+    "the operands rotate past the caches (copies); a ratio is formed within its round; low to high "
+    "is the 95 % percentile bootstrap of its median; ceilings are a copy's, a sum's and the "
+    "library's products', measured in this run; share is the least time by them over p50"
+)
+
+
+def identity(case: Case) -> Line:
+    """What a line says of its case, whatever became of it."""
+    return {
+        "suite": case.suite,
+        "case": case.name,
+        "device": case.device,
+        "dtype": case.dtype,
+        "lora_dtype": case.lora_dtype or case.dtype,
+        "shape": dict(case.shape),
+        "workload": case.workload or None,
+        "dropout": case.dropout,
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def measure(
+    case: Case, ceilings: Ceilings, *, seed: int = SEED, seconds: float = SECONDS
+) -> Iterator[Line]:
+    """Lines of those who did not pass, before anything is timed; then of the others."""
+    where = machine.facts(case.device) | {
+        "seed": seed,
+        "backend": fastlora.backend(device=case.device),
+        "method": METHOD,
+        "ceilings": ceilings._asdict(),
+    }
+    verdicts = gate.check(case, seed)
+    lines = {name: _line(case, name, verdict) | where for name, verdict in verdicts.items()}
+    passed = [name for name, verdict in verdicts.items() if verdict.status == "ok"]
+    yield from (lines[name] for name in verdicts if name not in passed)
+    if not passed:
+        return
+
+    operands = case.work.operands(case, seed)
+    count, build = _copies(case, operands, len(passed)), case.providers
+    calls = {
+        name: [_sampled(case, build[name](case, _copy(operands))) for _ in range(count)]
+        for name in passed
+    }
+    samples = timer.interleaved(calls, case.device, seconds, host_only=case.work.host_only)
+    # Afterwards: who watches memory slows what he watches.
+    peaks = {name: memory.peak(calls[name][0], case.device) for name in passed}
+    clocks, base = machine.clocks(case.device), samples.get(BASE)
+    for name in passed:
+        least = case.work.least(case, name, ceilings), case.work.least(case, BASE, ceilings)
+        yield {
+            **lines[name],
+            **_timing(case, lines[name], samples[name], base, least),
+            "peak_bytes": peaks[name],
+            "copies": count,
+            "clocks": clocks,
+        }
+
+
+def _copies(case: Case, operands: Operands, providers: int) -> int:
+    """Of the operands, for each provider: past the caches, but where the host's time is asked."""
+    if case.work.host_only:
+        return timer.HostClock.TURN
+    return timer.copies(sum(t.nbytes for t in operands.values()), providers)
+
+
+def _copy(operands: Operands) -> Operands:
+    return {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in operands.items()}
+
+
+def _sampled(case: Case, call: Call) -> Call:
+    """What a sample times: the call, as often as its work says."""
+    many = range(case.work.calls)
+    if len(many) == 1:
+        return call
+
+    def calls() -> Outputs:
+        for _ in many:
+            outputs = call()
+        return outputs
+
+    return calls
+
+
+def _line(case: Case, provider: str, verdict: gate.Verdict) -> Line:
+    flops, moved = case.work.cost(case, provider)
+    errors = {k: {"error": e, "bound": b} for k, (e, b) in verdict.errors.items()}
+    return {
+        **identity(case),
+        "provider": provider,
+        "status": verdict.status,
+        "reason": verdict.reason or None,
+        "gate": errors,
+        "flops": flops,
+        "bytes": moved,
+    }
+
+
+def _timing(
+    case: Case,
+    line: Line,
+    samples: timer.Samples,
+    base: timer.Samples | None,
+    least: tuple[float, float],
+) -> Line:
+    """least: seconds that the ceilings allow the provider and the base."""
+    calls = case.work.calls
+    ms, cpu_ms = ([t / calls for t in each] for each in (samples.ms, samples.cpu_ms))
+    spread = timer.spread(ms)
+    timing: Line = {
+        "clock": "CUDA events" if case.device == "cuda" and not case.work.host_only else "wall",
+        "rounds": len(ms),
+        "calls": calls,
+        "ms": spread,
+        "cpu_ms": timer.spread(cpu_ms),
+        "tflops": line["flops"] / spread["p50"] / 1e9,
+        "gbps": line["bytes"] / spread["p50"] / 1e6,
+        "share": least[0] * 1e3 / spread["p50"],
+    }
+    if base is not None:
+        ratios = timer.ratios(samples.ms, base.ms)
+        timing["ratio"] = timer.spread(ratios) | timer.interval(ratios)
+        timing["cpu_ratio"] = timer.spread(timer.ratios(samples.cpu_ms, base.cpu_ms))
+        timing["limit"] = least[0] / least[1]
+    return timing

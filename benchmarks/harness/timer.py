@@ -1,0 +1,180 @@
+"""The one timer: providers take turns, so that whatever else the machine does hits all alike.
+
+A round times one call of every provider, each round starting with another one; a ratio is taken
+within a round and then summarised. Every call finds its operands cold: a provider goes round its
+copies of them, and between two uses of a copy more memory is touched than a cache holds. On the
+CPU it finds its code warm, as the layers before would leave it: each timed call follows two on
+other copies that nobody looks at.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from benchmarks.harness.work import Call
+
+# More than the last-level caches it is meant to outrun: 50 to 60 MB on data-centre GPUs.
+ROTATED_BYTES = 200 * 2**20
+# Of layers so small that their copies would be thousands, and take a minute to build. A model's are
+# in some cache too.
+_MOST_COPIES = 200
+
+_ROUNDS = (10, 300)
+_RESAMPLES = 1000
+# The slowest case still ends: fewer rounds than ten, but three, where ten take longer than this.
+_LONGEST = 15.0
+_WARM_UP_ROUNDS, _WARM_UP_SECONDS = 3, 1.0
+# A GPU's cycles in a second, from above: it idles for so many while the host gets ahead of it.
+_CYCLES = 2.5e9
+
+
+@dataclass
+class Samples:
+    """Milliseconds of each round: by the device's clock, and of this process's CPU time."""
+
+    ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+
+
+def copies(operand_bytes: int, providers: int) -> int:
+    """How many copies of its operands each provider needs for a rotation past the caches."""
+    wanted = math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers))
+    return min(max(HostClock.TURN, wanted), _MOST_COPIES)
+
+
+def clock_for(device: str, *, host_only: bool = False) -> HostClock | CudaClock:
+    if device == "cuda":
+        return HostClock(torch.cuda.synchronize) if host_only else CudaClock()
+    return HostClock()
+
+
+def interleaved(
+    calls: dict[str, list[Call]], device: str, seconds: float, *, host_only: bool = False
+) -> dict[str, Samples]:
+    """Samples of every provider. calls: one for each copy of the operands."""
+    clock = clock_for(device, host_only=host_only)
+    names = list(calls)
+    rounds = _rounds(_warm_up(calls, clock) * clock.TURN, seconds)
+    samples = {name: Samples() for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                each = calls[name]
+                turn = range(i * clock.TURN, (i + 1) * clock.TURN)
+                clock.sample(name, *(each[j % len(each)] for j in turn))
+            for name, (ms, cpu_ms) in clock.read().items():
+                samples[name].ms.append(ms)
+                samples[name].cpu_ms.append(cpu_ms)
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, and the quantiles that hold three fifths of the samples."""
+    p20, p50, p80 = np.percentile(values, (20, 50, 80)).tolist()
+    return {"p20": p20, "p50": p50, "p80": p80}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """The median's 95 % interval by the percentile bootstrap (Efron 1979): resampled rounds."""
+    drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5)).tolist()
+    return {"low": low, "high": high}
+
+
+def ratios(samples: list[float], base: list[float]) -> list[float]:
+    """Round by round."""
+    return [ours / theirs for ours, theirs in zip(samples, base, strict=True)]
+
+
+def _warm_up(calls: dict[str, list[Call]], clock: HostClock | CudaClock) -> float:
+    """Seconds of the last of the rounds that nobody looks at."""
+    began, a_round = time.perf_counter(), 0.0
+    for i in range(_WARM_UP_ROUNDS):
+        started = time.perf_counter()
+        for name, each in calls.items():
+            clock.warm_up(name, each[i % len(each)])
+        a_round = time.perf_counter() - started
+        if time.perf_counter() - began > _WARM_UP_SECONDS:
+            break
+    return a_round
+
+
+def _rounds(a_round: float, seconds: float) -> int:
+    wanted = min(max(int(seconds / a_round), _ROUNDS[0]), _ROUNDS[1])
+    return max(3, min(wanted, int(_LONGEST / a_round)))
+
+
+class HostClock:
+    # A turn: the last one is timed. With one before it a small layer's time still depended on whose
+    # turn was before (1.25 to 1.56 of the base), with two it is that of eight (1.11).
+    TURN = 3
+
+    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
+        """settle: called before the clock starts, as to wait for a device."""
+        self._settle = settle
+        self._round: dict[str, tuple[float, float]] = {}
+
+    def warm_up(self, name: str, call: Call) -> None:
+        call()
+
+    def sample(self, name: str, *calls: Call) -> None:
+        *before, call = calls
+        for each in before:
+            each()
+        self._settle()
+        cpu, wall = time.process_time_ns(), time.perf_counter_ns()
+        call()
+        wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
+        self._round[name] = (wall / 1e6, cpu / 1e6)
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        return self._round
+
+
+class CudaClock:
+    """Events around each call, while the GPU idles until the host has enqueued it: the time between
+    them is the GPU's own. A call that waits for the device inside is charged for the wait."""
+
+    TURN = 1
+
+    def __init__(self) -> None:
+        self._ahead: dict[str, float] = {}
+        self._round: dict[str, tuple[torch.cuda.Event, torch.cuda.Event, float]] = {}
+
+    def warm_up(self, name: str, call: Call) -> None:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        self._ahead[name] = min(time.perf_counter() - started, 0.005)
+        torch.cuda.synchronize()
+
+    def sample(self, name: str, *calls: Call) -> None:
+        (call,) = calls
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(1.5 * self._ahead[name] * _CYCLES) + 20_000)
+        start.record()
+        cpu = time.process_time_ns()
+        call()
+        cpu = time.process_time_ns() - cpu
+        end.record()
+        self._round[name] = (start, end, cpu / 1e6)
+
+    def read(self) -> dict[str, tuple[float, float]]:
+        torch.cuda.synchronize()
+        return {
+            name: (start.elapsed_time(end), cpu) for name, (start, end, cpu) in self._round.items()
+        }

@@ -1,0 +1,1 @@
+"""What is made of results: Markdown, pictures, CSV, comparisons, targets."""

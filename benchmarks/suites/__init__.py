@@ -1,0 +1,1 @@
+"""What is measured: each suite's operands, providers, truth and cost."""

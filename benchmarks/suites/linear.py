@@ -1,0 +1,213 @@
+"""Suite ``linear``: one adapter on a frozen linear layer, forward alone or with its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from benchmarks.harness.truth import oracle
+from benchmarks.harness.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
+from benchmarks.peers.calls import tried
+from benchmarks.peers.compiling import Compile, as_it_is, compiled
+from benchmarks.peers.peft import peft_linear, torch_keep
+from benchmarks.peers.training import unsloth_linear
+from benchmarks.suites.paths import along, on, with_base
+from fastlora import batch_invariant, dropout
+from fastlora import functional as F
+
+SCALING = 2.0
+# Of the Triton kernels; kernels/ledger.py has the list, but importing it needs triton.
+PATHS = ("one_pass", "two_pass", "overlapped", "library")
+_TENSORS = ("x", "weight", "lora_A", "lora_B")
+
+
+class Linear(Work):
+    """``x @ weight.T + SCALING * (dropout(x) @ lora_A.T) @ lora_B.T``, the base ``x @ weight.T``.
+
+    With ``backward``: and the gradients of x, lora_A and lora_B, for the base that of x alone.
+    """
+
+    suite = "linear"
+
+    def __init__(self, *, backward: bool, invariant: bool = False, natively: bool = False) -> None:
+        self.backward = backward
+        self.name = "linear-train" if backward else "linear-forward"
+        self.providers = {
+            BASE: self._base,
+            "torch": self._torch,
+            "peft": self._peft,
+            "fastlora": self._fastlora,
+        }
+        if invariant:
+            # What it costs that a row has its bits in every batch.
+            self.name = "linear-invariant"
+            self.providers["fastlora-invariant"] = self._invariant
+        elif natively:
+            # Who multiplies by the weight on a CPU: where the one is better, and where the other.
+            self.name = "linear-native"
+            for name, whole in (("native", True), ("torch-product", False)):
+                self.providers[name] = partial(with_base, whole, self._fastlora)
+        else:
+            self.gpu_providers = {path: partial(along, path, self._fastlora) for path in PATHS}
+            self.gpu_providers["cuda"] = partial(on, "cuda", self._fastlora)
+            self.gpu_providers["unsloth"] = partial(tried, "unsloth", self._unsloth)
+            self.compiled_providers = {
+                "torch-compiled": partial(compiled, self._torch),
+                "peft-compiled": partial(compiled, self._peft),
+                "fastlora-compiled": partial(compiled, self._fastlora),
+            }
+
+    def operands(self, case: Case, seed: int) -> Operands:
+        M, K, N, R = (case.shape[k] for k in "MKNR")
+        draw = torch.Generator().manual_seed(seed)
+        o = {
+            "x": case.tensor(draw, M, K),
+            "weight": case.tensor(draw, N, K, scale=K**-0.5),
+            "lora_A": case.adapter(draw, R, K, scale=K**-0.5),
+            # The adapter's part is half of the output: one that is missing or wrong shows.
+            "lora_B": case.adapter(draw, N, R, scale=0.25 * R**-0.5),
+        }
+        if self.backward:
+            for name in ("x", "lora_A", "lora_B"):
+                o[name].requires_grad_()
+            o["dy"] = case.tensor(draw, M, N)
+        return o
+
+    def _base(self, case: Case, o: Operands) -> Call:
+        return self._call(o, lambda: nnf.linear(o["x"], o["weight"]), [o["x"]])
+
+    def _torch(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+        x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
+
+        def forward() -> Tensor:
+            seen = nnf.dropout(x, case.dropout) if case.dropout else x
+            h = nnf.linear(seen, lora_A.to(x.dtype))
+            # In place: no further tensor of the output's size, in autograd neither.
+            return nnf.linear(x, weight).addmm_(h, lora_B.to(x.dtype).T, alpha=SCALING)
+
+        return self._call(o, wrap(forward), [x, lora_A, lora_B])
+
+    def _peft(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+        layer = peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)], case.dropout)
+        x, leaves = o["x"], [o["x"], layer.lora_A["0"].weight, layer.lora_B["0"].weight]
+        return self._call(o, wrap(lambda: layer(x)), leaves)
+
+    def _fastlora(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+        x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
+        how = {"dropout_p": case.dropout, "training": case.dropout > 0}
+
+        def forward() -> Tensor:
+            return F.lora_linear(x, weight, lora_A, lora_B, SCALING, **how)
+
+        return self._call(o, wrap(forward), [x, lora_A, lora_B])
+
+    def _unsloth(self, case: Case, o: Operands) -> Call:
+        linear = unsloth_linear(case)
+        x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
+
+        def forward() -> Tensor:
+            return linear(x, weight, lora_A, lora_B, SCALING)
+
+        return self._call(o, forward, [x, lora_A, lora_B])
+
+    def _invariant(self, case: Case, o: Operands) -> Call:
+        call = self._fastlora(case, o)
+
+        def invariant() -> Outputs:
+            with batch_invariant():
+                return call()
+
+        return invariant
+
+    def _call(self, o: Operands, forward: Callable[[], Tensor], leaves: list[Tensor]) -> Call:
+        if not self.backward:
+            return lambda: {"y": forward()}
+
+        def forward_and_backward() -> Outputs:
+            y = forward()
+            grads = torch.autograd.grad(y, leaves, o["dy"])
+            return {"y": y, **dict(zip(("dx", "dA", "dB"), grads, strict=False))}
+
+        return forward_and_backward
+
+    def truth(self, case: Case, provider: str) -> str:
+        if not case.dropout or provider == BASE:
+            return super().truth(case, provider)
+        # Each library draws a mask of its own; fastlora's is the same along every path.
+        return provider if provider in self.providers else "fastlora"
+
+    def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
+        o = {name: wide(t) for name, t in operands.items()}
+        x, weight, lora_A, lora_B = o["x"], o["weight"], o["lora_A"], o["lora_B"]
+        keep, keep_scale = self._mask(case, operands, provider)
+        scaling = 0.0 if provider == BASE else SCALING
+        rows, columns, outs = self._sampled(case)
+        out = {
+            "y": oracle.lora_linear(
+                x[rows], weight, lora_A, lora_B, scaling, keep=keep[rows], keep_scale=keep_scale
+            )
+        }
+        if not self.backward:
+            return out
+        # The gradients of a slice of the features are that slice of the gradients: every token is
+        # summed, the oracle's N*K matrix of weight gradients is not.
+        dy, some = o["dy"], {"keep": keep[:, columns], "keep_scale": keep_scale}
+        inward = oracle.lora_linear_grads(
+            dy, x[:, columns], weight[:, columns], lora_A[:, columns], lora_B, scaling, **some
+        )
+        out["dx"] = inward["x"]
+        if provider != BASE:
+            every = {"keep": keep, "keep_scale": keep_scale}
+            outward = oracle.lora_linear_grads(
+                dy[:, outs], x, None, lora_A, lora_B[outs], scaling, **every
+            )
+            out |= {"dA": inward["lora_A"], "dB": outward["lora_B"]}
+        return out
+
+    def sample(self, case: Case, outputs: Outputs) -> Outputs:
+        rows, columns, outs = self._sampled(case)
+        index = {
+            "y": (rows,),
+            "dx": (slice(None), columns),
+            "dA": (slice(None), columns),
+            "dB": (outs,),
+        }
+        return {name: t.detach().cpu()[index[name]] for name, t in outputs.items()}
+
+    def _sampled(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+        return sampled(case.shape["M"]), sampled(case.shape["K"]), sampled(case.shape["N"])
+
+    def _mask(self, case: Case, o: Operands, provider: str) -> tuple[Tensor, float]:
+        """What the provider's call keeps under the generator's present state, and its factor."""
+        x, p = o["x"], case.dropout
+        if not p or provider == BASE:
+            return torch.ones(x.shape), 1.0
+        if provider not in ("torch", "peft"):
+            keep = dropout.keep_mask(x.shape[0], x.shape[1], p, dropout.new_seed(x.device)).cpu()
+            factor = dropout.keep_scale(p)
+        else:
+            # PEFT drops from its copy of x in the adapters' dtype.
+            dtype = o["lora_A"].dtype if provider == "peft" else DTYPES[case.dtype]
+            keep, factor = torch_keep(x, p, dtype).cpu(), 1 / (1 - p)
+        share, noise = float(keep.double().mean()), (p * (1 - p) / keep.numel()) ** 0.5
+        if abs(share - (1 - p)) > 6 * noise:
+            raise ValueError(f"the dropout mask keeps {share:.4f} of the elements for p = {p}")
+        return keep, factor
+
+    def cost(self, case: Case, provider: str) -> tuple[int, int]:
+        M, K, N, R = (case.shape[k] for k in "MKNR")
+        size, lora_size = case.element_sizes
+        adapter = 0 if provider == BASE else R * (K + N)
+        size, lora_size = case.element_sizes
+        flops = 2 * M * K * N + 2 * M * adapter
+        moved = size * (M * K + K * N + M * N) + lora_size * adapter
+        if self.backward:
+            # dX of the base; then dH, its part of dX, dA, dB, for which x is read once more.
+            flops += 2 * M * K * N + 4 * M * adapter
+            moved += size * (M * N + K * N + M * K) + 2 * lora_size * adapter
+            moved += size * M * K if adapter else 0
+        return flops, moved

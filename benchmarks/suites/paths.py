@@ -1,0 +1,58 @@
+"""Backends and their paths as providers: each by itself, whatever would be chosen."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+from benchmarks.harness.work import DTYPES, Absent, Builder, Call, Case, Operands, Outputs
+from fastlora import availability, dispatch, native, use_backend
+from fastlora.cpu_linear import FEW_ROWS
+
+
+def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """What the provider ``fastlora`` calls, on one backend alone."""
+    reason = availability.unusable(backend)
+    if reason is not None:
+        raise Absent(reason)
+    with use_backend(backend):
+        call = fastlora(case, o)
+
+    def on_the_backend() -> Outputs:
+        try:
+            with use_backend(backend), dispatch.not_handed_on():
+                return call()
+        except dispatch.HandedOn as error:
+            raise Absent(str(error)) from error
+
+    return on_the_backend
+
+
+def with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """What the provider ``fastlora`` calls on a CPU: the base in the native kernel, or by torch."""
+    reason = availability.unusable("cpu")
+    if reason is not None:
+        raise Absent(reason)
+    rows = dict.fromkeys(DTYPES.values(), case.shape["M"] if natively else 0)
+    with use_backend("cpu"):
+        call = fastlora(case, o)
+
+    def chosen() -> Outputs:
+        with use_backend("cpu"), patch.dict(FEW_ROWS, {native.instruction_set(): rows}):
+            return call()
+
+    return chosen
+
+
+def along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """What the provider ``fastlora`` calls, with its Triton kernels along one path."""
+    try:
+        from fastlora.kernels.choice import use_path
+    except ImportError as error:
+        raise Absent(f"triton cannot be imported: {error}") from error
+    call = fastlora(case, o)
+
+    def along_the_path() -> Outputs:
+        with use_backend("triton"), use_path(path):
+            return call()
+
+    return along_the_path

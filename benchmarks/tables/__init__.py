@@ -1,0 +1,1 @@
+"""Commands of their own, whose tables the docs show: whole processes and whole models."""
