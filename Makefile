@@ -70,9 +70,8 @@ asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under Addre
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
 	$(BIN)/python -m fastlora demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench: setup ## measure on the CPU
-	$(BIN)/python -m benchmarks --device cpu $(ARGS)
-	$(BIN)/python -m benchmarks.tables.serving --device cpu
+bench: setup ## measure on the CPU, beside torch, PEFT and the machine's ceilings
+	$(BIN)/python -m fastlora bench --device cpu $(ARGS)
 
 # Beside the same torch, which asks for no triton where there is no GPU.
 $(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed

@@ -19,13 +19,15 @@ import torch
 from benchmarks import RESULTS, cases
 from benchmarks.harness import ceilings, lines, machine, one, runner, screen
 from benchmarks.harness.work import DTYPES, Case, Ceilings
-from benchmarks.reports import compare
+from benchmarks.reports import compare, targets
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["report"]:
         return _report(argv[1:], prog)
+    if argv[:1] == ["targets"]:
+        return targets.main(argv[1:], f"{prog} targets")
     args = _parser(prog).parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available() and not args.list:
         return _refuse(f"--device cuda: torch {torch.__version__} finds no usable CUDA GPU here")
@@ -206,7 +208,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-_EPILOG = "`report DIR` instead of a suite writes Markdown and pictures of what was kept in DIR."
+_EPILOG = (
+    "Instead of a suite: `report DIR` writes Markdown and pictures of what was kept in DIR, "
+    "`targets [DIR]` says which of the project's targets it meets."
+)
 
 
 def _summary() -> str:

@@ -135,6 +135,3 @@ def _cpu() -> tuple[Target, ...]:
 
 
 TARGETS = (*_cuda(), *_cpu())
-
-
-TARGETS = (*_cuda(), *_cpu())
