@@ -21,6 +21,15 @@ from benchmarks.gpu.parts import Part, Run
 from fastlora import cli as fastlora_cli
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    """The command takes them out of its environment; other tests want them back."""
+    for name in ("TRITON_INTERPRET", "FASTLORA_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
 OF = {"gpu": "a GPU", "commit": "c0ffee"}
 
 
@@ -378,7 +387,7 @@ def test_without_a_gpu_parts_are_listed_and_not_run(capsys, monkeypatch):
 def test_the_probe_says_where_and_with_what(monkeypatch):
     """As on a GPU, with the CPU's names."""
     as_gpu = (
-        "import torch; from benchmarks import machine\n"
+        "import torch; from benchmarks.harness import machine\n"
         "torch.cuda.is_available = lambda: True\n"
         "machine.device_name = lambda device: 'NVIDIA H100 80GB HBM3'\n"
     )
