@@ -29,8 +29,8 @@ from benchmarks.reports import flat
 
 GOOD = ("ok", "absent")
 
-# Cases that share a process on a GPU, where its start and imports take longer than most cases.
-_TOGETHER = {"cuda": 8, "cpu": 1}
+# Cases that share a process, whose start and imports take longer than most cases.
+_TOGETHER = 8
 # What a process says when it is through with a case, and when it leaves the others to nobody.
 FINISHED, OUT_OF_TIME = "finished ", "out of time"
 
@@ -59,7 +59,7 @@ def run(
             shown.say(f"\n{OUT_OF_TIME}: {len(cases) - number} cases were not begun")
             break
         first = cases[number]
-        rest = cases[number : number + _TOGETHER[first.device]]
+        rest = cases[number : number + _TOGETHER]
         batch = next(list(group) for _, group in itertools.groupby(rest, key=lambda c: c.suite))
         shown.begin(first.name)
         file = _file(first, folder)
