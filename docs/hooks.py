@@ -20,6 +20,12 @@ PAGES = {
     ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
     ROOT / "CHANGELOG.md": DOCS / "changelog.md",
 }
+# The benchmarks' reports and their pictures, of runs that are kept.
+RESULTS = ROOT / "benchmarks" / "results"
+for kind in ("report.md", "*.png"):
+    for path in RESULTS.rglob(kind):
+        if not path.parent.name.endswith(("-quick", "-shapes")):
+            PAGES[path] = DOCS / "measured" / path.relative_to(RESULTS)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 

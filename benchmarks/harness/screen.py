@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ class Screen(Protocol):
 
 def screen(total: int) -> Screen:
     """The one for this terminal, for ``total`` cases."""
+    if not sys.stdout.isatty():
+        return Plain(total)  # a log, or a pipe
     try:
         return Rich(total)
     except ImportError:
@@ -83,10 +86,6 @@ class Rich:
             TimeRemainingColumn,
         )
 
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            # A table that is cut to 80 columns in a log is of no use.
-            console.width = max(console.width, 160)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -94,7 +93,7 @@ class Rich:
             TimeElapsedColumn(),
             TextColumn("of about"),
             TimeRemainingColumn(),
-            console=console,
+            console=Console(highlight=False),
             transient=True,
         )
         self._task = self._progress.add_task("", total=total)

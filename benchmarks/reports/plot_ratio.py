@@ -9,6 +9,7 @@ with its figure, or the differences that matter could not be seen.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ _LEFT, _RIGHT, _BETWEEN, _PLOT = 0.62, 0.1, 0.14, 1.75
 _UNDER = 0.55
 _SLOT, _AROUND, _NARROWEST, _NARROWEST_PLACE = 0.058, 0.16, 1.02, 0.5
 _STRETCH = 2.5
+_CHARACTERS = 14  # an inch of a panel's heading
 _ROWS = 5  # in one picture; what does not fit goes to the next
 # Of a y-axis that spans more than _FINE; a part of them, 1 among it.
 _TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -117,7 +119,9 @@ def _key(line: Line) -> tuple[tuple, dict[str, str]]:
     key = (dtype, lora_dtype != dtype, N, K, R, mixed, dropout, tuple(rest.items()), workload)
     heading = {
         "work": work_of(line).removeprefix(line["suite"] + "-"),
-        "rows": " ".join(filter(None, (*(f"{k} {v}" for k, v in rest.items()), workload))),
+        "rows": " ".join(
+            filter(None, (*(f"{k}\N{NO-BREAK SPACE}{v}" for k, v in rest.items()), workload))
+        ),
         "layer": f"{K} × {N}" if K and N else "",
         "rank": f"r 8 to {R}" if mixed else f"r {R}" if R else "",
         "dropout": f"dropout {dropout:g}" if dropout else "",
@@ -153,7 +157,7 @@ def _draw(path: Path, rows: list[list[_Panel]], title: str) -> None:
     providers = ps.ordered(line["provider"] for panel in panels for line in panel.lines)
     # What all panels have in common is said once.
     common = [k for k in panels[0].heading if len({panel.heading[k] for panel in panels}) == 1]
-    headings = [[v for k, v in p.heading.items() if v and k not in common] for p in panels]
+    headings = [_heading(panel, common) for panel in panels]
     foot = ps.legend_height(len(providers) + 1)
     bounds = [_bounds([line for panel in row for line in panel.lines]) for row in rows]
     cut = any(
@@ -190,6 +194,13 @@ def _draw(path: Path, rows: list[list[_Panel]], title: str) -> None:
     limit = Line2D([], [], color=ps.INK, linestyle="--", linewidth=1.4, label="limit")
     ps.legend(made, [*map(ps.handle, providers), limit], foot)
     ps.save(made, path)
+
+
+def _heading(panel: _Panel, common: Sequence[str]) -> list[str]:
+    """Lines no wider than the panel."""
+    said = [text for name, text in panel.heading.items() if name not in common]
+    most = int(panel.width * _CHARACTERS)
+    return [line for text in said for line in textwrap.wrap(text, most)]
 
 
 def _fill(axes: Axes, panel: _Panel, providers: list[str], bounds: tuple[float, float]) -> None:

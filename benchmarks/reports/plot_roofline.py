@@ -20,10 +20,15 @@ _LEFT, _BETWEEN, _RIGHT, _PLOT, _OVER, _UNDER = 0.75, 0.75, 0.2, 3.2, 0.3, 0.55
 
 
 def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
-    """``roofline.png``, a panel a dtype: everyone but our kernels' paths."""
+    """``roofline.png``, a panel a dtype: everyone but our kernels' paths.
+
+    Suite ``overhead`` is left out: the host's time says nothing of the device.
+    """
     found: dict[str, list[Line]] = {}
     for line in timed:
-        if line.get("flops") and line.get("bytes") and line["provider"] not in PATHS:
+        if line["suite"] == "overhead" or line["provider"] in PATHS:
+            continue
+        if line.get("flops") and line.get("bytes"):
             found.setdefault(line["dtype"], []).append(line)
     if not found:
         return []

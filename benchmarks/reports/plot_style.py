@@ -151,7 +151,7 @@ def legend_height(entries: int) -> float:
 
 
 def _legend_rows(entries: int) -> int:
-    return -(-entries // 7)
+    return -(-entries // 5)
 
 
 def handle(provider: str) -> Artist:

@@ -128,7 +128,7 @@ def _cpu() -> tuple[Target, ...]:
         times("merge bf16, fp32 adapters, PEFT over ours",
               "merge-bf16-K2048-N2048-R16-lora_fp32", 15,
               "W.addmm_ merges 10 to 20 times faster than PEFT"),
-        times("generate, PEFT over ours", "model-generate-*", 2,
+        times("generate, PEFT over ours", "model-generate-*-S8", 2,
               "PEFT loops over the adapters"),
     ]  # fmt: skip
     return tuple(rows)

@@ -1,0 +1,118 @@
+"""``python -m benchmarks.reports.summary DIR [DIR ...]``: every case in a line, for the docs.
+
+Ratios of medians, smaller is better; with several folders (as of one thread and two) each cell has
+a figure of every one. ``--headlines`` prints the README's table instead: a few cases of each suite,
+losses among them, as fastlora's time over the others'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.cases import SUITES
+from benchmarks.harness import lines
+from benchmarks.harness.lines import Line
+from benchmarks.harness.work import BASE, YARDSTICK
+from benchmarks.reports import markdown
+from benchmarks.reports.standing import is_rival
+
+OURS, PEFT = "fastlora", "peft"
+NAMED = (OURS, YARDSTICK, PEFT)
+
+# Work in words, and its case: wins and losses of every suite.
+HEADLINES = (
+    ("one row, bf16, 4096 x 4096", "linear-forward-bf16-M1-K4096-N4096-R16"),
+    ("512 rows forward, bf16, fp32 adapters", "linear-forward-bf16-M512-K2048-N2048-R16-lora_fp32"),
+    ("512 rows, forward and backward", "linear-train-bf16-M512-K2048-N2048-R16-lora_fp32"),
+    ("512 rows, the same, fp32, dropout", "linear-train-fp32-M512-K1024-N1024-R16-dropout0.1"),
+    ("32 rows of 32 adapters, bf16, 4096", "multi-decode-bf16-T32-K4096-N4096-R16-S32-distinct"),
+    ("the same, 1024 x 1024", "multi-decode-bf16-T32-K1024-N1024-R16-S32-distinct"),
+    ("prefill, 8 x 128 of 16 adapters", "multi-prefill-bf16-B8-L128-K2048-N2048-R16-S16-uniform"),
+    ("merge in place, bf16, for good", "merge-bf16-K2048-N2048-R16"),
+    ("merge and take back", "merge-unmerge-bf16-K2048-N2048-R16"),
+    (
+        "small Llama, training step, dropout",
+        "model-train-bf16-B2-L64-H384-I1024-layers2-R8-lora_fp32-dropout0.05",
+    ),
+    (
+        "small Llama, generate, 8 adapters",
+        "model-generate-fp32-B8-L8-new4-H384-I1024-layers2-R8-S8",
+    ),
+    ("a call's Python, no gradient", "overhead-forward-fp32-M1-K64-N64-R8"),
+    ("a call's Python, with gradients", "overhead-train-fp32-M1-K64-N64-R8"),
+)
+
+Found = dict[tuple[str, str], Line]
+
+
+def read(folder: Path) -> Found:
+    """Lines with a ratio, by case and provider; suites in their order."""
+    every = [line for suite in SUITES for line in lines.read(folder / f"{suite}.jsonl")]
+    return {(ln["case"], ln["provider"]): ln for ln in every if "ratio" in ln}
+
+
+def table(folders: Sequence[Found]) -> str:
+    """A row a case: the base's time, ratios of ours and others, the fastest one left, the limit."""
+    heading = ("case", "base, ms", *NAMED, "another", "limit")
+    cases = dict.fromkeys(case for found in folders for case, _ in found)
+    return markdown.table(heading, [_row(case, folders) for case in cases])
+
+
+def _row(case: str, folders: Sequence[Found]) -> list[str]:
+    of = [{p: line for (c, p), line in found.items() if c == case} for found in folders]
+    cells = [_joined(f"{o[BASE]['ms']['p50']:.3g}" if BASE in o else "-" for o in of)]
+    cells += [_joined(_ratio(o.get(name)) for o in of) for name in NAMED]
+    others = {p: line for o in of for p, line in o.items() if p not in NAMED and is_rival(p)}
+    another = min(others, key=lambda p: others[p]["ratio"]["p50"], default=None)
+    cells.append(f"{another}: {_joined(_ratio(o.get(another)) for o in of)}" if another else "")
+    limits = {f"{o[OURS]['limit']:.2f}" for o in of if OURS in o}
+    return [case, *cells, " / ".join(sorted(limits))]
+
+
+def headlines(folders: Sequence[Found]) -> str:
+    """fastlora's time over that of the frozen base, of unfused torch, and of PEFT."""
+    rows = []
+    for words, case in HEADLINES:
+        cells = []
+        for other in (BASE, YARDSTICK, PEFT):
+            pairs = [(f.get((case, OURS)), f.get((case, other))) for f in folders]
+            cells.append(_joined(_over(ours, theirs) for ours, theirs in pairs))
+        rows.append([words, *cells])
+    return markdown.table(("fastlora's time over", "the base's", "torch's", "PEFT's"), rows)
+
+
+def _over(ours: Line | None, theirs: Line | None) -> str:
+    if ours is None or theirs is None:
+        return "-"
+    ratio = ours["ratio"]["p50"] / theirs["ratio"]["p50"]
+    text = f"{ratio:.2f}"
+    return f"**{text}**" if float(text) < 1 else text
+
+
+def _ratio(line: Line | None) -> str:
+    return f"{line['ratio']['p50']:.2f}" if line else "-"
+
+
+def _joined(cells: Iterable[str]) -> str:
+    return " / ".join(cells)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path)
+    parser.add_argument("--headlines", action="store_true", help="the README's table")
+    options = parser.parse_args(argv)
+    found = [read(folder) for folder in options.folders]
+    empty = [folder for folder, each in zip(options.folders, found, strict=True) if not each]
+    if empty:
+        print(f"summary: expected results in {empty[0]}, found none", file=sys.stderr)
+        return 2
+    print(headlines(found) if options.headlines else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
