@@ -61,11 +61,12 @@ def _run(args: argparse.Namespace, chosen: list[Case]) -> int:
     if args.shapes:
         options += ["--shapes", *(",".join(map(str, shape)) for shape in args.shapes)]
         options += ["--dtype", *args.dtype]
+    left = chosen
     if args.resume:
-        commit = machine.commit()
-        chosen = [case for case in chosen if not runner.is_done(case, folder, commit)]
-    with screen.screen(len(chosen)) as shown:
-        good = runner.run(chosen, folder, options, args.timeout, shown, args.deadline)
+        facts = machine.facts(args.device)
+        left = [case for case in chosen if not runner.is_done(case, folder, facts)]
+    with screen.screen(len(left)) as shown:
+        good = runner.run(left, folder, options, args.timeout, shown, args.deadline)
         if earlier:
             good &= _compared(chosen, folder, options, args, earlier, shown)
     print(f"\nresults in {folder}; a report with pictures: fastlora bench report {folder}")
@@ -92,12 +93,13 @@ def _compared(
         if not again:
             break
         shown.say(f"slower, measured again: {', '.join(sorted(slower))}")
-        runner.run(again, folder, options, args.timeout, shown, None)
+        if not runner.run(again, folder, options, args.timeout, shown):
+            return False
         now = [line for case in again for line in runner.lines_of(case, folder)]
         slower &= {change.case for change in compare.changes(now, earlier) if change.slower}
     for case in sorted(slower):
         shown.say(f"slower each of {compare.RETRIES + 1} times: {case}")
-    if not changes:
+    if not any(change.judged for change in changes):
         shown.say(compare.NOTHING)
     return not slower
 

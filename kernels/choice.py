@@ -57,21 +57,30 @@ def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
     return records.verified(op, dtype, arch, EVERY_PATH, versions())
 
 
+class NoSuchPath(RuntimeError):
+    """A product was to run along a path that it cannot take."""
+
+
 # What use_path asked for, for every thread: backward runs in one of autograd's.
 _asked: str | None = None
+_strictly = False
 
 
 @contextmanager
-def use_path(path: str) -> Iterator[None]:
-    """Runs products along ``path`` wherever it can run them: to measure a path, or to test it."""
+def use_path(path: str, *, strictly: bool = False) -> Iterator[None]:
+    """Runs products along ``path`` wherever it can run them: to measure a path, or to test it.
+
+    strictly: a product that it cannot run raises NoSuchPath, where another path would else be
+    taken.
+    """
     if path not in PRODUCT_PATHS:
         raise ValueError(f"path: expected one of {', '.join(PRODUCT_PATHS)}, got {path!r}")
-    global _asked
-    before, _asked = _asked, path
+    global _asked, _strictly
+    before, _asked, _strictly = (_asked, _strictly), path, strictly
     try:
         yield
     finally:
-        _asked = before
+        _asked, _strictly = before
 
 
 def path_of(
@@ -85,6 +94,8 @@ def path_of(
     """The path that runs a product; first: its rank step must come first."""
     if _asked is not None and possible(_asked, problem, arch_of(device), first):
         return _asked
+    if _asked is not None and _strictly:
+        raise NoSuchPath(f"{op} cannot run along {_asked!r}: {problem}")
     return _best(op, problem, dtype_name(dtype, lora_dtype), first, device)
 
 

@@ -20,7 +20,7 @@ from benchmarks.harness.screen import Plain
 from benchmarks.harness.work import Absent, Case, Ceilings
 from benchmarks.suites import linear, multi
 from benchmarks.suites.linear import SCALING, Linear
-from benchmarks.suites.merge import Merge
+from benchmarks.suites.merge import Merge, Swap
 from benchmarks.suites.multi import Multi
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +68,37 @@ def test_a_wrong_provider_fails_its_gate_and_is_not_timed(how):
     assert all(
         found[name]["status"] == "ok" and "ms" in found[name] for name in ("base", "fastlora")
     )
+
+
+def test_rows_that_no_sample_shows_are_seen():
+    """Of 32 rows seven are held to float64; all of them to unfused torch."""
+    work = Multi("decode")
+    sizes = {"T": 32, "K": 40, "N": 56, "R": 4, "S": 32}
+    case = Case(work, "cpu", "fp32", sizes, workload="distinct")
+    right_call = work.providers["fastlora"]
+
+    def build(case, o):
+        call = right_call(case, o)
+        return lambda: {"y": call()["y"].index_fill(0, torch.tensor([1, 2, 3]), 0.5)}
+
+    work.providers = {**work.providers, "wrong": build}
+    verdicts = gate.check(case, seed=1)
+    assert verdicts["fastlora"].status == "ok"
+    assert verdicts["wrong"].status == "failed"
+    assert verdicts["wrong"].reason.startswith("y, all of it")
+
+
+@pytest.mark.parametrize("work", [Merge(unmerge=False), Swap()])
+def test_an_adapter_that_is_merged_a_little_too_small_is_seen(work):
+    case = Case(work, "cpu", "bf16", {"K": 64, "N": 48, "R": 8})
+    build = work.providers["fastlora"]
+    weaker = {"lora_B": 0.95, "other_B": 0.95}
+    work.providers = {
+        **work.providers,
+        "weak": lambda case, o: build(case, {k: t * weaker.get(k, 1) for k, t in o.items()}),
+    }
+    verdicts = gate.check(case, seed=1)
+    assert (verdicts["fastlora"].status, verdicts["weak"].status) == ("ok", "failed")
 
 
 def test_a_provider_that_raises_or_answers_in_another_shape_is_an_error():
@@ -129,10 +160,15 @@ def test_providers_take_turns_on_their_copies():
     rounds = len(timer.interleaved(calls, "cpu", 0.0)["a"].ms)
     turns = order[-9 * rounds :]  # each of three calls: two warm the code, one is timed
     assert rounds == 10
-    assert [n for n, _ in turns[:18]] == [*"aaabbbccc", *"bbbcccaaa"]
+    names = [n for n, _ in turns]
+    assert all(names[i] == names[i + 1] == names[i + 2] for i in range(0, 9 * rounds, 3))
+    orders = [tuple(names[i : i + 9 : 3]) for i in range(0, 9 * rounds, 9)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in orders)
+    assert len(set(orders)) > 2  # nobody always follows the same neighbour
     assert [i for n, i in turns if n == "b"] == [i % 4 for i in range(3 * rounds)]
     assert timer.copies(2**20, 4) == 50
-    assert timer.copies(2**30, 4) == 3
+    # Not three: the last of a turn's calls would always be the same copy's.
+    assert timer.copies(2**30, 4) == 4
     assert timer.copies(2**10, 4) == 200
 
 
@@ -303,7 +339,11 @@ def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
         assert set(paths) <= set(dataclasses.replace(case, device="cuda").providers)
         case.work.providers |= case.work.gpu_providers
         verdicts = gate.check(case, one.SEED)
-        assert {path: verdicts[path].status for path in paths} == dict.fromkeys(paths, "ok")
+        for path in paths:
+            verdict = verdicts[path]
+            # Not every product can take every path, and no other stands in for it.
+            assert verdict.status == "ok" or f"cannot run along {path!r}" in verdict.reason
+        assert sum(verdicts[path].status == "ok" for path in paths) >= 2
 
     assert linear.PATHS == PATHS
     assert (*multi.PATHS, "added") == MULTI_PATHS

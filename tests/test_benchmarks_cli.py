@@ -82,13 +82,19 @@ def test_what_is_measured_is_not_measured_again(measured, tmp_path, monkeypatch)
     time.sleep(1.1)
     assert measured("--resume")[0] == 0
     assert {line["timestamp"]: 0 for line in lines.read_all(folder)} == stamps
-    # Another commit's lines, and those of a case that did not pass, are measured.
-    commit = machine.commit()
+    # Another commit's lines are measured, another torch's, those of a case that did not pass, and
+    # of one that was interrupted before anybody was timed.
+    facts = machine.facts("cpu")
     case = cases.custom("cpu", "linear", [(4, 32, 48, 4)], ["fp32"])[0]
-    assert runner.is_done(case, folder, commit)
-    assert not runner.is_done(case, folder, "another")
-    lines.write({"case": case.name, "status": "failed", "commit": commit}, folder / "linear.jsonl")
-    assert not runner.is_done(case, folder, commit)
+    assert runner.is_done(case, folder, facts)
+    for name in ("commit", "tuning", "versions"):
+        assert not runner.is_done(case, folder, {**facts, name: "another"})
+    file = folder / "linear.jsonl"
+    lines.write({"case": case.name, "status": "failed", **facts}, file)
+    assert not runner.is_done(case, folder, facts)
+    lines.keep(file, lambda line: line["case"] != case.name)
+    lines.write({"case": case.name, "status": "absent", **facts}, file)
+    assert not runner.is_done(case, folder, facts)
 
 
 def test_after_the_deadline_no_case_is_begun(measured, capsys):
@@ -150,6 +156,56 @@ def test_a_run_that_is_slower_than_an_earlier_one_fails(measured, tmp_path, caps
     for line in found:
         lines.write(slower(line, 20, "fastlora"), generous)
     assert measured("--compare", str(generous))[0] == 0
+
+
+def test_a_crash_of_the_second_measurement_is_no_recovery(measured, tmp_path, monkeypatch):
+    _, found = measured()
+    earlier = tmp_path / "earlier.jsonl"
+    for line in found:
+        lines.write(slower(line, 1 / 20, "fastlora"), earlier)
+    runs, run = [], runner.run
+
+    def crashing(*args):
+        runs.append(1)
+        return run(*args) if len(runs) == 1 else False
+
+    monkeypatch.setattr(runner, "run", crashing)
+    assert measured("--compare", str(earlier))[0] == 1
+
+
+def test_lines_of_another_device_are_not_judged(measured, tmp_path, capsys):
+    _, found = measured()
+    earlier = tmp_path / "earlier.jsonl"
+    for line in found:
+        lines.write({**slower(line, 1 / 20, "fastlora"), "device_name": "another"}, earlier)
+    assert measured("--compare", str(earlier))[0] == 0
+    assert "nothing was judged" in capsys.readouterr().out
+
+
+class Event:
+    """A CUDA event of a GPU that is as fast as the host."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return False
+
+    def elapsed_time(self, end) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def test_a_gpu_s_clock_starts_for_anybody(monkeypatch):
+    """The calls of torch.cuda, with events of the host's clock."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    assert ceilings._seconds(lambda: time.sleep(0.01), "cuda") == pytest.approx(0.01, rel=0.5)
+    calls = {"short": [lambda: None], "long": [lambda: time.sleep(0.01)]}
+    for how in ({}, {"waits": True}, {"host_only": True}):
+        samples = timer.interleaved(calls, "cuda", 0.1, **how)
+        assert timer.spread(samples["long"].ms)["p50"] == pytest.approx(10, rel=0.5)
+        assert samples["long"].late == (None if how else 0)
 
 
 def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, capsys):

@@ -401,8 +401,8 @@ def test_the_probe_says_where_and_with_what(monkeypatch):
 def test_the_first_cases_are_those_that_targets_are_decided_by():
     first = next(part for part in gpu.full() if part.name.startswith("bench-"))
     chosen = cases.select("cuda", name=first.command[first.command.index("--case") + 1])
-    assert [case.name for case in chosen] == [
+    assert {case.name for case in chosen} == {
         f"linear-{kind}-bf16-M8192-K4096-N4096-R{R}"
         for kind in ("forward", "train")
         for R in (16, 64)
-    ]
+    }

@@ -78,7 +78,8 @@ def test_every_gradient_is_looked_at(name):
     assert verdict.status == "failed"
     key = {f"{SOME}A": "dA.1", f"{SOME}B": "dB.1"}.get(name, name)
     over = [k for k, (error, bound) in verdict.errors.items() if error > bound]
-    assert over == [key]
+    assert set(over) <= {key, f"{key}, all of it"}
+    assert key in over
 
 
 def with_wrong(case: Case, wrong) -> Case:

@@ -133,7 +133,7 @@ def warm(seconds: float, *args: str) -> Part:
 
 def bench(name: str, seconds: float, *args: str, **options: Any) -> Part:
     """It begins no case after its deadline, and skips those that this commit has measured."""
-    command = ("benchmarks", "--device", "cuda", "--resume", "--timeout", "100", *args)
+    command = ("benchmarks", "--device", "cuda", "--resume", "--timeout", "55", *args)
     command += ("--deadline", "{deadline}")
     options = {"grace": 60, "least": 80, "cores": None, "again": True, **options}
     return Part(f"bench-{name}", (sys.executable, "-m", *command), seconds, **options)

@@ -53,7 +53,7 @@ def call_all(chosen: Sequence[Case], until: float) -> dict[str, Any]:
         blank = _Blank(**vars(case))
         # What is compared first may be another, smaller case.
         gated = case.work.gated(blank)
-        for each in (blank,) if gated is blank else (gated, blank):
+        for each in (blank,) if gated.name == blank.name else (gated, blank):
             _call_case(each, counts)
     return counts
 
@@ -105,7 +105,10 @@ def _share(name: str, options: argparse.Namespace, until: float) -> tuple[str, d
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         return name, {"died": f"exit code {done.returncode}: {said[-1]}"}
-    return name, json.loads(done.stdout.splitlines()[-1])
+    try:
+        return name, json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return name, {"died": f"it said {done.stdout.strip()[-200:]!r}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

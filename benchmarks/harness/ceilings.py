@@ -44,10 +44,11 @@ def _flops(device: str, dtype: str) -> float:
 
 def _seconds(call: Callable[[], object], device: str) -> float:
     clock, samples = clock_for(device), []
-    for _ in range(_ROUNDS + 1):
+    clock.warm_up("", call)
+    for _ in range(_ROUNDS):
         clock.sample("", *[call] * clock.TURN)
         samples.append(clock.read()[""][0] / 1e3)
-    return statistics.median(samples[1:])
+    return statistics.median(samples)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ def facts(device: str) -> dict[str, Any]:
             **{name: version(name) for name in PEERS},
         },
         "commit": commit(),
+        "tuning": tuning(),
     }
 
 
@@ -118,6 +119,12 @@ def commit() -> str:
         return _git("rev-parse", "HEAD").strip() + (f"+changes {_digest()}" if changed else "")
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown: {error}"
+
+
+def tuning() -> str:
+    """A digest of what was verified and tuned, which decides what runs on a GPU."""
+    files = sorted((ROOT / "kernels" / "tuning").glob("*.json"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _digest() -> str:

@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
-import fastlora
+import torch
+
 from benchmarks.harness import gate, machine, memory, timer
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import BASE, Call, Case, Ceilings, Operands, Outputs
+from benchmarks.harness.work import (
+    BASE,
+    DTYPES,
+    Call,
+    Case,
+    Ceilings,
+    Operands,
+    Outputs,
+    copied,
+)
+from fastlora import dispatch
 
 SEED = 0
 SECONDS, QUICK_SECONDS = 1.5, 0.3
@@ -16,7 +27,7 @@ SECONDS, QUICK_SECONDS = 1.5, 0.3
 # Stands in every line; docs/benchmarks.md explains it.
 METHOD = (
     "every provider is held to float64 before it is timed (gate); warm-up; providers take turns, "
-    "each round begins with another; on a CPU a turn is three calls, the last is timed; copies of "
+    "in another order each round; on a CPU a turn is three calls, the last is timed; copies of "
     "the operands rotate past the caches (copies); a ratio is formed within its round; low to high "
     "is the 95 % percentile bootstrap of its median; ceilings are a copy's, a sum's and the "
     "library's products', measured in this run; share is the least time by them over p50"
@@ -44,7 +55,7 @@ def measure(
     """Lines of those who did not pass, before anything is timed; then of the others."""
     where = machine.facts(case.device) | {
         "seed": seed,
-        "backend": fastlora.backend(device=case.device),
+        "backend": _backend(case),
         "method": METHOD,
         "ceilings": ceilings._asdict(),
     }
@@ -58,13 +69,14 @@ def measure(
     operands = case.work.operands(case, seed)
     count, build = _copies(case, operands, len(passed)), case.providers
     calls = {
-        name: [_sampled(case, build[name](case, _copy(operands))) for _ in range(count)]
+        name: [_sampled(case, build[name](case, copied(operands))) for _ in range(count)]
         for name in passed
     }
-    samples = timer.interleaved(calls, case.device, seconds, host_only=case.work.host_only)
+    how = {"host_only": case.work.host_only, "waits": case.work.waits}
+    samples = timer.interleaved(calls, case.device, seconds, **how)
+    clocks, base = machine.clocks(case.device), samples.get(BASE)
     # Afterwards: who watches memory slows what he watches.
     peaks = {name: memory.peak(calls[name][0], case.device) for name in passed}
-    clocks, base = machine.clocks(case.device), samples.get(BASE)
     for name in passed:
         least = case.work.least(case, name, ceilings), case.work.least(case, BASE, ceilings)
         yield {
@@ -76,15 +88,18 @@ def measure(
         }
 
 
+def _backend(case: Case) -> str:
+    """What fastlora chooses for the case's op and dtypes."""
+    dtypes = DTYPES[case.dtype], DTYPES[case.lora_dtype or case.dtype]
+    with dispatch.quietly():
+        return dispatch.choose(case.work.op, torch.device(case.device), *dtypes)
+
+
 def _copies(case: Case, operands: Operands, providers: int) -> int:
     """Of the operands, for each provider: past the caches, but where the host's time is asked."""
     if case.work.host_only:
         return timer.HostClock.TURN
     return timer.copies(sum(t.nbytes for t in operands.values()), providers)
-
-
-def _copy(operands: Operands) -> Operands:
-    return {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in operands.items()}
 
 
 def _sampled(case: Case, call: Call) -> Call:
@@ -127,7 +142,8 @@ def _timing(
     ms, cpu_ms = ([t / calls for t in each] for each in (samples.ms, samples.cpu_ms))
     spread = timer.spread(ms)
     timing: Line = {
-        "clock": "CUDA events" if case.device == "cuda" and not case.work.host_only else "wall",
+        "clock": "CUDA events" if samples.late is not None else "wall",
+        "late": samples.late,
         "rounds": len(ms),
         "calls": calls,
         "ms": spread,

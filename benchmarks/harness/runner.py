@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.harness import lines
@@ -32,7 +33,7 @@ GOOD = ("ok", "absent")
 # Cases that share a process, whose start and imports take longer than most cases.
 _TOGETHER = 8
 # What a process says when it is through with a case, and when it leaves the others to nobody.
-FINISHED, OUT_OF_TIME = "finished ", "out of time"
+FINISHED, OUT_OF_TIME = "benchmarks: finished ", "benchmarks: out of time"
 
 
 def run(
@@ -56,7 +57,7 @@ def run(
     while number < len(cases):
         left = math.inf if deadline is None else deadline - (time.monotonic() - began)
         if left <= 0:
-            shown.say(f"\n{OUT_OF_TIME}: {len(cases) - number} cases were not begun")
+            shown.say(f"\nout of time: {len(cases) - number} cases were not begun")
             break
         first = cases[number]
         rest = cases[number : number + _TOGETHER]
@@ -82,17 +83,21 @@ def _ceilings(cases: Sequence[Case], options: Sequence[str]) -> Ceilings:
     threads = options[options.index("--threads") + 1]
     command = [sys.executable, "-m", "benchmarks.harness.ceilings", "--threads", threads]
     command += [cases[0].device, *dict.fromkeys(case.dtype for case in cases)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"the device's ceilings could not be measured: {done.stderr.strip()}")
     return Ceilings(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def is_done(case: Case, folder: Path, commit: str | None) -> bool:
-    """Whether the case's lines are there, all good and of this commit."""
-    found = lines_of(case, folder)
-    of_commit = all(line.get("commit") == commit for line in found)
-    return bool(found) and of_commit and all(line["status"] in GOOD for line in found)
+def is_done(case: Case, folder: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the case was timed, with all lines good and of these ``machine.facts``.
+
+    Who is absent is written before anybody is timed: such lines alone say nothing.
+    """
+    found, same = lines_of(case, folder), ("commit", "tuning", "versions")
+    good = all(line["status"] in GOOD for line in found)
+    of_these = all(line.get(name) == facts[name] for line in found for name in same)
+    return good and of_these and any("ms" in line for line in found)
 
 
 def lines_of(case: Case, folder: Path) -> list[Line]:
@@ -114,12 +119,14 @@ def run_some(
     names = {case.name for case in batch}
     earlier = [line for line in lines.read(file) if line["case"] in names]
     lines.keep(file, lambda line: line["case"] not in names)
-    ended, finished, stopped = _watch(command, timeout)
+    try:
+        ended, finished, stopped = _watch(command, timeout)
+    except BaseException:
+        _restore(earlier, file)
+        raise
     tried = batch[:finished] if stopped else batch if ended is None else batch[: finished + 1]
     names -= {case.name for case in tried}
-    for line in earlier:
-        if line["case"] in names:
-            lines.write(line, file)
+    _restore([line for line in earlier if line["case"] in names], file)
     for case in tried:
         if (ended is not None and case is tried[-1]) or not _lines(case, file):
             status, reason = ended or ("crashed", "it ended without a result")
@@ -127,6 +134,14 @@ def run_some(
                 {**identity(case), "provider": None, "status": status, "reason": reason}, file
             )
     return [(case, _lines(case, file)) for case in tried]
+
+
+def _restore(earlier: Sequence[Line], file: Path) -> None:
+    """Earlier lines of the cases that have no new ones."""
+    new = {line["case"] for line in lines.read(file)}
+    for line in earlier:
+        if line["case"] not in new:
+            lines.write(line, file)
 
 
 def _watch(command: Sequence[str], timeout: float) -> tuple[tuple[str, str] | None, int, bool]:
@@ -142,20 +157,24 @@ def _watch(command: Sequence[str], timeout: float) -> tuple[tuple[str, str] | No
         try:
             while process.poll() is None and time.monotonic() - since < timeout:
                 time.sleep(0.05)
-                if _said(log.name).count(FINISHED) > finished:
+                if _finished(_said(log.name)) > finished:
                     finished, since = finished + 1, time.monotonic()
             code = process.poll()
         finally:
             _end(process)
         said = _said(log.name)
-        finished = said.count(FINISHED)
+        finished = _finished(said)
     if code is None:
         return ("timeout", f"killed after {timeout:g} s"), finished, False
     if code == 0:
-        return None, finished, said.rstrip().endswith(OUT_OF_TIME)
+        return None, finished, OUT_OF_TIME in said.splitlines()
     last = (said.strip().splitlines() or ["it said nothing"])[-1]
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return ("crashed", f"{how}: {last}"), finished, False
+
+
+def _finished(said: str) -> int:
+    return sum(line.startswith(FINISHED) for line in said.splitlines())
 
 
 def _said(log: str) -> str:

@@ -1,7 +1,7 @@
 """The one timer: providers take turns, so that whatever else the machine does hits all alike.
 
-A round times one call of every provider, each round starting with another one; a ratio is taken
-within a round and then summarised. Every call finds its operands cold: a provider goes round its
+A round times one call of every provider, in an order drawn anew; a ratio is taken within a round
+and then summarised. Every call finds its operands cold: a provider goes round its
 copies of them, and between two uses of a copy more memory is touched than a cache holds. On the
 CPU it finds its code warm, as the layers before would leave it: each timed call follows two on
 other copies that nobody looks at.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,8 +29,9 @@ _MOST_COPIES = 200
 
 _ROUNDS = (10, 300)
 _RESAMPLES = 1000
-# The slowest case still ends: fewer rounds than ten, but three, where ten take longer than this.
-_LONGEST = 15.0
+# The slowest case still ends: fewer rounds than ten where ten take longer than this, but not fewer
+# than five: of three rounds the bootstrap's 95 % interval held the median three times in four.
+_LONGEST, _ROUNDS_AT_LEAST = 15.0, 5
 _WARM_UP_ROUNDS, _WARM_UP_SECONDS = 3, 1.0
 # A GPU's cycles in a second, from above: it idles for so many while the host gets ahead of it.
 _CYCLES = 2.5e9
@@ -41,25 +43,36 @@ class Samples:
 
     ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
+    # By a GPU's clock: the share of rounds in which it began before the host had enqueued all, so
+    # that some of the host's time is in the figure. None by the wall's.
+    late: float | None = None
 
 
 def copies(operand_bytes: int, providers: int) -> int:
     """How many copies of its operands each provider needs for a rotation past the caches."""
     wanted = math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers))
-    return min(max(HostClock.TURN, wanted), _MOST_COPIES)
+    count = min(max(HostClock.TURN, wanted), _MOST_COPIES)
+    # Or of a turn's calls it would always be the same copies' that is timed.
+    return count + (count % HostClock.TURN == 0)
 
 
-def clock_for(device: str, *, host_only: bool = False) -> HostClock | CudaClock:
-    if device == "cuda":
-        return HostClock(torch.cuda.synchronize) if host_only else CudaClock()
-    return HostClock()
+def clock_for(
+    device: str, *, host_only: bool = False, waits: bool = False
+) -> HostClock | CudaClock:
+    """host_only: a GPU is not waited for. waits: it is, in every call."""
+    if device == "cpu":
+        return HostClock()
+    if host_only or waits:
+        wait = torch.cuda.synchronize
+        return HostClock(wait, wait) if waits else HostClock(wait)
+    return CudaClock()
 
 
 def interleaved(
-    calls: dict[str, list[Call]], device: str, seconds: float, *, host_only: bool = False
+    calls: dict[str, list[Call]], device: str, seconds: float, **how: bool
 ) -> dict[str, Samples]:
-    """Samples of every provider. calls: one for each copy of the operands."""
-    clock = clock_for(device, host_only=host_only)
+    """Samples of every provider. calls: one for each copy of the operands; how: ``clock_for``'s."""
+    clock, order = clock_for(device, **how), random.Random(0)
     names = list(calls)
     rounds = _rounds(_warm_up(calls, clock) * clock.TURN, seconds)
     samples = {name: Samples() for name in names}
@@ -68,8 +81,9 @@ def interleaved(
     gc.disable()
     try:
         for i in range(rounds):
-            first = i % len(names)
-            for name in names[first:] + names[:first]:
+            # Or each would always follow the same neighbour.
+            order.shuffle(names)
+            for name in names:
                 each = calls[name]
                 turn = range(i * clock.TURN, (i + 1) * clock.TURN)
                 clock.sample(name, *(each[j % len(each)] for j in turn))
@@ -79,6 +93,9 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
+    if isinstance(clock, CudaClock):
+        for name, late in clock.late.items():
+            samples[name].late = late / rounds
     return samples
 
 
@@ -115,7 +132,7 @@ def _warm_up(calls: dict[str, list[Call]], clock: HostClock | CudaClock) -> floa
 
 def _rounds(a_round: float, seconds: float) -> int:
     wanted = min(max(int(seconds / a_round), _ROUNDS[0]), _ROUNDS[1])
-    return max(3, min(wanted, int(_LONGEST / a_round)))
+    return max(_ROUNDS_AT_LEAST, min(wanted, int(_LONGEST / a_round)))
 
 
 class HostClock:
@@ -123,9 +140,13 @@ class HostClock:
     # turn was before (1.25 to 1.56 of the base), with two it is that of eight (1.11).
     TURN = 3
 
-    def __init__(self, settle: Callable[[], object] = lambda: None) -> None:
-        """settle: called before the clock starts, as to wait for a device."""
-        self._settle = settle
+    def __init__(
+        self,
+        settle: Callable[[], object] = lambda: None,
+        finish: Callable[[], object] = lambda: None,
+    ) -> None:
+        """settle: called before the clock starts, and finish before it ends: to wait for a GPU."""
+        self._settle, self._finish = settle, finish
         self._round: dict[str, tuple[float, float]] = {}
 
     def warm_up(self, name: str, call: Call) -> None:
@@ -138,6 +159,7 @@ class HostClock:
         self._settle()
         cpu, wall = time.process_time_ns(), time.perf_counter_ns()
         call()
+        self._finish()
         wall, cpu = time.perf_counter_ns() - wall, time.process_time_ns() - cpu
         self._round[name] = (wall / 1e6, cpu / 1e6)
 
@@ -152,6 +174,7 @@ class CudaClock:
     TURN = 1
 
     def __init__(self) -> None:
+        self.late: dict[str, int] = {}
         self._ahead: dict[str, float] = {}
         self._round: dict[str, tuple[torch.cuda.Event, torch.cuda.Event, float]] = {}
 
@@ -165,11 +188,13 @@ class CudaClock:
     def sample(self, name: str, *calls: Call) -> None:
         (call,) = calls
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(1.5 * self._ahead[name] * _CYCLES) + 20_000)
+        # As long for all: how long it idled is how warm a GPU is, and how fast.
+        torch.cuda._sleep(int(1.5 * max(self._ahead.values()) * _CYCLES) + 20_000)
         start.record()
         cpu = time.process_time_ns()
         call()
         cpu = time.process_time_ns() - cpu
+        self.late[name] = self.late.get(name, 0) + start.query()
         end.record()
         self._round[name] = (start, end, cpu / 1e6)
 

@@ -52,6 +52,11 @@ class Work(ABC):
     # not waited for.
     calls = 1
     host_only = False
+    # Whether a call waits for the device inside, as generating does: then a GPU's events would miss
+    # what passed before it was waited for, and the wall's clock is taken.
+    waits = False
+    # The op whose backend a line names.
+    op = "lora_linear"
     # Times one layer's limit (gate.py): how far unfused torch itself may be from float64.
     yardstick_factor = 1.0
 
@@ -138,6 +143,11 @@ class Case:
     def adapter(self, draw: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
         """The same in the adapters' dtype, with values that the base's dtype can hold."""
         return self.tensor(draw, *shape, scale=scale).to(DTYPES[self.lora_dtype or self.dtype])
+
+
+def copied(operands: Operands) -> Operands:
+    """Tensors of the call's own, with the same values, that want gradients where these do."""
+    return {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in operands.items()}
 
 
 def sampled(size: int, count: int = 7) -> Tensor:

@@ -20,8 +20,8 @@ _READING = (
     "bootstrap interval of its median. **Smaller is better.** `limit` is the least ratio that the "
     "ceilings measured in the same run allow; fastlora's share of it is the least time by those "
     "ceilings over its median: above 100 % is noise, or a cache. Memory is what a call holds at "
-    "most beyond what was held before, its outputs among it; 1 MB is 1,000,000 bytes. A `-` was "
-    "not measured."
+    "most beyond what was held before, its outputs among it, by torch's account, which on a CPU "
+    "does not see the native library's scratch; 1 MB is 1,000,000 bytes. A `-` was not measured."
 )
 _LOST = (
     "Providers whose interval lies wholly below fastlora's, the greatest loss first. `slower by` "

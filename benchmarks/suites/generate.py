@@ -26,7 +26,7 @@ class Generate(llama.OfLlama):
     something else and have a truth of their own.
     """
 
-    name = "model-generate"
+    name, op, waits = "model-generate", "multi_lora_linear", True
 
     def __init__(self, *, one: bool) -> None:
         super().__init__()

@@ -202,7 +202,6 @@ class Linear(Work):
         M, K, N, R = (case.shape[k] for k in "MKNR")
         size, lora_size = case.element_sizes
         adapter = 0 if provider == BASE else R * (K + N)
-        size, lora_size = case.element_sizes
         flops = 2 * M * K * N + 2 * M * adapter
         moved = size * (M * K + K * N + M * N) + lora_size * adapter
         if self.backward:

@@ -28,20 +28,14 @@ class OfLlama(Work):
 
     suite = "model"
 
-    def __init__(self) -> None:
-        self._drawn: tuple[Case, int, Operands] | None = None
-
     @abstractmethod
     def inputs(self, case: Case, draw: torch.Generator) -> Operands:
         """What is not the model's."""
 
     def operands(self, case: Case, seed: int) -> Operands:
-        # Every provider asks, and a wide block takes seconds to draw.
-        if self._drawn is None or self._drawn[:2] != (case, seed):
-            draw = torch.Generator().manual_seed(seed)
-            of_model = {**_weights(case, draw), **_adapters(case, draw)}
-            self._drawn = case, seed, {**of_model, **self.inputs(case, draw)}
-        return {name: t.clone() for name, t in self._drawn[2].items()}
+        draw = torch.Generator().manual_seed(seed)
+        of_model = {**_weights(case, draw), **_adapters(case, draw)}
+        return {**of_model, **self.inputs(case, draw)}
 
 
 def needs(package: str) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,8 +17,9 @@ from fastlora import functional as F
 from fastlora.receipt import Adapter
 
 SCALING = 2.0
-# Size of the adapter's part beside the weight's: that of a strong fine-tune.
-_SHARE = 0.05
+# The adapter's part beside the weight: that of a strong fine-tune; and for the gate, where
+# an adapter a tenth too small would not show beside bfloat16's rounding of the weight.
+_SHARE, _GATED_SHARE = 0.05, 0.5
 
 
 class Swap(Work):
@@ -25,7 +29,8 @@ class Swap(Work):
     merging the other adapter alone would give, to the bit; the others add and subtract.
     """
 
-    suite, name = "merge", "swap"
+    suite, name, op = "merge", "swap", "swap_"
+    share = _SHARE
 
     def __init__(self) -> None:
         self.providers = {
@@ -36,10 +41,13 @@ class Swap(Work):
         }
         self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
 
+    def gated(self, case: Case) -> Case:
+        return _strong(case)
+
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")
         draw = torch.Generator().manual_seed(seed)
-        scale = _SHARE / SCALING * R**-0.5
+        scale = self.share / SCALING * R**-0.5
         return {
             "weight": case.tensor(draw, N, K, scale=K**-0.5),
             "lora_A": case.adapter(draw, R, K, scale=K**-0.5),
@@ -116,6 +124,12 @@ class Swap(Work):
         return 2 * adapters * N * K * R, 2 * size * N * K + lora_size * adapters * R * (K + N)
 
 
+def _strong(case: Case) -> Case:
+    work: Any = copy(case.work)
+    work.share = _GATED_SHARE
+    return replace(case, work=work)
+
+
 def _both(o: Operands) -> list[Adapter]:
     return [(o["lora_A"], o["lora_B"], SCALING), (o["other_A"], o["other_B"], SCALING)]
 
@@ -128,7 +142,8 @@ class Merge(Work):
     weight that is timed keeps what earlier calls merged, which changes nothing in the time.
     """
 
-    suite = "merge"
+    suite, op = "merge", "merge_"
+    share = _SHARE
 
     def __init__(self, *, unmerge: bool) -> None:
         self.unmerge = unmerge
@@ -143,13 +158,16 @@ class Merge(Work):
         if not unmerge:
             self.providers["torch-split"] = self._torch_split
 
+    def gated(self, case: Case) -> Case:
+        return _strong(case)
+
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")
         draw = torch.Generator().manual_seed(seed)
         return {
             "weight": case.tensor(draw, N, K, scale=K**-0.5),
             "lora_A": case.adapter(draw, R, K, scale=K**-0.5),
-            "lora_B": case.adapter(draw, N, R, scale=_SHARE / SCALING * R**-0.5),
+            "lora_B": case.adapter(draw, N, R, scale=self.share / SCALING * R**-0.5),
         }
 
     def _base(self, case: Case, o: Operands) -> Call:

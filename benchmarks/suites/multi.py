@@ -36,7 +36,7 @@ class Multi(Work):
     x (B, L, K), ids (B,). mixed: x (T, K), ids (T,), half of the rows prefill, half decode.
     """
 
-    suite = "multi"
+    suite, op = "multi", "multi_lora_linear"
 
     def __init__(self, phase: str) -> None:
         self.phase = phase

@@ -46,13 +46,16 @@ def with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Cal
 def along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:
     """What the provider ``fastlora`` calls, with its Triton kernels along one path."""
     try:
-        from fastlora.kernels.choice import use_path
+        from fastlora.kernels.choice import NoSuchPath, use_path
     except ImportError as error:
         raise Absent(f"triton cannot be imported: {error}") from error
     call = fastlora(case, o)
 
     def along_the_path() -> Outputs:
-        with use_backend("triton"), use_path(path):
-            return call()
+        try:
+            with use_backend("triton"), use_path(path, strictly=True):
+                return call()
+        except NoSuchPath as error:
+            raise Absent(str(error)) from error
 
     return along_the_path
