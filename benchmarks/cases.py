@@ -233,6 +233,8 @@ def custom(
         raise ValueError(f"--shapes: expected suite linear, multi or merge, got {suite!r}")
     found = []
     for M, K, N, R, *S in shapes:
+        if S and suite != "multi":
+            raise ValueError(f"--shapes: expected M,K,N,R for suite {suite}, got a fifth number")
         layer = {"K": K, "N": N, "R": R}
         for dtype in dtypes:
             case = partial(Case, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         for case in chosen:
             print(f"{case.suite:<8} {case.name}{'  (quick)' if case.quick else ''}")
         return 0
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.one:
         return _one(args, chosen)
@@ -60,7 +61,7 @@ def _run(args: argparse.Namespace, chosen: list[Case]) -> int:
     options = ["--threads", str(threads), *(["--quick"] if args.quick else [])]
     if args.shapes:
         options += ["--shapes", *(",".join(map(str, shape)) for shape in args.shapes)]
-        options += ["--dtype", *args.dtype]
+        options += ["--dtype", *(args.dtype or ["bf16"])]
     left = chosen
     if args.resume:
         facts = machine.facts(args.device)
@@ -131,7 +132,10 @@ def _one(args: argparse.Namespace, chosen: list[Case]) -> int:
 
 def _select(args: argparse.Namespace) -> list[Case]:
     if args.shapes:
-        return cases.custom(args.device, args.suite or "linear", args.shapes, args.dtype)
+        dtypes = args.dtype or ["bf16"]
+        return cases.custom(args.device, args.suite or "linear", args.shapes, dtypes)
+    if args.dtype:
+        raise ValueError("--dtype: expected --shapes with it; the list's cases have theirs")
     # A name that was asked for is enough, whatever else would leave it out.
     every = bool(args.one) or args.full
     return cases.select(
@@ -156,15 +160,34 @@ def _report(argv: Sequence[str], prog: str) -> int:
         return _refuse(f"report: expected results such as linear.jsonl, found none in {folder}")
     from benchmarks.reports import report
 
-    for each in found:
-        for path in report.write(each):
-            print(path)
+    try:
+        for each in found:
+            for path in report.write(each):
+                print(path)
+    except (OSError, ValueError) as error:
+        return _refuse(f"report: {error}")
     return 0
 
 
 def _refuse(why: str) -> int:
     print(f"benchmarks: {why}", file=sys.stderr)
     return 2
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -190,7 +213,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="these instead of the list's, of linear, multi (its adapters a fifth number) or merge",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="with --shapes"
+        "--dtype", nargs="+", choices=tuple(DTYPES), help="of --shapes (default: bf16)"
     )
     parser.add_argument("--save", metavar="DIR", type=Path, help="default: benchmarks/results")
     parser.add_argument(
@@ -199,9 +222,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--case", metavar="GLOB", default="*", help="cases whose name matches")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
-    parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--timeout", metavar="S", type=float, default=180.0, help="for each case")
-    parser.add_argument("--deadline", metavar="S", type=float, help="begin no case after so long")
+    parser.add_argument("--threads", metavar="N", type=_count, help="of the CPU (default: torch's)")
+    parser.add_argument("--timeout", metavar="S", type=_positive, default=180, help="for each case")
+    parser.add_argument("--deadline", metavar="S", type=_positive, help="begin no case after that")
     parser.add_argument("--resume", action="store_true", help="skip what this commit has measured")
     inner = parser.add_argument_group("one case in this very process")
     inner.add_argument("--one", metavar="NAME", action="append")

@@ -218,9 +218,9 @@ def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
 
 def check_rank(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a positive integer rank, got {value!r}")
+        raise TypeError(f"{name}: expected a whole number of 1 or more, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name}: expected a positive integer rank, got {value}")
+        raise ValueError(f"{name}: expected a whole number of 1 or more, got {value}")
 
 
 def check_number(name: str, value: object) -> None:

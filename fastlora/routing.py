@@ -69,8 +69,8 @@ class Routing:
         if x.dim() < 2 or rows not in (given, given * self.copies):
             raise RuntimeError(
                 f"x: expected {given} rows first, one an adapter name, got shape "
-                f"{tuple(x.shape)}: this layer "
-                "does not see the batch; leave it out with exclude_modules"
+                f"{tuple(x.shape)}: adapter_names has another number of names than the batch has "
+                "rows, or this layer does not see the batch; then leave it out with exclude_modules"
             )
         return self.slots
 

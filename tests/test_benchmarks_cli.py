@@ -99,7 +99,7 @@ def test_what_is_measured_is_not_measured_again(measured, tmp_path, monkeypatch)
 
 def test_after_the_deadline_no_case_is_begun(measured, capsys):
     with pytest.raises(FileNotFoundError):
-        measured("--deadline", "0")
+        measured("--deadline", "0.000001")
     assert "out of time: 2 cases were not begun" in capsys.readouterr().out
 
 
@@ -248,6 +248,32 @@ def test_ceilings_are_a_machine_s(monkeypatch):
     assert 1e8 < seen.bandwidth < 1e13
     assert seen.flops.keys() == {"fp32", "bf16"}
     assert all(1e8 < each < 1e14 for each in seen.flops.values())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--threads", "-1"], "expected a whole number of 1 or more, got '-1'"),
+        (["--threads", "0"], "expected a whole number of 1 or more, got '0'"),
+        (["--timeout", "-5"], "expected a number above 0, got '-5'"),
+        (["--deadline", "nan"], "expected a number above 0, got 'nan'"),
+        (["--dtype", "fp16"], "--dtype: expected --shapes with it"),
+        (["linear", "--shapes", "8,64,64,8,4"], "expected M,K,N,R for suite linear"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(words, said, capsys):
+    try:
+        code = bench.main(["--device", "cpu", *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_report_of_a_broken_file_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "linear.jsonl").write_text("{}\n")
+    assert bench.main(["report", str(tmp_path)]) == 2
+    assert "linear.jsonl, line 1: expected a line of results" in capsys.readouterr().err
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,8 @@ from tests.models import (
     randomise_lora,
 )
 from tests.streams import NAMES, PATIENCE, alone, ask, gated, server_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +215,21 @@ def test_an_engine_that_is_dropped_ends_and_holds_nothing(tmp_path):
     del server, thread
     gc.collect()
     assert held() is None
+
+
+def test_an_engine_that_is_dropped_while_it_writes_does_not_abort_the_process():
+    """Its thread is within a forward when the interpreter ends, and nobody holds the engine."""
+    script = (
+        "from fastlora.serving import Engine, Request\n"
+        "from tests.models import llama\n"
+        "import fastlora\n"
+        "server = fastlora.MultiLoRAModel(llama(max_position_embeddings=512), 1, 4)\n"
+        "engine = Engine(server, max_rows=4, max_length=400)\n"
+        "stream = engine.submit(Request([1, 2, 3], None, max_new_tokens=390, eos_token_id=()))\n"
+        "next(iter(stream))\n"
+        "del stream, engine\n"
+    )
+    for _ in range(3):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr

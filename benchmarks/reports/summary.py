@@ -24,12 +24,16 @@ NAMED = (OURS, YARDSTICK, PEFT)
 
 # Work in words, and its case: wins and losses of every suite.
 HEADLINES = (
-    ("one row, bf16, 4096 x 4096", "linear-forward-bf16-M1-K4096-N4096-R16"),
-    ("512 rows forward, bf16, fp32 adapters", "linear-forward-bf16-M512-K2048-N2048-R16-lora_fp32"),
-    ("512 rows, forward and backward", "linear-train-bf16-M512-K2048-N2048-R16-lora_fp32"),
-    ("512 rows, the same, fp32, dropout", "linear-train-fp32-M512-K1024-N1024-R16-dropout0.1"),
+    ("one row, bf16, 4096", "linear-forward-bf16-M1-K4096-N4096-R16"),
+    ("512 rows, bf16, fp32 adapters, 2048", "linear-forward-bf16-M512-K2048-N2048-R16-lora_fp32"),
+    ("the same with backward", "linear-train-bf16-M512-K2048-N2048-R16-lora_fp32"),
+    (
+        "512 rows with backward, fp32, dropout, 1024",
+        "linear-train-fp32-M512-K1024-N1024-R16-dropout0.1",
+    ),
     ("32 rows of 32 adapters, bf16, 4096", "multi-decode-bf16-T32-K4096-N4096-R16-S32-distinct"),
-    ("the same, 1024 x 1024", "multi-decode-bf16-T32-K1024-N1024-R16-S32-distinct"),
+    ("the same, 2048", "multi-decode-bf16-T32-K2048-N2048-R16-S32-distinct"),
+    ("the same, 1024", "multi-decode-bf16-T32-K1024-N1024-R16-S32-distinct"),
     ("prefill, 8 x 128 of 16 adapters", "multi-prefill-bf16-B8-L128-K2048-N2048-R16-S16-uniform"),
     ("merge in place, bf16, for good", "merge-bf16-K2048-N2048-R16"),
     ("merge and take back", "merge-unmerge-bf16-K2048-N2048-R16"),

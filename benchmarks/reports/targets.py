@@ -136,7 +136,7 @@ def main(
     try:
         found = lines.read_all(folder)
     except (OSError, ValueError) as error:
-        print(f"benchmarks.reports.targets: {error}", file=sys.stderr)
+        print(f"benchmarks: targets: {error}", file=sys.stderr)
         return 2
     print(table(found, markdown=options.markdown))
     return 0

@@ -9,6 +9,7 @@ claims.py   what is asserted                story.py     the chapters in order
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -37,6 +38,8 @@ def run(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes, which PEFT imports where it is, looks for a package that nothing here needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from fastlora.demo import story
     except ModuleNotFoundError as error:

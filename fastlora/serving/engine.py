@@ -63,10 +63,10 @@ class Engine:
         self._loop = Loop(runner, Scheduler(max_rows, step_tokens), self._inbox)
         settings = invariance.asked(), dispatch.asked()
         self._thread = threading.Thread(
-            target=self._loop.run, args=settings, name="fastlora-engine", daemon=True
+            target=_run, args=(self._loop, *settings), name="fastlora-engine", daemon=True
         )
+        _running[self._thread] = self._loop
         self._thread.start()
-        _open.add(self)
         weakref.finalize(self, self._loop.close).atexit = False
 
     def submit(self, request: Request) -> Stream:
@@ -158,11 +158,20 @@ def _events(engine: Engine, requests: Iterator[Request]) -> Iterator[Event]:
                 yield event
 
 
-_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+# Not by their engines, which may be collected while their last step still runs.
+_running: dict[threading.Thread, Loop] = {}
+
+
+def _run(loop: Loop, invariant: bool, backend: str | None) -> None:
+    try:
+        loop.run(invariant, backend)
+    finally:
+        _running.pop(threading.current_thread(), None)
 
 
 @atexit.register
 def _close_all() -> None:
     """A thread within a forward does not survive the interpreter."""
-    for engine in list(_open):
-        engine.close()
+    for thread, loop in list(_running.items()):
+        loop.close()
+        thread.join()
