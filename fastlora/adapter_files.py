@@ -49,6 +49,13 @@ def check_name(adapter_name: object) -> str:
     return adapter_name
 
 
+def folder_of(directory: str | os.PathLike[str]) -> Path:
+    """As a Path; TypeError for anything that is none."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected the path of a folder, got {directory!r}")
+    return Path(directory)
+
+
 def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
     """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad."""
     path = _file(directory, CONFIG_NAME)
@@ -134,7 +141,7 @@ def write(
     directory: str | os.PathLike[str], config: LoRAConfig, tensors: Mapping[str, Tensor]
 ) -> None:
     """Writes both files, each in one piece: aside first, then renamed."""
-    folder = Path(directory)
+    folder = folder_of(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: expected a directory, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +160,7 @@ def write(
 
 
 def _file(directory: str | os.PathLike[str], name: str) -> Path:
-    folder = Path(directory)
+    folder = folder_of(directory)
     path = folder / name
     if path.is_file():
         return path

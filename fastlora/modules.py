@@ -97,7 +97,7 @@ class LoRALayer(Mergeable, ABC):
 
     def _add_lora(self, lora_bias: bool, dtype: torch.dtype | None) -> None:
         base = self.weight
-        kind = {"device": base.device, "dtype": dtype or lora_dtype_for(base.dtype)}
+        kind = {"device": base.device, "dtype": lora_dtype_for(base.dtype, dtype)}
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **kind))
         extra = nn.Parameter(torch.empty(self.out_features, **kind)) if lora_bias else None

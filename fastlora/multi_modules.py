@@ -51,7 +51,10 @@ class MultiLoRALinear(SharedWeight):
         settings.check_rank("max_rank", max_rank)
         layer = cls.around(linear)
         S, R, weight = max_adapters, max_rank, layer.weight
-        zeros = {"device": weight.device, "dtype": lora_dtype or weight.dtype}
+        zeros = {
+            "device": weight.device,
+            "dtype": lora_dtype_for(weight.dtype, lora_dtype or weight.dtype),
+        }
         buffers = {
             "lora_A": torch.zeros(S, R, layer.in_features, **zeros),
             "lora_B": _rank_major(torch.zeros(S, layer.out_features, R, **zeros)),
@@ -261,7 +264,7 @@ class TrainableMultiLoRALinear(SharedWeight):
         layer.adapter_disabled = False
         layer.routing = routing
         base = layer.matrix
-        kind = {"device": base.device, "dtype": lora_dtype or lora_dtype_for(base.dtype)}
+        kind = {"device": base.device, "dtype": lora_dtype_for(base.dtype, lora_dtype)}
         N, K = base.shape
         keys = [_key(name) for name in routing.adapters]
         layer.lora_A = nn.ParameterDict({key: torch.empty(r, K, **kind) for key in keys})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,9 @@ def load(path: Path = PATH) -> ctypes.CDLL | str:
         return library
     if ASKED and library.fastlora_cpu_use(ASKED.encode()) != OK:
         usable = library.fastlora_cpu_available().decode().replace(",", ", ")
-        return f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {ASKED!r}"
+        reason = f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {ASKED!r}"
+        warnings.warn(f"{reason}; the native library stays unused", RuntimeWarning, stacklevel=2)
+        return reason
     return library
 
 

@@ -67,9 +67,16 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def lora_dtype_for(base: torch.dtype) -> torch.dtype:
-    """PEFT's choice: float32 adapters on a half-precision base, the base's dtype otherwise."""
-    return torch.float32 if base in (torch.float16, torch.bfloat16) else base
+def lora_dtype_for(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
+    """PEFT's choice: float32 adapters on a half-precision base, the base's dtype otherwise.
+
+    Raises ValueError for an ``asked`` dtype that is not a floating one.
+    """
+    if asked is None:
+        return torch.float32 if base in (torch.float16, torch.bfloat16) else base
+    if not isinstance(asked, torch.dtype) or not asked.is_floating_point:
+        raise ValueError(f"lora_dtype: expected a floating torch.dtype or None, got {asked!r}")
+    return asked
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -196,6 +196,15 @@ def test_a_bad_adapter_changes_nothing(folder, what, into):
         assert model.adapters == ()
 
 
+@pytest.mark.parametrize("directory", [None, 3])
+def test_what_is_no_path_is_refused(directory):
+    says = f"directory: expected the path of a folder, got {directory}"
+    with pytest.raises(TypeError, match=says):
+        fastlora.load_adapter(llama(), directory)
+    with pytest.raises(TypeError, match=says):
+        MultiLoRAModel(llama(), max_adapters=2, max_rank=8).load_adapter(directory, "new")
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()

@@ -1,7 +1,6 @@
 """The harness: what is wrong is not timed, what is slow is seen, what dies leaves a line."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -11,119 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as nnf
 
 from benchmarks import cases
 from benchmarks.cli import main
-from benchmarks.harness import gate, lines, one, runner, table, timer
-from benchmarks.harness.screen import Plain
-from benchmarks.harness.work import Absent, Case, Ceilings
-from benchmarks.suites import linear, multi
-from benchmarks.suites.linear import SCALING, Linear
-from benchmarks.suites.merge import Merge, Swap
+from benchmarks.harness import lines, timer
+from benchmarks.harness.work import Case, Ceilings
+from benchmarks.suites.linear import Linear
+from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
+from tests.small_case import linear_case, lines_of, right
 
 ROOT = Path(__file__).resolve().parent.parent
-SEEN = Ceilings(1e10, dict.fromkeys(("fp32", "fp16", "bf16"), 1e11))
-
-
-def linear_case(**providers) -> Case:
-    """A tiny forward case with these providers beside base, unfused torch and fastlora."""
-    work = Linear(backward=False)
-    work.providers = {k: work.providers[k] for k in ("base", "torch", "fastlora")} | providers
-    return Case(work, "cpu", "fp32", {"M": 9, "K": 40, "N": 56, "R": 4})
-
-
-def lines_of(case: Case) -> dict[str, dict]:
-    measured = list(one.measure(case, SEEN, seconds=0.02))
-    Plain(1).case(case.name, measured)
-    return {line["provider"]: line for line in measured}
-
-
-def right(o):
-    return nnf.linear(o["x"], o["weight"]) + o["x"] @ o["lora_A"].T @ o["lora_B"].T * SCALING
-
-
-WRONG = {
-    "adapter ignored": lambda o: nnf.linear(o["x"], o["weight"]),
-    "a little off": lambda o: right(o) * (1 + 1e-5),
-    "one row wrong": lambda o: right(o).index_fill_(0, torch.tensor([8]), 0.0),
-    "not a number": lambda o: right(o).mul_(float("nan")),
-    "half precision": lambda o: right(o).half(),
-}
-
-
-@pytest.mark.parametrize("how", WRONG)
-def test_a_wrong_provider_fails_its_gate_and_is_not_timed(how):
-    calls = []
-
-    def build(case, o):
-        return lambda: calls.append(1) or {"y": WRONG[how](o)}
-
-    found = lines_of(linear_case(wrong=build))
-    assert found["wrong"]["status"] == "failed"
-    assert "y: error" in found["wrong"]["reason"]
-    assert "ms" not in found["wrong"]
-    assert len(calls) == 1
-    assert all(
-        found[name]["status"] == "ok" and "ms" in found[name] for name in ("base", "fastlora")
-    )
-
-
-def test_rows_that_no_sample_shows_are_seen():
-    """Of 32 rows seven are held to float64; all of them to unfused torch."""
-    work = Multi("decode")
-    sizes = {"T": 32, "K": 40, "N": 56, "R": 4, "S": 32}
-    case = Case(work, "cpu", "fp32", sizes, workload="distinct")
-    right_call = work.providers["fastlora"]
-
-    def build(case, o):
-        call = right_call(case, o)
-        return lambda: {"y": call()["y"].index_fill(0, torch.tensor([1, 2, 3]), 0.5)}
-
-    work.providers = {**work.providers, "wrong": build}
-    verdicts = gate.check(case, seed=1)
-    assert verdicts["fastlora"].status == "ok"
-    assert verdicts["wrong"].status == "failed"
-    assert verdicts["wrong"].reason.startswith("y, all of it")
-
-
-@pytest.mark.parametrize("work", [Merge(unmerge=False), Swap()])
-def test_an_adapter_that_is_merged_a_little_too_small_is_seen(work):
-    case = Case(work, "cpu", "bf16", {"K": 64, "N": 48, "R": 8})
-    build = work.providers["fastlora"]
-    weaker = {"lora_B": 0.95, "other_B": 0.95}
-    work.providers = {
-        **work.providers,
-        "weak": lambda case, o: build(case, {k: t * weaker.get(k, 1) for k, t in o.items()}),
-    }
-    verdicts = gate.check(case, seed=1)
-    assert (verdicts["fastlora"].status, verdicts["weak"].status) == ("ok", "failed")
-
-
-def test_a_provider_that_raises_or_answers_in_another_shape_is_an_error():
-    def raises(case, o):
-        raise RuntimeError("no kernel image")
-
-    found = lines_of(linear_case(raises=raises, flat=lambda case, o: lambda: {"y": right(o)[0]}))
-    assert found["raises"]["reason"] == "RuntimeError: no kernel image"
-    assert found["raises"]["status"] == found["flat"]["status"] == "error"
-    assert "ms" not in found["flat"]
-
-
-def test_nobody_is_timed_without_a_yardstick():
-    case = linear_case(torch=lambda case, o: lambda: {"y": right(o) * 1.1})
-    found = lines_of(case)
-    assert {line["status"] for line in found.values()} == {"failed", "error"}
-    assert not any("ms" in line for line in found.values())
-
-
-def test_an_absent_provider_is_said_to_be_absent():
-    def absent(case, o):
-        raise Absent("not installed")
-
-    line = lines_of(linear_case(peer=absent))["peer"]
-    assert (line["status"], line["reason"]) == ("absent", "not installed")
 
 
 def test_a_slow_provider_is_seen_in_the_ratio():
@@ -181,27 +78,6 @@ def test_of_a_turn_the_last_call_is_timed():
     assert timer.spread(samples.ms)["p50"] < 10
 
 
-# When tiny, many are the same.
-TINY = {
-    case.name: case
-    for case in (
-        dataclasses.replace(c, device="cpu", compiled=False).tiny()
-        for c in (*cases.CPU, *cases.CUDA)
-    )
-}
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_every_registered_case_passes_its_gate_when_tiny(name):
-    if TINY[name].suite == "model":
-        pytest.importorskip("transformers", reason="transformers is not installed")
-    verdicts = gate.check(TINY[name], seed=1)
-    assert verdicts.keys() >= {"base", "torch", "peft", "fastlora"}
-    for provider, verdict in verdicts.items():
-        allowed = ("ok", "absent") if "peft" in provider else ("ok",)
-        assert verdict.status in allowed, (provider, verdict.reason)
-
-
 def test_names_are_unique_and_select_cases():
     for device, listed in (("cpu", cases.CPU), ("cuda", cases.CUDA)):
         assert len({case.name for case in listed}) == len(listed)
@@ -232,127 +108,6 @@ def test_costs_count_every_operand_once():
     assert decode.work.cost(decode, "peft") == (base + lora, moved + 2 * adapter)
     merge = Case(Merge(unmerge=True), "cpu", "bf16", sizes)
     assert merge.work.cost(merge, "torch") == (4 * N * K * R, 2 * (4 * N * K + adapter // 2))
-
-
-def dying(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
-    command = [sys.executable, "-c", script, str(file)]
-    ((_, found),) = runner.run_some([linear_case()], command, file, timeout)
-    assert found == [json.loads(text) for text in file.read_text().splitlines()]
-    return found
-
-
-def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
-    half_way = {"case": linear_case().name, "provider": "base", "status": "ok"}
-    script = (
-        "import json, os, sys, time\n"
-        f"line = {half_way!r} | {{'pid': os.getpid()}}\n"
-        "print(json.dumps(line), file=open(sys.argv[1], 'a'), flush=True)\n"
-        "time.sleep(600)"
-    )
-    started = time.monotonic()
-    first, last = dying(script, tmp_path / "linear.jsonl", timeout=3)
-    assert time.monotonic() - started < 60
-    assert first["provider"] == "base"
-    assert (last["status"], last["reason"]) == ("timeout", "killed after 3 s")
-    assert last["shape"] == {"M": 9, "K": 40, "N": 56, "R": 4}
-    with pytest.raises(ProcessLookupError):
-        os.kill(first["pid"], 0)
-
-
-@pytest.mark.parametrize(
-    "script, reason",
-    [
-        ("import os; os.abort()", "signal SIGABRT"),
-        ("raise SystemExit('out of memory')", "exit code 1: out of memory"),
-        ("pass", "it ended without a result"),
-    ],
-)
-def test_a_crash_is_a_line(tmp_path, script, reason):
-    file = tmp_path / "linear.jsonl"
-    for _ in range(2):  # the second run replaces the first one's line
-        (line,) = dying(script, file)
-    assert (line["status"], line["provider"]) == ("crashed", None)
-    assert line["reason"].startswith(reason)
-    assert any(reason in note for note in table.notes([line]))
-
-
-def test_a_crash_costs_one_case_of_its_process(tmp_path):
-    """What was finished before stays; what comes after is left for another process."""
-    small = linear_case()
-    batch = [dataclasses.replace(small, shape={**small.shape, "M": M}) for M in (1, 2, 3)]
-    line = {"case": batch[0].name, "provider": "base", "status": "ok"}
-    script = (
-        "import json, os, sys\n"
-        f"print(json.dumps({line!r}), file=open(sys.argv[1], 'a'), flush=True)\n"
-        f"print({runner.FINISHED + batch[0].name!r}, flush=True)\n"
-        "os.abort()"
-    )
-    file = tmp_path / "linear.jsonl"
-    tried = runner.run_some(batch, [sys.executable, "-c", script, str(file)], file, 60.0)
-    assert [case.name for case, _ in tried] == [case.name for case in batch[:2]]
-    assert [[line["status"] for line in lines] for _, lines in tried] == [["ok"], ["crashed"]]
-
-
-def test_a_process_that_has_no_more_time_leaves_cases_unmeasured(tmp_path):
-    batch = [dataclasses.replace(linear_case(), shape={"M": M}) for M in (1, 2)]
-    file = tmp_path / "linear.jsonl"
-    script = (
-        f"print({runner.FINISHED + batch[0].name!r}, flush=True)\n"
-        f"print({json.dumps({'case': batch[0].name, 'status': 'ok'})!r},"
-        f" file=open({str(file)!r}, 'a'))\n"
-        f"print({runner.OUT_OF_TIME!r})"
-    )
-    for case in batch:
-        lines.write({"case": case.name, "status": "ok", "earlier": True}, file)
-    tried = runner.run_some(batch, [sys.executable, "-c", script], file, 60.0)
-    assert [(case.name, len(found)) for case, found in tried] == [(batch[0].name, 1)]
-    assert [line.get("earlier") for line in lines.read(file)] == [None, True]
-
-
-def test_the_cuda_kernels_are_providers(on_cuda_kernels):
-    """On a GPU; here they run on the host, and are held to the same gate, or say why not."""
-    from benchmarks.suites import linear, merge, multi
-
-    def verdict(case: Case) -> str:
-        case.work.providers |= {"cuda": case.work.gpu_providers["cuda"]}
-        return gate.check(case, one.SEED)["cuda"].status
-
-    case = dataclasses.replace(linear_case(), dtype="bf16")
-    shapes = {"M": 8, "K": 64, "N": 48, "R": 8}
-    for backward in (False, True):
-        work = linear.Linear(backward=backward)
-        assert verdict(dataclasses.replace(case, work=work, shape=shapes)) == "ok"
-    odd = dataclasses.replace(case, work=linear.Linear(backward=False), shape=shapes | {"K": 63})
-    assert verdict(odd) == "absent"
-    swapped = {"N": 72, "K": 64, "R": 8}
-    assert verdict(dataclasses.replace(case, work=merge.Swap(), shape=swapped)) == "ok"
-    assert "cuda" in multi.Multi("decode").gpu_providers
-
-
-def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
-    """On a GPU; here they are interpreted, and held to the same gate."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    from fastlora.kernels.ledger import MULTI_PATHS, PATHS
-
-    def held(case: Case, paths: tuple[str, ...]) -> None:
-        assert set(paths).isdisjoint(case.providers)
-        assert set(paths) <= set(dataclasses.replace(case, device="cuda").providers)
-        case.work.providers |= case.work.gpu_providers
-        verdicts = gate.check(case, one.SEED)
-        for path in paths:
-            verdict = verdicts[path]
-            # Not every product can take every path, and no other stands in for it.
-            assert verdict.status == "ok" or f"cannot run along {path!r}" in verdict.reason
-        assert sum(verdicts[path].status == "ok" for path in paths) >= 2
-
-    assert linear.PATHS == PATHS
-    assert (*multi.PATHS, "added") == MULTI_PATHS
-    for backward in (False, True):
-        case = dataclasses.replace(linear_case(), work=Linear(backward=backward), dropout=0.2)
-        held(case, PATHS)
-    sizes = {"T": 9, "K": 24, "N": 40, "R": 12, "S": 3}
-    mixed = Case(Multi("decode"), "cpu", "bf16", sizes, workload="distinct", ranks="mixed")
-    held(mixed, multi.PATHS)
 
 
 def test_limits_are_what_is_moved_and_computed():

@@ -13,7 +13,7 @@ from benchmarks import cli as bench
 from benchmarks.harness import ceilings, lines, machine, one, runner, screen, timer
 from benchmarks.reports import compare
 from fastlora import cli
-from tests.test_benchmarks import SEEN, linear_case
+from tests.small_case import SEEN, linear_case
 
 SMALL = ["--device", "cpu", "--quick", "--threads", "1", "--shapes", "4,32,48,4", "--dtype", "fp32"]
 

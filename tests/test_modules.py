@@ -222,6 +222,8 @@ def test_only_a_plain_linear_is_wrapped(reason):
         ({"init_lora_weights": "eva"}, ValueError),
         ({"init_lora_weights": "pissa", "r": 13}, ValueError),
         ({"init_lora_weights": "orthogonal", "r": 3}, ValueError),
+        ({"lora_dtype": torch.int8}, ValueError),
+        ({"lora_dtype": "float32"}, ValueError),
         ({"dtype": torch.float64}, TypeError),
         ({"bias": False}, TypeError),
     ],

@@ -136,6 +136,7 @@ def test_the_environment_forces_an_instruction_set(name):
         "mmx": f"torch FASTLORA_CPU_ISA: expected none or one of {native.available()}, got 'mmx'",
     }
     assert run.stdout.strip() == said.get(name, f"cpu {name}"), run.stderr
+    assert ("RuntimeWarning: FASTLORA_CPU_ISA" in run.stderr) == (name == "mmx")
 
 
 def multi_operands(T, K, N, R, S, dtype, lora_dtype):

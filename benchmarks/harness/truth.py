@@ -1,4 +1,7 @@
-"""``oracle``: tests/oracle.py, by its path, as anybody may have installed a package ``tests``."""
+"""What is true, in float64: ``oracle`` a token at a time, ``gradients`` of many tokens at once.
+
+``oracle`` is tests/oracle.py, by its path, as anybody may have installed a package ``tests``.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from benchmarks import ROOT
 
-__all__ = ["oracle"]
+__all__ = ["gradients", "oracle"]
 
 
 def _load(path: Path) -> ModuleType:
@@ -21,3 +27,33 @@ def _load(path: Path) -> ModuleType:
 
 
 oracle = _load(ROOT / "tests" / "oracle.py")
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    columns: Tensor,
+    outs: Tensor,
+) -> dict[str, Tensor]:
+    """Of ``(lora_linear * dy).sum()``: dx and dA of features ``columns``, dB of ``outs``.
+
+    mask: float64 (M, K), what dropout multiplied x by. As products, on the operands' device: for
+    8192 rows the oracle's loop takes minutes. tests/test_benchmarks_gate.py holds it to the oracle.
+    """
+    dy, x, weight, lora_A, lora_B = (t.detach() for t in (dy, x, weight, lora_A, lora_B))
+    dy, A, B = dy.double(), lora_A.double(), lora_B.double()
+    kept = x.new_ones((), dtype=torch.float64) if mask is None else mask
+    up, down = dy @ B, (x.double() * kept) @ A.T  # [M, R] both
+    some = kept if mask is None else kept[:, columns]
+    dx = dy @ weight[:, columns].double() + scaling * some * (up @ A[:, columns])
+    found = {
+        "dx": dx,
+        "dA": scaling * up.T @ (x[:, columns].double() * some),
+        "dB": scaling * dy[:, outs].T @ down,
+    }
+    return {name: t.cpu() for name, t in found.items()}

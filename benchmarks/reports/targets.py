@@ -22,9 +22,10 @@ MET, NOISE, MISSED, UNKNOWN = "met", "within noise", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Measured:
-    """One case: the value and its interval."""
+    """One case: the value and its interval, and whose it is."""
 
     case: str
+    provider: str
     value: float
     low: float
     high: float
@@ -66,7 +67,7 @@ def _value(target: Target, case: str, line: Line, over: Line) -> Measured:
     elif target.measure == "bandwidth":
         share = line["gbps"] * 1e9 / line["ceilings"]["bandwidth"]
         middle, low, high = share, share * ratio[0] / ratio[2], share * ratio[0] / ratio[1]
-    return Measured(case, middle, low, high)
+    return Measured(case, line["provider"], middle, low, high)
 
 
 def _interval(line: Line) -> tuple[float, float, float]:
@@ -101,6 +102,8 @@ def row(target: Target, found: Sequence[Line]) -> tuple[str, str, str, str]:
         result += f" by {_number(target, abs(worst.value - target.bound))}"
     said = f"{_number(target, worst.value)} ({_number(target, worst.low)} to "
     said += f"{_number(target, worst.high)})"
+    if len(target.ours) > 1:
+        said += f" by {worst.provider}"
     if len(values) > 1:
         said += f", worst of {len(values)}: {worst.case}"
         result += f", {missed} of {len(values)}" if missed else ""

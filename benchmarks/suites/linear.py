@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.harness.truth import oracle
+from benchmarks.harness.truth import gradients, oracle
 from benchmarks.harness.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
 from benchmarks.peers.calls import tried
 from benchmarks.peers.compiling import Compile, as_it_is, compiled
@@ -141,32 +141,20 @@ class Linear(Work):
         return provider if provider in self.providers else "fastlora"
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
-        o = {name: wide(t) for name, t in operands.items()}
-        x, weight, lora_A, lora_B = o["x"], o["weight"], o["lora_A"], o["lora_B"]
-        keep, keep_scale = self._mask(case, operands, provider)
-        scaling = 0.0 if provider == BASE else SCALING
+        o, scaling = operands, 0.0 if provider == BASE else SCALING
+        factors = o["lora_A"], o["lora_B"], scaling
+        keep, keep_scale = self._mask(case, o, provider)
         rows, columns, outs = self._sampled(case)
-        out = {
-            "y": oracle.lora_linear(
-                x[rows], weight, lora_A, lora_B, scaling, keep=keep[rows], keep_scale=keep_scale
-            )
-        }
-        if not self.backward:
-            return out
-        # The gradients of a slice of the features are that slice of the gradients: every token is
-        # summed, the oracle's N*K matrix of weight gradients is not.
-        dy, some = o["dy"], {"keep": keep[:, columns], "keep_scale": keep_scale}
-        inward = oracle.lora_linear_grads(
-            dy, x[:, columns], weight[:, columns], lora_A[:, columns], lora_B, scaling, **some
+        kept = {} if keep is None else {"keep": keep[rows], "keep_scale": keep_scale}
+        y = oracle.lora_linear(
+            o["x"][rows], wide(o["weight"]), *map(wide, factors[:2]), scaling, **kept
         )
-        out["dx"] = inward["x"]
-        if provider != BASE:
-            every = {"keep": keep, "keep_scale": keep_scale}
-            outward = oracle.lora_linear_grads(
-                dy[:, outs], x, None, lora_A, lora_B[outs], scaling, **every
-            )
-            out |= {"dA": inward["lora_A"], "dB": outward["lora_B"]}
-        return out
+        if not self.backward:
+            return {"y": y}
+        # Of some features, so that every token is summed and N*K gradients of the weight are not.
+        mask = None if keep is None else keep.double() * keep_scale
+        found = gradients(o["dy"], o["x"], o["weight"], *factors, mask, columns, outs)
+        return {"y": y, **(found if provider != BASE else {"dx": found["dx"]})}
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
         rows, columns, outs = self._sampled(case)
@@ -181,18 +169,18 @@ class Linear(Work):
     def _sampled(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         return sampled(case.shape["M"]), sampled(case.shape["K"]), sampled(case.shape["N"])
 
-    def _mask(self, case: Case, o: Operands, provider: str) -> tuple[Tensor, float]:
+    def _mask(self, case: Case, o: Operands, provider: str) -> tuple[Tensor | None, float]:
         """What the provider's call keeps under the generator's present state, and its factor."""
         x, p = o["x"], case.dropout
         if not p or provider == BASE:
-            return torch.ones(x.shape), 1.0
+            return None, 1.0
         if provider not in ("torch", "peft"):
-            keep = dropout.keep_mask(x.shape[0], x.shape[1], p, dropout.new_seed(x.device)).cpu()
+            keep = dropout.keep_mask(x.shape[0], x.shape[1], p, dropout.new_seed(x.device))
             factor = dropout.keep_scale(p)
         else:
             # PEFT drops from its copy of x in the adapters' dtype.
             dtype = o["lora_A"].dtype if provider == "peft" else DTYPES[case.dtype]
-            keep, factor = torch_keep(x, p, dtype).cpu(), 1 / (1 - p)
+            keep, factor = torch_keep(x, p, dtype), 1 / (1 - p)
         share, noise = float(keep.double().mean()), (p * (1 - p) / keep.numel()) ** 0.5
         if abs(share - (1 - p)) > 6 * noise:
             raise ValueError(f"the dropout mask keeps {share:.4f} of the elements for p = {p}")

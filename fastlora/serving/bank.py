@@ -201,7 +201,7 @@ class AdapterBank:
         if isinstance(names, str):
             raise TypeError(f"adapter_names: expected a list of names, got {names!r}")
         with self._all.lock:
-            entries = [self._entry(name) for name in names]
+            entries = [self._entry(name, "adapter_names") for name in names]
             different = len(set(names))
             if different > self.max_adapters:
                 raise ValueError(
@@ -255,12 +255,12 @@ class AdapterBank:
             if image is not None:
                 self._all.keep_copy(entry, image)
 
-    def _entry(self, name: object) -> Entry:
+    def _entry(self, name: object, argument: str = "adapter_name") -> Entry:
         if not isinstance(name, str) or name not in self._entries:
             some = list(self._entries)[:8]
             more = f" and {len(self._entries) - 8} more" if len(self._entries) > 8 else ""
             raise ValueError(
-                f"adapter_names: no adapter {name!r} is loaded "
+                f"{argument}: no adapter {name!r} is loaded "
                 f"(loaded: {', '.join(some) or 'none'}{more})"
             )
         return self._entries[name]

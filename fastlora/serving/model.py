@@ -119,7 +119,8 @@ class MultiLoRAModel(nn.Module):
         if adapter_name == BASE:
             raise ValueError(f"adapter_name: {BASE!r} means the base model")
         self.follow()
-        self.bank.add(adapter_name, AdapterFiles(os.path.abspath(directory), self._reader))
+        folder = os.path.abspath(files.folder_of(directory))
+        self.bank.add(adapter_name, AdapterFiles(folder, self._reader))
         if pin:
             self.bank.pin(adapter_name)
 

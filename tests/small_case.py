@@ -1,0 +1,27 @@
+"""A tiny case with providers of a test's own, and its lines."""
+
+from torch.nn import functional as nnf
+
+from benchmarks.harness import one
+from benchmarks.harness.screen import Plain
+from benchmarks.harness.work import Case, Ceilings
+from benchmarks.suites.linear import SCALING, Linear
+
+SEEN = Ceilings(1e10, dict.fromkeys(("fp32", "fp16", "bf16"), 1e11))
+
+
+def linear_case(**providers) -> Case:
+    """A tiny forward case with these providers beside base, unfused torch and fastlora."""
+    work = Linear(backward=False)
+    work.providers = {k: work.providers[k] for k in ("base", "torch", "fastlora")} | providers
+    return Case(work, "cpu", "fp32", {"M": 9, "K": 40, "N": 56, "R": 4})
+
+
+def lines_of(case: Case) -> dict[str, dict]:
+    measured = list(one.measure(case, SEEN, seconds=0.02))
+    Plain(1).case(case.name, measured)
+    return {line["provider"]: line for line in measured}
+
+
+def right(o):
+    return nnf.linear(o["x"], o["weight"]) + o["x"] @ o["lora_A"].T @ o["lora_B"].T * SCALING
