@@ -34,6 +34,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	@echo "installing fastlora and its tools: compiles the native kernels, a few minutes"
 	$(BIN)/pip install -q -e ".[test,demo,bench,docs]"
 	@touch $@
 

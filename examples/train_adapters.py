@@ -159,8 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     medians = {how: sorted(times)[len(times) // 2] for how, times in seconds.items()}
     for how, median in medians.items():
         print(
-            f"{how:<10} {1e3 * median:7.1f} ms a step of all   {medians['alone'] / median:5.2f} x "
-            f"the runs alone   {medians['peft'] / median:5.2f} x PEFT's"
+            f"{how:<10} {1e3 * median:7.1f} ms a step of all   {medians['alone'] / median:5.2f} "
+            f"times as fast as the runs alone   {medians['peft'] / median:5.2f} as PEFT"
         )
     if worst > TOLERANCE:
         raise SystemExit(f"the losses drifted apart by {worst:.0e}, more than {TOLERANCE:.0e}")
