@@ -15,7 +15,7 @@ from fastlora.conv1d import FastLoRAConv1D
 from fastlora.injection import Injection, forget, remember, swap
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import TrainableMultiLoRALinear, TrainingRows, trained_layers
-from fastlora.targets import Plan, plan
+from fastlora.targets import Plan, plan, unused
 from fastlora.tied import tied
 from fastlora.wrapping import is_conv1d, unwrapped
 
@@ -41,8 +41,9 @@ def replace_linear(
     Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
     layer that was named cannot be replaced, or the model has LoRA layers already, PEFT's among
     them; for several adapters also when ``config`` asks for biases, whole modules or split weights,
-    which belong to no single one. Warns where no layer lies as fan_in_fan_out says; their own kind
-    decides.
+    which belong to no single one. Warns where a name in target_modules, rank_pattern or
+    alpha_pattern is no layer's, as a mistyped one, and where no layer lies as fan_in_fan_out says;
+    their own kind decides.
     """
     given = LoRAConfig.of(config)
     model, settings = _checked(model), given.with_heads()
@@ -61,6 +62,8 @@ def replace_linear(
             "speak for all: name all layers at once, rank_pattern and alpha_pattern tell them apart"
         )
     inject(model, settings, chosen, rows, freeze_base)
+    if idle := unused(settings, chosen):
+        warnings.warn("; ".join(idle), stacklevel=2)
     lies = {is_conv1d(linear) for linear, _ in chosen.linears.values()}
     if given.fan_in_fan_out not in lies:
         warnings.warn(

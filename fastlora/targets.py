@@ -11,6 +11,8 @@ from fastlora import matching, saved_modules
 from fastlora.config import LoRAConfig
 from fastlora.wrapping import is_linear, peft_layers, unsupported, unwrapped
 
+_SHOWN = 20  # names in an error: all of a usual model's kinds of layers
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,6 +81,28 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     return Plan(linears, skipped, saved)
 
 
+def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
+    """Of names in the config that no layer goes by, as mistyped ones: a sentence a field."""
+    replaced = [name for _, names in chosen.linears.values() for name in names]
+    wanted = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    known = [*replaced, *chosen.skipped]
+    found = {
+        "target_modules": [n for n in wanted if not any(matching.matches((n,), k) for k in known)]
+    }
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, field_name) or {}
+        found[field_name] = [
+            key
+            for key in keys
+            if not any(matching.overridden({key: True}, name, False) for name in replaced)
+        ]
+    return [
+        f"{name}: no layer that was replaced is called {', '.join(map(repr, of))}"
+        for name, of in found.items()
+        if of
+    ]
+
+
 def bypassed(model: nn.Module, names: list[str]) -> str | None:
     """Why a layer's own forward would not be what its parent runs."""
     for name in names:
@@ -114,4 +138,5 @@ def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> 
     wanted = [wanted] if isinstance(wanted, str) else wanted
     near = [m for w in wanted for m in difflib.get_close_matches(w, suffixes + linears, cutoff=0.5)]
     hint = f"; near names: {', '.join(dict.fromkeys(near))}" if near else ""
-    return f"{message}{hint}; its linears end in {', '.join(suffixes)}"
+    some = ", ".join(suffixes[:_SHOWN]) + (", …" if len(suffixes) > _SHOWN else "")
+    return f"{message}{hint}; its linears end in {some}"

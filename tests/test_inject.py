@@ -324,3 +324,27 @@ def test_a_report_gives_each_reason_once():
     skipped = {"a": "too large", "b": "excluded", "c": "too large", "d": "too large"}
     said = str(fastlora.Report(skipped=skipped))
     assert said.splitlines()[3:] == ["skipped a and 2 more: too large", "skipped b: excluded"]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"target_modules": ["q_proj", "w_proj"]}, "target_modules: .* is called 'w_proj'$"),
+        ({"rank_pattern": {"q_prj": 2}}, "rank_pattern: .* is called 'q_prj'$"),
+        ({"alpha_pattern": {r"layers\.9\..*": 2}}, "alpha_pattern: .* is called 'layers"),
+    ],
+)
+def test_a_name_that_is_no_layer_s_is_said(options, says):
+    config = LoRAConfig(**{"target_modules": ["q_proj"], **options})
+    with pytest.warns(UserWarning, match=says):
+        fastlora.replace_linear(llama(), config)
+
+
+def test_names_that_are_layers_are_not_warned_of(recwarn):
+    names = ["q_proj", "layers.1.mlp.up_proj", "k_proj"]
+    pattern = {"q_proj": 2, r"layers\.1\..*": 3}
+    fastlora.replace_linear(
+        llama(),
+        LoRAConfig(target_modules=names, rank_pattern=pattern, exclude_modules=["k_proj"]),
+    )
+    assert not [w for w in recwarn if "is called" in str(w.message)]
