@@ -1,4 +1,4 @@
-"""A tiny case with providers of a test's own, and its lines."""
+"""Tiny cases, with providers of a test's own, and their lines."""
 
 from torch.nn import functional as nnf
 
@@ -6,7 +6,9 @@ from benchmarks.harness import one
 from benchmarks.harness.screen import Plain
 from benchmarks.harness.work import Case, Ceilings
 from benchmarks.suites.linear import SCALING, Linear
+from benchmarks.suites.multi import Multi
 
+SIZES = {"K": 40, "N": 56, "R": 4}
 SEEN = Ceilings(1e10, dict.fromkeys(("fp32", "fp16", "bf16"), 1e11))
 
 
@@ -14,7 +16,7 @@ def linear_case(**providers) -> Case:
     """A tiny forward case with these providers beside base, unfused torch and fastlora."""
     work = Linear(backward=False)
     work.providers = {k: work.providers[k] for k in ("base", "torch", "fastlora")} | providers
-    return Case(work, "cpu", "fp32", {"M": 9, "K": 40, "N": 56, "R": 4})
+    return Case(work, "cpu", "fp32", {"M": 9, **SIZES})
 
 
 def lines_of(case: Case) -> dict[str, dict]:
@@ -25,3 +27,12 @@ def lines_of(case: Case) -> dict[str, dict]:
 
 def right(o):
     return nnf.linear(o["x"], o["weight"]) + o["x"] @ o["lora_A"].T @ o["lora_B"].T * SCALING
+
+
+def case_of(work, dtype="fp32", **changes) -> Case:
+    """A tiny case of one adapter, or of many."""
+    rows = {"M": 9} if isinstance(work, Linear) else {"T": 9, "S": 3}
+    if isinstance(work, Multi) and work.phase == "prefill":
+        rows = {"B": 3, "L": 21, "S": 2}
+    load = "" if isinstance(work, Linear) else "distinct"
+    return Case(work, "cpu", dtype, {**rows, **SIZES}, **{"workload": load, **changes})
