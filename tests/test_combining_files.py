@@ -294,7 +294,7 @@ ARGUMENTS = {
     "weight": ({"weights": [1.0, float("nan")]}, ValueError, r"weights\[1\]: expected a finite"),
     "type": ({"combination_type": "sum"}, ValueError, "combination_type: expected one of svd"),
     "density": ({"combination_type": "dare_ties"}, ValueError, "density: dare_ties needs"),
-    "rank": ({"svd_rank": -1}, ValueError, "svd_rank: expected a positive"),
+    "rank": ({"svd_rank": -1}, ValueError, "svd_rank: expected a whole number"),
     "driver": ({"svd_driver": "gesvd"}, ValueError, "svd_driver: CUDA alone"),
     "ranks": ({"combination_type": "linear"}, ValueError, r"up_proj: .* got ranks \[4, 3\]"),
 }
