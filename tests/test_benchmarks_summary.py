@@ -37,3 +37,27 @@ def test_every_headline_was_measured():
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys):
     assert summary.main([str(tmp_path)]) == 2
     assert "expected results in" in capsys.readouterr().err
+
+
+def test_a_headline_is_bold_where_intervals_do_not_touch_and_torch_is_at_its_fastest():
+    def line(low: float, p50: float, high: float) -> dict:
+        return {"ratio": {"low": low, "p50": p50, "high": high}}
+
+    case = summary.HEADLINES[0][1]
+    found = {(case, "fastlora"): line(0.85, 0.9, 0.95), (case, "base"): line(1, 1, 1)}
+    found |= {(case, "torch"): line(1.7, 1.8, 1.9), (case, "torch-gather"): line(1.1, 1.2, 1.3)}
+    found |= {(case, "peft"): line(0.94, 1.0, 1.1)}
+    row = summary.headlines([found]).splitlines()[2]
+    assert row.split(" | ")[1:] == ["**0.90**", "**0.75**", "0.90 |"]
+
+
+def test_each_limit_stands_at_its_folder_s_place():
+    def found(limit: float) -> dict:
+        ratio = {"low": 1, "p50": 1, "high": 1}
+        return {
+            ("c", name): {"ratio": ratio, "ms": ratio, "limit": limit}
+            for name in ("base", "fastlora")
+        }
+
+    assert summary.table([found(1.3), found(1.19)]).endswith("| 1.30 / 1.19 |")
+    assert summary.table([found(1.3), found(1.3)]).endswith("| 1.30 |")
