@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,8 @@ def test_an_interrupt_ends_what_runs_and_keeps_what_was_written(tmp_path, number
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED.format(folder=str(tmp_path), code=code, of=OF)],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell's background job ignores it, and so do the job's children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     until(lambda: file.exists() and len(file.read_text().split()) == 3)
     process.send_signal(number)
