@@ -89,7 +89,7 @@ CPU = (
         Case(NATIVE, "cpu", dtype, {"M": M, **_square(size)}, full=True)
         for dtype in ("bf16", "fp32")
         for size in (1024, 4096)
-        for M in (8, 16, 32, 64, 96)
+        for M in (8, 16, 32, 64, 96, 128)
     ),
     Case(INVARIANT, "cpu", "bf16", {"M": 32, **_WIDE}),
     Case(INVARIANT, "cpu", "bf16", {"M": 512, **_WIDE}),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import Parameter
 
 from fastlora import dispatch, flops
@@ -109,7 +109,7 @@ def _fake_group_rows(ids: Tensor, num_slots: int, _backend: str) -> tuple[Tensor
 
 
 def _fake_merge_(weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
-    context, weight = torch.library.get_ctx(), weights[0]
+    context, weight = library.get_ctx(), weights[0]
     changed, tiles, sums = (context.new_dynamic_size() for _ in range(3))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (
@@ -252,13 +252,13 @@ def _refuse_sharded(name: str, args: Sequence[Any]) -> None:
 # A tuple is of bools: which gradients are wanted.
 _VALUES = {type(None), float, int, bool, str, tuple}
 
-_library = torch.library.Library("fastlora", "DEF")
+_library = library.Library("fastlora", "DEF")
 _implementations = {name: _implementation(name) for name in SCHEMAS}
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     _kernel = _without_gradients(_implementations[_name])
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastlora::{_name}", FAKES[_name], lib=_library)
+    library.register_fake(f"fastlora::{_name}", FAKES[_name], lib=_library)
     if _name not in _ALONE:
-        torch.library.register_vmap(f"fastlora::{_name}", _vmap_rule(_name), lib=_library)
+        library.register_vmap(f"fastlora::{_name}", _vmap_rule(_name), lib=_library)
 flops.register()

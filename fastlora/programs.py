@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import Function
 
 from fastlora import ops
@@ -51,7 +51,7 @@ def _differentiable(name: str, function: type[Function]) -> Callable[..., Any]:
     return run
 
 
-_library = torch.library.Library("fastlora", "FRAGMENT")
+_library = library.Library("fastlora", "FRAGMENT")
 for _name, _function in _FUNCTIONS.items():
     _operands, _, _returned = ops.SCHEMAS[_name].partition(" -> ")
     if _function is LoRAAdd:

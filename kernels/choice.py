@@ -92,10 +92,11 @@ def path_of(
     device: torch.device,
 ) -> str:
     """The path that runs a product; first: its rank step must come first."""
-    if _asked is not None and possible(_asked, problem, arch_of(device), first):
-        return _asked
-    if _asked is not None and _strictly:
-        raise NoSuchPath(f"{op} cannot run along {_asked!r}: {problem}")
+    if _asked is not None:
+        if possible(_asked, problem, arch_of(device), first):
+            return _asked
+        if _strictly:
+            raise NoSuchPath(f"{op} cannot run along {_asked!r}: {problem}")
     return _best(op, problem, dtype_name(dtype, lora_dtype), first, device)
 
 

@@ -93,7 +93,7 @@ def test_double_backward_raises_or_is_right(f, argument, second):
 @pytest.mark.parametrize("transform", [hessian, lambda f: grad(lambda t: grad(f)(t).sum())])
 def test_higher_derivatives_raise_under_torch_func(f, transform):
     args = operands(f)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"differentiable once|jvp"):
+    with pytest.raises(RuntimeError, match=r"differentiable once|jvp"):
         transform(lambda A: f(*args[:2], A, args[3]).square().sum())(args[2])
 
 

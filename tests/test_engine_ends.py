@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 import fastlora
 from fastlora import MultiLoRAModel
 from fastlora.serving import Request
+from fastlora.serving import engine as engines
 from tests.models import (
     VOCABULARY,
     llama,
@@ -217,6 +218,17 @@ def test_an_engine_that_is_dropped_ends_and_holds_nothing(tmp_path):
     assert held() is None
 
 
+def test_an_engine_whose_thread_cannot_start_leaves_nothing_behind(server, monkeypatch):
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = dict(engines._running)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        server.engine(max_rows=2, max_length=32)
+    assert engines._running == before
+
+
 def test_an_engine_that_is_dropped_while_it_writes_does_not_abort_the_process():
     """Its thread is within a forward when the interpreter ends, and nobody holds the engine."""
     script = (
@@ -231,5 +243,5 @@ def test_an_engine_that_is_dropped_while_it_writes_does_not_abort_the_process():
     )
     for _ in range(3):
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert done.returncode == 0, done.stderr

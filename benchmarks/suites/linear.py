@@ -143,16 +143,15 @@ class Linear(Work):
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
         o, scaling = operands, 0.0 if provider == BASE else SCALING
         factors = o["lora_A"], o["lora_B"], scaling
-        keep, keep_scale = self._mask(case, o, provider)
+        mask = self._mask(case, o, provider)
         rows, columns, outs = self._sampled(case)
-        kept = {} if keep is None else {"keep": keep[rows], "keep_scale": keep_scale}
+        keep = None if mask is None else mask[rows]
         y = oracle.lora_linear(
-            o["x"][rows], wide(o["weight"]), *map(wide, factors[:2]), scaling, **kept
+            o["x"][rows], wide(o["weight"]), *map(wide, factors[:2]), scaling, keep=keep
         )
         if not self.backward:
             return {"y": y}
         # Of some features, so that every token is summed and N*K gradients of the weight are not.
-        mask = None if keep is None else keep.double() * keep_scale
         found = gradients(o["dy"], o["x"], o["weight"], *factors, mask, columns, outs)
         return {"y": y, **(found if provider != BASE else {"dx": found["dx"]})}
 
@@ -169,11 +168,11 @@ class Linear(Work):
     def _sampled(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         return sampled(case.shape["M"]), sampled(case.shape["K"]), sampled(case.shape["N"])
 
-    def _mask(self, case: Case, o: Operands, provider: str) -> tuple[Tensor | None, float]:
-        """What the provider's call keeps under the generator's present state, and its factor."""
+    def _mask(self, case: Case, o: Operands, provider: str) -> Tensor | None:
+        """What the provider's call multiplies x by under the generator's present state."""
         x, p = o["x"], case.dropout
         if not p or provider == BASE:
-            return None, 1.0
+            return None
         if provider not in ("torch", "peft"):
             keep = dropout.keep_mask(x.shape[0], x.shape[1], p, dropout.new_seed(x.device))
             factor = dropout.keep_scale(p)
@@ -184,7 +183,7 @@ class Linear(Work):
         share, noise = float(keep.double().mean()), (p * (1 - p) / keep.numel()) ** 0.5
         if abs(share - (1 - p)) > 6 * noise:
             raise ValueError(f"the dropout mask keeps {share:.4f} of the elements for p = {p}")
-        return keep, factor
+        return keep.double() * factor
 
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
         M, K, N, R = (case.shape[k] for k in "MKNR")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,15 +21,26 @@ SCALING = 2.0
 _SHARE, _GATED_SHARE = 0.05, 0.5
 
 
-class Swap(Work):
+class _OfWeights(Work):
+    """Operands have an adapter of ``share`` of the weight; the gate sees a stronger one."""
+
+    suite = "merge"
+    share = _SHARE
+
+    def gated(self, case: Case) -> Case:
+        stronger = copy(self)
+        stronger.share = _GATED_SHARE
+        return replace(case, work=stronger)
+
+
+class Swap(_OfWeights):
     """One adapter out of the weight and another in, again and again.
 
     The base is a copy of the weight: the bytes that cannot be avoided. fastlora's weight holds what
     merging the other adapter alone would give, to the bit; the others add and subtract.
     """
 
-    suite, name, op = "merge", "swap", "swap_"
-    share = _SHARE
+    name, op = "swap", "swap_"
 
     def __init__(self) -> None:
         self.providers = {
@@ -40,9 +50,6 @@ class Swap(Work):
             "fastlora": self._fastlora,
         }
         self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
-
-    def gated(self, case: Case) -> Case:
-        return _strong(case)
 
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")
@@ -124,17 +131,11 @@ class Swap(Work):
         return 2 * adapters * N * K * R, 2 * size * N * K + lora_size * adapters * R * (K + N)
 
 
-def _strong(case: Case) -> Case:
-    work: Any = copy(case.work)
-    work.share = _GATED_SHARE
-    return replace(case, work=work)
-
-
 def _both(o: Operands) -> list[Adapter]:
     return [(o["lora_A"], o["lora_B"], SCALING), (o["other_A"], o["other_B"], SCALING)]
 
 
-class Merge(Work):
+class Merge(_OfWeights):
     """``weight += SCALING * lora_B @ lora_A``; with ``unmerge``, and back again.
 
     The base is a copy of the weight (there and back): the bytes that cannot be avoided. Where the
@@ -142,8 +143,7 @@ class Merge(Work):
     weight that is timed keeps what earlier calls merged, which changes nothing in the time.
     """
 
-    suite, op = "merge", "merge_"
-    share = _SHARE
+    op = "merge_"
 
     def __init__(self, *, unmerge: bool) -> None:
         self.unmerge = unmerge
@@ -157,9 +157,6 @@ class Merge(Work):
         self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
         if not unmerge:
             self.providers["torch-split"] = self._torch_split
-
-    def gated(self, case: Case) -> Case:
-        return _strong(case)
 
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")

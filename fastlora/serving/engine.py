@@ -66,7 +66,11 @@ class Engine:
             target=_run, args=(self._loop, *settings), name="fastlora-engine", daemon=True
         )
         _running[self._thread] = self._loop
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            del _running[self._thread]
+            raise
         weakref.finalize(self, self._loop.close).atexit = False
 
     def submit(self, request: Request) -> Stream:
