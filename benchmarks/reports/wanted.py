@@ -127,7 +127,7 @@ def _cpu() -> tuple[Target, ...]:
             "W is read and written once by both", over="torch"),
         times("merge bf16, fp32 adapters, PEFT over ours",
               "merge-bf16-K2048-N2048-R16-lora_fp32", 15,
-              "in a process of its own PEFT's took 46 times a copy"),
+              "one pass, where PEFT makes temporaries of W's size"),
         times("generate, PEFT over ours", "model-generate-*-S8", 2,
               "PEFT loops over the adapters"),
     ]  # fmt: skip
