@@ -1,8 +1,8 @@
 """``fastlora bench`` and ``python -m benchmarks``: measure, print, and keep the results.
 
 Exit code: 0 when every provider passed its gate or was absent and nothing is slower than what it is
-compared with; 1 when one failed, a process died, or ours became slower; 2 when there was nothing to
-run, to compare with or to report, or no such device.
+compared with; 1 when one failed, a process died, or ours became slower or is over the bound; 2 when
+there was nothing to run, to compare with or to report, or no such device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import RESULTS, cases
+from benchmarks import RESULTS, cases, judge
 from benchmarks.harness import ceilings, lines, machine, one, runner, screen
 from benchmarks.harness.work import DTYPES, Case, Ceilings
-from benchmarks.reports import compare, targets
+from benchmarks.reports import earlier, targets
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     args = _parser(prog).parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available() and not args.list:
         return _refuse(f"--device cuda: torch {torch.__version__} finds no usable CUDA GPU here")
+    if args.tolerate_slower and not args.compare:
+        return _refuse("--tolerate-slower: expected --compare with it")
     try:
         chosen = _select(args)
     except ValueError as error:
@@ -50,14 +52,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
 
 
 def _run(args: argparse.Namespace, chosen: list[Case]) -> int:
+    began = time.monotonic()
     try:
-        earlier = lines.read_all(args.compare) if args.compare else []
+        then, why = earlier.find(args.compare, args.device) if args.compare else ([], "")
     except (OSError, ValueError) as error:
         return _refuse(f"--compare: {error}")
     kind = "-quick" if args.quick else "-shapes" if args.shapes else ""
     folder = (args.save or RESULTS) / (machine.folder_name(args.device) + kind)
     threads = torch.get_num_threads()
-    print(f"{machine.device_name(args.device)}, torch {torch.__version__}, {threads} CPU threads")
+    print(
+        f"{machine.device_name(args.device)} ({machine.instruction_set()}), "
+        f"torch {torch.__version__}, {threads} CPU threads"
+    )
     options = ["--threads", str(threads), *(["--quick"] if args.quick else [])]
     if args.shapes:
         options += ["--shapes", *(",".join(map(str, shape)) for shape in args.shapes)]
@@ -68,41 +74,20 @@ def _run(args: argparse.Namespace, chosen: list[Case]) -> int:
         left = [case for case in chosen if not runner.is_done(case, folder, facts)]
     with screen.screen(len(left)) as shown:
         good = runner.run(left, folder, options, args.timeout, shown, args.deadline)
-        if earlier:
-            good &= _compared(chosen, folder, options, args, earlier, shown)
+        measured = judge.Run(chosen, folder, options, args.timeout, shown)
+        if args.max_over_peers is not None:
+            good &= judge.beside_peers(measured, args.max_over_peers)
+        if then:
+            good &= judge.beside_earlier(measured, then, tolerate=args.tolerate_slower)
+    if why:
+        print(f"\n{why}")
     print(f"\nresults in {folder}; a report with pictures: fastlora bench report {folder}")
-    if not good:
-        print("\nbenchmarks: not everything passed; see the lines above", file=sys.stderr)
+    took = f"{len(left)} cases in {time.monotonic() - began:.0f} s"
+    if good:
+        print(f"{took}: nothing failed")
+    else:
+        print(f"\nbenchmarks: {took}: not everything passed; see above", file=sys.stderr)
     return 0 if good else 1
-
-
-def _compared(
-    chosen: list[Case],
-    folder: Path,
-    options: Sequence[str],
-    args: argparse.Namespace,
-    earlier: list[lines.Line],
-    shown: screen.Screen,
-) -> bool:
-    """Whether nothing of ours is slower; what seems so is measured again before it is believed."""
-    now = [line for case in chosen for line in runner.lines_of(case, folder)]
-    changes = compare.changes(now, earlier)
-    shown.table(*compare.table(changes))
-    slower = {change.case for change in changes if change.slower}
-    for _ in range(compare.RETRIES):
-        again = [case for case in chosen if case.name in slower]
-        if not again:
-            break
-        shown.say(f"slower, measured again: {', '.join(sorted(slower))}")
-        if not runner.run(again, folder, options, args.timeout, shown):
-            return False
-        now = [line for case in again for line in runner.lines_of(case, folder)]
-        slower &= {change.case for change in compare.changes(now, earlier) if change.slower}
-    for case in sorted(slower):
-        shown.say(f"slower each of {compare.RETRIES + 1} times: {case}")
-    if not any(change.judged for change in changes):
-        shown.say(compare.NOTHING)
-    return not slower
 
 
 def _one(args: argparse.Namespace, chosen: list[Case]) -> int:
@@ -217,8 +202,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--save", metavar="DIR", type=Path, help="default: benchmarks/results")
     parser.add_argument(
-        "--compare", metavar="FILE", type=Path,
-        help="earlier results, a file or a folder: ours must not be slower",
+        "--compare", metavar="PATH", type=Path,
+        help="earlier results, a file, a folder or several devices': ours must not be slower",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tolerate-slower", action="store_true", help="than --compare: shown, and no failure"
+    )
+    parser.add_argument(
+        "--max-over-peers", metavar="X", type=_positive,
+        help="ours may take X times as long as the fastest peer of this run",
     )  # fmt: skip
     parser.add_argument("--case", metavar="GLOB", default="*", help="cases whose name matches")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")

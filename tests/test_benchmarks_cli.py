@@ -25,6 +25,11 @@ def _threads():
     torch.set_num_threads(before)
 
 
+def quick_folder(root):
+    """Where ``--save root --quick`` puts its lines, once it has set the number of threads."""
+    return root / (machine.folder_name("cpu") + "-quick")
+
+
 @pytest.fixture
 def bench_linear(tmp_path, monkeypatch):
     """``fastlora bench`` on two tiny layers, ceilings given; its exit code and lines."""
@@ -32,7 +37,7 @@ def bench_linear(tmp_path, monkeypatch):
 
     def run(*more: str) -> tuple[int, list[lines.Line]]:
         code = cli.main(["bench", "linear", *SMALL, "--save", str(tmp_path), *more])
-        return code, lines.read_all(tmp_path / "cpu" / "1-thread-quick")
+        return code, lines.read_all(quick_folder(tmp_path))
 
     return run
 
@@ -76,8 +81,8 @@ def test_shapes_of_ones_own_are_measured(bench_linear, capsys):
 
 
 def test_what_is_measured_is_not_measured_again(measured, tmp_path, monkeypatch):
-    folder = tmp_path / "cpu" / "1-thread-quick"
     measured("--case", "*")
+    folder = quick_folder(tmp_path)
     stamps = {line["timestamp"]: 0 for line in lines.read_all(folder)}
     time.sleep(1.1)
     assert measured("--resume")[0] == 0

@@ -7,7 +7,8 @@ import pytest
 from benchmarks import RESULTS, ROOT
 from benchmarks.reports import summary
 
-FOLDERS = [RESULTS / "cpu" / name for name in ("1-thread", "2-threads")]
+ZEN4 = RESULTS / "cpu" / "amd-epyc-avx512_bf16"
+FOLDERS = [ZEN4 / name for name in ("1-thread", "2-threads")]
 evidence = pytest.mark.skipif(
     not all((folder / "linear.jsonl").exists() for folder in FOLDERS),
     reason="the results are in the repository, not in a source distribution",

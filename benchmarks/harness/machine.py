@@ -15,6 +15,7 @@ import torch
 
 import fastlora
 from benchmarks import ROOT
+from fastlora import native
 
 # Distributions whose versions stand beside a figure, installed or not.
 PEERS = ("peft", "transformers", "unsloth", "liger-kernel", "vllm", "sglang")
@@ -29,6 +30,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 def facts(device: str) -> dict[str, Any]:
     return {
         "device_name": device_name(device),
+        "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
         "versions": {
             "fastlora": fastlora.__version__,
@@ -92,12 +94,31 @@ def device_name(device: str) -> str:
     return said[1].strip() if said else platform.processor() or platform.machine()
 
 
+def instruction_set() -> str:
+    """What the native kernels use of the CPU, and ``+amx`` where torch finds tiles for bfloat16.
+
+    A virtual machine's CPU may have no better name than its maker's: this tells two apart.
+    """
+    kernels = "no native" if native.unusable() else native.instruction_set()
+    try:
+        said = re.search(r"^flags\s*:.*\bamx_bf16\b", _CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        said = None
+    return f"{kernels}+amx" if said else kernels
+
+
 def folder_name(device: str) -> str:
-    """The folder of results: ``cpu/N-threads``, or the GPU's name in small letters and hyphens."""
+    """The folder of this device's results: the GPU's name, or as ``cpu_folder`` says."""
     if device == "cpu":
-        threads = torch.get_num_threads()
-        return f"cpu/{threads}-thread{'s' if threads > 1 else ''}"
+        return cpu_folder(device_name("cpu"), instruction_set(), torch.get_num_threads())
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower())
+
+
+def cpu_folder(name: str, instructions: str, threads: int) -> str:
+    """``cpu/<name>-<instruction set>/<N>-threads``, in small letters and hyphens."""
+    plain = re.sub(r"\((r|tm)\)", "", f"{name} {instructions}".lower())
+    cpu = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")
+    return f"cpu/{cpu}/{threads}-thread{'s' if threads > 1 else ''}"
 
 
 def version(distribution: str) -> str | None:

@@ -2,7 +2,7 @@
 
 A ratio's other side may change too, in noise or with a newer torch. So a provider of ours counts as
 slower when its ratio to the base and its ratio to the leanest torch both say so. Ratios of another
-device or of another number of threads are shown and not judged.
+device, instruction set or number of threads are shown and not judged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from benchmarks.reports.standing import OURS
 # unchanged tree, on two cores that four other processes wanted, were off by 1.01 to 1.29 at worst,
 # once by 1.78.
 MARGIN = 1.35
-# How often what seems slower is measured again before it is believed.
-RETRIES = 2
 
 NOTHING = "nothing was judged: no provider of ours was measured on this device both times"
 
@@ -43,7 +41,7 @@ class Change:
 def changes(now: Sequence[Line], then: Sequence[Line]) -> list[Change]:
     """Every provider of ours that was timed both times, the one that lost most first."""
     ratios, before = _ratios(now), _ratios(then)
-    where, earlier = _where(now), _where(then)
+    where, earlier = _timed(now), _timed(then)
     found = []
     for key in ratios.keys() & before.keys():
         case, provider = key
@@ -53,9 +51,8 @@ def changes(now: Sequence[Line], then: Sequence[Line]) -> list[Change]:
         yardstick = (case, YARDSTICK)
         if yardstick in ratios and yardstick in before:
             growth.append(growth[0] * before[yardstick] / ratios[yardstick])
-        found.append(
-            Change(*key, before[key], ratios[key], min(growth), where[case] == earlier[case])
-        )
+        here = _same_device(where[case], earlier[case])
+        found.append(Change(*key, before[key], ratios[key], min(growth), here))
     return sorted(found, key=lambda change: -change.slowdown)
 
 
@@ -79,5 +76,12 @@ def _ratios(lines: Sequence[Line]) -> dict[tuple[str, str], float]:
     return {(ln["case"], ln["provider"]): ln["ratio"]["p50"] for ln in lines if "ratio" in ln}
 
 
-def _where(lines: Sequence[Line]) -> dict[str, tuple[str, int]]:
-    return {ln["case"]: (ln["device_name"], ln["threads"]) for ln in lines if "ratio" in ln}
+def _timed(lines: Sequence[Line]) -> dict[str, Line]:
+    return {line["case"]: line for line in lines if "ratio" in line}
+
+
+def _same_device(a: Line, b: Line) -> bool:
+    names = ["device_name", "threads"]
+    if "instruction_set" in a and "instruction_set" in b:  # older lines do not say
+        names.append("instruction_set")
+    return all(a[name] == b[name] for name in names)

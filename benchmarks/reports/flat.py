@@ -16,7 +16,7 @@ _SPREAD = ("p20", "p50", "p80")
 # it, by name: a file's columns do not move when a case is added that has fewer fields than others.
 _ORDER = (
     *("suite", "case", "provider", "status", "reason", "device", "device_name", "threads"),
-    *("backend", "dtype", "lora_dtype", "shape.*", "workload", "dropout"),
+    *("instruction_set", "backend", "dtype", "lora_dtype", "shape.*", "workload", "dropout"),
     *(f"ms.{q}" for q in _SPREAD),
     *(f"ratio.{q}" for q in (*_SPREAD, "low", "high")),
     *("limit", "share"),

@@ -45,6 +45,8 @@ def section(found: Sequence[Line]) -> list[str]:
 def _where(line: Line) -> str:
     threads = line.get("threads")
     name, host = str(line["device_name"]).strip(), "" if line["device"] == "cpu" else "host "
+    if line["device"] == "cpu" and line.get("instruction_set"):  # older lines do not say
+        name += f" ({line['instruction_set']})"
     return f"{name}, {threads} {host}thread{'s' if threads != 1 else ''}"
 
 
