@@ -6,7 +6,7 @@ was measured. Such a pair is shown and not judged; the case's other peers are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.lines import Line
@@ -93,18 +93,20 @@ def table(found: Sequence[Pair], bound: float) -> tuple[list[str], list[list[str
     return ["case", "ours", "fastest peer", "times its time", ""], rows
 
 
-def _beside(found: Iterable[Line]) -> Iterable[tuple[Line, list[Line]]]:
-    """Every provider of ours that was timed and its peers."""
+def _beside(found: Iterable[Line]) -> Iterator[tuple[Line, list[Line]]]:
+    """Every provider of ours that was timed, and its peers."""
     for of in by_case(found).values():
         timed = {name: line for name, line in of.items() if name and "ratio" in line}
-        compiles = any(name.startswith(OURS) and name.endswith(_COMPILED) for name in timed)
-        for name, ours in timed.items():
-            if not _is_judged(name):
-                continue
+        ours = {name: _compiles(name) for name in timed if _is_judged(name)}
+        for name, kind in ours.items():
             # Where nothing of ours is compiled, compiled peers are peers as well.
-            kinds = {name.endswith(_COMPILED)} if compiles else {False, True}
-            peers = [ln for n, ln in timed.items() if is_rival(n) and n.endswith(_COMPILED) in kinds]
-            yield ours, peers
+            kinds = {kind} if any(ours.values()) else {False, True}
+            peers = (other for other in timed if is_rival(other) and _compiles(other) in kinds)
+            yield timed[name], [timed[other] for other in peers]
+
+
+def _compiles(provider: str) -> bool:
+    return provider.endswith(_COMPILED)
 
 
 def _is_judged(provider: str) -> bool:
