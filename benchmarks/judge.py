@@ -58,25 +58,26 @@ def beside_earlier(run: Run, earlier: Sequence[Line], *, tolerate: bool) -> bool
     return tolerate or _recovers(run, slower, "slower")
 
 
-def beside_peers(run: Run, times: float) -> bool:
+def beside_peers(run: Run, most: float) -> bool:
     """Whether ours is there, and takes no more than so many times the fastest peer's time."""
     found = run.lines()
     run.shown.say("\nbeside the fastest peer of this run that does the same work")
-    run.shown.table(*bound.table(bound.pairs(found), times))
+    run.shown.table(*bound.table(bound.pairs(found), most))
     for pair, known in bound.excused(found):
         run.shown.say(
-            f"not judged: {pair.ours['case']}: {pair.ours['provider']} takes {pair.factor:.2f} "
-            f"times as long as {pair.other['provider']}: {known.why} ({known.measured})"
+            f"not judged: {pair.ours['case']}: {pair.ours['provider']} takes "
+            f"{bound.times(pair):.2f} times as long as {pair.other['provider']}: "
+            f"{known.why} ({known.measured})"
         )
     absent = bound.missing({case.name: case.providers for case in run.cases}, found)
     for each in absent:
         run.shown.say(f"ours is missing: {each}")
 
     def over(found: Sequence[Line]) -> Slow:
-        pairs = (pair for pair in bound.pairs(found) if pair.factor > times)
+        pairs = (pair for pair in bound.pairs(found) if bound.times(pair) > most)
         return {(pair.ours["case"], pair.ours["provider"]) for pair in pairs}
 
-    return _recovers(run, over, f"over {times:g} times the fastest peer") and not absent
+    return _recovers(run, over, f"over {most:g} times the fastest peer") and not absent
 
 
 def _recovers(run: Run, slow: Callable[[Sequence[Line]], Slow], what: str) -> bool:
