@@ -68,7 +68,7 @@ KNOWN = (
         "linear-invariant-bf16-*",
         "fastlora-invariant",
         "*",
-        "a row's bits do not depend on its batch, which no peer promises; AMX cannot keep that",
+        "a row's bits do not depend on its batch, which no peer promises; ours has no AMX kernel",
         "6.8 on Intel Xeon avx512_bf16+amx, 512 rows",
         instructions="*+amx",
     ),
