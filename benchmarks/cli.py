@@ -60,10 +60,9 @@ def _run(args: argparse.Namespace, chosen: list[Case]) -> int:
     kind = "-quick" if args.quick else "-shapes" if args.shapes else ""
     folder = (args.save or RESULTS) / (machine.folder_name(args.device) + kind)
     threads = torch.get_num_threads()
-    print(
-        f"{machine.device_name(args.device)} ({machine.instruction_set()}), "
-        f"torch {torch.__version__}, {threads} CPU threads"
-    )
+    name = machine.device_name(args.device)
+    name += f" ({machine.instruction_set()})" if args.device == "cpu" else ""
+    print(f"{name}, torch {torch.__version__}, {threads} CPU threads")
     options = ["--threads", str(threads), *(["--quick"] if args.quick else [])]
     if args.shapes:
         options += ["--shapes", *(",".join(map(str, shape)) for shape in args.shapes)]
