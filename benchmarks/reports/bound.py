@@ -77,10 +77,7 @@ KNOWN = (
 
 def times(pair: Pair) -> float:
     """How many times as long ours takes, as far as it is ours."""
-    alone = all(
-        line["device"] == "cpu" and line["threads"] == 1 for line in (pair.ours, pair.other)
-    )
-    if not alone:
+    if (pair.ours["device"], pair.ours["threads"]) != ("cpu", 1):
         return pair.factor
     ours, other = (line["cpu_ratio"]["p50"] for line in (pair.ours, pair.other))
     return min(pair.factor, ours / other)
