@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import functional as nnf
 
 from fastlora import dropout, native, reference
+from fastlora.kernels import library
 from fastlora.products import base_gradient, row_blocks
 
 # Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
@@ -154,7 +154,7 @@ def lora_linear_backward(
     wide = torch.promote_types(dy.dtype, torch.float32)
     grads = [
         dx,
-        dy.T @ x if need_weight else None,
+        library.mm(dy.T, x) if need_weight else None,
         dy.sum(0) if need_bias else None,
         dA,
         gradient(h, dy, lora_B, scaling, transposed=True) if need_B else None,
@@ -260,7 +260,7 @@ def readable(weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool = False) -> Tensor:
     """The base product of many rows."""
     if not invariant and (x.dtype != _F16 or not few(1, weight)):
-        return nnf.linear(x, weight, bias)
+        return library.linear(x, weight, bias)
     y, h = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], 0)
     run_linear(y, h, x, weight, bias, x[:0], weight[:, :0], None, 0.0)
     return y

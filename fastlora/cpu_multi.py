@@ -23,6 +23,7 @@ from fastlora.cpu_linear import (
     writable,
     written,
 )
+from fastlora.kernels import library
 from fastlora.packed import in_use, slices_of, unshared
 from fastlora.products import base_gradient, linear
 
@@ -224,7 +225,7 @@ def multi_lora_linear_backward(
             dB[slot, :, :r] += gradient(h_rows, dy_rows, dB, scaling, transposed=True)
     grads = [
         dx,
-        dy.T @ x if need_weight else None,
+        library.mm(dy.T, x) if need_weight else None,
         dy.sum(0) if need_bias else None,
         None if dA is None else dA.to(lora_A.dtype),
         None if dB is None else dB.to(lora_B.dtype),

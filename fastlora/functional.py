@@ -8,7 +8,8 @@ in_features, N out_features, R rank, S adapter slots. Under autocast x, weight, 
 
 from __future__ import annotations
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.nn import functional as nnf
 
 from fastlora import checks, dispatch, dropout, invariance, ops, programs
@@ -24,6 +25,7 @@ from fastlora.functional_merge import (
 )
 from fastlora.functional_multi import group_rows, multi_lora_add_, multi_lora_linear
 from fastlora.grouping import RowGroups
+from fastlora.kernels import library
 from fastlora.merge_stack import MergeStack
 from fastlora.receipt import MergeReceipt
 
@@ -86,11 +88,23 @@ def lora_linear(
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``: torch's, or within ``batch_invariant`` that of a LoRA of no rank."""
-    if not invariance.asked():
-        return nnf.linear(x, weight, bias)
+    """``x @ weight.T + bias``: torch's, or that of a LoRA of no rank where ours differs.
+
+    That is within ``batch_invariant``, and where torch might read past rows, forward or backward.
+    """
     N, K = weight.shape
+    if not invariance.asked() and not _reads_past_rows(weight):
+        return nnf.linear(x, weight, bias)
     return lora_linear(x, weight, weight.new_empty(0, K), weight.new_empty(N, 0), 0.0, bias=bias)
+
+
+def _reads_past_rows(weight: Tensor) -> bool:
+    """Whether torch may read past rows of x (..., K) or of a gradient (..., N) on some machine."""
+    if all(map(library.ends_with_a_step, weight.shape)) or weight.device.type != "cpu":
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+    return dtype in library.HALVES and type(weight) in (Tensor, nn.Parameter)
 
 
 def lora_add_(

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
 
 from fastlora import checks, checks_multi, dispatch, invariance, ops, programs
 from fastlora.autograd import MultiLoRAAdd, MultiLoRALinear
 from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch, written_back
 from fastlora.grouping import RowGroups
+from fastlora.kernels import library
 from fastlora.packed import Form, slices_of
 
 
@@ -77,7 +77,7 @@ def multi_lora_linear(
     tracked = is_tracked(x, weight, bias, lora_A, lora_B)
     if groups.nobody and backend == "triton" and not tracked:
         # The library's product is all there is to do, and no kernel of ours does it better.
-        return nnf.linear(x, weight, bias)
+        return _base(x, weight, bias)
     args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
     if programs.written():
         y = programs.call("multi_lora_linear", *args)
@@ -127,6 +127,11 @@ def multi_lora_add_(
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
 
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = library.linear(as_rows(x), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def _packed_linear(
     form: Form,
     page_table: Tensor | None,
@@ -154,7 +159,7 @@ def _packed_linear(
     kind = (x.device, x.dtype, lora_A.dtype, form.R)
     backend = invariance.marked(dispatch.choose("packed_lora_linear", *kind))
     if groups.nobody and backend == "triton":
-        return nnf.linear(x, weight, bias)
+        return _base(x, weight, bias)
     lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
     args = (as_rows(x), weight, bias, lora_A, lora_B, page_table, form.ends, *routing, backend)
     y = ops.call("packed_lora_linear", *args)

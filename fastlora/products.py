@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as nnf
+
+from fastlora.kernels import library
 
 # Elements that are widened or masked at a time. On a CPU the block's float32 copy (1 MiB) should
 # stay in a core's L2 cache; elsewhere few launches matter more (not measured on a GPU).
@@ -30,10 +31,10 @@ def accumulator(*dtypes: torch.dtype) -> torch.dtype:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool) -> Tensor:
     """The base product (M, N); invariant: one library call a row, each of the same shape."""
     if not invariant:
-        return nnf.linear(x, weight, bias)
+        return library.linear(x, weight, bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for row in range(x.shape[0]):
-        y[row] = nnf.linear(alone(x, row), weight, bias)[0]
+        y[row] = library.linear(alone(x, row), weight, bias)[0]
     return y
 
 
@@ -43,13 +44,13 @@ def alone(t: Tensor, row: int) -> Tensor:
 
 
 def base_gradient(dy: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
-    return dy @ weight if weight is not None else x.new_zeros(x.shape)
+    return library.mm(dy, weight) if weight is not None else x.new_zeros(x.shape)
 
 
 def adapter_gradient(left: Tensor, right: Tensor, dtype: torch.dtype, scaling: float) -> Tensor:
     """``scaling * left.T @ right`` in ``dtype``, accumulated in float32 or wider."""
     if dtype == right.dtype:
-        return (left.T @ right).mul_(scaling)
+        return library.mm(left.T, right).mul_(scaling)
     wide = accumulator(dtype, right.dtype)
     total = right.new_zeros(left.shape[1], right.shape[1], dtype=wide)
     for rows in row_blocks(right if right.shape[1] > left.shape[1] else left):

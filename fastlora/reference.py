@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastlora import dropout, each, exact
 from fastlora.exact import merge_kernel
+from fastlora.kernels import library
 from fastlora.products import (
     accumulator,
     adapter_gradient,
@@ -97,11 +98,12 @@ def lora_add_(
             y[row] = (y_row if lora_bias is None else y_row.add_(lora_bias, alpha=scaling))[0]
         return
     if seed is None:
-        torch.mm(x, A.T, out=h)
+        library.mm(x, A.T, out=h)
     else:
         for rows in row_blocks(x):
-            torch.mm(dropout.dropped(x[rows], dropout_p, seed, rows.start), A.T, out=h[rows])
-    y.addmm_(h, B.T, alpha=scaling)
+            seen = dropout.dropped(x[rows], dropout_p, seed, rows.start)
+            library.mm(seen, A.T, out=h[rows])
+    library.addmm_(y, h, B.T, scaling)
     if lora_bias is not None:
         y.add_(lora_bias, alpha=scaling)
 
@@ -124,17 +126,17 @@ def lora_linear_backward(
     dA = None
     if need_x or need_A:
         # Scaled only within the products that g enters: it may overflow a half-precision dtype.
-        g = dy @ lora_B.to(dy.dtype)  # [M, R]
+        g = library.mm(dy, lora_B.to(dy.dtype))  # [M, R]
         if seed is not None:
             dA = _through_dropout(dx, g, x, lora_A, need_A, scaling, dropout_p, seed)
         else:
             if dx is not None:
-                dx.addmm_(g, lora_A.to(x.dtype), alpha=scaling)
+                library.addmm_(dx, g, lora_A.to(x.dtype), scaling)
             dA = adapter_gradient(g, x, lora_A.dtype, scaling) if need_A else None
     wide = torch.promote_types(dy.dtype, torch.float32)
     grads = [
         dx,
-        dy.T @ x if need_weight else None,
+        library.mm(dy.T, x) if need_weight else None,
         dy.sum(0) if need_bias else None,
         dA,
         adapter_gradient(dy, h, lora_B.dtype, scaling) if need_B else None,
@@ -161,7 +163,7 @@ def _through_dropout(
         x_rows, g_rows = x[rows], g[rows]
         keep = dropout.keep_mask(x_rows.shape[0], x.shape[1], dropout_p, seed, rows.start)
         if dx is not None:
-            dx[rows] += (g_rows @ A).mul_(keep).mul_(scale)
+            dx[rows] += library.mm(g_rows, A).mul_(keep).mul_(scale)
         if total is not None:
             total.addmm_(g_rows.T.to(wide), x_rows.mul(keep).to(wide), alpha=scale)
     return None if total is None else total.to(lora_A.dtype)

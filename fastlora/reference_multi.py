@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.kernels import library
 from fastlora.packed import add_each
 from fastlora.products import adapter_gradient, alone, base_gradient, linear
 
@@ -86,7 +87,7 @@ def multi_lora_add_(
                 h_row = row_scaled(h_row, row_scales, slice(row, row + 1))
                 y[row] = alone(y, row).addmm_(h_row, B, alpha=scaling)[0]
             continue
-        h_rows = take(x, rows) @ A
+        h_rows = library.mm(take(x, rows), A)
         h[rows, :r] = h_rows
         h_rows = row_scaled(h_rows, row_scales, rows)
         _add_product(y, rows, h_rows, B, scaling)
@@ -127,7 +128,7 @@ def multi_lora_linear_backward(
     for slot, rows, r, scaling in groups(order, starts, scalings, ranks, lora_A.shape[1]):
         dy_rows = take(dy, rows)
         if dx is not None or dA is not None:
-            g = dy_rows @ lora_B[slot, :, :r].to(dy.dtype)
+            g = library.mm(dy_rows, lora_B[slot, :, :r].to(dy.dtype))
             g = row_scaled(g, row_scales, rows)
             if dx is not None:
                 _add_product(dx, rows, g, lora_A[slot, :r].to(x.dtype), scaling)
@@ -138,7 +139,7 @@ def multi_lora_linear_backward(
             dB[slot, :, :r] += adapter_gradient(dy_rows, h_rows, dB.dtype, scaling)
     grads = [
         dx,
-        dy.T @ x if need_weight else None,
+        library.mm(dy.T, x) if need_weight else None,
         dy.sum(0) if need_bias else None,
         None if dA is None else dA.to(lora_A.dtype),
         None if dB is None else dB.to(lora_B.dtype),
@@ -175,9 +176,9 @@ def take(t: Tensor, rows: Rows) -> Tensor:
 
 def _add_product(y: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float) -> None:
     if isinstance(rows, slice):
-        y[rows].addmm_(left, right, alpha=scaling)
+        library.addmm_(y[rows], left, right, scaling)
     else:
-        y.index_add_(0, rows, left @ right, alpha=scaling)
+        y.index_add_(0, rows, library.mm(left, right), alpha=scaling)
 
 
 def row_scaled(h_rows: Tensor, row_scales: Tensor | None, rows: Rows) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlora.kernels import library
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.gradient import gradient
 from fastlora.kernels.launch import Dropout, rows_of_ones, written
@@ -96,7 +97,7 @@ def lora_linear_backward(
         shape = Problem(M, N, K, R, weight=False, **sizes)
         shrink(dy, lora_B.T, g, config_of("shrink", shape, x.dtype, x.device))
     if need_weight:
-        grads.append(dy.T @ x)
+        grads.append(library.mm(dy.T, x))
     if need_bias:
         grads.append(dy.sum(0))
     if need_A:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora.kernels import choice
+from fastlora.kernels import choice, library
 from fastlora.kernels.batch import Adapters, Rows
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.gemm import fits_tma
@@ -110,9 +110,9 @@ def _prefill(p: MultiProduct, beside: bool = False) -> None:
 
 def _library(p: MultiProduct) -> None:
     if p.bias is None:
-        torch.mm(p.x, p.w, out=p.y)
+        library.mm(p.x, p.w, out=p.y)
     else:
-        torch.addmm(p.bias, p.x, p.w, out=p.y)
+        torch.addmm(p.bias, library.isolate_rows(p.x), p.w, out=p.y)
     _added(p)
 
 

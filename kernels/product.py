@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora.kernels import choice
+from fastlora.kernels import choice, library
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import fits_tma, gemm
@@ -106,7 +106,7 @@ def _two_pass(p: Product, overlap: bool = False) -> None:
 def _library(p: Product) -> None:
     _shrink(p)
     _expand(p, add=False)
-    p.y.addmm_(p.x, p.w)
+    library.addmm_(p.y, p.x, p.w)
 
 
 def _shrink(p: Product, scaled: Tensor | None = None, overlap: bool = False) -> None:

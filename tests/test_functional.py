@@ -221,7 +221,7 @@ def test_a_poisoned_row_stays_alone(poison, device, backend):
 @pytest.mark.parametrize("whole_backend", ["torch"], indirect=True)
 def test_memory(training, whole_backend):
     """One M*N tensor, the result; nothing N*K; no float32 copy of x beyond a block."""
-    M, N, K, R = 1100, 260, 300, 4
+    M, N, K, R = 1100, 256, 320, 4
     t = leaves(operands((M,), N, K, R, torch.bfloat16, torch.float32, torch.device("cpu")))
     frozen = {**t, "weight": t["weight"].detach(), "bias": t["bias"].detach()}
     with Spy() as spy:
