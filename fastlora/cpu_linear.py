@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastlora import dropout, native, reference
-from fastlora.kernels import library
+from fastlora import dropout, library, native, reference
 from fastlora.products import base_gradient, row_blocks
 
 # Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import native
+from fastlora import library, native
 from fastlora import reference_multi as reference
 from fastlora.cpu_linear import (
     few,
@@ -23,7 +23,6 @@ from fastlora.cpu_linear import (
     writable,
     written,
 )
-from fastlora.kernels import library
 from fastlora.packed import in_use, slices_of, unshared
 from fastlora.products import base_gradient, linear
 

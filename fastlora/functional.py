@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as nnf
 
-from fastlora import checks, dispatch, dropout, invariance, ops, programs
+from fastlora import checks, dispatch, dropout, invariance, library, ops, programs
 from fastlora.autograd import LoRAAdd, LoRALinear
 from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch
 from fastlora.functional_merge import (
@@ -25,7 +25,6 @@ from fastlora.functional_merge import (
 )
 from fastlora.functional_multi import group_rows, multi_lora_add_, multi_lora_linear
 from fastlora.grouping import RowGroups
-from fastlora.kernels import library
 from fastlora.merge_stack import MergeStack
 from fastlora.receipt import MergeReceipt
 
@@ -92,15 +91,16 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     That is within ``batch_invariant``, and where torch might read past rows, forward or backward.
     """
-    N, K = weight.shape
     if not invariance.asked() and not _reads_past_rows(weight):
         return nnf.linear(x, weight, bias)
+    N, K = weight.shape
     return lora_linear(x, weight, weight.new_empty(0, K), weight.new_empty(N, 0), 0.0, bias=bias)
 
 
 def _reads_past_rows(weight: Tensor) -> bool:
     """Whether torch may read past rows of x (..., K) or of a gradient (..., N) on some machine."""
-    if all(map(library.ends_with_a_step, weight.shape)) or weight.device.type != "cpu":
+    N, K = weight.shape
+    if (N % library.STEP == 0 == K % library.STEP) or weight.device.type != "cpu":
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora import checks, checks_multi, dispatch, invariance, ops, programs
+from fastlora import checks, checks_multi, dispatch, invariance, library, ops, programs
 from fastlora.autograd import MultiLoRAAdd, MultiLoRALinear
 from fastlora.calls import as_rows, is_tracked, kept, kind_of, scratch, written_back
 from fastlora.grouping import RowGroups
-from fastlora.kernels import library
 from fastlora.packed import Form, slices_of
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastlora.kernels import library
+from fastlora import library
 
 # Elements that are widened or masked at a time. On a CPU the block's float32 copy (1 MiB) should
 # stay in a core's L2 cache; elsewhere few launches matter more (not measured on a GPU).

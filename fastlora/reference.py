@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora import dropout, each, exact
+from fastlora import dropout, each, exact, library
 from fastlora.exact import merge_kernel
-from fastlora.kernels import library
 from fastlora.products import (
     accumulator,
     adapter_gradient,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.kernels import library
+from fastlora import library
 from fastlora.packed import add_each
 from fastlora.products import adapter_gradient, alone, base_gradient, linear
 

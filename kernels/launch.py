@@ -49,6 +49,14 @@ def rows_of_ones(h: Tensor) -> bool:
     return h.stride(1) == 1 or h.shape[1] <= 1
 
 
+def by_columns(t: Tensor) -> Tensor:
+    """t for a product of the library's; off a GPU, where kernels are interpreted, column by column.
+
+    Of rows a CPU with AMX takes in what lies behind them: see ``fastlora/library.py``.
+    """
+    return t if t.is_cuda else t.T.contiguous().T
+
+
 def written(*tensors: Tensor) -> None:
     """Tells torch what a kernel wrote, which it does not see."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora.kernels import library
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.gradient import gradient
-from fastlora.kernels.launch import Dropout, rows_of_ones, written
+from fastlora.kernels.launch import Dropout, by_columns, rows_of_ones, written
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.product import Product, run
 from fastlora.kernels.shrink import shrink
@@ -97,7 +96,7 @@ def lora_linear_backward(
         shape = Problem(M, N, K, R, weight=False, **sizes)
         shrink(dy, lora_B.T, g, config_of("shrink", shape, x.dtype, x.device))
     if need_weight:
-        grads.append(library.mm(dy.T, x))
+        grads.append(by_columns(dy.T) @ x)
     if need_bias:
         grads.append(dy.sum(0))
     if need_A:

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastlora.kernels import library
 from fastlora.kernels.batch import Adapters, Rows
 from fastlora.kernels.choice import config_of
-from fastlora.kernels.launch import rows_of_ones, written
+from fastlora.kernels.launch import by_columns, rows_of_ones, written
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.multi_gradient import multi_gradient
 from fastlora.kernels.multi_product import MultiProduct, run
@@ -102,7 +101,7 @@ def multi_lora_linear_backward(
         shape = Problem(*dy.shape, x.shape[1], turned.R, dy.itemsize, lora_size=lora_A.itemsize)
         multi_shrink(dy, turned, rows, g, config_of("multi_shrink", shape, dy.dtype, dy.device))
     if need_weight:
-        grads.append(library.mm(dy.T, x))
+        grads.append(by_columns(dy.T) @ x)
     if need_bias:
         grads.append(dy.sum(0))
     starts = starts.contiguous()

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora.kernels import choice, library
+from fastlora.kernels import choice
 from fastlora.kernels.batch import Adapters, Rows
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.gemm import fits_tma
-from fastlora.kernels.launch import arch_of, programs_of
+from fastlora.kernels.launch import arch_of, by_columns, programs_of
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.multi_decode import multi_decode
 from fastlora.kernels.multi_expand import multi_expand
@@ -110,9 +110,9 @@ def _prefill(p: MultiProduct, beside: bool = False) -> None:
 
 def _library(p: MultiProduct) -> None:
     if p.bias is None:
-        library.mm(p.x, p.w, out=p.y)
+        torch.mm(by_columns(p.x), p.w, out=p.y)
     else:
-        torch.addmm(p.bias, library.isolate_rows(p.x), p.w, out=p.y)
+        torch.addmm(p.bias, by_columns(p.x), p.w, out=p.y)
     _added(p)
 
 

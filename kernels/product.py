@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora.kernels import choice, library
+from fastlora.kernels import choice
 from fastlora.kernels.choice import config_of
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import fits_tma, gemm
-from fastlora.kernels.launch import Dropout, arch_of, programs_of
+from fastlora.kernels.launch import Dropout, arch_of, by_columns, programs_of
 from fastlora.kernels.ledger import Problem
 from fastlora.kernels.numerics import precise
 from fastlora.kernels.one_pass import one_pass
@@ -106,7 +106,7 @@ def _two_pass(p: Product, overlap: bool = False) -> None:
 def _library(p: Product) -> None:
     _shrink(p)
     _expand(p, add=False)
-    library.addmm_(p.y, p.x, p.w)
+    p.y.addmm_(by_columns(p.x), p.w)
 
 
 def _shrink(p: Product, scaled: Tensor | None = None, overlap: bool = False) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.kernels.library import STEP
+from fastlora.library import STEP
 from tests.helpers import inside
 
 # Where each product has its left operand; the right one comes next.

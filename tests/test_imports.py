@@ -63,6 +63,7 @@ LAYERS = {
         "fidelity",
         "flops",
         "grouping",
+        "library",
         "products",
         "native",
         "packed",

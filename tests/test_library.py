@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 import fastlora
-from fastlora import availability
+from fastlora import availability, library
 from fastlora import functional as F
-from fastlora.kernels import library
 from tests.helpers import misaligned, same_bits, signed, sliced, strided, transposed
 from tests.many import Batch, Paged
 from tests.reading_past import ReadsPastRows, columns_read

@@ -3,7 +3,7 @@
 Under AMX oneDNN (3.12, in torch 2.13) splits K into ceil(K / 32) equal steps of an even number of
 columns, and reads bfloat16 rows to the end of the last step: past K, so into the gap of a slice or
 into the next row. Zeros meet that on the other side, but NaN and infinity outlive zeros. Such an
-operand is copied here to rows with zeros behind them, a K-th of the product's work; other machines,
+operand is copied here to rows with zeros behind them, an N-th of the product's work; other machines,
 dtypes and every K that is a multiple of 32 pay two comparisons.
 """
 
@@ -33,7 +33,9 @@ def addmm_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` of x (M, K) and weight (N, K)."""
-    return torch.nn.functional.linear(isolate_rows(x), weight, bias)
+    if x.shape[1] % STEP:  # before a call, which a decode step would feel
+        x = isolate_rows(x)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def isolate_rows(t: Tensor) -> Tensor:
