@@ -3,8 +3,8 @@
 Under AMX oneDNN (3.12, in torch 2.13) splits K into ceil(K / 32) equal steps of an even number of
 columns, and reads bfloat16 rows to the end of the last step: past K, so into the gap of a slice or
 into the next row. Zeros meet that on the other side, but NaN and infinity outlive zeros. Such an
-operand is copied here to rows with zeros behind them, an N-th of the product's work; other machines,
-dtypes and every K that is a multiple of 32 pay two comparisons.
+operand is copied here to rows with zeros behind them, at an N-th of the product's work. Other
+machines, dtypes and every K that is a multiple of 32 pay a comparison or two.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ STEP = 32
 HALVES = (torch.float16, torch.bfloat16)
 
 
+# Each looks at K before it calls anything: a small layer's call would feel it.
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` of matrices (M, K) and (K, N)."""
-    a, b = _isolated(a, b, out)
+    if a.shape[1] % STEP and a.dtype in HALVES:
+        a, b = _isolated(a, b, out)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """``y += alpha * (a @ b)`` in place, y (M, N)."""
-    a, b = _isolated(a, b, y)
+    if a.shape[1] % STEP and a.dtype in HALVES:
+        a, b = _isolated(a, b, y)
     return y.addmm_(a, b, alpha=alpha)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` of x (M, K) and weight (N, K)."""
-    if x.shape[1] % STEP:  # before a call, which a decode step would feel
+    if x.shape[1] % STEP and x.dtype in HALVES:
         x = isolate_rows(x)
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -72,6 +75,8 @@ def reads_past_rows(dtype: torch.dtype) -> bool:
 
 def _isolated(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """a and b as the product reads them: of a transposed result b is the left operand."""
+    if ends_with_a_step(a.shape[1]):
+        return a, b
     if out is not None and out.stride(0) == 1 != out.stride(1):
         b = isolate_rows(b.T).T
     return isolate_rows(a), b
