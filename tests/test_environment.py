@@ -115,6 +115,10 @@ def test_a_half_made_environment(tmp_path: Path) -> None:
     stamp(folder)
     arguments = ("setup", f"PYTHON={sys.executable}", f"VENV={folder}")
     assert f"{folder} is half made, it has no pip: `rm -r {folder}`" in refusal(*arguments)
+    packages = next(folder.glob("lib/python3*/site-packages"))
+    for name in ("pip", "torch", "pytest"):
+        (packages / f"{name}.py").touch()
+    assert f"{folder} is half made, it has no fastlora" in refusal(*arguments)
     (folder / "bin" / "python").unlink()
     assert f"{folder} is half made, it has no Python" in refusal(*arguments)
 

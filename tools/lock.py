@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,12 +29,15 @@ COMPILE += ["--annotation-style", "line", "--custom-compile-command", "make lock
 
 def write(lock: Path, torch: str, options: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, "lock")
+        if lock.is_file():  # its versions are what stays where no upgrade is asked for
+            shutil.copyfile(lock, written)
         environment = Environment(Path(folder, "uv"))
         environment.make()
         environment.pip(UV)
         command = [environment.folder / "bin" / "uv", *COMPILE, *options]
         done = subprocess.run(
-            [*command, "pyproject.toml", "-", "--output-file", lock.resolve()],
+            [*command, "pyproject.toml", "-", "--output-file", written],
             cwd=ROOT,
             env=os.environ | {"UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1"},
             input=torch,
@@ -41,8 +45,11 @@ def write(lock: Path, torch: str, options: Sequence[str]) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-    if done.returncode:
-        raise Stop(f"uv finds no lock, {lock} is as it was:\n{done.stdout.strip()}")
+        if done.returncode:
+            raise Stop(f"uv finds no lock, nothing is written:\n{done.stdout.strip()}")
+        text = written.read_bytes()
+        if not lock.is_file() or lock.read_bytes() != text:  # a newer file means a new environment
+            lock.write_bytes(text)
 
 
 def versions(lock: Path) -> dict[str, str]:
