@@ -3,44 +3,56 @@
 # The torch that a new environment gets. Where no NVIDIA GPU is found, its CPU build (+cpu) is
 # tried first: it is far smaller. Another one: make test TORCH=torch==2.12.0
 TORCH  ?= torch==2.13.0
+# Every other package, by version: written by `make lock`, for Python 3.10 to 3.13.
+LOCK   ?= requirements.lock
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
-# The oldest triton that is supported; the newest comes with the environment.
-OLD_TRITON ?= 3.6.0
+# What `make test-latest` tries, in an environment of its own: the newest that pip offers.
+TORCH_LATEST ?= torch
+# The newest and the oldest triton that are supported: `make aot` compiles with both.
+TRITONS ?= 3.9.0 3.6.0
 
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-HAS_GPU = nvidia-smi -L 2>/dev/null | grep -q GPU
+LATEST := $(VENV)-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test native asan demo bench aot gpu gpu-quick sanitize lint format types docs wheel clean
+.PHONY: help setup lock test test-latest native asan demo bench aot gpu gpu-quick sanitize lint format types docs wheel clean python
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.installed ## make .venv with torch, fastlora and every tool (the others do it when needed)
+	@$(PYTHON) tools/environment.py $(VENV) --check
 
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	@if $(HAS_GPU); then \
-		echo "NVIDIA GPU found: installing $(TORCH)"; \
-		$(BIN)/pip install -q "$(TORCH)"; \
-	elif echo "no NVIDIA GPU found: installing $(TORCH)+cpu" && $(BIN)/pip install -q "$(TORCH)+cpu" 2>/dev/null; then :; \
-	else \
-		echo "pip finds no $(TORCH)+cpu: installing plain $(TORCH), which may bring CUDA libraries"; \
-		$(BIN)/pip install -q "$(TORCH)"; \
-	fi
-	@touch $@
+# Made anew by another lock and for another torch, whose name it holds.
+ifneq ($(shell cat $(VENV)/.installed 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/.installed
+endif
+$(VENV)/.installed: $(LOCK) pyproject.toml $(SOURCES) | python
+	@$(PYTHON) tools/environment.py $(VENV) --lock "$(LOCK)" --torch "$(TORCH)"
+	@echo "$(TORCH)" >$@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
-	@echo "installing fastlora and its tools: compiles the native kernels, a few minutes"
-	$(BIN)/pip install -q -e ".[test,demo,bench,docs]"
-	@touch $@
+$(LOCK):
+	@echo "LOCK=$(LOCK): there is no such file; \`make lock\` writes requirements.lock" >&2; exit 1
+
+python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+		{ echo "PYTHON=$(PYTHON) is no Python 3.10 or newer: name one, as in make PYTHON=python3.12" >&2; exit 1; }
+
+# ARGS="--upgrade-package rich" leaves all others as they are.
+lock: python ## renew requirements.lock with the newest versions and print what changed
+	@$(PYTHON) tools/lock.py "$(LOCK)" --torch "$(TORCH)" $(or $(ARGS),--upgrade)
 
 # One thread a worker, or they fight over the cores.
 test: setup ## run the whole test-suite, packaging included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+
+# Beside .venv, which stays as it is. A torch without a CPU build brings gigabytes of CUDA libraries.
+test-latest: python ## run the tests with the newest of every package and print what that breaks
+	@$(PYTHON) tools/environment.py $(LATEST) --newest --torch "$(TORCH_LATEST)"
+	@$(LATEST)/bin/python tools/newest.py "$(LOCK)" -n $(JOBS) --dist loadfile $(ARGS)
 
 native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
 	$(PYTHON) setup.py -q build_ext --inplace
@@ -75,12 +87,13 @@ bench: setup ## measure on the CPU, beside torch, PEFT and the machine's ceiling
 	$(BIN)/python -m fastlora bench --device cpu $(ARGS)
 
 # Beside the same torch, which asks for no triton where there is no GPU.
-$(VENV)/triton-$(OLD_TRITON): $(VENV)/.installed
-	$(BIN)/pip install -q --no-deps --target $@ triton==$(OLD_TRITON)
+$(VENV)/triton-%: | $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --target $@ triton==$*
 
-aot: setup $(VENV)/triton-$(OLD_TRITON) ## compile every kernel for sm_80, sm_90a and sm_100a with two tritons and check the code
-	env -u TRITON_INTERPRET $(BIN)/python -m fastlora.kernels.aot $(ARGS)
-	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python -m fastlora.kernels.aot $(ARGS)
+aot: setup $(TRITONS:%=$(VENV)/triton-%) ## compile every kernel for sm_80, sm_90a and sm_100a with two tritons and check the code
+	for version in $(TRITONS); do \
+		env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m fastlora.kernels.aot $(ARGS) || exit $$?; \
+	done
 
 # From a bare checkout: no .venv, nothing installed, no network. A second run goes on where the first
 # one ended.
@@ -119,5 +132,5 @@ wheel: setup ## build wheel and sdist, install them in every way and try each
 	$(BIN)/python -m pytest -q -m packaging $(ARGS)
 
 clean: ## remove everything that make made
-	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-latest build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
