@@ -14,9 +14,11 @@ import fastlora  # noqa: E402
 from tests.models import assert_agree, llama, quiet, untouched  # noqa: E402
 from tests.patched import (  # noqa: E402
     Mlp,
+    added_by_transformers,
     assert_same,
     config,
     filled,
+    injected,
     inputs_of_tokens,
     peft_model,
     run,
@@ -125,17 +127,18 @@ def test_a_peft_model_is_sent_to_its_own_methods(call, patched):
         ASKS_FOR_OURS[call](model)
 
 
-def test_transformers_own_integration():
-    """``add_adapter`` of a transformers model: no PeftModel around it."""
+@pytest.mark.parametrize("add", [injected, added_by_transformers])
+def test_no_peft_model_around_it(add):
+    """As transformers' own integration has it, ``model.add_adapter``."""
     model, plain = llama(), llama()
     for each in (model, plain):
-        each.add_adapter(config("llama"))
+        add(each, config("llama"))
         filled(each).eval()
     found = fastlora.patch_peft(model)
     assert len(found.replaced) == 6
     assert_same(plain, model, lambda m: [run(m, inputs_of_tokens())])
     for each in (model, plain):
-        each.add_adapter(config("llama", target_modules=["o_proj"]), "other")
+        add(each, config("llama", target_modules=["o_proj"]), "other")
         filled(each).eval()
     assert_same(plain, model, lambda m: [run(m, inputs_of_tokens())])
     reason = "not patched: call patch_peft again"
