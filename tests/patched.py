@@ -174,7 +174,9 @@ def added_by_transformers(model: Any, settings: peft.LoraConfig, name: str = "de
     except ValueError as error:
         if "version of PEFT" not in str(error):
             raise
-        pytest.skip(f"transformers {transformers.__version__} refuses PEFT {peft.__version__}: {error}")
+        pytest.skip(
+            f"transformers {transformers.__version__} refuses PEFT {peft.__version__}: {error}"
+        )
 
 
 class Doubling(nn.Linear):

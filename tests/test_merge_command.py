@@ -171,18 +171,23 @@ def test_a_full_disk(given, tmp_path):
     assert contents(tmp_path / "out") == contents(given / "whole")
 
 
-# The command, every sync of which takes a while, as on a slow disk.
+# The command, every sync of which takes a while, as on a slow disk: for ever once so many files
+# are whole.
 SLOW = """
-import os, sys, time
-sync = os.fsync
-os.fsync = lambda handle: (time.sleep(0.02), sync(handle))
+import os, pathlib, sys, time
 from fastlora.cli import main
+sync, whole, out = os.fsync, int(sys.argv.pop(1)), pathlib.Path(sys.argv[-1])
+def slowly(handle):
+    time.sleep(600 if len(list(out.glob("*.safetensors"))) >= whole else 0.02)
+    sync(handle)
+os.fsync = slowly
 sys.exit(main(["merge", *sys.argv[1:]]))
 """
 
 
-def slow(given: Path, out: Path) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", SLOW, given / "base", given / "adapter", "--out", out]
+def slow(given: Path, out: Path, stops_at: int = 1000) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLOW, str(stops_at)]
+    arguments = [*command, given / "base", given / "adapter", "--out", out]
     return subprocess.Popen(
         arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -193,7 +198,7 @@ def slow(given: Path, out: Path) -> subprocess.Popen[str]:
 def test_killed_and_resumed(merge, given, tmp_path, files):
     """kill -9 once so many files are whole: then the same command, and the same bytes."""
     out = tmp_path / "out"
-    with slow(given, out) as process:
+    with slow(given, out, files) as process:
         while process.poll() is None and len(list(out.glob("*.safetensors"))) < files:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)

@@ -146,6 +146,27 @@ def test_no_peft_model_around_it(add):
     assert len(fastlora.patch_peft(model).replaced) == 8
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_virtual_tokens_that_transformers_may_lose_are_warned_of(refuses, monkeypatch, recwarn):
+    """LoRA is patched in either case, and only a transformers that wants a newer PEFT is named."""
+    wanted = "99.0.0" if refuses else "0.1.0"
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", wanted)
+    base = llama()
+    injected(base, config("llama"))
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, alone = peft.get_peft_model(filled(base), settings).eval(), peft_model("llama")
+    want = run(model, inputs_of_tokens())
+    assert len(fastlora.patch_peft(model).replaced) == 6
+    fastlora.patch_peft(alone)
+    assert_agree(run(model, inputs_of_tokens()), want)
+    said = [w for w in recwarn if "generate of transformers" in str(w.message)]
+    assert len(said) == refuses
+    for warning in said:
+        assert "may lose its PROMPT_TUNING of PEFT" in str(warning.message)
+        assert "version >= 99.0.0" in str(warning.message)
+        assert warning.filename == __file__
+
+
 def test_in_a_model_of_several_methods():
     loha = peft.LoHaConfig(r=2, target_modules=["lin0", "head"])
     models = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -54,6 +55,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     for module in unwrapped(model).modules():
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
+    _warn_of_virtual_tokens(unwrapped(model))
     return report(model)
 
 
@@ -94,6 +96,28 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "merged": tuple(name for name, layer in patched.items() if layer.merged),
     }
+
+
+def _warn_of_virtual_tokens(model: nn.Module) -> None:
+    """Of prompt learning around the layers, which a transformers that wants a newer PEFT loses.
+
+    5.24 calls a forward's earlier keys and values ``cache``, and PEFT 0.21 passes
+    ``past_key_values``: ``generate`` goes on without an error.
+    """
+    if not (isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning):
+        return
+    import transformers
+    from transformers.integrations import peft as theirs
+
+    try:
+        theirs.check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
+    except ValueError as error:
+        warnings.warn(
+            f"peft_model: generate of transformers {transformers.__version__} may lose its "
+            f"{model.active_peft_config.peft_type.value} of PEFT {peft.__version__}: {error}; "
+            "the LoRA layers are patched all the same",
+            stacklevel=4,
+        )
 
 
 def _patch_layer(layer: nn.Module) -> None:
