@@ -3,11 +3,14 @@
 import warnings
 
 import pytest
-import torch
-from torch import nn
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import peft
+import torch
+import transformers
+from torch import nn
 
 from benchmarks.harness import gate, one
 from benchmarks.harness.work import Absent, Case

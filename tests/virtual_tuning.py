@@ -1,4 +1,4 @@
-"""A PEFT that keeps its virtual tokens in any transformers' ``generate``, and one that loses them."""
+"""A PEFT that keeps its virtual tokens in ``generate`` of any transformers, or that loses them."""
 
 from __future__ import annotations
 

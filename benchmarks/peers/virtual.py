@@ -56,8 +56,8 @@ def lost(kind: str) -> str | None:
         apart = _apart(written[:, token], computed[:, token])
         if apart > _SAME:
             return (
-                f"{pair}: generate loses it: from token {token + 1} on its logits are not forward's, "
-                f"a relative difference of {apart:.2g}{_renamed(model)}"
+                f"{pair}: generate loses it: from token {token + 1} on its logits are not "
+                f"forward's, a relative difference of {apart:.2g}{_renamed(model)}"
             )
     return None
 
