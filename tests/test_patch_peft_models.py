@@ -147,7 +147,7 @@ def test_no_peft_model_around_it(add):
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_virtual_tokens_that_transformers_may_lose_are_warned_of(refuses, monkeypatch, recwarn):
+def test_virtual_tokens_that_generate_may_get_wrong_are_warned_of(refuses, monkeypatch, recwarn):
     """LoRA is patched in either case, and only a transformers that wants a newer PEFT is named."""
     wanted = "99.0.0" if refuses else "0.1.0"
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", wanted)
@@ -162,7 +162,7 @@ def test_virtual_tokens_that_transformers_may_lose_are_warned_of(refuses, monkey
     said = [w for w in recwarn if "generate of transformers" in str(w.message)]
     assert len(said) == refuses
     for warning in said:
-        assert "may lose its PROMPT_TUNING of PEFT" in str(warning.message)
+        assert "may get wrong its PROMPT_TUNING of PEFT" in str(warning.message)
         assert "version >= 99.0.0" in str(warning.message)
         assert warning.filename == __file__
 

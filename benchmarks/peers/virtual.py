@@ -1,8 +1,8 @@
-"""PEFT's prefix and prompt tuning, and whether the transformers beside it keeps what they add.
+"""PEFT's prefix and prompt tuning, and whether ``generate`` of the transformers beside it has them.
 
 transformers 5.24 calls a forward's earlier keys and values ``cache``, which were
-``past_key_values``. PEFT 0.21.2 goes by the old name: ``generate`` then ignores a prefix and loses
-a prompt after the first token, without an error. That is no wrong model of ours to fail a gate.
+``past_key_values``. PEFT 0.21.2 goes by the old name: ``generate`` then ignores a prefix and puts
+a prompt in again before every later token, without an error: nothing of ours that fails a gate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def tuning(kind: str, tokens: int) -> Any:
-    """PEFT's config of "prefix" or "prompt" tuning; ``Absent`` where ``generate`` would lose it."""
+    """PEFT's config of "prefix" or "prompt" tuning; ``Absent`` where ``generate`` gets it wrong."""
     reason = lost(kind)
     if reason:
         raise Absent(reason)
@@ -56,7 +56,7 @@ def lost(kind: str) -> str | None:
         apart = _apart(written[:, token], computed[:, token])
         if apart > _SAME:
             return (
-                f"{pair}: generate loses it: from token {token + 1} on its logits are not "
+                f"{pair}: generate gets it wrong: from token {token + 1} on its logits are not "
                 f"forward's, a relative difference of {apart:.2g}{_renamed(model)}"
             )
     return None

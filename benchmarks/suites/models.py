@@ -155,7 +155,7 @@ def merged(case: Case, o: Operands) -> Any:
 def peft_virtual(case: Case, o: Operands, kind: str) -> Any:
     """PEFT's "prefix" or "prompt" tuning, of the operand of that name.
 
-    Absent where the transformers beside it loses that in ``generate``.
+    Absent where ``generate`` of the transformers beside it gets that wrong.
     """
     peft = needs("peft")
     model = peft.get_peft_model(built(case, o), virtual.tuning(kind, VIRTUAL_TOKENS))

@@ -99,22 +99,27 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _warn_of_virtual_tokens(model: nn.Module) -> None:
-    """Of prompt learning around the layers, which a transformers that wants a newer PEFT loses.
+    """Of prompt learning around the layers, beside a transformers that wants a newer PEFT.
 
-    5.24 calls a forward's earlier keys and values ``cache``, and PEFT 0.21 passes
-    ``past_key_values``: ``generate`` goes on without an error.
+    5.24 calls a forward's earlier keys and values ``cache``, and PEFT 0.21 looks for
+    ``past_key_values``: ``generate`` writes other texts, without an error.
     """
-    if not (isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning):
+    settings: list[Any] = (
+        list(model.peft_config.values()) if isinstance(model, peft.PeftModel) else []
+    )
+    kinds = [each.peft_type.value for each in settings if each.is_prompt_learning]
+    if not kinds:
         return
     import transformers
     from transformers.integrations import peft as theirs
+    from transformers.utils import check_peft_version
 
     try:
-        theirs.check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
+        check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
     except ValueError as error:
         warnings.warn(
-            f"peft_model: generate of transformers {transformers.__version__} may lose its "
-            f"{model.active_peft_config.peft_type.value} of PEFT {peft.__version__}: {error}; "
+            f"peft_model: generate of transformers {transformers.__version__} may get wrong its "
+            f"{kinds[0]} of PEFT {peft.__version__}: {error}; "
             "the LoRA layers are patched all the same",
             stacklevel=4,
         )
