@@ -112,7 +112,7 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
         return
     import transformers
     from transformers.integrations import peft as theirs
-    from transformers.utils import check_peft_version
+    from transformers.utils.peft_utils import check_peft_version
 
     try:
         check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
