@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from peft.tuners.lora import layer as lora
@@ -156,6 +157,26 @@ def both(model: nn.Module) -> nn.Module:
     more = config("mlp", r=9, lora_alpha=4, use_rslora=True, target_modules=["lin1", "head"])
     model.add_adapter("other", more)
     return filled(model).eval()
+
+
+def injected(model: nn.Module, settings: peft.LoraConfig, name: str = "default") -> None:
+    """An adapter of PEFT's in a model that stays what it is, active alone."""
+    peft.inject_adapter_in_model(settings, model, name)
+    for layer in model.modules():
+        if isinstance(layer, lora.LoraLayer):
+            layer.set_adapter(name)
+
+
+def added_by_transformers(model: Any, settings: peft.LoraConfig, name: str = "default") -> None:
+    """The same by the model's own ``add_adapter``; skips where that wants a newer PEFT."""
+    try:
+        model.add_adapter(settings, name)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(
+            f"transformers {transformers.__version__} refuses PEFT {peft.__version__}: {error}"
+        )
 
 
 class Doubling(nn.Linear):

@@ -191,10 +191,16 @@ def test_what_does_not_apply_says_why_when_its_turn_comes(tmp_path):
     assert gpu.modules("torch")() is None
 
 
+# Ends when those it waits for have begun too, if they do within half a minute.
 SPAN = """
-import sys, time
+import pathlib, time
 began = time.monotonic()
-time.sleep(0.7)
+here = pathlib.Path({file!r}).parent
+here.joinpath("{name}.begun").touch()
+for other in {awaits!r}:
+    while not here.joinpath(other + ".begun").exists() and time.monotonic() - began < 30:
+        time.sleep(0.01)
+time.sleep(0.2)
 open({file!r}, "a").write(f"{name} {{began}} {{time.monotonic()}}\\n")
 """
 
@@ -202,8 +208,11 @@ open({file!r}, "a").write(f"{name} {{began}} {{time.monotonic()}}\\n")
 def test_parts_share_the_cores_and_one_that_takes_times_is_alone(tmp_path):
     file = tmp_path / "spans"
     names = {"a": 1, "b": 1, "c": 1, "alone": None, "wide": 64, "after": 1}
+    awaits = {"a": "b", "b": "a"}
     chosen = [
-        script(name, SPAN.format(file=str(file), name=name), cores=cores)
+        script(
+            name, SPAN.format(file=str(file), name=name, awaits=awaits.get(name, "")), cores=cores
+        )
         for name, cores in names.items()
     ]
     assert set(run(tmp_path, *chosen, cores=2).values()) == {"ok"}

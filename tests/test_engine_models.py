@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("transformers")
 
 import fastlora
 from fastlora import MultiLoRAModel, dispatch, invariance
-from fastlora.serving import Engine
+from fastlora.serving import Engine, fitness
 from tests.models import (
     bert,
     gemma2,
@@ -125,6 +126,27 @@ def test_models_that_cannot_be_streamed(what):
     with pytest.raises(error, match=f"model: .*{message}"):
         server.engine()
     assert type(getattr(server.model, "config", None)) is kind
+
+
+DYNAMIC, USUAL = {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    "said, refused",
+    [
+        ({"rope_scaling": DYNAMIC}, True),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, True),
+        ({"rope_scaling": None}, False),
+        ({"rope_parameters": DYNAMIC, "rope_scaling": USUAL}, True),
+        ({"rope_parameters": {"sliding_attention": USUAL, "full_attention": DYNAMIC}}, True),
+        ({"rope_parameters": {"sliding_attention": USUAL, "full_attention": USUAL}}, False),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, False),
+    ],
+)
+def test_positions_by_every_name_that_transformers_had_for_them(said, refused):
+    config = SimpleNamespace(is_encoder_decoder=False, **said)
+    writer = SimpleNamespace(can_generate=lambda: True)
+    assert ("positions" in (fitness._refusal(writer, config) or "")) == refused
 
 
 @pytest.mark.parametrize(

@@ -171,38 +171,51 @@ def test_a_full_disk(given, tmp_path):
     assert contents(tmp_path / "out") == contents(given / "whole")
 
 
-# The command, every sync of which takes a while, as on a slow disk.
+# The command, every sync of which takes a while, as on a slow disk. Once so many files are whole it
+# stops, at the first sync from then on or a later one, and says so by a file beside the folder.
 SLOW = """
-import os, sys, time
-sync = os.fsync
-os.fsync = lambda handle: (time.sleep(0.02), sync(handle))
+import os, pathlib, sys, time
 from fastlora.cli import main
+sync, out = os.fsync, pathlib.Path(sys.argv[-1])
+whole, later = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+def slowly(handle):
+    global later
+    if len(list(out.glob("*.safetensors"))) >= whole:
+        later -= 1
+        if later < 0:
+            out.with_name("stopped").touch()
+            time.sleep(600)
+    time.sleep(0.02)
+    sync(handle)
+os.fsync = slowly
 sys.exit(main(["merge", *sys.argv[1:]]))
 """
 
 
-def slow(given: Path, out: Path) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", SLOW, given / "base", given / "adapter", "--out", out]
+def slow(given: Path, out: Path, stops_at: int = 1000, later: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLOW, str(stops_at), str(later)]
+    arguments = [*command, given / "base", given / "adapter", "--out", out]
     return subprocess.Popen(
         arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-@pytest.mark.parametrize("files", [1, 8])
+# The third sync after a file is whole is that of the folder, which by then has the note of it.
+@pytest.mark.parametrize("files, later", [(1, 0), (8, 0), (8, 2)])
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
-def test_killed_and_resumed(merge, given, tmp_path, files):
+def test_killed_and_resumed(merge, given, tmp_path, files, later):
     """kill -9 once so many files are whole: then the same command, and the same bytes."""
     out = tmp_path / "out"
-    with slow(given, out) as process:
-        while process.poll() is None and len(list(out.glob("*.safetensors"))) < files:
+    with slow(given, out, files, later) as process:
+        while process.poll() is None and not (tmp_path / "stopped").exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL
-    assert files <= len(list(out.glob("*.safetensors"))) < 12
+    assert len(list(out.glob("*.safetensors"))) == files
     assert not (out / CONFIG).exists()
     kept = len(json.loads((out / JOURNAL).read_bytes())["finished"])
-    assert files - 1 <= kept < 12
+    assert kept == files - (later == 0)
     code, said, _ = merge("base", "adapter", "--out", out)
     assert code == 0
     assert (f"{kept} files were whole from before" in said) == bool(kept)

@@ -112,7 +112,8 @@ def test_few_rows_are_rounded_once(dtype, instruction_set):
     bank = Bank.of(b, 4)
     once = fused(b, bank)
     twice = added(b, bank, nnf.linear(b.x, b.weight, b.bias))
-    assert not same_bits(once, twice)
+    # In float32 they may be alike: the order of the library's sums is its own.
+    assert dtype == F32 or not same_bits(once, twice)
     assert same_bits(whole(b, bank), once if cpu_multi.few(5, b.weight) else twice)
 
 

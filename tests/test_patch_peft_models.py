@@ -14,9 +14,11 @@ import fastlora  # noqa: E402
 from tests.models import assert_agree, llama, quiet, untouched  # noqa: E402
 from tests.patched import (  # noqa: E402
     Mlp,
+    added_by_transformers,
     assert_same,
     config,
     filled,
+    injected,
     inputs_of_tokens,
     peft_model,
     run,
@@ -125,22 +127,44 @@ def test_a_peft_model_is_sent_to_its_own_methods(call, patched):
         ASKS_FOR_OURS[call](model)
 
 
-def test_transformers_own_integration():
-    """``add_adapter`` of a transformers model: no PeftModel around it."""
+@pytest.mark.parametrize("add", [injected, added_by_transformers])
+def test_no_peft_model_around_it(add):
+    """As transformers' own integration has it, ``model.add_adapter``."""
     model, plain = llama(), llama()
     for each in (model, plain):
-        each.add_adapter(config("llama"))
+        add(each, config("llama"))
         filled(each).eval()
     found = fastlora.patch_peft(model)
     assert len(found.replaced) == 6
     assert_same(plain, model, lambda m: [run(m, inputs_of_tokens())])
     for each in (model, plain):
-        each.add_adapter(config("llama", target_modules=["o_proj"]), "other")
+        add(each, config("llama", target_modules=["o_proj"]), "other")
         filled(each).eval()
     assert_same(plain, model, lambda m: [run(m, inputs_of_tokens())])
     reason = "not patched: call patch_peft again"
     assert set(fastlora.report(model).skipped.values()) == {reason}
     assert len(fastlora.patch_peft(model).replaced) == 8
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_virtual_tokens_that_generate_may_get_wrong_are_warned_of(refuses, monkeypatch, recwarn):
+    """LoRA is patched in either case, and only a transformers that wants a newer PEFT is named."""
+    wanted = "99.0.0" if refuses else "0.1.0"
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", wanted)
+    base = llama()
+    injected(base, config("llama"))
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, alone = peft.get_peft_model(filled(base), settings).eval(), peft_model("llama")
+    want = run(model, inputs_of_tokens())
+    assert len(fastlora.patch_peft(model).replaced) == 6
+    fastlora.patch_peft(alone)
+    assert_agree(run(model, inputs_of_tokens()), want)
+    said = [w for w in recwarn if "generate of transformers" in str(w.message)]
+    assert len(said) == refuses
+    for warning in said:
+        assert "may get wrong its PROMPT_TUNING of PEFT" in str(warning.message)
+        assert "version >= 99.0.0" in str(warning.message)
+        assert warning.filename == __file__
 
 
 def test_in_a_model_of_several_methods():

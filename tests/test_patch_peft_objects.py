@@ -23,6 +23,7 @@ from tests.patched import (  # noqa: E402
     KINDS,
     assert_same,
     config,
+    injected,
     inputs,
     pair,
     peft_model,
@@ -121,7 +122,7 @@ def test_repr_and_class_are_pefts():
 
 def test_another_process_reads_the_pickle_and_reports(tmp_path):
     model = llama()
-    model.add_adapter(config("llama"))
+    injected(model, config("llama"))
     fastlora.patch_peft(model)
     torch.save(model, tmp_path / "model.pt")
     code = (

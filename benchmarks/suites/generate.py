@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.work import BASE, Call, Case, Operands, Outputs
+from benchmarks.peers.virtual import cache_argument
 from benchmarks.suites import llama, models
 
 # Who computes W + scaling * lora_B @ lora_A beforehand, and who another function altogether.
@@ -87,7 +88,7 @@ class Generate(llama.OfLlama):
             each = [t.transpose(0, 1).expand(len(x), -1, -1, -1) for t in prefix]
             for layer, (k, v) in enumerate(zip(each[::2], each[1::2], strict=True)):
                 past.update(k, v, layer)
-        return model(inputs_embeds=x, past_key_values=past).logits
+        return model(inputs_embeds=x, **{cache_argument(model): past}).logits
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
         return {name: t.cpu() for name, t in outputs.items()}

@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 import fastlora
 from benchmarks.harness.work import DTYPES, Case, Operands
+from benchmarks.peers import virtual
 from benchmarks.suites.llama import TARGETS, built, linears, needs, scaling
 from fastlora.serving import Factors
 
@@ -152,11 +153,12 @@ def merged(case: Case, o: Operands) -> Any:
 
 
 def peft_virtual(case: Case, o: Operands, kind: str) -> Any:
-    """PEFT's "prefix" or "prompt" tuning, of the operand of that name."""
+    """PEFT's "prefix" or "prompt" tuning, of the operand of that name.
+
+    Absent where ``generate`` of the transformers beside it gets that wrong.
+    """
     peft = needs("peft")
-    make = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
-    config = make(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, inference_mode=True)
-    model = peft.get_peft_model(built(case, o), config)
+    model = peft.get_peft_model(built(case, o), virtual.tuning(kind, VIRTUAL_TOKENS))
     (encoder,) = model.prompt_encoder.values()
     if encoder.embedding.weight.shape != o[kind].shape:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft
@@ -54,6 +55,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     for module in unwrapped(model).modules():
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
+    _warn_of_virtual_tokens(unwrapped(model))
     return report(model)
 
 
@@ -94,6 +96,33 @@ def describe(model: nn.Module) -> dict[str, Any]:
         },
         "merged": tuple(name for name, layer in patched.items() if layer.merged),
     }
+
+
+def _warn_of_virtual_tokens(model: nn.Module) -> None:
+    """Of prompt learning around the layers, beside a transformers that wants a newer PEFT.
+
+    5.24 calls a forward's earlier keys and values ``cache``, and PEFT 0.21 looks for
+    ``past_key_values``: ``generate`` writes other texts, without an error.
+    """
+    settings: list[Any] = (
+        list(model.peft_config.values()) if isinstance(model, peft.PeftModel) else []
+    )
+    kinds = [each.peft_type.value for each in settings if each.is_prompt_learning]
+    if not kinds:
+        return
+    import transformers
+    from transformers.integrations import peft as theirs
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
+    except ValueError as error:
+        warnings.warn(
+            f"peft_model: generate of transformers {transformers.__version__} may get wrong its "
+            f"{kinds[0]} of PEFT {peft.__version__}: {error}; "
+            "the LoRA layers are patched all the same",
+            stacklevel=4,
+        )
 
 
 def _patch_layer(layer: nn.Module) -> None:

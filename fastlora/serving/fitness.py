@@ -83,10 +83,13 @@ def _refusal(model: Any, config: Any) -> str | None:
     other = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if other or getattr(config, "attention_chunk_size", None):
         return f"its layers are of type {min(other or {'chunked_attention'})}"
-    scaling = getattr(config, "rope_scaling", None) or {}
-    rope = scaling.get("rope_type", scaling.get("type"))
-    if rope in ("dynamic", "longrope"):
-        return f"its positions ({rope}) depend on the longest text of the batch"
+    # transformers 5 says it by the new name, and for each type of layer where those differ.
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_layers = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for part in of_layers:
+        kind = part.get("rope_type", part.get("type"))
+        if kind in ("dynamic", "longrope"):
+            return f"its positions ({kind}) depend on the longest text of the batch"
     return None
 
 
