@@ -14,7 +14,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 HAS_GPU = nvidia-smi -L 2>/dev/null | grep -q GPU
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test native asan demo bench aot gpu gpu-quick sanitize lint format types docs wheel clean
+.PHONY: help setup test test-rest test-full native asan demo bench aot gpu gpu-quick sanitize lint format types docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,9 +38,17 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(BIN)/pip install -q -e ".[test,demo,bench,docs]"
 	@touch $@
 
-# One thread a worker, or they fight over the cores.
-test: setup ## run the whole test-suite, packaging included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+# One thread a worker, or they fight over the cores. The last lines say what the tests took, of how
+# many seconds; tests/thinning.py says what is full.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+test: setup ## test every feature, op, backend, dtype and layout: at most seven minutes
+	FASTLORA_TEST_SECONDS=420 $(PYTEST) -m "not full" $(ARGS)
+
+test-rest: setup ## only what `make test` leaves out: long runs, further combinations of parameters
+	FASTLORA_TEST_SECONDS=300 $(PYTEST) -m full $(ARGS)
+
+test-full: setup ## run the whole test-suite
+	FASTLORA_TEST_SECONDS=720 $(PYTEST) $(ARGS)
 
 native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
 	$(PYTHON) setup.py -q build_ext --inplace

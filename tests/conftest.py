@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import cuda_host, thinning
+from tests import cuda_host, thinning, times
 
 # Without a GPU, Triton kernels are interpreted and CUDA kernels run on the host; read once, when
 # they are imported.
@@ -26,6 +26,16 @@ SETS = [] if native.unusable() else native.available().split(", ")
 
 # What tests compute is small: on a busy machine a second thread costs five times what it brings.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    times.start(config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    yield
+    times.tell(terminalreporter)
 
 
 @pytest.hookimpl(tryfirst=True)

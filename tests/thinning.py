@@ -46,10 +46,10 @@ def _thin_function(items: Sequence[pytest.Item]) -> None:
     devices = defaultdict(list)  # each has a choice of its own
     for item in items:
         reason = _reason_to_skip(item)
-        if reason is None:
-            devices[str(_params(item).get("device"))].append(item)
-        else:
+        if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+        elif not item.get_closest_marker("full"):
+            devices[str(_params(item).get("device"))].append(item)
     kept = set()
     for runs in devices.values():
         kept |= {runs[i] for i in cover(*_table(runs))} if len(runs) > FEW else set(runs)
