@@ -18,7 +18,8 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 LATEST := $(VENV)-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock test test-latest native asan demo bench aot gpu gpu-quick sanitize lint format types docs wheel clean python
+.PHONY: help setup lock test test-rest test-full test-latest native asan demo bench aot gpu gpu-quick \
+	sanitize lint format types docs wheel clean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,14 +46,22 @@ python:
 lock: python ## renew requirements.lock with the newest versions and print what changed
 	@$(PYTHON) tools/lock.py "$(LOCK)" --torch "$(TORCH)" $(or $(ARGS),--upgrade)
 
-# One thread a worker, or they fight over the cores.
-test: setup ## run the whole test-suite, packaging included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+# One thread a worker, or they fight over the cores. The last lines say what the tests took, of how
+# many seconds; tests/thinning.py says what is full.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+test: setup ## test every feature, op, backend, dtype and layout: at most seven minutes
+	FASTLORA_TEST_SECONDS=420 $(PYTEST) -m "not full" $(ARGS)
+
+test-rest: setup ## only what `make test` leaves out: long runs, further combinations of parameters
+	FASTLORA_TEST_SECONDS=300 $(PYTEST) -m full $(ARGS)
+
+test-full: setup ## run the whole test-suite
+	FASTLORA_TEST_SECONDS=720 $(PYTEST) $(ARGS)
 
 # Beside .venv, which stays as it is. A torch without a CPU build brings gigabytes of CUDA libraries.
 test-latest: python ## run the tests with the newest of every package and print what that breaks
 	@$(PYTHON) tools/environment.py $(LATEST) --newest --torch "$(TORCH_LATEST)"
-	@$(LATEST)/bin/python tools/newest.py "$(LOCK)" -n $(JOBS) --dist loadfile $(ARGS)
+	@$(LATEST)/bin/python tools/newest.py "$(LOCK)" -n $(JOBS) --dist worksteal $(ARGS)
 
 native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -2,13 +2,13 @@
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import cuda_host
+from tests import cuda_host, thinning, times
 
 # Without a GPU, Triton kernels are interpreted and CUDA kernels run on the host; read once, when
 # they are imported.
@@ -28,48 +28,62 @@ SETS = [] if native.unusable() else native.available().split(", ")
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    times.start(config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    yield
+    times.tell(terminalreporter)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before -k and -m choose among them: what is quick never depends on what is asked for."""
+    thinning.thin(items)
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Every test draws data of its own, the same in every run."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+# thinning skips it where there is no GPU.
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
     return torch.device(request.param)
 
 
-def _asked_for(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    name, given = request.param, getattr(request.node, "callspec", None)
-    reason = availability.cannot(name, device, given and given.params.get("dtype"))
-    if reason is not None:
-        pytest.skip(reason)
-    with fastlora.use_backend(name):
-        yield name
+def _asking_for(*backends: str) -> list:
+    """As parameters; each skips the combinations that it cannot run."""
+
+    def where(backend: str) -> Callable[..., str | None]:
+        return lambda device, dtype=None: availability.cannot(backend, device, dtype)
+
+    return [pytest.param(name, marks=thinning.skip_where(where(name))) for name in backends]
 
 
-@pytest.fixture(params=["torch", "cpu", "triton"])
+@pytest.fixture(params=_asking_for("torch", "cpu", "triton"))
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     """Every backend that has the single-adapter ops, asked for by name."""
-    yield from _asked_for(request, device)
+    with fastlora.use_backend(request.param):
+        yield request.param
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=_asking_for("torch", "cpu"))
 def whole_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that has all ops, asked for by name."""
-    on = "device" in request.fixturenames
-    device = request.getfixturevalue("device") if on else torch.device("cpu")
-    yield from _asked_for(request, device)
+    with fastlora.use_backend(request.param):
+        yield request.param
 
 
-@pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
+@pytest.fixture(params=_asking_for("torch", "cpu", "triton", "cuda"))
 def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that merges, asked for by name; the tests with few tiles take Triton's too."""
-    on = "device" in request.fixturenames
-    device = request.getfixturevalue("device") if on else torch.device("cpu")
-    yield from _asked_for(request, device)
+    with fastlora.use_backend(request.param):
+        yield request.param
 
 
 # tests/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without it.

@@ -1,15 +1,23 @@
 """The paths of the Triton kernels for many adapters, for the tests of each."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from fastlora.kernels import choice, launch
 from fastlora.kernels.ledger import MULTI_PATHS, Problem
+from tests.thinning import skip_where
 
-paths = pytest.mark.parametrize("path", [path for path in MULTI_PATHS if path != "added"])
 
-
-def needs_path(path: str, dtype: torch.dtype, device: torch.device) -> None:
+def _not_here(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     problem = Problem(1, 1, 1, 1, dtype.itemsize, slots=1)
-    if not choice.possible(path, problem, launch.arch_of(device), dtype == torch.float16):
-        pytest.skip(f"{path} does not run such a product here")
+    first = dtype == torch.float16
+    here = choice.possible(path, problem, launch.arch_of(device), first)
+    return None if here else f"{path} does not run such a product here"
+
+
+def paths(test: Callable[..., None]) -> Callable[..., None]:
+    """Along every path that runs on the device, in the dtype."""
+    every = [path for path in MULTI_PATHS if path != "added"]
+    return pytest.mark.parametrize("path", every)(skip_where(_not_here)(test))

@@ -23,7 +23,7 @@ from tests.banks import assert_empty
 from tests.histories import History, only
 from tests.models import randomise_lora
 
-THREADS, STEPS = 4, 1250  # of each, twice
+THREADS, STEPS = 4, 500  # of each, twice
 NAMES = [f"tenant-{i}" for i in range(12)]
 CONTENTS = 20
 WIDTH = 24
@@ -194,10 +194,10 @@ def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes, device):
     stats = server.bank.stats()
     assert stats.leases == len(server.bank._all.pins)
     # Enough of everything has happened for this to show something.
-    assert stats.evictions > 200
-    assert (stats.reads > 100) == (host_bytes == 20_000)
-    assert done["batch"] - done["unknown"] - done["no room"] > 500
-    assert min(done[what] for what in ("load", "unload", "pin", "cancel")) > 100
+    assert stats.evictions > 80
+    assert (stats.reads > 40) == (host_bytes == 20_000)
+    assert done["batch"] - done["unknown"] - done["no room"] > 200
+    assert min(done[what] for what in ("load", "unload", "pin", "cancel")) > 40
     assert min(done["refused"], done["cancelled"]) > 0
     for name in server.adapters:
         server.unload_adapter(name)

@@ -199,6 +199,7 @@ def test_grouped_heads_are_llama_3_s(monkeypatch):
     assert set(statuses(case).values()) == {"ok"}
 
 
+@pytest.mark.full  # tests/test_benchmarks_compiling.py compiles single layers
 def test_compiled_models_are_held_to_the_same(monkeypatch):
     # Which code the compiler writes is its own affair, and takes a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

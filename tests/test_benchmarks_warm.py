@@ -140,6 +140,7 @@ def test_a_case_that_hangs_is_ended_soon_after_the_deadline(monkeypatch, capsys)
     assert "linear-bf16-R16-bf16 (1 cases): out of time within a case\n" in capsys.readouterr().out
 
 
+@pytest.mark.full  # the same without a process is quick
 def test_a_process_says_what_it_called():
     command = [sys.executable, "-m", "benchmarks.gpu.warm", "--device", "cpu", "--jobs", "1"]
     command += ["--case", "linear-forward-bf16-M1-K2048-N2048-R16"]

@@ -75,6 +75,7 @@ def works_natively(site: Site, library: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.full  # compiles everything, as an editable installation does
 def test_wheel_with_the_library(tree: Path, site: Site, tmp_path: Path) -> None:
     """By way of an sdist, where there is no torch; for any Python, on this platform alone."""
     command = (sys.executable, "-m", "build", "--outdir", tmp_path / "dist")
@@ -96,7 +97,7 @@ def test_wheel_with_the_library(tree: Path, site: Site, tmp_path: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("mode", ["default", "strict"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("strict", marks=pytest.mark.full)])
 def test_editable_with_the_library(mode: str, tree: Path, site: Site) -> None:
     strict = ["--config-settings", "editable_mode=strict"] if mode == "strict" else []
     site.install(*strict, "-e", tree, **QUICKLY)
@@ -123,7 +124,7 @@ def test_without_compilers_the_libraries_are_left_out(tree: Path, site: Site) ->
     site.probe(backend="torch")
 
 
-@pytest.mark.parametrize("mode", ["default", "strict"])
+@pytest.mark.parametrize("mode", ["default", pytest.param("strict", marks=pytest.mark.full)])
 def test_editable_without_compilers(mode: str, tree: Path, site: Site) -> None:
     strict = ["--config-settings", "editable_mode=strict"] if mode == "strict" else []
     site.install(*strict, "-e", tree, FASTLORA_BUILD="auto", **NOWHERE)

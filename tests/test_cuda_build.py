@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ if not LIBRARY.exists() or TOOL is None:
     pytest.skip(why, allow_module_level=True)
 
 
+@cache
 def dumped(arch: str, what: str) -> dict[str, str]:
     """What cuobjdump says of each kernel of an architecture, by its readable name."""
     command = [str(TOOL), "-arch", f"sm_{arch}", what, str(LIBRARY)]

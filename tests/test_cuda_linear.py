@@ -21,6 +21,7 @@ from tests.helpers import (
     signed,
     transposed,
 )
+from tests.thinning import skip_where
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # M, K, N, R: rows of any number, the rest in chunks of 8; several tiles and parts of one.
@@ -74,14 +75,17 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, tile=None, monk
     assert_accurate(dx, grads["x"], other, dtype)
 
 
+def too_large(tile, device) -> str | None:
+    fits = tile != cuda_linear.TILE_256 or cuda_call.arch_of(device) not in cuda_call.SMALL
+    return None if fits else "this GPU has too little shared memory for the tile"
+
+
 @pytest.mark.parametrize("M, K, N, R", SHAPES + WIDE)
 @pytest.mark.parametrize("tile", [cuda_linear.TILE_64, cuda_linear.TILE_128, cuda_linear.TILE_256])
+@skip_where(too_large)
 @dtypes
 def test_tiles_of_many_rows(M, K, N, R, dtype, lora_dtype, tile, device, monkeypatch):
-    arch = cuda_call.arch_of(device)
-    if tile == cuda_linear.TILE_256 and arch in cuda_call.SMALL:
-        pytest.skip("this GPU has too little shared memory for the tile")
-    path = "cuda_overlapped" if arch >= 90 else "cuda_two_pass"
+    path = "cuda_overlapped" if cuda_call.arch_of(device) >= 90 else "cuda_two_pass"
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device, tile, monkeypatch)
 
 

@@ -49,6 +49,7 @@ def test_two_processes(check: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[check], outcomes[check]
 
 
+@pytest.mark.full  # two processes show the same
 def test_four_processes(tmp_path: Path) -> None:
     check = "both.same_as_one_process"
     why_not = launch.outcomes([check], tmp_path, SECONDS, world=4)[check]

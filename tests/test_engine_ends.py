@@ -241,7 +241,6 @@ def test_an_engine_that_is_dropped_while_it_writes_does_not_abort_the_process():
         "next(iter(stream))\n"
         "del stream, engine\n"
     )
-    for _ in range(3):
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-        assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -125,6 +125,7 @@ def test_finetune_trainer_sees_losses_that_differ(monkeypatch):
         scope["main"](TRAINER)
 
 
+@pytest.mark.full  # tests/test_distributed.py shards the same way
 def test_finetune_fsdp2(tmp_path):
     for package in ("transformers", "tokenizers"):
         pytest.importorskip(package)

@@ -22,6 +22,7 @@ from tests.helpers import (
     same_bits,
     signed,
 )
+from tests.thinning import skip_where
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -58,7 +59,6 @@ dtypes = pytest.mark.parametrize(
     [pair for name, pair in DTYPES.items() if name != "fp64"],
     ids=[name for name in DTYPES if name != "fp64"],
 )
-paths = pytest.mark.parametrize("path", PATHS)
 shapes = pytest.mark.parametrize("M, K, N, R", ODD + ALIGNED)
 pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
 
@@ -75,11 +75,26 @@ def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
     return p, torch.tensor(SEED, device=device) if p else None
 
 
-def needs_path(path: str, M: int, R: int, dtype, device, drops_y: bool = False) -> None:
+def not_here(path: str, device, dtype=torch.float32, M=19, R=5, drops_y=False) -> str | None:
     problem = Problem(M, 1, 1, R, dtype.itemsize)
     first = drops_y or dtype == torch.float16
-    if not choice.possible(path, problem, launch.arch_of(device), first):
-        pytest.skip(f"{path} does not run such a product here")
+    here = choice.possible(path, problem, launch.arch_of(device), first)
+    return None if here else f"{path} does not run such a product here"
+
+
+def dropping_not_here(path, device, dtype=torch.float32, M=9, R=3) -> str | None:
+    return not_here(path, device, dtype, M, R, drops_y=True)
+
+
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+def paths(test):
+    return every_path(skip_where(not_here)(test))
+
+
+def dropping_paths(test):
+    return every_path(skip_where(dropping_not_here)(test))
 
 
 def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, layout=contiguous) -> None:
@@ -120,28 +135,29 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, layout=contiguo
 SUMS = ("one_pass", "two_pass")
 
 
+def large(M, N, dtype, lora_dtype, device) -> str | None:
+    rare = dtype == torch.float16 or lora_dtype != torch.float32
+    skips = device.type == "cpu" and 2049 in (M, N) and rare
+    return "interpreted: tests/test_functional.py has the size in every dtype" if skips else None
+
+
 @dtypes
 @paths
 @shapes
+@skip_where(large)
 def test_a_path_matches_the_oracle(M, K, N, R, path, dtype, lora_dtype, device):
-    needs_path(path, M, R, dtype, device)
-    rare = dtype == torch.float16 or lora_dtype != torch.float32
-    if device.type == "cpu" and 2049 in (M, N) and rare:
-        pytest.skip("interpreted: tests/test_functional.py has the size in every dtype")
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 
-@paths
+@dropping_paths
 @pytest.mark.parametrize("M, K, N, R", [ODD[0], ODD[9], (33, 32, 48, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_path_drops_the_same_elements(M, K, N, R, path, dtype, tiles, device):
-    needs_path(path, M, R, dtype, device, drops_y=True)
     assert_right(M, K, N, R, dtype, torch.float32, P, path, device)
 
 
-@paths
+@dropping_paths
 def test_a_path_drops_everything(path, device):
-    needs_path(path, 9, 3, torch.float32, device, drops_y=True)
     assert_right(9, 21, 17, 3, torch.float32, torch.float32, 1.0, path, device)
 
 
@@ -150,7 +166,6 @@ def test_a_path_drops_everything(path, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_path_reads_any_layout(path, layout, dtype, device):
     """NaN lies around and between the elements of some."""
-    needs_path(path, 19, 5, dtype, device)
     assert_right(19, 37, 29, 5, dtype, torch.float32, 0.0, path, device, layout)
 
 
@@ -158,7 +173,6 @@ def test_a_path_reads_any_layout(path, layout, dtype, device):
 @paths
 @pytest.mark.parametrize("M, K, N, R", [(33, 40, 72, 40), (49, 37, 21, 17)])
 def test_many_tiles_in_each_direction(M, K, N, R, path, dtype, lora_dtype, tiles, device):
-    needs_path(path, M, R, dtype, device)
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 

@@ -13,6 +13,7 @@ from fastlora import functional as F
 from tests.helpers import misaligned, same_bits, signed, sliced, strided, transposed
 from tests.many import Batch, Paged
 from tests.reading_past import ReadsPastRows, columns_read
+from tests.thinning import skip_where
 
 BF16, F32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -30,10 +31,15 @@ def reading(monkeypatch):
         yield
 
 
-def skip_without(backend: str) -> None:
-    reason = availability.cannot(backend, CPU, BF16)
-    if reason is not None:
-        pytest.skip(reason)
+@skip_where
+def cannot(backend: str) -> str | None:
+    return availability.cannot(backend, CPU, BF16)
+
+
+@skip_where
+def in_one_dtype(backend: str, lora_dtype: torch.dtype) -> str | None:
+    skips = backend == "triton" and lora_dtype == BF16
+    return "interpreted in one dtype: the kernels' own tests read any layout" if skips else None
 
 
 def drawn(lora_dtype, T=T) -> dict[str, Tensor]:
@@ -120,12 +126,11 @@ def results(call: Callable[[dict], Tensor], differentiable: bool, t: dict) -> li
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("lora_dtype", [BF16, F32])
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@in_one_dtype
+@cannot
 def test_nothing_comes_from_between_rows(backend, lora_dtype, name, reading):
-    skip_without(backend)
     call, differentiable = CALLS[name]
     interpreted = backend == "triton"
-    if interpreted and lora_dtype == BF16:
-        pytest.skip("interpreted in one dtype: the kernels' own tests read any layout in all")
     t = drawn(lora_dtype, INTERPRETED if interpreted else T)
     layouts = {what: {n: sliced(t[n]) for n in names} for what, names in OPERANDS.items()}
     everything = {n: v for given in layouts.values() for n, v in given.items()}
@@ -143,9 +148,9 @@ def test_nothing_comes_from_between_rows(backend, lora_dtype, name, reading):
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
+@cannot
 def test_a_row_of_nan_stays_alone(backend, name, reading):
     """In x and in y's gradient, dense ones: the row before it reads into it."""
-    skip_without(backend)
     call, differentiable = CALLS[name]
     t = drawn(BF16)
     others = torch.arange(T) != 40

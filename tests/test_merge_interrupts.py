@@ -71,7 +71,7 @@ def test_a_model_is_merged_or_not(step, merge_backend):
     undone = 0
     for round_ in range(400):
         # On a busy machine most come too late: as many as it takes for one to come in time.
-        if undone and round_ >= 25:
+        if undone and round_ >= (5 if merge_backend == "cuda" else 25):
             break
         m = model()
         if step == "unmerge_adapter":

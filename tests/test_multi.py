@@ -22,6 +22,7 @@ from tests.helpers import (
     signed,
     unchanged,
 )
+from tests.thinning import skip_where
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -124,30 +125,40 @@ def assert_matches_oracle(through, tensors: dict, routing: dict) -> None:
         assert_accurate(ours[name].grad, plain[name].grad, plain[name].grad, dtype)
 
 
+def rare(lead, ids, N, K, R, S, dtype, lora_dtype, device, backend) -> str | None:
+    if backend != "triton" or device.type != "cpu" or dtype == torch.float32:
+        return None
+    if dtype == lora_dtype:
+        return "interpreted in tests/test_multi_kernels.py, where every path has all dtypes"
+    form = (lead, ids, N, K, R, S) in FORMS
+    return "interpreted in float32 alone: no dtype has code of its own for it" if form else None
+
+
+@skip_where(rare)
 @pytest.mark.parametrize("dtype, lora_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("lead, ids, N, K, R, S", CASES)
 def test_values_and_gradients_match_the_oracle(
     lead, ids, N, K, R, S, through, dtype, lora_dtype, device, backend
 ):
-    interpreted = backend == "triton" and device.type == "cpu"
-    if interpreted and dtype == lora_dtype != torch.float32:
-        pytest.skip("interpreted in tests/test_multi_kernels.py, where every path has all dtypes")
-    if interpreted and dtype != torch.float32 and (lead, ids, N, K, R, S) in FORMS:
-        pytest.skip("interpreted in float32 alone: no dtype has code of its own for it")
     tensors, routing = batch(lead, ids, N, K, R, S, dtype, lora_dtype, device)
     with unchanged(tensors, routing):
         assert_matches_oracle(through, tensors, routing)
 
 
+def alike(workload, optional, device, backend) -> str | None:
+    interpreted = backend == "triton" and device.type == "cpu"
+    skips = interpreted and optional and workload is not WORKLOADS["blocks"]
+    return "interpreted: what is optional is read alike in every workload" if skips else None
+
+
+@skip_where(alike)
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("optional", [(), ("ranks",), ("row_scales",)])
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
 def test_workloads(workload, optional, through, device, backend):
     """More rows than are gathered at a time; with and without what is optional."""
     interpreted = backend == "triton" and device.type == "cpu"
-    if interpreted and optional and workload is not WORKLOADS["blocks"]:
-        pytest.skip("interpreted: a kernel reads what is optional alike in every workload")
     # An interpreted kernel gathers nothing, and takes a second for so many rows.
     gathered = 20 if interpreted else reference_multi._GATHER
     ids = workload(2 * gathered + 31, 3)

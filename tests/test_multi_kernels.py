@@ -34,7 +34,7 @@ from fastlora.kernels import (
     numerics,
 )
 from fastlora.kernels.ledger import MULTI_PATHS, Problem
-from tests.multi_paths import needs_path, paths
+from tests.multi_paths import paths
 
 # T, K, N, R, S; K of several parts, more ranks than a step, many tiles, aligned rows.
 SHAPES = [
@@ -97,7 +97,6 @@ def assert_right(b: Batch, path: str, layout=contiguous) -> None:
 @paths
 @pytest.mark.parametrize("T, K, N, R, S", SHAPES)
 def test_a_path_matches_the_oracle(T, K, N, R, S, path, device):
-    needs_path(path, F32, device)
     assert_right(Batch.draw(T, K, N, R, S, F32, F32, device), path)
 
 
@@ -105,14 +104,12 @@ def test_a_path_matches_the_oracle(T, K, N, R, S, path, device):
 @paths
 @pytest.mark.parametrize("T, K, N, R, S", [SHAPES[0], SPLIT])
 def test_in_every_dtype(T, K, N, R, S, path, dtype, lora_dtype, device):
-    needs_path(path, dtype, device)
     assert_right(Batch.draw(T, K, N, R, S, dtype, lora_dtype, device), path)
 
 
 @paths
 @pytest.mark.parametrize("T, K, N, R, S", EMPTY)
 def test_nothing_to_do(T, K, N, R, S, path, device):
-    needs_path(path, F32, device)
     assert_right(Batch.draw(T, K, N, R, S, F32, F32, device), path)
 
 
@@ -120,14 +117,12 @@ def test_nothing_to_do(T, K, N, R, S, path, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_path_reads_any_layout(path, layout, device):
     """NaN lies around and between the elements of some."""
-    needs_path(path, F32, device)
     assert_right(Batch.draw(19, 37, 29, 5, 3, F32, F32, device), path, layout)
 
 
 @paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_many_tiles_in_each_direction(path, dtype, tiles, device):
-    needs_path(path, dtype, device)
     assert_right(Batch.draw(35, 37, 41, 21, 5, dtype, dtype, device), path)
 
 
@@ -136,7 +131,6 @@ def test_many_tiles_in_each_direction(path, dtype, tiles, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients(path, dtype, tiles, device):
     """Forward's other direction along each path, and the sums over each adapter's rows."""
-    needs_path(path, dtype, device)
     b = Batch.draw(35, 24, 40, 9, 4, dtype, F32, device)
     dy = signed(35, 40, dtype=dtype, device=device)
     x, weight, bias, A, B = (t.clone().requires_grad_() for t in b[:5])
@@ -190,7 +184,6 @@ def test_aligned_rows_are_read_by_descriptors(device, monkeypatch):
 @paths
 @pytest.mark.parametrize("page, dtype", [(1, F32), (4, torch.bfloat16), (16, F32)])
 def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
-    needs_path(path, dtype, device)
     b = Batch.draw(37, 40, 50, 12, 6, dtype, dtype, device)
     dense, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
     p = Paged.of(b.A, b.B, b.ranks, page)
@@ -203,7 +196,6 @@ def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_slices_give_the_bits_of_each_alone(path, dtype, tiles, device):
     """q, k and v of unequal widths: one launch, three products' bits, along one path."""
-    needs_path(path, dtype, device)
     widths, R, S = (40, 17, 9), 5, 4
     b = Batch.draw(21, 33, sum(widths), R, S, dtype, dtype, device)
     A = b.A.repeat(1, 3, 1)

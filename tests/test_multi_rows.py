@@ -19,7 +19,7 @@ from fastlora.kernels import (
     multi,
     multi_product,
 )
-from tests.multi_paths import needs_path, paths
+from tests.multi_paths import paths
 
 F32 = torch.float32
 pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_poisoned_adapter_keeps_to_its_rows(path, poison, device):
     """One tile holds rows of all: those of others, and of none, keep their bits."""
-    needs_path(path, F32, device)
     b = Batch.draw(24, 20, 30, 4, 3, F32, F32, device)
     b = b._replace(ranks=torch.full_like(b.ranks, 4), A=b.A.nan_to_num(0.5), B=b.B.nan_to_num(0.5))
     clean, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
@@ -47,7 +46,6 @@ def test_a_poisoned_adapter_keeps_to_its_rows(path, poison, device):
 @paths
 def test_ids_out_of_range_are_none(path, device):
     """On a device nobody has looked at them: they must not become addresses."""
-    needs_path(path, F32, device)
     b = Batch.draw(12, 20, 30, 4, 3, F32, F32, device)
     wild = b.ids.clone()
     wild[[1, 5, 9]] = torch.tensor([3, -2, 2**31 - 1], device=device)
@@ -118,7 +116,6 @@ def test_a_program_takes_one_adapter_or_all_of_a_tile(device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_slot_without_ranks_is_none_whatever_its_scaling(path, dtype, device):
     """As a dropped slot is left: NaN, and rank 0. Beside others it must not show either."""
-    needs_path(path, dtype, device)
     b = Batch.draw(9, 20, 30, 4, 3, dtype, F32, device)
     b = b._replace(ids=torch.arange(9, device=device) % 3, scalings=b.scalings.clone())
     b.scalings[2] = math.nan
@@ -179,9 +176,9 @@ def test_gradients_past_a_slot_s_rank_are_zero(device):
 
 
 @paths
-def test_same_input_same_bits(path, device):
-    needs_path(path, torch.bfloat16, device)
-    b = Batch.draw(49, 64, 80, 24, 4, torch.bfloat16, F32, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_same_input_same_bits(path, dtype, device):
+    b = Batch.draw(49, 64, 80, 24, 4, dtype, F32, device)
     given = (b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
     once, again = multi.multi_lora_linear(*given), multi.multi_lora_linear(*given)
     assert all(same_bits(a, b) for a, b in zip(once, again, strict=True))

@@ -169,6 +169,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "fastlora = fastlora.cli:main" in text["entry_points.txt"]
 
 
+@pytest.mark.full  # an isolated build fetches setuptools
 def test_sdist_files(isolated: Path, wheel: Path) -> None:
     with tarfile.open(next(isolated.glob("*.tar.gz"))) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
@@ -183,7 +184,7 @@ def test_sdist_files(isolated: Path, wheel: Path) -> None:
     assert sorted(contents(next(isolated.glob("*.whl")))) == sorted(contents(wheel))
 
 
-@pytest.mark.parametrize("origin", ["wheel", "isolated"])
+@pytest.mark.parametrize("origin", ["wheel", pytest.param("isolated", marks=pytest.mark.full)])
 def test_installed_wheel(origin: str, site: Site, request: pytest.FixtureRequest) -> None:
     built = request.getfixturevalue(origin)
     site.install(built if origin == "wheel" else next(built.glob("*.whl")))
@@ -194,6 +195,7 @@ def test_installed_wheel(origin: str, site: Site, request: pytest.FixtureRequest
     site.info(site.bin / "fastlora")
 
 
+@pytest.mark.full  # tests/test_build.py has a quick one
 @pytest.mark.parametrize("mode", ["default", "strict"])
 def test_editable(mode: str, site: Site, tmp_path: Path) -> None:
     tree = copy_of_checkout(tmp_path / "tree")
@@ -213,7 +215,9 @@ def test_editable(mode: str, site: Site, tmp_path: Path) -> None:
     site.info(site.bin / "fastlora")
 
 
-@pytest.mark.parametrize("triton", [True, False], ids=["triton", "no triton"])
+@pytest.mark.parametrize(
+    "triton", [True, pytest.param(False, marks=pytest.mark.full)], ids=["triton", "no triton"]
+)
 def test_bare_checkout(triton: bool, site: Site, tmp_path: Path) -> None:
     tree = copy_of_checkout(tmp_path / "tree")
     hide = "" if triton else "import sys; sys.modules['triton'] = None"
@@ -223,7 +227,7 @@ def test_bare_checkout(triton: bool, site: Site, tmp_path: Path) -> None:
     site.info(site.python, "-m", "fastlora", cwd=tree)
 
 
-@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("installed", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_kernels_is_not_hugging_faces(installed: bool, site: Site, tmp_path: Path) -> None:
     """transformers asks for a package called `kernels`: a checkout's folder must not pass as it."""
     pytest.importorskip("transformers")

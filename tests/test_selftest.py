@@ -85,6 +85,7 @@ def test_torch_passes_on_the_cpu():
     assert said[-1] == "all passed"
 
 
+@pytest.mark.full  # every path's own tests are quick; tests above run the command
 def test_the_kernels_pass_under_the_interpreter(tmp_path):
     """In a process of its own: kernels are interpreted or compiled for good."""
     pytest.importorskip("triton")

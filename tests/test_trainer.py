@@ -141,6 +141,7 @@ def test_small_batches_are_one_big_one(tmp_path):
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-3)
 
 
+@pytest.mark.full  # tests/test_distributed.py trains in two processes
 def test_two_processes_are_one(tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     said = _run("-m", *torchrun, "-m", "tests.trainer_runs", str(tmp_path))
