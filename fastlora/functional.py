@@ -29,7 +29,7 @@ from fastlora.merge_stack import MergeStack
 from fastlora.receipt import MergeReceipt
 
 # Leaves of torch.fx.symbolic_trace, whose proxies have no shapes to check.
-for _name in ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_"):
+for _name in ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_", "base_linear"):
     fx.wrap(_name)
 
 __all__ = [
