@@ -166,7 +166,9 @@ def test_what_is_not_finite_fails_alone_and_leaves_no_trace(tmp_path):
     fastlora.save_adapter(broken, tmp_path / "broken")
     server.load_adapter(tmp_path / "broken", "two")
     with server.engine(max_length=40, max_rows=2) as engine:
-        streams = [engine.submit(ask(name, new=8)) for name in ("one", "two", "three", "one")]
+        # Longer than what comes to its row next, and would read what is left behind it.
+        requests = [ask("one"), ask("two", prompt=17), ask("three"), ask("one")]
+        streams = [engine.submit(request) for request in requests]
         sampled = engine.submit(ask("two", do_sample=True))
         for stream in (streams[1], sampled):
             with pytest.raises(RuntimeError, match="adapter_name: the logits with 'two' are not"):

@@ -101,6 +101,22 @@ def test_values_and_gradients_match_the_oracle(
     assert_matches_oracle(through, F.lora_linear, t, dtype)
 
 
+@pytest.mark.parametrize("K, N, name", [(40, 1, "lora_A"), (1, 40, "lora_B")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_float32_adapters_are_not_rounded_to_the_base(
+    K, N, name, dtype, device, backend
+):
+    """Unfused torch does round them: the oracle's bound would let it pass."""
+    t = operands((63,), N, K, 1, dtype, torch.float32, device)
+    # So that neither h nor dy @ lora_B is rounded, and what is left is one sum of exact products.
+    t["lora_A" if name == "lora_B" else "lora_B"] = torch.ones(1, 1, device=device)
+    t, dy = leaves(t), signed(63, N, dtype=dtype, device=device)
+    call(F.lora_linear, t).backward(dy)
+    want = SCALING * (t["x"].double().T @ dy.double())
+    got = t[name].grad.double()
+    assert (got.T - want).norm() <= 1e-5 * want.norm()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("through", [call, added])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -294,7 +294,8 @@ def test_bfloat16_is_wrong_under_the_interpreter_without_the_guard(device):
         out = torch.empty_like(a)
         kernel[(1,)](a, b, out, 16)
         errors[kernel.fn.__name__] = oracle.relative_error(out, want)
-    assert errors["guarded"] < 2**-8
+    # Rounded as torch rounds: what is cut off instead errs by twice that.
+    assert errors["guarded"] < 1.1 * oracle.relative_error(want.to(torch.bfloat16), want)
     assert errors["bare"] > 2 * errors["guarded"]
 
 

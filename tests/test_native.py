@@ -171,7 +171,8 @@ def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
         assert_accurate(y, want, unfused, dtype, tokens=T)
 
 
-@pytest.mark.parametrize("M, K", [(1, 1), (3, 7), (5, 128), (4, 431), (0, 5), (2, 0)])
+# The last is large enough for lanes that equal the threshold, one of 65536.
+@pytest.mark.parametrize("M, K", [(1, 1), (3, 7), (5, 128), (4, 431), (0, 5), (2, 0), (300, 2200)])
 @pytest.mark.parametrize("lay", [contiguous, strided, transposed])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_dropout_mask_is_the_one_of_every_backend(M, K, dtype, lay, instruction_set):
@@ -193,12 +194,14 @@ def test_the_dropout_mask_is_the_one_of_every_backend(M, K, dtype, lay, instruct
 
 
 @pytest.mark.parametrize(
-    "M, R, C", [(1, 1, 1), (7, 3, 65), (130, 16, 300), (64, 40, 32), (0, 2, 5)]
+    "M, R, C", [(1, 1, 1), (7, 3, 65), (131, 16, 300), (64, 40, 32), (0, 2, 5)]
 )
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_every_instruction_set(M, R, C, dtype, transposed, instruction_set):
     left, right = signed(M, R, dtype=dtype, device=CPU), signed(M, C, dtype=dtype, device=CPU)
+    # Behind an odd last row, which a step of two could take in.
+    right = torch.cat([right, right.new_full((1, C), torch.nan)])[:M]
     like = torch.empty(0, dtype=torch.float32)
     got = cpu_linear.gradient(left, right, like, 0.5, transposed=transposed)
     want = 0.5 * left.double().T @ right.double()
