@@ -40,7 +40,8 @@ def test_info_says_what_runs_and_why_not():
     lines = text.splitlines()
     assert lines[0].startswith(f"fastlora {fastlora.__version__} at ")
     versions = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:8]}
-    assert versions["torch"] == torch.__version__
+    # Which build it is, not every distribution says of itself.
+    assert versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert set(versions) >= {"python", "triton", "numpy", "safetensors", "peft", "transformers"}
     devices = section(text, "devices")
     assert f"{torch.get_num_threads()} threads" in devices[0]
