@@ -14,7 +14,7 @@ set -euo pipefail
 grep -qw amx_bf16 /proc/cpuinfo || { echo "not to be seen here: this CPU has no AMX"; exit 0; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
+"${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0+cpu 2>/dev/null || "$work/venv/bin/pip" install -q torch==2.13.0
 "$work/venv/bin/pip" install -q numpy==2.4.6
 
@@ -46,6 +46,7 @@ def before_a_bad_row(k):
 for name, make in ("slice", in_a_slice), ("row", before_a_bad_row):
     print(name, *(k for k in widths if spoiled(make(k))))
 PY
+"$work/venv/bin/python" -c 'import torch; print("torch", torch.__version__)'
 seen=$("$work/venv/bin/python" "$work/probe.py")
 capped=$(ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 "$work/venv/bin/python" "$work/probe.py")
 printf 'with AMX:\n%s\nwithout:\n%s\n' "$seen" "$capped"
