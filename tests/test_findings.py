@@ -23,7 +23,8 @@ def test_a_script_is_pinned_and_leaves_nothing(script):
         "no interpreter, or not what it shows"
     )
     assert re.search(r"^set -e", text, re.MULTILINE), "goes on after an error"
-    assert "mktemp -d" in text and re.search(r"^trap 'rm -rf", text, re.MULTILINE)
+    assert "mktemp -d" in text
+    assert re.search(r"^trap 'rm -rf", text, re.MULTILINE)
     assert "${PYTHON:-python3}" in text
     assert "import fastlora" not in text
     assert re.search(r"[a-z]==\d", text), "no version is pinned"
