@@ -107,7 +107,10 @@ def check_shapes(
     directory: str | os.PathLike[str], found: Mapping[str, Shape], expected: Mapping[str, Shape]
 ) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
-    where = Path(directory) / WEIGHTS_NAME
+    _compare(str(Path(directory) / WEIGHTS_NAME), found, expected)
+
+
+def _compare(where: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or extra:
         parts = [f"missing {_some(missing)}"] * bool(missing) + [
@@ -135,6 +138,34 @@ def read_tensors(
     # The file may have been exchanged since its header was read.
     check_shapes(directory, {name: tuple(t.shape) for name, t in tensors.items()}, expected)
     return tensors
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """Copies on the CPU of an adapter's tensors, named as in files with or without their prefix.
+
+    Raises TypeError or ValueError as reading a file of them would.
+    """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"tensors: expected {{name: tensor}}, as adapter_state_dict gives them, got {tensors!r}"
+        )
+    found = {}
+    for key, tensor in tensors.items():
+        name = str(key).removeprefix(PREFIX)
+        if name in found:
+            raise ValueError(
+                f"tensors: {name} is given twice, with {PREFIX!r} before it and without"
+            )
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"tensors: {name}: expected a tensor of floats, got {kind}")
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"tensors: {name}: expected all of it, got a DTensor: full_tensor() it")
+        found[name] = tensor
+    _compare("tensors", {name: tuple(t.shape) for name, t in found.items()}, expected)
+    return {name: found[name].detach().to("cpu", copy=True).contiguous() for name in expected}
 
 
 def write(

@@ -1,10 +1,12 @@
-"""An adapter's files as a server reads them: all of it is for served layers, or it is refused."""
+"""An adapter as a server reads it: all of it is for served layers, or it is refused."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from fastlora import adapter_files as files
 from fastlora.checkpoint import adapter_shapes
@@ -23,12 +25,27 @@ class Reader:
     def read(self, directory: str | os.PathLike[str]) -> dict[str, Factors]:
         """The adapter in PEFT's files; ValueError or FileNotFoundError if it cannot be served."""
         config = files.read_config(directory)
+        return self._factors(config, lambda shapes: files.read_tensors(directory, shapes))
+
+    def take(self, tensors: Mapping[str, Tensor], config: object) -> dict[str, Factors]:
+        """Copies, on the CPU, of an adapter's tensors by PEFT's names, which are checked as files'.
+
+        config: a LoRAConfig, PEFT's, or the fields of its file. Raises TypeError or ValueError.
+        """
+        if isinstance(config, Mapping):
+            settings = LoRAConfig.from_dict(config)
+        else:
+            settings = LoRAConfig.of(config)
+        return self._factors(settings, lambda shapes: files.check_tensors(tensors, shapes))
+
+    def _factors(
+        self, config: LoRAConfig, read: Callable[[Mapping[str, files.Shape]], Mapping[str, Tensor]]
+    ) -> dict[str, Factors]:
         expected = {
             name: adapter_shapes(name, self.served[name], config) for name in self._targeted(config)
         }
         every = {key: shape for shapes in expected.values() for key, shape in shapes.items()}
-        tensors = files.read_tensors(directory, every)
-        found = {}
+        tensors, found = read(every), {}
         for name, shapes in expected.items():
             A, B = (tensors[key] for key in shapes)
             found[name] = Factors(A, B, config.scaling_of(name))
@@ -63,3 +80,13 @@ class AdapterFiles:
 
     def __call__(self) -> dict[str, Factors]:
         return self.reader.read(self.directory)
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """An adapter that came as tensors, which nobody else holds: kept, since nothing has them."""
+
+    factors: dict[str, Factors]
+
+    def __call__(self) -> dict[str, Factors]:
+        return self.factors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ from fastlora.injection import swap
 from fastlora.routing import Routing
 from fastlora.serving.bank import AdapterBank
 from fastlora.serving.engine import Engine, stream
-from fastlora.serving.files import AdapterFiles, Reader
+from fastlora.serving.entry import Read
+from fastlora.serving.files import AdapterFiles, AdapterTensors, Reader
 from fastlora.serving.layer import ServedLinear
 from fastlora.serving.layout import Layout
 from fastlora.serving.request import Event, Request
@@ -115,14 +116,38 @@ class MultiLoRAModel(nn.Module):
         served, lora_bias and trained biases, modules_to_save, or an init_lora_weights that has
         split the base's weights.
         """
+        folder = os.path.abspath(files.folder_of(directory))
+        self._add(adapter_name, lambda: AdapterFiles(folder, self._reader), pin)
+
+    def _add(self, adapter_name: str, source: Callable[[], Read], pin: bool) -> None:
         files.check_name(adapter_name)
         if adapter_name == BASE:
             raise ValueError(f"adapter_name: {BASE!r} means the base model")
         self.follow()
-        folder = os.path.abspath(files.folder_of(directory))
-        self.bank.add(adapter_name, AdapterFiles(folder, self._reader))
+        self.bank.add(adapter_name, source())
         if pin:
             self.bank.pin(adapter_name)
+
+    def load_adapter_from_tensors(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: LoRAConfig | Mapping[str, Any],
+        adapter_name: str,
+        *,
+        pin: bool = False,
+    ) -> None:
+        """Loads an adapter that is in memory: of a training loop beside the server, say.
+
+        tensors: {PEFT's name: tensor}, as ``adapter_state_dict`` or PEFT's
+        ``get_peft_model_state_dict`` gives them; copied, so that the next step may change them.
+        They stay in the host's memory beside ``host_bytes``, since no file has them. config: a
+        LoRAConfig, PEFT's LoraConfig, or the fields of its file.
+
+        Replaces, pins and raises as ``load_adapter`` does, and TypeError for what is no tensor or
+        no config. Batches that begin after it returns have all of the new one, rank and scaling
+        too, those that run keep all of the old one.
+        """
+        self._add(adapter_name, lambda: AdapterTensors(self._reader.take(tensors, config)), pin)
 
     def unload_adapter(
         self, adapter_name: str, *, wait: bool = False, timeout: float | None = None
