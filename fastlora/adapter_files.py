@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlora import adapter_hints as hints
 from fastlora import matching, refusals
 from fastlora.config import LoRAConfig
 
@@ -115,6 +116,7 @@ def _warn_of_lost_order(path: Path, pattern: Mapping[str, float], names: Iterabl
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError where it holds anything else."""
+    hints.check_content(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -128,6 +130,7 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
     """{tensor name without PEFT's prefix: shape}, from the header alone."""
     path = _file(directory, WEIGHTS_NAME)
     header = _header(path)
+    hints.check_names(path, header)
     shapes = {}
     for key, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
@@ -226,6 +229,7 @@ def _file(directory: str | os.PathLike[str], name: str) -> Path:
         )
     raise FileNotFoundError(
         f"directory: expected {name} in {folder}, a local folder (nothing is downloaded)"
+        f"{hints.elsewhere(folder, name)}"
     )
 
 
@@ -233,6 +237,7 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")
+    hints.check_content(path)
     with path.open("rb") as file:
         start, brace = file.read(8), file.read(1)
         # A header's length may well begin like a pickle; a pickle has no brace behind it.
