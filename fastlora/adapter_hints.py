@@ -32,10 +32,10 @@ def check_names(path: Path, tensors: Iterable[str]) -> None:
         found = _NAMED.fullmatch(name)
         if found:
             raise ValueError(
-                f"{path}: tensor {name!r} has an adapter's name in it, {found[1]!r}: this is a "
-                "model's state_dict, which PEFT does not load either. Save with "
-                "model.save_pretrained(folder), or take peft.get_peft_model_state_dict(model) in "
-                "its place"
+                f"{path}: tensor {name!r} has an adapter's name in it, {found[1]!r}, as in a "
+                "model's state_dict; PEFT's files have none. Save with "
+                "model.save_pretrained(folder), or peft.get_peft_model_state_dict(model) in the "
+                "state_dict's place"
             )
         stem = name.removesuffix(".alpha")
         if stem != name and any(stem + beside in names for beside in _BESIDE_ALPHA):

@@ -90,7 +90,8 @@ def load_adapter(
     layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
     the adapter. adapter_name: which one to fill, where the model trains several; what its layers
     are set to must then be the file's settings. Of a sharded model every process must call: each
-    reads the files and keeps its part.
+    reads the files and keeps its part. Warns where keys of alpha_pattern overlap in the order of
+    the alphabet, which is PEFT's and not the one that counted.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;

@@ -76,7 +76,10 @@ CASES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "injected": (injected_state, r"has an adapter's name in it, 'default'.*save_pretrained"),
     "kohya": (kohya, r"attn1_to_q.alpha' is a layer's alpha.*kohya.*convert the file"),
     "alphas": (alphas_beside, r"q_proj.alpha' is a layer's alpha.*kohya.*alpha_pattern in"),
-    "pointer": (lambda at, _: (at / WEIGHTS).write_text(POINTER), "a Git LFS pointer.*git lfs pull"),
+    "pointer": (
+        lambda at, _: (at / WEIGHTS).write_text(POINTER),
+        "a Git LFS pointer.*git lfs pull",
+    ),
     "pointer of the config": (lambda at, _: (at / CONFIG).write_text(POINTER), "a Git LFS pointer"),
     "inner": (only_inner, r"there is one in '.*alice', '.*bob': give that folder \(PEFT saves an"),
 }
@@ -130,7 +133,7 @@ def test_a_base_that_git_has_not_fetched(tmp_path, good):
     for path in (good / "base").glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_text(POINTER)
-    with pytest.raises(ValueError, match="model.safetensors: a Git LFS pointer"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: a Git LFS pointer"):
         fastlora.merge_checkpoint(tmp_path, [good / "adapter"], tmp_path / "out")
 
 

@@ -129,7 +129,7 @@ def test_ranks_of_a_file_that_peft_has_sorted_are_those_of_its_tensors(tmp_path,
     fastlora.save_adapter(model, tmp_path / "b")
     assert_all_read(tmp_path / "b", base, ids, logits(theirs, ids))
     edit_json(tmp_path / "a" / CONFIG, rank_pattern={"q_proj": 3, "layers.0.self_attn.q_proj": 5})
-    with untouched(model), pytest.raises(ValueError, match="expected shape|the layer has r=4"):
+    with untouched(model), pytest.raises(ValueError, match=r"expected shape|the layer has r=4"):
         fastlora.load_adapter(model, tmp_path / "a")
 
 
@@ -168,12 +168,14 @@ class Nested(nn.Module):
 
 
 def test_names_that_others_end_in_are_not_taken_for_them(tmp_path):
-    ours = randomise_lora(fastlora.replace_linear(Nested(), LoRAConfig(target_modules="all-linear")))
+    ours = randomise_lora(
+        fastlora.replace_linear(Nested(), LoRAConfig(target_modules="all-linear"))
+    )
     assert [name for name, _ in lora_layers(ours)] == ["out", "inner.up"]
     fastlora.save_adapter(ours, tmp_path / "a")
     fastlora.combine_adapters([tmp_path / "a"] * 2, [0.5, 0.5], tmp_path / "b")
     # Of other layers than the first, so that the names themselves are written.
-    one = randomise_lora(fastlora.replace_linear(Nested(), LoRAConfig(target_modules=["up"])))
+    one = randomise_lora(fastlora.replace_linear(Nested(), LoRAConfig(target_modules=("up",))))
     fastlora.save_adapter(one, tmp_path / "c")
     fastlora.combine_adapters([tmp_path / "a", tmp_path / "c"], [1.0, 0.5], tmp_path / "d")
     for name in "abd":
@@ -251,7 +253,7 @@ def test_how_an_adapter_of_the_plain_base_began_is_history(tmp_path, base, begin
     with untouched(model), pytest.raises(ValueError, match=begin.__name__):
         fastlora.replace_linear(model, config)
     expected = (
-        pytest.raises(ValueError, match="is_trainable.*'mica' trains lora_A alone")
+        pytest.raises(ValueError, match=r"is_trainable.*'mica' trains lora_A alone")
         if begin is mica
         else contextlib.nullcontext()
     )
@@ -278,9 +280,7 @@ def test_an_adapter_of_another_base_is_refused_until_peft_converts_it(tmp_path, 
         with pytest.raises(ValueError, match=says):
             read(tmp_path / "a", base, ids)
     want = logits(theirs, ids)
-    theirs.save_pretrained(
-        str(tmp_path / "b"), path_initial_model_for_weight_conversion=str(start)
-    )
+    theirs.save_pretrained(str(tmp_path / "b"), path_initial_model_for_weight_conversion=str(start))
     # How it began is still written there.
     assert settings(tmp_path / "b")["init_lora_weights"] is True
     assert settings(tmp_path / "b")[f"{name}_config"]
@@ -291,12 +291,12 @@ def test_an_adapter_of_another_base_is_refused_until_peft_converts_it(tmp_path, 
 
 def test_an_adapter_of_a_quantised_base_is_refused(tmp_path, base):
     """LoftQ's needs CUDA to begin in PEFT; here is its config, from there."""
-    config = LoRAConfig(target_modules=["q_proj"])
+    config = LoRAConfig(target_modules=("q_proj",))
     fastlora.save_adapter(fastlora.replace_linear(llama(), config), tmp_path / "a")
     asked = {"loftq_bits": 4, "loftq_iter": 1}
     edit_json(tmp_path / "a" / CONFIG, init_lora_weights="loftq", loftq_config=asked)
     for read in OURS:
-        with pytest.raises(ValueError, match="'loftq'.*quantised weights in the place of"):
+        with pytest.raises(ValueError, match=r"'loftq'.*quantised weights in the place of"):
             read(tmp_path / "a", base, tokens(1, 3))
     edit_json(tmp_path / "a" / CONFIG, init_lora_weights=True)
     by_load(tmp_path / "a", base, tokens(1, 3))

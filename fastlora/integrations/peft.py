@@ -88,11 +88,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     skipped |= _reasons(model, layers)
     bases = {name: product(layer.base_layer) for name, layer in patched.items()}
     return {
-        "replaced": {
-            name: rank(layer)
-            for name, layer in patched.items()
-            if name not in skipped
-        },
+        "replaced": {name: rank(layer) for name, layer in patched.items() if name not in skipped},
         "skipped": skipped,
         "around": {
             name: base
