@@ -89,14 +89,17 @@ def whole(name: str) -> str:
 
 def exactly(names: Iterable[str], others: Iterable[str]) -> Names:
     """Names that none of ``others`` ends in, as they are; else a regular expression for them."""
-    names = tuple(names)
-    if any(matches(names, other) for other in others):
-        return "|".join(map(re.escape, names))
+    names = tuple(dict.fromkeys(names))
+    known = {*names}
+    for other in others:
+        parts = other.split(".")
+        if any(".".join(parts[i:]) in known for i in range(len(parts))):
+            return "|".join(map(re.escape, names))
     return names
 
 
 # More than re itself remembers: files may have a key a layer, all of which every layer asks.
-@lru_cache(maxsize=1 << 12)
+@lru_cache(maxsize=1 << 15)
 def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
