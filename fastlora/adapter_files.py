@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastlora import adapter_hints as hints
+from fastlora import matching, refusals
 from fastlora.config import LoRAConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -31,6 +35,7 @@ _MAX_BYTES = 1 << 36
 _DTYPES = ("F16", "BF16", "F32", "F64")
 # Of buffers of modules that are saved whole.
 _COUNTS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+_A = ".lora_A.weight"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 Shape = tuple[int, ...]
@@ -56,8 +61,16 @@ def folder_of(directory: str | os.PathLike[str]) -> Path:
     return Path(directory)
 
 
-def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
-    """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad."""
+def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> LoRAConfig:
+    """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad.
+
+    trainable: whether it is to be trained on. How it began (EVA and others that leave the base as
+    it is) is not asked; one whose base was changed (CorDA, LoRA-GA, LoftQ) is refused.
+
+    Where keys of rank_pattern overlap, the tensors say which of them counted. Where those of
+    alpha_pattern do, in the order of the alphabet, so that the one they were given in is lost, the
+    first counts, with a warning: PEFT takes it too.
+    """
     path = _file(directory, CONFIG_NAME)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
@@ -65,13 +78,45 @@ def read_config(directory: str | os.PathLike[str]) -> LoRAConfig:
         )
     values = read_json(path)
     try:
-        return LoRAConfig.from_dict(values)
+        config = LoRAConfig.from_dict(refusals.without_history(values, trainable))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+    if len(config.rank_pattern) < 2 and len(config.alpha_pattern) < 2:
+        return config
+    shapes = read_shapes(directory)
+    ranks = {name: shapes[name + _A][0] for name in _layers(shapes) if shapes[name + _A]}
+    _warn_of_lost_order(path, config.alpha_pattern, ranks)
+    return replace(
+        config,
+        rank_pattern=matching.settled(config.rank_pattern, ranks, ranks),
+        alpha_pattern=matching.settled(config.alpha_pattern, ranks),
+    )
+
+
+def _layers(tensors: Mapping[str, object]) -> list[str]:
+    return [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
+
+
+def _warn_of_lost_order(path: Path, pattern: Mapping[str, float], names: Iterable[str]) -> None:
+    overlaps = matching.overlapping(pattern, names)
+    if not overlaps or list(pattern) != sorted(pattern):
+        return
+    alike: dict[str, list[str]] = {}
+    for name, keys in overlaps.items():
+        listed = " or ".join(f"{value:g} ({key!r})" for key, value in keys.items())
+        alike.setdefault(listed, []).append(name)
+    said = "; ".join(f"{_some(of)}: {listed}" for listed, of in list(alike.items())[:4])
+    warnings.warn(
+        f"{path}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
+        "writes keys in the order of the alphabet, not in that in which they counted in training: "
+        "taken as they stand, as PEFT does; full names as keys, which fastlora writes, would tell",
+        stacklevel=3,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError where it holds anything else."""
+    hints.check_content(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -85,6 +130,7 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
     """{tensor name without PEFT's prefix: shape}, from the header alone."""
     path = _file(directory, WEIGHTS_NAME)
     header = _header(path)
+    hints.check_names(path, header)
     shapes = {}
     for key, entry in header.items():
         shape = entry.get("shape") if isinstance(entry, dict) else None
@@ -171,7 +217,17 @@ def check_tensors(
 def write(
     directory: str | os.PathLike[str], config: LoRAConfig, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Writes both files, each in one piece: aside first, then renamed."""
+    """Writes both files, each in one piece: aside first, then renamed.
+
+    Patterns whose keys overlap are written with layers' full names, so that readers who sort them
+    find the same ranks and scalings.
+    """
+    names = _layers(tensors)
+    config = replace(
+        config,
+        rank_pattern=matching.settled(config.rank_pattern, names),
+        alpha_pattern=matching.settled(config.alpha_pattern, names),
+    )
     folder = folder_of(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: expected a directory, got the file {folder}")
@@ -204,6 +260,7 @@ def _file(directory: str | os.PathLike[str], name: str) -> Path:
         )
     raise FileNotFoundError(
         f"directory: expected {name} in {folder}, a local folder (nothing is downloaded)"
+        f"{hints.elsewhere(folder, name)}"
     )
 
 
@@ -211,6 +268,7 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")
+    hints.check_content(path)
     with path.open("rb") as file:
         start, brace = file.read(8), file.read(1)
         # A header's length may well begin like a pickle; a pickle has no brace behind it.
@@ -234,6 +292,7 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
     return header
 
 
-def _some(names: set[str]) -> str:
-    first = sorted(names)[:4]
-    return ", ".join(first) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import adapter_files as files
-from fastlora import gathering, saved_modules
+from fastlora import gathering, matching, saved_modules
 from fastlora.adapter_files import Shape
 from fastlora.config import LoRAConfig, moves_base
 from fastlora.inject import inject
@@ -68,7 +68,10 @@ def save_adapter(
     values["fan_in_fan_out"] = layers[-1][1].fan_in_fan_out
     if settings.all_linear:
         # As PEFT does: the file names the layers, so that it means the same to every reader.
-        values["target_modules"] = [name for name, _ in layers]
+        names, own = [name for name, _ in layers], {layer for _, layer in layers}
+        modules = unwrapped(model).named_modules(remove_duplicate=False)
+        others = {plain_name(name) for name, module in modules if module not in own} - {*names}
+        values["target_modules"] = matching.exactly(names, others)
     with gathering.gathered(tensors) as whole:
         if whole is not None:
             files.write(directory, LoRAConfig.from_dict(values), whole)
@@ -87,7 +90,8 @@ def load_adapter(
     layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
     the adapter. adapter_name: which one to fill, where the model trains several; what its layers
     are set to must then be the file's settings. Of a sharded model every process must call: each
-    reads the files and keeps its part.
+    reads the files and keeps its part. Warns where keys of alpha_pattern overlap in the order of
+    the alphabet, which is PEFT's and not the one that counted.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
@@ -96,11 +100,11 @@ def load_adapter(
     """
     gathering.reshard(model)
     if adapter_name is not None:
-        config = files.read_config(directory)
+        config = files.read_config(directory, is_trainable)
         return _load_one(model, directory, config, adapter_name, is_trainable)
     if next(trained_layers(unwrapped(model)), None):
         raise ValueError("adapter_name: expected which of the model's adapters to fill, got None")
-    read_adapter(model, directory).fill(model, is_trainable)
+    read_adapter(model, directory, trainable=is_trainable).fill(model, is_trainable)
     return model
 
 
@@ -124,10 +128,14 @@ class LoadedAdapter:
 
 
 def read_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, merged: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    merged: bool = False,
+    trainable: bool = False,
 ) -> LoadedAdapter:
     """The adapter in ``directory`` for ``model``; merged: for one whose layers are."""
-    config, inner = files.read_config(directory), unwrapped(model)
+    config, inner = files.read_config(directory, trainable), unwrapped(model)
     existing = dict(lora_layers(inner))
     chosen = None
     if existing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora import adapter_files as files
+from fastlora import matching
 from fastlora.combining import Combination, check_adapter, check_weights
 from fastlora.config import LoRAConfig
 from fastlora.receipt import Adapter
@@ -117,8 +117,7 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
     """The first config, of these layers and ranks; lora_alpha equals r, so that scaling is 1."""
     ranks = {name: A.shape[0] for name, (A, _, _) in layers.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    # Exact names: a pattern matches the end of a name too, and a dot any character.
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    others = {matching.whole(name): rank for name, rank in ranks.items() if rank != r}
     first = sources[0].config
     chosen = {name: getattr(first, name) for name in _CHOICE}
     alike = all(
@@ -127,7 +126,9 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
         for source in sources
     )
     if not alike:
-        chosen = dict.fromkeys(_CHOICE) | {"target_modules": tuple(layers)}
+        # A bare name may well be the end of another layer's, which is not to be seen here.
+        bare = (f"*.{name}" for name in layers if "." not in name)
+        chosen = dict.fromkeys(_CHOICE) | {"target_modules": matching.exactly(layers, bare)}
     return replace(
         first,
         r=r,

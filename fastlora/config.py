@@ -41,8 +41,9 @@ class LoRAConfig:
     ``Conv1D`` but the output embedding. layers_to_transform: of the names after a dot only those in
     layers of this index, or these; layers_pattern: what the list of layers is called, by default
     anything. rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
-    lora_alpha. modules_to_save: modules whose name ends so are trained and saved whole, as a copy.
-    fan_in_fan_out: what PEFT's files say of ``Conv1D``; each layer's own kind decides.
+    lora_alpha, the first key that matches. modules_to_save: modules whose name ends so are trained
+    and saved whole, as a copy. fan_in_fan_out: what PEFT's files say of ``Conv1D``; each layer's
+    own kind decides.
 
     init_lora_weights: True (lora_B zero), "gaussian" (likewise), "orthogonal", False (lora_B
     random, for tests), or what moves a part of the base's weight into the adapter: "pissa",

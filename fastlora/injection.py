@@ -43,7 +43,8 @@ class Report:
     merged: layers whose weight holds the adapter; fidelity: {merged layer: how much of its adapter
     has arrived}; untied: {layer: whose weight its was}; modules_to_save: modules that are trained
     whole; around: {replaced layer of a PEFT model: why its base computes its own output, onto which
-    the adapter is added}.
+    the adapter is added}; misstated: {layer of a PEFT model: which adapter runs at another rank or
+    scaling than its config says}, as after hot-swapping, where PEFT saves what the config says.
     """
 
     replaced: dict[str, int] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Report:
     untied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     around: dict[str, str] = field(default_factory=dict)
+    misstated: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
@@ -71,6 +73,7 @@ class Report:
             lines.append(f"least of its adapter arrived in {worst}: {self.fidelity[worst]}")
         lines += [f"untied {name} from {', '.join(of)}" for name, of in self.untied.items()]
         lines += [f"added onto the base's own output: {each}" for each in by_reason(self.around)]
+        lines += [f"not as PEFT would save it: {each}" for each in by_reason(self.misstated)]
         lines += [f"skipped {each}" for each in by_reason(self.skipped)]
         return "\n".join(lines)
 

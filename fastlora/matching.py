@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 Names = str | tuple[str, ...]
@@ -45,9 +46,62 @@ def layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
 def overridden(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of the first key that is a regular expression for the end of ``name``."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _ending(key).match(name):
             return value
     return default
+
+
+def overlapping(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """{name: {key: value}} where keys of different values match, so that their order decides."""
+    if len(pattern) < 2:
+        return {}
+    keys = [(key, value, _ending(key)) for key, value in pattern.items()]
+    found = {name: {k: v for k, v, ending in keys if ending.match(name)} for name in names}
+    return {name: of for name, of in found.items() if len(set(of.values())) > 1}
+
+
+def settled(
+    pattern: Mapping[str, Any], names: Iterable[str], values: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """``pattern`` with the same values for ``names`` in whatever order its keys are read.
+
+    Keys that overlap give way to the full names of all that they match. values: {name: value} that
+    count where keys overlap and one of them has it, instead of the first one's.
+    """
+    names = list(names)
+    overlaps = overlapping(pattern, names)
+    mixed = {key: pattern[key] for of in overlaps.values() for key in of}
+    plain = {key: value for key, value in pattern.items() if key not in mixed}
+    for name in names:
+        if overridden(mixed, name, None) is None:
+            continue
+        value = (values or {}).get(name)
+        if value not in overlaps.get(name, {}).values():
+            value = overridden(pattern, name, None)
+        plain[whole(name)] = value
+    return plain
+
+
+def whole(name: str) -> str:
+    """A key for ``name`` alone: others match the ends of names too, with any character at a dot."""
+    return f"^{re.escape(name)}"
+
+
+def exactly(names: Iterable[str], others: Iterable[str]) -> Names:
+    """Names that none of ``others`` ends in, as they are; else a regular expression for them."""
+    names = tuple(dict.fromkeys(names))
+    known = {*names}
+    for other in others:
+        parts = other.split(".")
+        if any(".".join(parts[i:]) in known for i in range(len(parts))):
+            return "|".join(map(re.escape, names))
+    return names
+
+
+# More than re itself remembers: files may have a key a layer, all of which every layer asks.
+@lru_cache(maxsize=1 << 15)
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def names_or_regex(field_name: str, value: object) -> Names | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # Fields that are refused unless they are null, false or empty.
 FIELDS = {
     "alora_invocation_tokens": "an adapter that only some tokens of a row go through",
@@ -22,14 +25,47 @@ FIELDS = {
     "use_qalora": "pooled inputs of a quantised base",
     "velora_config": "compressed activations",
 }
-# Values of init_lora_weights.
+# Values of init_lora_weights, of an adapter that is to begin.
 INITS = {
     "corda": "it takes activations of the base to compute",
-    "eva": "it takes activations of the base to compute",
+    "eva": "it takes activations of the base to compute (what PEFT has trained so loads)",
     "loftq": "it quantises the base",
     "lora_ga": "it takes gradients of the base to compute",
-    "mica": "it trains lora_A alone",
+    "mica": "it trains lora_A alone (what PEFT has trained so loads)",
 }
+# What they are in a file. Some began beside the base as it is, which is history; others changed it.
+_SAME_BASE = ("eva", "mica")
+_SUBTRACTED = (
+    "PEFT subtracted what the adapter began as from the base's weights. Have PEFT save it with "
+    "path_initial_model_for_weight_conversion, which makes it one for the base as it was"
+)
+_OTHER_BASE = {
+    "corda": _SUBTRACTED,
+    "loftq": "PEFT put quantised weights in the place of the base's",
+    "lora_ga": _SUBTRACTED,
+}
+_HOW_IT_BEGAN = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
+
+
+def without_history(values: Mapping[str, Any], trainable: bool = False) -> dict[str, Any]:
+    """A file's fields without those that only say how its adapter began, where its base is plain.
+
+    trainable: whether it is to be trained on. Raises ValueError for an adapter of another base.
+    """
+    how = values.get("init_lora_weights", True)
+    for init, why in _OTHER_BASE.items():
+        if str(how).startswith(init):
+            raise ValueError(
+                f"init_lora_weights={how!r}: the adapter is for another base: {why}; where the "
+                "model given is that base, write true for it in this file"
+            )
+    if how == "mica" and trainable:
+        raise ValueError(
+            "is_trainable: an adapter of init_lora_weights='mica' trains lora_A alone, which "
+            "fastlora does not: load it without, or train it in PEFT"
+        )
+    plain = {key: value for key, value in values.items() if key not in _HOW_IT_BEGAN}
+    return plain | ({"init_lora_weights": True} if how in _SAME_BASE else {})
 
 
 def fields(given: dict[str, object]) -> str:

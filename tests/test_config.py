@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import fastlora
-from fastlora import LoRAConfig, refusals
+from fastlora import LoRAConfig, matching, refusals
 from fastlora.modules import lora_layers
 from tests.models import llama
 
@@ -340,3 +340,28 @@ def test_every_name_matches_as_in_peft(name, target, ranks):
     excluded = LoRAConfig(exclude_modules=target).excludes(name)
     wanted = re.fullmatch(target, name) if isinstance(target, str) else ours.targets(name)
     assert excluded == bool(wanted)
+
+
+@given(
+    known=st.lists(names, max_size=6, unique=True),
+    ranks=st.dictionaries(patterns, st.integers(1, 3), max_size=5),
+    order=st.randoms(use_true_random=False),
+    values=st.lists(st.integers(1, 4), min_size=6, max_size=6),
+)
+def test_settled_patterns_mean_the_same_in_any_order(known, ranks, order, values):
+    """By PEFT's matching; what keys do not contradict stays, what tensors say counts."""
+    found = matching.settled(ranks, known)
+    keys = list(found)
+    order.shuffle(keys)
+    for name in known:
+        want = ranks.get(get_pattern_key(ranks, name), 99)
+        for shuffled in (keys, sorted(keys)):
+            again = {key: found[key] for key in shuffled}
+            assert again.get(get_pattern_key(again, name), 99) == want
+    overlaps = matching.overlapping(ranks, known)
+    assert overlaps or found == ranks
+    told = dict(zip(known, values, strict=False))
+    said = matching.settled(ranks, known, told)
+    for name, of in overlaps.items():
+        want = told[name] if told[name] in of.values() else next(iter(of.values()))
+        assert said.get(get_pattern_key(sorted(said), name)) == want

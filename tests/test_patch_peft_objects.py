@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from peft.utils import hotswap  # noqa: E402
 
 import fastlora  # noqa: E402
 from tests.models import assert_agree, llama, quiet  # noqa: E402
@@ -68,6 +70,57 @@ def test_saved_and_loaded(kind, tmp_path):
     fresh = peft.PeftModel.from_pretrained(base, tmp_path / "patched")
     fastlora.patch_peft(fresh)
     assert_agree(run(fresh.eval(), given), run(plain, given))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "llama"])
+def test_what_a_hot_swap_leaves_in_the_configs_is_said(kind, tmp_path):
+    """The report tells ranks and scalings that run; PEFT's save_pretrained, that they are lost."""
+    given = inputs(kind)
+    other = peft_model(kind, r=8, lora_alpha=32)
+    other.save_pretrained(tmp_path / "other")
+    _, patched = pair(kind)
+    names = list(fastlora.report(patched).replaced)
+    assert set(fastlora.report(patched).replaced.values()) == {5}
+    assert not fastlora.report(patched).misstated
+    hotswap.hotswap_adapter(patched, tmp_path / "other", "default", torch_device="cpu")
+    assert_agree(run(patched, given), run(other, given))
+    found = fastlora.report(patched)
+    assert found.replaced == dict.fromkeys(names, 8)
+    says = "adapter 'default' runs with r=8 and a scaling of 4, its config says r=5 and 1.4"
+    assert found.misstated == dict.fromkeys(names, says)
+    more = f" and {len(names) - 1} more"
+    assert f"not as PEFT would save it: {names[0]}{more}: {says}" in str(found)
+    with pytest.warns(UserWarning, match=f"{more}: {says}.*save_pretrained writes what the config"):
+        patched.save_pretrained(tmp_path / "lost")
+    patched.peft_config["default"].r, patched.peft_config["default"].lora_alpha = 8, 32
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*save_pretrained writes")
+        patched.save_pretrained(tmp_path / "told")
+    assert not fastlora.report(patched).misstated
+    again = peft.PeftModel.from_pretrained(peft_model(kind).unload(), tmp_path / "told").eval()
+    assert_agree(run(again, given), run(other, given))
+
+
+def test_only_what_differs_from_its_config_is_said():
+    """By layer and adapter, patterns and tensors of scalings counted; padded ranks are ranks."""
+    options = {"rank_pattern": {"^lin0": 3}, "alpha_pattern": {"lin1": 20}, "use_rslora": True}
+    _, patched = pair("mlp", **options)
+    patched.add_adapter("more", config("mlp", r=2))
+    assert not fastlora.report(patched).misstated
+    hotswap._convert_scalings_to_tensor(patched)
+    assert not fastlora.report(patched).misstated
+    layer = patched.get_submodule("base_model.model.lin1")
+    layer.set_scale("more", 2.0)
+    assert fastlora.report(patched).misstated == {
+        "base_model.model.lin1": "adapter 'more' runs with r=2 and a scaling of 7, its config says "
+        "r=2 and 3.5"
+    }
+    layer.set_scale("more", 1.0)
+    hotswap._pad_lora_weights(patched, 6)
+    assert fastlora.report(patched).replaced == {
+        "base_model.model.lin0": 6, "base_model.model.lin1": 6
+    }  # fmt: skip
+    assert "runs with r=6" in fastlora.report(patched).misstated["base_model.model.lin0"]
 
 
 def test_copied_and_pickled():

@@ -13,6 +13,7 @@ from fastlora.injection import Report, by_reason, report
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
+from fastlora.integrations.peft_running import misstated, rank, warn_before_saving
 from fastlora.targets import bypassed
 from fastlora.wrapping import unwrapped
 
@@ -22,7 +23,12 @@ OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
 class LoraModel(peft.LoraModel):
-    """``peft.LoraModel`` whose new layers are patched as they come."""
+    """``peft.LoraModel`` whose new layers are patched as they come, and which says what it runs."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT saves what this gives, beside configs that hot-swapping leaves behind.
+        warn_before_saving(self, _patched(self))
+        return super().state_dict(*args, **kwargs)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -74,8 +80,7 @@ def unpatch(model: nn.Module) -> None:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What ``fastlora.report`` says of PEFT's layers, where some are patched."""
-    layers = _lora_layers(model)
-    patched = {name: layer for name, layer in layers.items() if type(layer) in OURS}
+    layers, patched = _lora_layers(model), _patched(model)
     if not patched:
         return {}
     new = [name for name in layers if name not in patched]
@@ -83,11 +88,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     skipped |= _reasons(model, layers)
     bases = {name: product(layer.base_layer) for name, layer in patched.items()}
     return {
-        "replaced": {
-            name: max(layer.r.values(), default=0)
-            for name, layer in patched.items()
-            if name not in skipped
-        },
+        "replaced": {name: rank(layer) for name, layer in patched.items() if name not in skipped},
         "skipped": skipped,
         "around": {
             name: base
@@ -95,6 +96,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             if isinstance(base, str) and name not in skipped
         },
         "merged": tuple(name for name, layer in patched.items() if layer.merged),
+        "misstated": misstated(model, patched),
     }
 
 
@@ -133,6 +135,10 @@ def _patch_layer(layer: nn.Module) -> None:
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
     modules = unwrapped(model).named_modules()
     return {name: module for name, module in modules if isinstance(module, lora.LoraLayer)}
+
+
+def _patched(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in _lora_layers(model).items() if type(layer) in OURS}
 
 
 def _reasons(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:

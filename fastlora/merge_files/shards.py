@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.adapter_files import read_json
+from fastlora.adapter_hints import check_content
 from fastlora.merge_files import durable
 
 CONFIG_NAME = "config.json"
@@ -152,6 +153,7 @@ def open_shard(path: Path) -> Shard:
     """Reads a safetensors file's header, which the library has checked; ValueError if bad."""
     if not path.is_file():
         raise FileNotFoundError(f"base: expected {path.name} in {path.parent}")
+    check_content(path)
     try:
         # Where every tensor lies, and that the file ends where the last one does.
         with safe_open(path, framework="pt"):
