@@ -83,9 +83,13 @@ def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> L
         raise ValueError(f"{path}: {error}") from None
     if len(config.rank_pattern) < 2 and len(config.alpha_pattern) < 2:
         return config
-    shapes = read_shapes(directory)
+    return in_order(str(path), config, read_shapes(directory))
+
+
+def in_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoRAConfig:
+    """A config from a file, whose patterns may have lost their order, as its tensors know it."""
     ranks = {name: shapes[name + _A][0] for name in _layers(shapes) if shapes[name + _A]}
-    _warn_of_lost_order(path, config.alpha_pattern, ranks)
+    _warn_of_lost_order(where, config.alpha_pattern, ranks)
     return replace(
         config,
         rank_pattern=matching.settled(config.rank_pattern, ranks, ranks),
@@ -97,7 +101,7 @@ def _layers(tensors: Mapping[str, object]) -> list[str]:
     return [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
 
 
-def _warn_of_lost_order(path: Path, pattern: Mapping[str, float], names: Iterable[str]) -> None:
+def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterable[str]) -> None:
     overlaps = matching.overlapping(pattern, names)
     if not overlaps or list(pattern) != sorted(pattern):
         return
@@ -107,10 +111,10 @@ def _warn_of_lost_order(path: Path, pattern: Mapping[str, float], names: Iterabl
         alike.setdefault(listed, []).append(name)
     said = "; ".join(f"{_some(of)}: {listed}" for listed, of in list(alike.items())[:4])
     warnings.warn(
-        f"{path}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
+        f"{where}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
         "writes keys in the order of the alphabet, not in that in which they counted in training: "
         "taken as they stand, as PEFT does; full names as keys, which fastlora writes, would tell",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -198,6 +202,7 @@ def check_tensors(
             f"tensors: expected {{name: tensor}}, as adapter_state_dict gives them, got {tensors!r}"
         )
     found = {}
+    hints.check_names("tensors", map(str, tensors))
     for key, tensor in tensors.items():
         name = str(key).removeprefix(PREFIX)
         if name in found:

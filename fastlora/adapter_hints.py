@@ -25,14 +25,14 @@ def check_content(path: Path) -> None:
             )
 
 
-def check_names(path: Path, tensors: Iterable[str]) -> None:
+def check_names(where: Path | str, tensors: Iterable[str]) -> None:
     """ValueError where names of tensors tell that something else than PEFT's saving wrote them."""
     names = set(tensors)
     for name in sorted(names):
         found = _NAMED.fullmatch(name)
         if found:
             raise ValueError(
-                f"{path}: tensor {name!r} has an adapter's name in it, {found[1]!r}, as in a "
+                f"{where}: tensor {name!r} has an adapter's name in it, {found[1]!r}, as in a "
                 "model's state_dict; PEFT's files have none. Save with "
                 "model.save_pretrained(folder), or peft.get_peft_model_state_dict(model) in the "
                 "state_dict's place"
@@ -40,7 +40,7 @@ def check_names(path: Path, tensors: Iterable[str]) -> None:
         stem = name.removesuffix(".alpha")
         if stem != name and any(stem + beside in names for beside in _BESIDE_ALPHA):
             raise ValueError(
-                f"{path}: tensor {name!r} is a layer's alpha, which kohya-ss's format keeps beside "
+                f"{where}: tensor {name!r} is a layer's alpha, which kohya-ss's format keeps beside "
                 "the matrices; PEFT's files have none, but lora_alpha and alpha_pattern in "
                 "adapter_config.json: convert the file to PEFT's format"
             )

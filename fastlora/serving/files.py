@@ -32,10 +32,7 @@ class Reader:
 
         config: a LoRAConfig, PEFT's, or the fields of its file. Raises TypeError or ValueError.
         """
-        if isinstance(config, Mapping):
-            settings = LoRAConfig.from_dict(config)
-        else:
-            settings = LoRAConfig.of(config)
+        settings = files.given_config(config, tensors)
         return self._factors(settings, lambda shapes: files.check_tensors(tensors, shapes))
 
     def _factors(
