@@ -33,8 +33,8 @@ class LoraModel(peft.LoraModel):
             _patch_layer(new_module)
             keep_unpacked(new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         let_pack(model)
         return model
 
