@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 
 import pytest
@@ -128,6 +129,31 @@ def test_quantized_by_others(kind):
         fastlora.replace_linear(made[2], fastlora.LoRAConfig(target_modules=["odd", "plain"]))
     with pytest.raises(TypeError, match="linear: "):
         fastlora.FastLoRALinear.from_linear(made[2].odd)
+
+
+def bitnet(linear):
+    kind = pytest.importorskip("transformers.integrations.bitnet").AutoBitLinear
+    made = kind(64, 64, bias=True)
+    made.load_state_dict(linear.state_dict(), strict=False)
+    return made
+
+
+def fake_quantized(linear):
+    qat = needed("torchao.quantization.qat")
+    config = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    library = importlib.import_module("torchao.quantization.qat.linear")
+    return library.FakeQuantizedLinear.from_linear(linear, weight_config=config)
+
+
+@pytest.mark.parametrize("quantize", [bitnet, fake_quantized])
+def test_a_plain_weight_that_its_layer_reads_otherwise(quantize):
+    settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
+    plain, patched = (filled(peft.get_peft_model(base(quantize), settings)) for _ in range(2))
+    found = fastlora.patch_peft(patched, strict=True)
+    assert list(found.around) == ["base_model.model.odd"]
+    x = torch.randn(3, 64)
+    for got, want in zip(act(patched, x), act(plain, x), strict=True):
+        assert_agree(got, want)
 
 
 def test_fused_experts():
