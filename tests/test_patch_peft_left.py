@@ -152,8 +152,9 @@ def test_a_plain_weight_that_its_layer_reads_otherwise(quantize):
     found = fastlora.patch_peft(patched, strict=True)
     assert list(found.around) == ["base_model.model.odd"]
     x = torch.randn(3, 64)
-    for got, want in zip(act(patched, x), act(plain, x), strict=True):
-        assert_agree(got, want)
+    with torch.compiler.set_stance("force_eager"):  # else it compiles parts, for seconds
+        for got, want in zip(act(patched, x), act(plain, x), strict=True):
+            assert_agree(got, want)
 
 
 def test_fused_experts():

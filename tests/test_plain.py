@@ -20,6 +20,8 @@ ODD = {
     "subclass": (Wrapped, f"its weight is {FORM}"),
     "sparse": (Tensor.to_sparse_csr, "its weight is one of layout torch.sparse_csr"),
     "mkldnn": (Tensor.to_mkldnn, "its weight is one of layout torch._mkldnn"),
+    "qint8": (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "is torch.qint8"),
+    "float8": (lambda w: w.to(torch.float8_e4m3fn), "its weight is torch.float8_e4m3fn"),
     "bias": (Wrapped, f"its bias is {FORM}"),
 }
 
@@ -59,6 +61,16 @@ def test_refused_where_it_is_taken(entry, odd, tmp_path):
     with pytest.raises(error, match=ODD[odd][1]):
         take(given)
     assert {name: id(module) for name, module in given.named_modules()} == before
+
+
+@pytest.mark.parametrize("odd", ["subclass", "sparse", "mkldnn"])
+def test_nothing_is_merged_into_it(odd):
+    weight = model(odd)[1].weight
+    found = ODD[odd][1].removeprefix("its weight is ")
+    with pytest.raises(
+        TypeError, match=f"weight: expected a plain tensor with numbers, got {found}"
+    ):
+        F.merge_(weight, [(torch.ones(2, 16), torch.ones(8, 2), 1.0)])
 
 
 def test_left_out_of_all_linear():

@@ -1,8 +1,8 @@
 """bitsandbytes' 4-bit weights stay as they were loaded beneath a patched model.
 
-On CPUs with AVX512_BF16 an eval forward of ``bitsandbytes.nn.Linear4bit`` (0.49 on, 0.50.2 read)
-packs the weight in place for a kernel that has no backward, and rounds each block's absmax to
-bfloat16. Training after it sends nothing to the layers below, merging decodes packed numbers as
+On CPUs with AVX512_BF16 an eval forward of ``bitsandbytes.nn.Linear4bit`` (0.50.2) packs the weight
+in place for a kernel that has no backward, and rounds each block's absmax to bfloat16. Training
+after it sends nothing through the weight to the layers below, merging decodes packed numbers as
 plain ones, and unpacking for ``state_dict`` leaves absmax transposed, or quantized anew.
 """
 
