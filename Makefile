@@ -18,7 +18,7 @@ SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 LATEST := $(VENV)-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock test test-rest test-full test-latest native asan demo bench aot gpu gpu-quick \
+.PHONY: help setup lock test test-rest test-full test-latest test-bases native asan demo bench aot gpu gpu-quick \
 	sanitize lint format types docs wheel clean python
 
 help: ## list the targets
@@ -62,6 +62,15 @@ test-full: setup ## run the whole test-suite
 test-latest: python ## run the tests with the newest of every package and print what that breaks
 	@$(PYTHON) tools/environment.py $(LATEST) --newest --torch "$(TORCH_LATEST)"
 	@$(LATEST)/bin/python tools/newest.py "$(LOCK)" -n $(JOBS) --dist worksteal $(ARGS)
+
+# Quantizing libraries that the lock leaves out, as few of their needs as they import with.
+$(VENV)/bases: | $(VENV)/.installed
+	$(BIN)/pip install -q --no-deps --target $@.part torchao==0.18.0 hqq==0.2.8 termcolor einops \
+		optimum-quanto==0.2.7 gguf==0.19.0 diffusers==0.42.1 importlib_metadata zipp
+	mv $@.part $@
+
+test-bases: setup $(VENV)/bases ## run the tests of bases that torchao, HQQ, quanto and GGUF have quantized
+	PYTHONPATH=$(VENV)/bases OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_patch_peft_left.py $(ARGS)
 
 native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import checks
+from fastlora.plain import is_plain, unreadable
 from fastlora.receipt import Adapter
 
 
@@ -40,10 +41,13 @@ def own_elements(weight: Tensor) -> tuple[int, int]:
     kind = type(weight).__name__
     if hasattr(weight, "placements"):
         raise TypeError(f"weight: a {kind} is sharded over processes; gather it before merging")
-    if not is_plain(weight):
+    found = unreadable(weight)
+    if found is None and not is_plain(weight):
+        found = f"a {kind}, which has none"
+    if found is not None:
         raise TypeError(
-            f"weight: a {kind} holds its numbers in a form of its own (quantized, say); expected a "
-            "plain tensor, so dequantize it before merging"
+            f"weight: expected a plain tensor with numbers, got {found}: dequantize it before "
+            "merging, or keep the adapter beside it"
         )
     if weight.dtype.itemsize == 1:
         raise TypeError(
@@ -61,12 +65,6 @@ def own_elements(weight: Tensor) -> tuple[int, int]:
             f"{tuple(weight.shape)} and strides {weight.stride()}"
         )
     return N, K
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether a tensor's numbers lie in memory as its dtype and strides say."""
-    plain, own = (getattr(kind, "__torch_dispatch__") for kind in (Tensor, type(t)))  # noqa: B009
-    return own is plain
 
 
 def disjoint(weights: Sequence[Tensor]) -> None:

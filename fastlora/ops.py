@@ -10,7 +10,7 @@ position.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from fastlora import dispatch, flops
 from fastlora.invariance import unmarked
+from fastlora.plain import unreadable
 
 _ADAPTER = "Tensor lora_A, Tensor lora_B"
 _DROPOUT = "float scaling, float dropout_p, Tensor? seed"
@@ -212,7 +213,11 @@ def call(name: str, *args: Any) -> Any:
         _refuse_sharded(name, args)
     if _watched() or not plain:
         flops.register()
-        return getattr(torch.ops.fastlora, name)(*args)
+        try:
+            return getattr(torch.ops.fastlora, name)(*args)
+        except (NotImplementedError, TypeError) as error:
+            _name_unreadable(name, args, error)
+            raise
     return _implementations[name](*args)
 
 
@@ -239,14 +244,28 @@ def _refuse_sharded(name: str, args: Sequence[Any]) -> None:
     """TypeError for a DTensor: where its parts lie, and what is a sum, is for layers to say."""
     if "torch.distributed.tensor" not in sys.modules:
         return
-    schema = getattr(torch.ops.fastlora, name).default._schema
-    for argument, value in zip(schema.arguments, args, strict=True):
-        parts = value if isinstance(value, list | tuple) else (value,)
-        if any(hasattr(part, "placements") for part in parts):
+    for argument, part in _operands(name, args):
+        if hasattr(part, "placements"):
             raise TypeError(
-                f"{argument.name}: expected a tensor that this process holds whole, got a DTensor: "
+                f"{argument}: expected a tensor that this process holds whole, got a DTensor: "
                 "a layer under parallelize_module takes one, or give all operands' to_local()"
             )
+
+
+def _name_unreadable(name: str, args: Sequence[Any], error: Exception) -> None:
+    """TypeError for an operand, as a quantized weight, whose class does not know the op."""
+    for argument, part in _operands(name, args):
+        found = unreadable(part) if isinstance(part, Tensor) else None
+        if found is not None:
+            raise TypeError(f"{argument}: expected a plain tensor, got {found}") from error
+
+
+def _operands(name: str, args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """(argument's name, value), of a list each of its own."""
+    schema = getattr(torch.ops.fastlora, name).default._schema
+    for argument, value in zip(schema.arguments, args, strict=True):
+        for part in value if isinstance(value, list | tuple) else (value,):
+            yield argument.name, part
 
 
 # A tuple is of bools: which gradients are wanted.

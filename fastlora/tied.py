@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastlora.checks_merge import is_plain, overlap
+from fastlora.checks_merge import overlap
 from fastlora.modules import LoRALayer
+from fastlora.plain import is_plain
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastlora.plain import unreadable
+
 # Where wrappers keep the module that they wrap: torch.compile's, checkpoint_wrapper's, FSDP1's.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _Layer = TypeVar("_Layer", bound="SharedWeight")
@@ -62,6 +64,13 @@ def unsupported(module: nn.Module) -> str | None:
         return f"it holds more than a weight and a bias: {', '.join(sorted(extra))}"
     if hasattr(module.weight, "placements"):
         return "its weight is sharded over processes already: replace linears first, then shard"
+    for name, parameter in module._parameters.items():
+        found = None if parameter is None else unreadable(parameter)
+        if found is not None:
+            return (
+                f"its {name} is {found}: dequantize it first, or keep the layer and add to its "
+                "output (functional.lora_add_)"
+            )
     if module.weight.dtype not in _DTYPES:
         return f"its weight is {module.weight.dtype}"
     return None

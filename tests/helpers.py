@@ -243,3 +243,23 @@ def _tensors(tree: object) -> list[Tensor]:
 
 def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
+
+
+class Wrapped(Tensor):
+    """A tensor subclass of its own form, as quantizers have."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [a.inner if isinstance(a, cls) else a for a in args]
+        return cls(func(*given, **kwargs)) if "detach" in str(func) else func(*given, **kwargs)

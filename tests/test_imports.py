@@ -67,6 +67,7 @@ LAYERS = {
         "products",
         "native",
         "packed",
+        "plain",
         "pruning",
     ],
 }

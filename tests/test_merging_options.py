@@ -13,7 +13,7 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.fidelity import FidelityWarning
 from fastlora.modules import FastLoRALinear, lora_layers
-from tests.helpers import Interrupt, same_bits
+from tests.helpers import Interrupt, Wrapped, same_bits
 from tests.models import assert_agree, llama, logits, randomise_lora, tokens, untouched
 
 LAST = "model.layers.1.mlp.down_proj"
@@ -160,26 +160,6 @@ def test_nothing_is_said_where_nothing_is_lost():
     assert all(each.gain > 0.999 for each in fastlora.report(model).fidelity.values())
 
 
-class Wrapped(torch.Tensor):
-    """A tensor subclass of its own form, as quantizers have."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __tensor_flatten__(self):
-        return ["inner"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = [a.inner if isinstance(a, cls) else a for a in args]
-        return cls(func(*given, **kwargs)) if "detach" in str(func) else func(*given, **kwargs)
-
-
 class DTensor(torch.Tensor):
     """As torch.distributed's, whose values lie on several processes."""
 
@@ -190,7 +170,10 @@ class DTensor(torch.Tensor):
     "make, message",
     [
         (lambda w: nn.Parameter(w.as_subclass(DTensor), requires_grad=False), "is sharded over"),
-        (lambda w: nn.Parameter(Wrapped(w), requires_grad=False), "Wrapped holds its numbers"),
+        (
+            lambda w: nn.Parameter(Wrapped(w), requires_grad=False),
+            "got a tests.helpers.Wrapped, which holds its numbers",
+        ),
         (
             lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False),
             "float8_e4m3fn, which is quantized",

@@ -38,6 +38,8 @@ def pair():
     torch.manual_seed(1)
     plain = filled(peft.get_peft_model(Quantized().to("cpu"), settings))
     patched = copy.deepcopy(plain)
+    # Packed, as in eval forwards on some CPUs, it rounds its numbers: see test_peft_packing.py.
+    plain.base_model.model.four.base_layer.support_avx512bf16_for_cpu = False
     found = fastlora.patch_peft(patched, strict=True)
     assert len(found.replaced) == 3
     around = {name.rpartition(".")[2]: why for name, why in found.around.items()}

@@ -26,6 +26,10 @@ def patch_peft(peft_model: nn.Module, *, strict: bool = False) -> Report:
     the layers that were left alone, with the reason (``skipped``): PEFT computes those as before.
     ``fastlora.report(peft_model)`` says the same later on.
 
+    4-bit linears of bitsandbytes are kept from packing their weights, which an eval forward does on
+    CPUs with AVX512_BF16; one that is packed already is unpacked, and a UserWarning names it, since
+    packing has rounded it.
+
     strict: raises ValueError, the model unchanged, where a layer was left alone. Raises ValueError
     too where PEFT has put no LoRA layer into the model, or none that can be patched.
     """
@@ -35,7 +39,7 @@ def patch_peft(peft_model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def unpatch_peft(peft_model: nn.Module) -> None:
-    """Gives every patched layer PEFT's own forward pass back.
+    """Gives every patched layer PEFT's own forward pass back, and lets 4-bit weights pack again.
 
     Raises ValueError where nothing is patched.
     """

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.injection import Report, by_reason, report
 from fastlora.integrations.peft_linear import Linear
+from fastlora.integrations.peft_packing import keep_unpacked, let_pack
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
 from fastlora.integrations.peft_running import misstated, rank, warn_before_saving
@@ -36,6 +37,12 @@ class LoraModel(peft.LoraModel):
         super()._replace_module(parent, child_name, new_module, child)
         if isinstance(new_module, lora.LoraLayer) and _left_alone(new_module) is None:
             _patch_layer(new_module)
+            keep_unpacked(new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        let_pack(model)
+        return model
 
 
 def patch(model: nn.Module, strict: bool) -> Report:
@@ -61,6 +68,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     for module in unwrapped(model).modules():
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
+    keep_unpacked(unwrapped(model), stacklevel=3)
     _warn_of_virtual_tokens(unwrapped(model))
     return report(model)
 
@@ -76,6 +84,7 @@ def unpatch(model: nn.Module) -> None:
     for module in modules:
         vars(module).pop("_receipts", None)
         module.__class__ = back[type(module)]
+    let_pack(unwrapped(model))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastlora import functional as F
+from fastlora.gathering import is_sharded
 from fastlora.integrations.peft_parts import adapter_of, product, unknown
+from fastlora.plain import is_plain, unreadable
 
 
 class Merged(NamedTuple):
@@ -55,6 +57,7 @@ class Merging(lora.Linear):
     ) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A and not self._merge_one(name, receipt):
+                _refuse_wrapped(name, self.base_layer)
                 super().merge(safe_merge, [name])
 
     def _merge_one(self, name: str, receipt: bool) -> bool:
@@ -109,3 +112,14 @@ class Merging(lora.Linear):
             bias.data.copy_(merged.bias[0])
         del receipts[name]
         return True
+
+
+def _refuse_wrapped(name: str, base: nn.Module) -> None:
+    """TypeError for a weight, quantized since the patch, of which PEFT would write a copy."""
+    weight = base._parameters.get("weight")
+    if weight is None or is_plain(weight) or is_sharded(weight):
+        return
+    raise TypeError(
+        f"adapter {name!r}: its base's weight is {unreadable(weight)}: what is added to it may be "
+        "lost; merge before quantizing, or keep the adapter beside it"
+    )
