@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
+import warnings
 
 import pytest
 import torch
@@ -206,3 +207,29 @@ def test_quantized_once_it_is_patched():
         model.merge_adapter()
     assert not layer.merged
     assert torch.equal(weight, before)
+
+
+class Quantos(Wrapped):
+    """As optimum-quanto's tensors, in which what is assigned to ``data`` does not arrive."""
+
+    __module__ = "optimum.quanto.tensor.weights"
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "unload"])
+def test_merging_that_would_lose_an_adapter_is_warned_of(how):
+    settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
+    model = filled(peft.get_peft_model(base(lambda linear: linear), settings))
+    fastlora.patch_peft(model)
+    for name in ("odd", "plain"):
+        layer = model.base_model.model.get_submodule(name)
+        # Not merged here, where only the warning is looked at.
+        layer.merge = lambda *args, **kwargs: None
+        layer.unload_and_optionally_merge_module = lambda *args, layer=layer, **kwargs: layer
+    layer = model.base_model.model.odd.base_layer
+    layer.weight = nn.Parameter(Quantos(layer.weight.detach()), requires_grad=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        getattr(model, how)()
+    found = [str(each.message) for each in said if "optimum-quanto" in str(each.message)]
+    assert len(found) == (how != "unload")
+    assert all("model.odd stay as they are" in text for text in found)

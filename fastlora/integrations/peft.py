@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.injection import Report, by_reason, report
 from fastlora.integrations.peft_linear import Linear
+from fastlora.integrations.peft_merging import warn_of_lost_merges
 from fastlora.integrations.peft_packing import keep_unpacked, let_pack
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
@@ -39,8 +40,14 @@ class LoraModel(peft.LoraModel):
             _patch_layer(new_module)
             keep_unpacked(new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        warn_of_lost_merges(_lora_layers(self))
+        super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            warn_of_lost_merges(_lora_layers(self))
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         let_pack(model)
         return model
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastlora import functional as F
 from fastlora.gathering import is_sharded
 from fastlora.integrations.peft_parts import adapter_of, product, unknown
+from fastlora.listing import some
 from fastlora.plain import is_plain, unreadable
 
 
@@ -112,6 +114,28 @@ class Merging(lora.Linear):
             bias.data.copy_(merged.bias[0])
         del receipts[name]
         return True
+
+
+def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
+    """Warns, of layers that PEFT merges, by name where it loses the adapter.
+
+    PEFT 0.21.2 assigns to ``weight.data``, which optimum-quanto 0.2.7's tensors do not take in.
+    """
+    lost = [
+        name
+        for name, layer in layers.items()
+        if _is_quantos(getattr(layer.get_base_layer(), "weight", None))
+    ]
+    if lost:
+        warnings.warn(
+            f"PEFT's merging leaves the adapter out of weights of optimum-quanto: {some(lost)} "
+            "stay as they are and count as merged; keep the adapter beside them",
+            stacklevel=4,
+        )
+
+
+def _is_quantos(weight: object) -> bool:
+    return type(weight).__module__.startswith("optimum.quanto.")
 
 
 def _refuse_wrapped(name: str, base: nn.Module) -> None:
