@@ -13,6 +13,7 @@ from fastlora.injection import Report, by_reason, report
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
+from fastlora.integrations.peft_tied import UntiedMerging
 from fastlora.targets import bypassed
 from fastlora.wrapping import unwrapped
 
@@ -21,7 +22,7 @@ PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTI
 OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
-class LoraModel(peft.LoraModel):
+class LoraModel(UntiedMerging):
     """``peft.LoraModel`` whose new layers are patched as they come."""
 
     def _replace_module(
