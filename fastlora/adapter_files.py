@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,14 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
 
 
 def check_shapes(
-    directory: str | os.PathLike[str], found: Mapping[str, Shape], expected: Mapping[str, Shape]
+    directory: str | os.PathLike[str],
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    besides: Set[str] = frozenset(),
 ) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
     where = Path(directory) / WEIGHTS_NAME
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
     if missing or extra:
         parts = [f"missing {_some(missing)}"] * bool(missing) + [
             f"unexpected {_some(extra)}"
@@ -122,10 +125,15 @@ def check_shapes(
 
 
 def read_tensors(
-    directory: str | os.PathLike[str], expected: Mapping[str, Shape]
+    directory: str | os.PathLike[str],
+    expected: Mapping[str, Shape],
+    besides: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The tensors of the adapter on the CPU, by name, after ``check_shapes``."""
-    check_shapes(directory, read_shapes(directory), expected)
+    """The tensors of the adapter on the CPU, by name, after ``check_shapes``.
+
+    besides: names of others that may be there, and are not read.
+    """
+    check_shapes(directory, read_shapes(directory), expected, besides)
     path = _file(directory, WEIGHTS_NAME)
     try:
         with safe_open(path, framework="pt") as file:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 from peft.tuners.lora import layer as lora
-from torch import nn
 
 from fastlora import tied
 
@@ -34,7 +35,7 @@ class UntiedMerging(peft.LoraModel):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             self._refuse_tied(adapter_names)
         return super()._unload_and_optionally_merge(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
 
 from fastlora import adapter_files as files
+from fastlora import base_copies
 from fastlora.checkpoint import adapter_shapes
 from fastlora.config import LoRAConfig
 from fastlora.serving.layout import Factors
@@ -14,11 +18,14 @@ from fastlora.serving.layout import Factors
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads adapters for ``served`` layers, {name: (N, K)}, of a model with these ``linears``."""
+    """Reads adapters for ``served`` layers, {name: (N, K)}, of ``model`` with these ``linears``."""
 
+    model: nn.Module
     served: Mapping[str, tuple[int, int]]
     linears: frozenset[str]
     max_rank: int
+    # Files that have been compared with the base: what identifies each, and its copies' names.
+    _compared: dict[Path, tuple[tuple[int, ...], frozenset[str]]] = field(default_factory=dict)
 
     def read(self, directory: str | os.PathLike[str]) -> dict[str, Factors]:
         """The adapter in PEFT's files; ValueError or FileNotFoundError if it cannot be served."""
@@ -27,12 +34,32 @@ class Reader:
             name: adapter_shapes(name, self.served[name], config) for name in self._targeted(config)
         }
         every = {key: shape for shapes in expected.values() for key, shape in shapes.items()}
-        tensors = files.read_tensors(directory, every)
+        tensors = files.read_tensors(directory, every, self._copies(directory, every))
         found = {}
         for name, shapes in expected.items():
             A, B = (tensors[key] for key in shapes)
             found[name] = Factors(A, B, config.scaling_of(name))
         return found
+
+    def _copies(
+        self, directory: str | os.PathLike[str], expected: Mapping[str, files.Shape]
+    ) -> frozenset[str]:
+        """Names of the base's own weights in the file; ValueError where they are others."""
+        if files.read_shapes(directory).keys() <= expected.keys():
+            return frozenset()
+        path = Path(directory, files.WEIGHTS_NAME)
+        status = path.stat()
+        stamp = status.st_ino, status.st_size, status.st_mtime_ns
+        known = self._compared.get(path)
+        # An adapter that has had to make room is read often.
+        if known is None or known[0] != stamp:
+            fixed = (
+                "and the served base is everybody's: serve a model that it is merged into "
+                "(fastlora merge), or load it into a model of its own (load_adapter)"
+            )
+            copies = base_copies.read(directory, self.model, self.served, expected, fixed=fixed)
+            known = self._compared[path] = stamp, copies.names
+        return known[1]
 
     def _targeted(self, config: LoRAConfig) -> list[str]:
         """The served layers that an adapter is for, checked against its config."""
