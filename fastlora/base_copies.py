@@ -73,6 +73,24 @@ def place_of(name: str) -> str:
     return name
 
 
+def of_embeddings(shapes: Mapping[str, files.Shape], expected: Iterable[str]) -> frozenset[str]:
+    """Names of the embeddings' tensors beside ``expected`` in a file whose model is not known.
+
+    None where they cannot be that: of more than two modules, or of two shapes.
+    """
+    along = {n for n in shapes.keys() - set(expected) if n.endswith((".weight", ".bias"))}
+    owners = {name.rpartition(".")[0] for name in along}
+    weights = {shapes.get(f"{owner}.weight", ()) for owner in owners}
+    fit = len(owners) <= 2 and len(weights) == 1 and all(len(shape) == 2 for shape in weights)
+    lora = any(".lora_" in name for name in along)
+    return frozenset(along if fit and not lora else ())
+
+
+def frozen(name: str) -> bool:
+    """Whether a tensor of an adapter's file is the weight of a layer that has LoRA there."""
+    return ".base_layer." in name
+
+
 def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """The input and the output embedding by every name that the model has for them."""
     getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
@@ -140,20 +158,19 @@ def read(
                 f"{path}: {name}: expected floats beside floats, got {stored.dtype} for a base of "
                 f"{base.dtype}"
             )
-        frozen = ".base_layer." in name
-        if frozen and merged:
+        if frozen(name) and merged:
             raise ValueError(
                 f"{path}: it has {place_of(name)} along, which is merged here and cannot be "
                 "compared: unmerge_adapter, load_adapter and merge_adapter"
             )
-        if gathering.is_sharded(base) or base.is_meta or (frozen and moved):
+        if gathering.is_sharded(base) or base.is_meta or (frozen(name) and moved):
             changes[name] = Change(base, stored.read())
             continue
         rows = differing(stored, lambda start, stop, base=base: base[start:stop])
         if rows is None:
             continue
         changes[name] = Change(base, rows)
-        if not rows.added and not frozen:
+        if not rows.added and not frozen(name):
             said.append(of_its_own(place_of(name), rows))
         elif not rows.added:
             raise ValueError(

@@ -61,6 +61,14 @@ class Stored:
             raise ValueError(f"{self.path}: expected a safetensors file: {error}") from None
 
 
+def agree(a: Stored, b: Stored) -> bool:
+    """Whether two hold the same rows: of two dtypes, as the narrower one rounds the other's."""
+    if a.shape != b.shape or None in (a.dtype, b.dtype):
+        return False
+    tensor = b.read()
+    return differing(a, lambda start, stop: tensor[start:stop]) is None
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of a tensor of ``of`` rows: their indices (n,), ascending, and their values (n, ...)."""
@@ -86,6 +94,8 @@ class Rows:
 def differing(stored: Stored, rows_of: Callable[[int, int], Tensor]) -> Rows | None:
     """The rows of ``stored`` that are others than the base's, ``rows_of(start, stop)``; or None.
 
+    Those that the base does not have are.
+
     A row is the base's where it has its bits, in the base's dtype or in the file's; also where it
     has those that rounding to float16 or bfloat16 leaves of the base's, as where the model was
     trained in a half and upcast: it then tells nothing that the base does not tell better.
@@ -94,7 +104,8 @@ def differing(stored: Stored, rows_of: Callable[[int, int], Tensor]) -> Rows | N
     for start, copy in stored.chunks():
         count = start + len(copy)
         base = rows_of(start, count).detach().cpu()
-        found = _others(copy, base)
+        found = torch.ones(len(copy), dtype=torch.bool)  # those that the base does not have
+        found[: len(base)] = _others(copy[: len(base)], base)
         if found.any():
             index.append(found.nonzero().flatten() + start)
             values.append(copy[found])
