@@ -113,6 +113,7 @@ def make(
         )
     found = [(adapter, places.find(base, adapter)) for adapter in adapters]
     plan = Plan(base, dtype, vocabulary.find(base, found, allow_partial))
+    plan.skipped += plan.vocabulary.skipped
     for adapter, its_places in found:
         if adapter.biases and (len(adapters) > 1 or adapter.weight != 1):
             # They take the base's place; of two, or of half of one, there is no sum.

@@ -10,7 +10,7 @@ from typing import Any
 from fastlora.base_copies import frozen, of_its_own
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.places import Places
-from fastlora.merge_files.shards import Checkpoint, Entry
+from fastlora.merge_files.shards import Checkpoint, Entry, Shard
 from fastlora.stored import Rows, Stored, agree, differing
 
 _ANOTHER = "it was trained on another base, merge it into that"
@@ -21,7 +21,8 @@ class Vocabulary:
     """Tensors that adapters bring whole, by the base's name, which take the base's place.
 
     size: how many rows the vocabulary has, None where as many as the base's. exchanged: rows that
-    the base had otherwise, for people; said: of rows that it lacked too. untied: whether the output
+    the base had otherwise, for people; said: of rows that it lacked too; skipped: what is left out.
+    untied: whether the output
     layer is changed and not the embedding, though the config says they are one.
     """
 
@@ -29,6 +30,7 @@ class Vocabulary:
     size: int | None = None
     said: list[str] = field(default_factory=list)
     exchanged: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     untied: bool = False
 
     def entry(self, entry: Entry) -> Entry:
@@ -180,17 +182,27 @@ def _is_twin(base: Checkpoint, adapter: AdapterFolder, places: Places, name: str
                 "tied weight: untie and save the base first (config.tie_word_embeddings=False, and "
                 "a clone as the output layer's weight)"
             )
-    return False
+    # Or a bias, which may be called otherwise too.
+    shape = adapter.copies[name].shape
+    return any(
+        entry.shape == shape and entry.floating and _is_copy(shard, entry, adapter.copies[name])
+        for shard in base.shards
+        for entry in shard.tensors.values()
+    )
+
+
+def _is_copy(shard: Shard, entry: Entry, stored: Stored) -> bool:
+    tensor = shard.read(entry.name)
+    return differing(stored, lambda start, stop: tensor[start:stop]) is None
 
 
 def _missing(
     base: Checkpoint, adapter: AdapterFolder, place: str, allow_partial: bool, found: Vocabulary
 ) -> None:
-    text = f"{place} of {adapter.folder}: not in the base"
     if not allow_partial:
         raise ValueError(
             f"{adapter.folder}: it has {place} along, which is not in {base.folder}: merge it into "
             "the model that it was trained on, or leave it out with allow_partial=True "
             "(--allow-partial)"
         )
-    found.said.append(text)
+    found.skipped.append(f"{place} of {adapter.folder}: not in the base")
