@@ -54,7 +54,8 @@ def save_adapter(
 
     adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
     parallelism) every process must call: the tensors are gathered, the process of rank 0 writes,
-    and the others return when it has. Raises RuntimeError when the model has no adapter, or it is
+    and the others return when it has. Embeddings into which ``load_adapter`` has put rows of an
+    adapter's are saved along. Raises RuntimeError when the model has no adapter, or it is
     merged or in flat parts (FSDP1, ZeRO), ValueError for a bad directory or a name the model does
     not have.
     """
@@ -89,10 +90,13 @@ def load_adapter(
     layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
     the adapter. adapter_name: which one to fill, where the model trains several; what its layers
     are set to must then be the file's settings. Of a sharded model every process must call: each
-    reads the files and keeps its part.
+    reads the files and keeps its part. Embeddings that PEFT has saved along are the base's, or rows
+    that came with the adapter: those are put into the model's, as PEFT does, with a UserWarning
+    where they are not the last ones, as a resized vocabulary's are.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
-    wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
+    wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles, another
+    vocabulary (the error names the call that resizes) or the frozen weights of another base;
     FileNotFoundError for a missing file; RuntimeError for a merged model, or flat parts of one
     (FSDP1, ZeRO).
     """

@@ -11,12 +11,14 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import fastlora  # noqa: E402
+from fastlora import base_copies  # noqa: E402
 from tests.checkpoints import (  # noqa: E402
     PREFIX,
     edit_adapter,
@@ -36,6 +38,7 @@ from tests.models import (  # noqa: E402
     llama,
     logits,
     quiet,
+    randomise_lora,
     tokens,
     untouched,
 )
@@ -255,3 +258,36 @@ def test_another_vocabulary_is_not_served(tmp_path):
     model = fastlora.load_adapter(resized(tmp_path / "base", size, 1), tmp_path / "adapter")
     server = fastlora.MultiLoRAModel(fastlora.merge_and_unload(model), target_modules=["q_proj"])
     server.load_adapter(tmp_path / "adapter", "a")
+
+
+@pytest.mark.parametrize("size", [VOCABULARY, VOCABULARY + 4])
+def test_combined_where_they_are_the_same(tmp_path, size):
+    """Of an adapter whose output layer is a target, and of one that has both embeddings as such."""
+    save_base(tmp_path / "base", llama())
+    bare = resized(tmp_path / "base", size)
+    head = save_adapter(tmp_path / "head", copy.deepcopy(bare), target_modules=["lm_head"])
+    both = peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(target_modules=["q_proj"]))
+    randomise_lora(both, 0.05).save_pretrained(str(tmp_path / "both"), save_embedding_layers=True)
+    folders = [tmp_path / "head", tmp_path / "both"]
+    fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "out", combination_type="cat")
+    held = load_file(tmp_path / "out" / FILE)
+    plain = {name.removeprefix(PREFIX): t for name, t in held.items() if ".lora_" not in name}
+    assert plain.keys() == {"lm_head.base_layer.weight", EMBEDDING}
+    assert all(same_bits(t, bare.get_parameter(base_copies.place_of(n))) for n, t in plain.items())
+    base, given = resized(tmp_path / "base", size, seed=1), every_id(size)
+    theirs = peft_on(copy.deepcopy(base), tmp_path / "out")
+    ours = fastlora.load_adapter(base, tmp_path / "out")
+    assert_agree(logits(ours, given), logits(theirs, given))
+    assert error(logits(ours, given), logits(head, given)) > 1e-3
+    # In float32 on the one side, in the adapters' half on the other.
+    edit_tensors(tmp_path / "both" / FILE, lambda t: {n: t[n].bfloat16() for n in t})
+    fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "half", combination_type="cat")
+    edit_tensors(tmp_path / "both" / FILE, move(HEAD, 3))
+    says = r"head and .*both: they have different rows of lm_head\.weight"
+    with pytest.raises(ValueError, match=says):
+        fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "no", combination_type="cat")
+    spoil = {f"{PREFIX}model.norm.weight": torch.ones(32)}
+    edit_tensors(tmp_path / "head" / FILE, lambda t: t.update(spoil))
+    with pytest.raises(ValueError, match=r"unexpected .*model\.norm\.weight"):
+        fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "no", combination_type="cat")
+    assert not (tmp_path / "no").exists()
