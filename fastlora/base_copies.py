@@ -197,7 +197,7 @@ def read(
 def _of(getter: object) -> nn.Module | None:
     try:
         found = getter()  # pyright: ignore[reportCallIssue]
-    except NotImplementedError:  # transformers' models without one
+    except (NotImplementedError, AttributeError, TypeError):  # of models without one
         return None
     return found if isinstance(found, nn.Module) else None
 

@@ -46,6 +46,7 @@ from tests.models import (  # noqa: E402
 pytestmark = quiet
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FILE = "adapter_model.safetensors"
+LARGER = VOCABULARY + 4
 
 
 def every_id(size: int) -> torch.Tensor:
@@ -58,7 +59,7 @@ def peft_on(base: nn.Module, folder) -> nn.Module:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("what", ["plain", "whole", "one whole", "head"])
-@pytest.mark.parametrize("size", [VOCABULARY + 4, VOCABULARY - 7])
+@pytest.mark.parametrize("size", [LARGER, pytest.param(VOCABULARY - 7, marks=pytest.mark.full)])
 def test_an_adapter_of_a_resized_vocabulary_loads(tmp_path, tied, what, size):
     """Into a base that has been resized by the call that the refusal names; and saves its rows."""
     options = {
@@ -92,10 +93,10 @@ def test_an_adapter_of_a_resized_vocabulary_loads(tmp_path, tied, what, size):
 
 def test_rows_that_peft_has_left_out_are_told_by_name(tmp_path):
     """A target beside a resized vocabulary: PEFT's file has the head's new rows alone."""
-    save_resized(tmp_path, VOCABULARY + 4, target_modules=["lm_head"])
+    save_resized(tmp_path, LARGER, target_modules=["lm_head"])
     says = r"rows that were added to the vocabulary, but none for model\.embed_tokens\.weight"
     with pytest.warns(UserWarning, match=says):
-        fastlora.load_adapter(resized(tmp_path / "base", VOCABULARY + 4, 1), tmp_path / "adapter")
+        fastlora.load_adapter(resized(tmp_path / "base", LARGER, 1), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("tied, init", [(False, True), (True, True), (False, "pissa")])
@@ -200,9 +201,9 @@ def test_a_frozen_weight_of_another_base_is_refused(tmp_path):
 
 def test_two_that_are_one_trained_module_differ(tmp_path):
     both = ["embed_tokens", "lm_head"]
-    save_resized(tmp_path, VOCABULARY + 4, modules_to_save=both)
+    save_resized(tmp_path, LARGER, modules_to_save=both)
     edit_adapter(tmp_path, move("lm_head.modules_to_save.weight", 0))
-    model = resized(tmp_path / "base", VOCABULARY + 4)
+    model = resized(tmp_path / "base", LARGER)
     with untouched(model), pytest.raises(ValueError, match=r"lm_head\.modules_to_save\.weight and"):
         fastlora.load_adapter(model, tmp_path / "adapter")
 
@@ -228,7 +229,9 @@ def test_the_base_of_several_adapters_and_of_a_merged_one_stays(tmp_path):
         fastlora.swap_adapter(model, tmp_path / "head")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
+)
 def test_served_where_they_are_the_bases(tmp_path, dtype):
     base = save_base(tmp_path / "base", llama(dtype=dtype))
     targets = ["q_proj", "lm_head"]
@@ -247,8 +250,8 @@ def test_served_where_they_are_the_bases(tmp_path, dtype):
 
 
 def test_another_vocabulary_is_not_served(tmp_path):
-    save_resized(tmp_path, VOCABULARY + 4)
-    for size in (VOCABULARY, VOCABULARY + 4):
+    save_resized(tmp_path, LARGER)
+    for size in (VOCABULARY, LARGER):
         model = resized(tmp_path / "base", size, seed=1)
         server = fastlora.MultiLoRAModel(model, target_modules=["q_proj"])
         with pytest.raises(ValueError, match="the served base is everybody's: serve a model that"):
@@ -260,7 +263,7 @@ def test_another_vocabulary_is_not_served(tmp_path):
     server.load_adapter(tmp_path / "adapter", "a")
 
 
-@pytest.mark.parametrize("size", [VOCABULARY, VOCABULARY + 4])
+@pytest.mark.parametrize("size", [pytest.param(VOCABULARY, marks=pytest.mark.full), LARGER])
 def test_combined_where_they_are_the_same(tmp_path, size):
     """Of an adapter whose output layer is a target, and of one that has both embeddings as such."""
     save_base(tmp_path / "base", llama())

@@ -157,6 +157,15 @@ BAD = {
         ),
         "lm_head is tied to the embedding, which",
     ),
+    "tied, wider": (
+        lambda at: tie(at, None, True) or edit_tensors(
+            at / "base" / SINGLE, lambda t: {
+                n: v.bfloat16().float() if n == "lm_head.weight" else v.bfloat16()
+                for n, v in t.items()
+            },
+        ),
+        "lm_head is tied to the embedding, which",
+    ),
     "tied, twice": (lambda at: tie(at, None, True), "lm_head is tied to the embedding, which"),
 }  # fmt: skip
 

@@ -53,7 +53,7 @@ def merged_by_peft(at, base) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("size", [LARGER, VOCABULARY - 7])
+@pytest.mark.parametrize("size", [LARGER, pytest.param(VOCABULARY - 7, marks=pytest.mark.full)])
 def test_a_resized_vocabulary_is_merged_as_peft_merges_it(tmp_path, tied, size):
     at = tmp_path
     theirs = save_resized(at, size, tied=tied)

@@ -50,7 +50,8 @@ class UntiedMerging(peft.LoraModel):
         for name, layer in self.model.named_modules():
             if not isinstance(layer, lora.LoraLayer):
                 continue
-            wanted = set(adapter_names or layer.active_adapters) - set(layer.merged_adapters)
+            wanted = set(layer.active_adapters if adapter_names is None else adapter_names)
+            wanted -= set(layer.merged_adapters)
             # Those of an embedding have their factors elsewhere.
             held = wanted & (layer.lora_A.keys() | layer.lora_embedding_A.keys())
             base = layer.get_base_layer()

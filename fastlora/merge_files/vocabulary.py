@@ -111,6 +111,10 @@ def find(
             f"the adapters are for vocabularies of {' and '.join(map(str, sorted(sizes)))} rows"
         )
     found.size = next(iter(sizes), None)
+    if found.size is not None:
+        found.said.append(
+            f"vocab_size={found.size}; the tokenizer is the base's, without new tokens"
+        )
     return found
 
 
