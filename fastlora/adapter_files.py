@@ -10,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,23 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
 
 
 def check_shapes(
-    directory: str | os.PathLike[str], found: Mapping[str, Shape], expected: Mapping[str, Shape]
+    directory: str | os.PathLike[str],
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    besides: Set[str] = frozenset(),
 ) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
-    _compare(str(Path(directory) / WEIGHTS_NAME), found, expected)
+    compare(str(Path(directory) / WEIGHTS_NAME), found, expected, besides)
 
 
-def _compare(where: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+def compare(
+    where: str,
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    besides: Set[str] = frozenset(),
+) -> None:
+    """``check_shapes`` of an adapter that is elsewhere."""
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
     if missing or extra:
         parts = [f"missing {_some(missing)}"] * bool(missing) + [
             f"unexpected {_some(extra)}"
@@ -175,10 +184,15 @@ def _compare(where: str, found: Mapping[str, Shape], expected: Mapping[str, Shap
 
 
 def read_tensors(
-    directory: str | os.PathLike[str], expected: Mapping[str, Shape]
+    directory: str | os.PathLike[str],
+    expected: Mapping[str, Shape],
+    besides: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The tensors of the adapter on the CPU, by name, after ``check_shapes``."""
-    check_shapes(directory, read_shapes(directory), expected)
+    """The tensors of the adapter on the CPU, by name, after ``check_shapes``.
+
+    besides: names of others that may be there, and are not read.
+    """
+    check_shapes(directory, read_shapes(directory), expected, besides)
     path = _file(directory, WEIGHTS_NAME)
     try:
         with safe_open(path, framework="pt") as file:
@@ -188,35 +202,6 @@ def read_tensors(
     # The file may have been exchanged since its header was read.
     check_shapes(directory, {name: tuple(t.shape) for name, t in tensors.items()}, expected)
     return tensors
-
-
-def check_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]
-) -> dict[str, Tensor]:
-    """Copies on the CPU of an adapter's tensors, named as in files with or without their prefix.
-
-    Raises TypeError or ValueError as reading a file of them would.
-    """
-    if not isinstance(tensors, Mapping):
-        raise TypeError(
-            f"tensors: expected {{name: tensor}}, as adapter_state_dict gives them, got {tensors!r}"
-        )
-    found = {}
-    hints.check_names("tensors", map(str, tensors))
-    for key, tensor in tensors.items():
-        name = str(key).removeprefix(PREFIX)
-        if name in found:
-            raise ValueError(
-                f"tensors: {name} is given twice, with {PREFIX!r} before it and without"
-            )
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_meta:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"tensors: {name}: expected a tensor of floats, got {kind}")
-        if hasattr(tensor, "full_tensor"):
-            raise TypeError(f"tensors: {name}: expected all of it, got a DTensor: full_tensor() it")
-        found[name] = tensor
-    _compare("tensors", {name: tuple(t.shape) for name, t in found.items()}, expected)
-    return {name: found[name].detach().to("cpu", copy=True).contiguous() for name in expected}
 
 
 def write(

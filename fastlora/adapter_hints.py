@@ -40,8 +40,8 @@ def check_names(where: Path | str, tensors: Iterable[str]) -> None:
         stem = name.removesuffix(".alpha")
         if stem != name and any(stem + beside in names for beside in _BESIDE_ALPHA):
             raise ValueError(
-                f"{where}: tensor {name!r} is a layer's alpha, which kohya-ss's format keeps beside "
-                "the matrices; PEFT's files have none, but lora_alpha and alpha_pattern in "
+                f"{where}: tensor {name!r} is a layer's alpha, which kohya-ss's format keeps "
+                "beside the matrices; PEFT's files have none, but lora_alpha and alpha_pattern in "
                 "adapter_config.json: convert the file to PEFT's format"
             )
 

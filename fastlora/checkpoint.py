@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import adapter_files as files
-from fastlora import gathering, matching, saved_modules
+from fastlora import base_copies, gathering, matching, saved_modules
 from fastlora.adapter_files import Shape
+from fastlora.base_copies import Copies
 from fastlora.config import LoRAConfig, moves_base
 from fastlora.inject import inject
 from fastlora.injection import (
     Injection,
+    carries,
     injection,
     missing,
     remember,
@@ -52,7 +54,8 @@ def save_adapter(
 
     adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
     parallelism) every process must call: the tensors are gathered, the process of rank 0 writes,
-    and the others return when it has. Raises RuntimeError when the model has no adapter, or it is
+    and the others return when it has. Embeddings into which ``load_adapter`` has put rows of an
+    adapter's are saved along. Raises RuntimeError when the model has no adapter, or it is
     merged or in flat parts (FSDP1, ZeRO), ValueError for a bad directory or a name the model does
     not have.
     """
@@ -91,10 +94,13 @@ def load_adapter(
     the adapter. adapter_name: which one to fill, where the model trains several; what its layers
     are set to must then be the file's settings. Of a sharded model every process must call: each
     reads the files and keeps its part. Warns where keys of alpha_pattern overlap in the order of
-    the alphabet, which is PEFT's and not the one that counted.
+    the alphabet, which is PEFT's and not the one that counted. Embeddings that PEFT has saved along
+    are the base's, or rows that came with the adapter: those are put into the model's, as PEFT does,
+    with a UserWarning where they are not the last ones, as a resized vocabulary's are.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
-    wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles;
+    wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles, another
+    vocabulary (the error names the call that resizes) or the frozen weights of another base;
     FileNotFoundError for a missing file; RuntimeError for a merged model, or flat parts of one
     (FSDP1, ZeRO).
     """
@@ -116,6 +122,7 @@ class LoadedAdapter:
     chosen: Plan | None  # the linears to replace, where the model has no LoRA layers yet
     tensors: dict[str, Tensor]
     biases: dict[str, nn.Parameter]
+    copies: Copies
 
     def adapter_of(self, name: str, layer: LoRALayer) -> Adapter:
         """(lora_A, lora_B, scaling) as ``layer``, of that name, will hold them."""
@@ -124,7 +131,8 @@ class LoadedAdapter:
 
     def fill(self, model: nn.Module, is_trainable: bool = False) -> None:
         """Puts it into the model."""
-        _apply(model, self.config, self.chosen, self.tensors, self.biases, is_trainable)
+        self.copies.warn(stacklevel=3)
+        _apply(model, self, is_trainable)
 
 
 def read_adapter(
@@ -149,11 +157,18 @@ def read_adapter(
         for name, weight in weights.items()
         for key, shape in adapter_shapes(name, weight.shape, config).items()
     }
-    whole = saved_modules.tensors(_saved(inner, config, chosen), config)
+    trained = _saved(inner, config, chosen)
+    whole = saved_modules.tensors(trained, config)
     biases = _biases(inner, config, set(weights))
     biases = {key: bias for key, bias in biases.items() if key not in whole}
     expected |= {key: tuple(t.shape) for key, t in (biases | whole).items()}
-    return LoadedAdapter(config, chosen, files.read_tensors(directory, expected), biases)
+    moved = moves_base(config.init_lora_weights)
+    fixed = "which is not swapped: unmerge_adapter, load_adapter and merge_adapter"
+    copies = base_copies.read(
+        directory, inner, weights, expected, trained, moved, merged, fixed if merged else None
+    )
+    tensors = files.read_tensors(directory, expected, copies.names)
+    return LoadedAdapter(config, chosen, tensors, biases, copies)
 
 
 def adapter_shapes(name: str, base: Sequence[int], config: LoRAConfig) -> dict[str, Shape]:
@@ -188,7 +203,9 @@ def _load_one(
                 f"{config.scaling_of(name):g}"
             )
         expected |= adapter_shapes(name, layer.matrix.shape, config)
-    tensors = files.read_tensors(directory, expected)
+    fixed = "and the base is that of all adapters: load it alone, into a model without the others"
+    copies = base_copies.read(directory, model, layers, expected, fixed=fixed)
+    tensors = files.read_tensors(directory, expected, copies.names)
     with torch.no_grad():
         for name, layer in layers.items():
             for kind, parameter in layer.adapter_parameters(adapter_name).items():
@@ -231,6 +248,8 @@ def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Ten
     }
     inner, config = unwrapped(model), injection(model).config
     whole = saved_modules.tensors(saved(inner), config)
+    bases = base_copies.held(inner, layers, saved(inner))
+    tensors |= {name: bases[name] for name in sorted(carries(inner)) if name in bases}
     return tensors | _biases(inner, config, set(layers)) | whole
 
 
@@ -293,19 +312,17 @@ def _check_named(name: str, r: int, config: LoRAConfig) -> None:
         raise ValueError(f"{name}: the layer has r={r}, the adapter r={config.rank_of(name)}")
 
 
-def _apply(
-    model: nn.Module,
-    config: LoRAConfig,
-    chosen: Plan | None,
-    tensors: dict[str, Tensor],
-    biases: dict[str, nn.Parameter],
-    is_trainable: bool,
-) -> None:
-    if chosen is not None:
-        inject(model, config, chosen)
+def _apply(model: nn.Module, loaded: LoadedAdapter, is_trainable: bool) -> None:
+    config, tensors, biases = loaded.config, loaded.tensors, loaded.biases
+    # What an earlier adapter has put into the base is in it still.
+    carried = carries(model) | loaded.copies.changes.keys()
+    if loaded.chosen is not None:
+        inject(model, config, loaded.chosen)
+        remember(model, replace(injection(model), carried=carried))
     else:
         before = report(model).skipped
-        remember(model, Injection(config, before, saved=saved(model)))
+        remember(model, Injection(config, before, saved=saved(model), carried=carried))
+    loaded.copies.fill()
     with torch.no_grad():
         for key, bias in biases.items():
             gathering.fill(bias, tensors[key])

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 
 from fastlora import adapter_files as files
-from fastlora import matching
+from fastlora import base_copies, matching
 from fastlora.combining import Combination, check_adapter, check_weights
 from fastlora.config import LoRAConfig
 from fastlora.receipt import Adapter
+from fastlora.stored import Stored, agree
 
 # What chooses layers in a config.
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -43,11 +44,13 @@ def combine_adapters(
     in any of the configs. device: where to compute; None: on the CPU.
 
     The new config is the first adapter's but for its ranks, its layers and its scaling, which is 1
-    everywhere. Random entries are drawn in alphabetical order of the layers.
+    everywhere. Random entries are drawn in alphabetical order of the layers. Embeddings of the base
+    that the adapters have along go along, the same in all that have them.
 
     Raises ValueError, nothing written, for what ``load_adapter`` refuses in a file, for biases of
     an adapter's own (lora_bias or bias), modules_to_save, split bases (init_lora_weights), layers
-    of other shapes or ranks than the type takes, and bad options; FileNotFoundError for a missing
+    of other shapes or ranks than the type takes, embeddings that differ (rows that were added, or
+    trained, or of two bases), and bad options; FileNotFoundError for a missing
     file; FileExistsError when ``directory`` holds an adapter already.
     """
     combination = Combination(
@@ -76,15 +79,36 @@ def combine_adapters(
             layers[name] = combination.apply([a for a, _ in chosen], [w for _, w in chosen])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    config = _config(sources, layers)
+    config, copies = _config(sources, layers), _copies(directories, sources)
     tensors = {name + _A: A for name, (A, _, _) in layers.items()}
-    files.write(directory, config, tensors | {name + _B: B for name, (_, B, _) in layers.items()})
+    tensors |= {name + _B: B for name, (_, B, _) in layers.items()}
+    for name, stored in copies.items():
+        owner, _, kind = name.rpartition(".")
+        tensors[f"{owner}.base_layer.{kind}" if owner in layers else name] = stored.read()
+    files.write(directory, config, tensors)
     return config
 
 
 class _Source(NamedTuple):
     config: LoRAConfig
     layers: dict[str, Adapter]
+    copies: dict[str, Stored]
+
+
+def _copies(
+    directories: Sequence[str | os.PathLike[str]], sources: Sequence[_Source]
+) -> dict[str, Stored]:
+    """The base's embeddings that any of the files has along; ValueError where two differ."""
+    found: dict[str, tuple[str | os.PathLike[str], Stored]] = {}
+    for folder, source in zip(directories, sources, strict=True):
+        for name, stored in source.copies.items():
+            first, other = found.setdefault(name, (folder, stored))
+            if not agree(stored, other):
+                raise ValueError(
+                    f"{first} and {folder}: they have different rows of {name}, and of two "
+                    "bases or vocabularies there is no sum"
+                )
+    return {name: stored for name, (_, stored) in found.items()}
 
 
 def _read(folder: str | os.PathLike[str]) -> _Source:
@@ -105,12 +129,15 @@ def _read(folder: str | os.PathLike[str]) -> _Source:
             raise ValueError(f"{where}: {name} has tensors, but the config does not name it")
         r, K, N = config.rank_of(name), found.get(name + _A, ())[1:], found.get(name + _B, ())[:1]
         expected |= {name + _A: (r, *K), name + _B: (*N, r)}
-    tensors = files.read_tensors(folder, expected)
+    path = where / files.WEIGHTS_NAME
+    along = base_copies.of_embeddings(found, expected)
+    copies = {base_copies.place_of(name): Stored(path, files.PREFIX + name) for name in along}
+    tensors = files.read_tensors(folder, expected, along)
     layers = {}
     for name in names:
         layers[name] = tensors[name + _A], tensors[name + _B], config.scaling_of(name)
         check_adapter(f"{where}: {name}", layers[name])
-    return _Source(config, layers)
+    return _Source(config, layers, copies)
 
 
 def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRAConfig:

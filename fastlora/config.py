@@ -205,9 +205,15 @@ class LoRAConfig:
         """A LoRAConfig as it is, a ``peft.LoraConfig`` translated; anything else is a TypeError."""
         if isinstance(config, LoRAConfig):
             return config
+        LoRAConfig.check_pefts(config)
+        return LoRAConfig.from_dict(config.to_dict())  # pyright: ignore[reportAttributeAccessIssue]
+
+    @staticmethod
+    def check_pefts(config: object) -> None:
+        """TypeError for what is no ``peft.LoraConfig``."""
         # By name, so that peft need not be installed, let alone imported, to say no.
         if any(base.__name__ == "LoraConfig" for base in type(config).__mro__):
-            return LoRAConfig.from_dict(config.to_dict())  # pyright: ignore[reportAttributeAccessIssue]
+            return
         raise TypeError(
             f"config: expected fastlora.LoRAConfig or peft.LoraConfig, got {type(config).__name__}"
         )

@@ -26,13 +26,15 @@ class Injection:
     """What ``replace_linear`` was asked for, and what it left alone and why.
 
     rows: of several adapters in training, which the batch's rows belong to. saved: by name, the
-    modules that are trained whole.
+    modules that are trained whole. carried: tensors of the base, by their names in PEFT's files, in
+    which an adapter has put rows of its own.
     """
 
     config: LoRAConfig
     skipped: dict[str, str]
     rows: TrainingRows | None = None
     saved: dict[str, Saved] = field(default_factory=dict)
+    carried: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,12 @@ def saved(model: nn.Module) -> dict[str, Saved]:
     """By name, the modules of ``model`` that are trained whole; often none."""
     record: Injection | None = getattr(unwrapped(model), _RECORD, None)
     return dict(record.saved) if record else {}
+
+
+def carries(model: nn.Module) -> frozenset[str]:
+    """The tensors of ``model``'s base in which an adapter's rows are; often none."""
+    record: Injection | None = getattr(unwrapped(model), _RECORD, None)
+    return record.carried if record else frozenset()
 
 
 def training_rows(model: nn.Module) -> TrainingRows:

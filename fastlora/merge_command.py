@@ -110,6 +110,7 @@ def summary(merged: Merged, out: Path) -> str:
     lines = [f"merged {len(merged.fidelity)} layers into {out}, {size} of weights"]
     lines += [f"{len(merged.kept)} files were whole from before"] if merged.kept else []
     lines += [f"left out: {line}" for line in merged.skipped]
+    lines += [f"from the adapter: {line}" for line in merged.vocabulary]
     found = sorted(merged.fidelity.items(), key=lambda item: item[1].gain)
     columns = [list(column) for column in zip(*(_columns(f) for _, f in found), strict=True)]
     rows = [(layer, _columns(fidelity)) for layer, fidelity in found[:_SHOWN]]

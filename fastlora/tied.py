@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -49,14 +49,18 @@ def _memory(parameter: torch.Tensor) -> int:
     return parameter.untyped_storage().data_ptr() if is_plain(parameter) else -id(parameter)
 
 
-def refuse(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
-    """RuntimeError where merging into one of ``layers`` would change another module too."""
+def refuse(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    remedy: str = "exclude the layer, or merge with untie=True to give it a copy",
+) -> None:
+    """RuntimeError, with the remedy, where merging into one of ``layers`` would change others."""
     found = tied(model, layers.values())
     for name, layer in layers.items():
         if layer in found:
             error = RuntimeError(
                 f"{name}: its weight is tied with {', '.join(found[layer])}, which merging would "
-                "change too; exclude the layer, or merge with untie=True to give it a copy"
+                f"change too; {remedy}"
             )
             error.named = True  # pyright: ignore[reportAttributeAccessIssue]
             raise error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.fidelity import Fidelity
-from tests.models import llama, randomise_lora
+from tests.models import VOCABULARY, llama, randomise_lora
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # Of this size a tiny Llama has a dozen files.
@@ -99,3 +99,21 @@ def lora(folder: Path, layer: str) -> tuple[Tensor, Tensor]:
     weights = load_file(folder / "adapter_model.safetensors")
     A, B = (weights[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
     return A, B
+
+
+def save_resized(at: Path, size: int, *, tied: bool = False, **options: Any) -> nn.Module:
+    """A base and an adapter trained after its vocabulary got ``size`` rows; PEFT's model of it."""
+    save_base(at / "base", llama(tie_word_embeddings=tied))
+    model = resized(at / "base", size)
+    return save_adapter(at / "adapter", model, **({"target_modules": ["q_proj"]} | options))
+
+
+def resized(base: Path, size: int, seed: int = 0) -> nn.Module:
+    """The base with so many rows, the new ones random: by PEFT's advice before loading."""
+    model = load(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+            torch.nn.init.normal_(end.weight.data[VOCABULARY:], std=0.3)
+    return model.eval()

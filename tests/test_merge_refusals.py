@@ -128,7 +128,7 @@ BAD = {
     ),
     "saved along": (
         lambda at: edit_adapter(at, lambda t: t.update({f"{PREFIX}x.weight": torch.ones(2)})),
-        "it has a x.weight of its own, which is not that of .*save_embedding_layers=False",
+        "it has x.weight along, which is not in .*: merge it into the model that it was trained on",
     ),
     "shape": (
         lambda at: save_adapter(at / "adapter", llama(intermediate_size=40)),
@@ -151,7 +151,21 @@ BAD = {
     ),
     "tied, absent": (tie, "tied to the embedding has no weight of its own: untie"),
     "tied, said": (lambda at: tie(at, True, True), "lm_head is tied to the embedding, which"),
-    "tied, apart": (lambda at: tie(at, True, True, 0.1), "lm_head is tied to the embedding, which"),
+    "tied, swapped": (
+        lambda at: tie(at, True, True) or edit_tensors(
+            at / "base" / SINGLE, lambda t: [t.pop("model.embed_tokens.weight")]
+        ),
+        "lm_head is tied to the embedding, which",
+    ),
+    "tied, wider": (
+        lambda at: tie(at, None, True) or edit_tensors(
+            at / "base" / SINGLE, lambda t: {
+                n: v.bfloat16().float() if n == "lm_head.weight" else v.bfloat16()
+                for n, v in t.items()
+            },
+        ),
+        "lm_head is tied to the embedding, which",
+    ),
     "tied, twice": (lambda at: tie(at, None, True), "lm_head is tied to the embedding, which"),
 }  # fmt: skip
 
@@ -165,13 +179,6 @@ def test_bad_input_is_refused_by_name(at, what):
         merge(at)
     assert contents(at) == before
     assert not (at / "out").exists()
-
-
-def test_a_copy_of_another_models_weight_is_refused(at):
-    """PEFT saves the output layer along; loading it, it would take the base's place."""
-    save_adapter(at / "head", llama(seed=1), target_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"it has a lm_head.weight of its own, which is not that"):
-        merge(at, "head")
 
 
 def test_bad_arguments(at):

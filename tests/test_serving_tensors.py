@@ -173,3 +173,24 @@ def test_tensors_that_do_not_fit_change_nothing(change, kind, says):
     got = server(torch.ones(1, 1, K), adapter_names=["policy"])
     assert (got == want).all()
     assert server.adapters == ("policy",)
+
+
+def test_a_head_whose_weight_peft_sends_along():
+    """As get_peft_model_state_dict gives it: the base's is passed over, another is refused."""
+    settings = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model: Any = peft.get_peft_model(llama(tie_word_embeddings=False), settings)
+    server = MultiLoRAModel(llama(tie_word_embeddings=False), max_rank=8)
+    sent = peft.get_peft_model_state_dict(model, save_embedding_layers=True)
+    along = "base_model.model.lm_head.base_layer.weight"
+    assert along in sent
+    ids = tokens(1, 6)
+    with pytest.raises(ValueError, match="not served here"):
+        server.load_adapter_from_tensors(sent, model.peft_config["default"], "head")
+    server = MultiLoRAModel(
+        llama(tie_word_embeddings=False), max_rank=8, target_modules=["lm_head"]
+    )
+    server.load_adapter_from_tensors(sent, model.peft_config["default"], "head")
+    assert_agree(logits(server, ids, adapter_names=["head"]), logits(model, ids))
+    sent[along] = sent[along] + 1
+    with pytest.raises(ValueError, match=r"rows of lm_head\.weight of its own"):
+        server.load_adapter_from_tensors(sent, model.peft_config["default"], "head")

@@ -16,6 +16,7 @@ from fastlora.integrations.peft_packing import keep_unpacked, let_pack
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
 from fastlora.integrations.peft_running import misstated, rank, warn_before_saving
+from fastlora.integrations.peft_tied import UntiedMerging
 from fastlora.targets import bypassed
 from fastlora.wrapping import unwrapped
 
@@ -24,7 +25,7 @@ PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTI
 OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
-class LoraModel(peft.LoraModel):
+class LoraModel(UntiedMerging):
     """``peft.LoraModel`` whose new layers are patched as they come, and which says what it runs."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from fastlora import adapter_files as files
+from fastlora.base_copies import place_of
 from fastlora.config import LoRAConfig, check_number, moves_base
 from fastlora.merge_files import durable
+from fastlora.stored import Stored
 
 _PARTS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_bias"}
 
@@ -31,8 +33,8 @@ class Layer:
 class AdapterFolder:
     """An adapter's tensors by the layer's name, without PEFT's prefix.
 
-    biases: trained ones of the base. copies: weights of the base, which PEFT saves along where the
-    output layer is a target. digest: of both files.
+    biases: trained ones of the base. copies: by name, weights of the base, which PEFT saves along
+    where an embedding is a target or has another size; they stay in the file. digest: of both.
     """
 
     folder: Path
@@ -40,7 +42,7 @@ class AdapterFolder:
     config: LoRAConfig
     layers: dict[str, Layer]
     biases: dict[str, Tensor]
-    copies: dict[str, Tensor]
+    copies: dict[str, Stored]
     digest: str
 
     def names(self, layer: str) -> bool:
@@ -60,7 +62,12 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
     check_number("weight", weight)
     config = files.read_config(folder)
     _check_mergeable(folder, config)
-    tensors = files.read_tensors(folder, files.read_shapes(folder))
+    shapes = files.read_shapes(folder)
+    along = {name for name in shapes if _is_copy(name, config)}
+    copies = {place_of(n): Stored(folder / files.WEIGHTS_NAME, files.PREFIX + n) for n in along}
+    _check_finite(folder, copies)
+    own = {name: shape for name, shape in shapes.items() if name not in along}
+    tensors = files.read_tensors(folder, own, along)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name}: expected finite numbers, it has others")
@@ -69,21 +76,29 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
     )
     parts: dict[str, dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         end = next((end for end in _PARTS if name.endswith(end)), None)
         if end is not None:
             parts.setdefault(name.removesuffix(end), {})[_PARTS[end]] = tensor
         elif name.endswith(".bias") and config.bias != "none":
             biases[_layer_of(name)] = tensor
-        elif name.endswith(".weight") and ".lora_" not in name:
-            copies[_layer_of(name)] = tensor
         else:
             raise ValueError(f"{folder}: expected lora_A and lora_B of linear layers, got {name}")
     if not parts:
         raise ValueError(f"{folder}: expected lora_A and lora_B of some layer, found none")
     layers = {name: _layer(folder, config, name, part, weight) for name, part in parts.items()}
     return AdapterFolder(folder, weight, config, layers, biases, copies, digest)
+
+
+def _is_copy(name: str, config: LoRAConfig) -> bool:
+    trained = name.endswith(".bias") and config.bias != "none"
+    return name.endswith((".weight", ".bias")) and ".lora_" not in name and not trained
+
+
+def _check_finite(folder: Path, copies: dict[str, Stored]) -> None:
+    for name, stored in copies.items():
+        if not all(rows.isfinite().all() for _, rows in stored.chunks()):
+            raise ValueError(f"{folder}: {name}: expected finite numbers, it has others")
 
 
 def _check_mergeable(folder: Path, config: LoRAConfig) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastlora import functional
-from fastlora.merge_files import places
+from fastlora.merge_files import places, vocabulary
 from fastlora.merge_files.adapters import AdapterFolder, Layer, some
-from fastlora.merge_files.shards import DTYPES, Checkpoint
+from fastlora.merge_files.shards import DTYPES, Checkpoint, Entry, Shard
+from fastlora.merge_files.vocabulary import Vocabulary
 from fastlora.receipt import Adapter
 
 # Models whose layers keep their weights as (K, N), whatever PEFT's fan_in_fan_out says: where there
@@ -63,16 +64,33 @@ class BiasChange:
 
 @dataclass
 class Plan:
-    """weights, biases: by name of the base's tensor. skipped: what is left out, for people."""
+    """weights, biases: by name of the base's tensor. skipped: what is left out, for people.
+
+    vocabulary: tensors of the adapters' that take the base's place, before anything is added.
+    """
 
     base: Checkpoint
     dtype: torch.dtype | None
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
     weights: dict[str, WeightChange] = field(default_factory=dict)
     biases: dict[str, BiasChange] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     def change(self, name: str) -> WeightChange | BiasChange | None:
         return self.weights.get(name) or self.biases.get(name)
+
+    def kept(self, entry: Entry) -> bool:
+        """Whether a tensor is written as the base has it, but for its dtype."""
+        return self.change(entry.name) is None and entry.name not in self.vocabulary.tensors
+
+    def entry(self, name: str) -> Entry:
+        """A tensor as it will be, in the base's dtype."""
+        return self.vocabulary.entry(self.base.entry(name))
+
+    def read(self, shard: Shard, name: str) -> Tensor:
+        """What is added to: the base's tensor, or the adapter's in its place."""
+        stored = self.vocabulary.tensors.get(name)
+        return shard.read(name) if stored is None else stored.read()
 
 
 def make(
@@ -93,20 +111,22 @@ def make(
             f"base: {base.folder} is quantised ({kind}), and merged weights would have to be "
             "quantised anew: merge into the model it was made from"
         )
-    plan = Plan(base, dtype)
-    for adapter in adapters:
+    found = [(adapter, places.find(base, adapter)) for adapter in adapters]
+    plan = Plan(base, dtype, vocabulary.find(base, found, allow_partial))
+    plan.skipped += plan.vocabulary.skipped
+    for adapter, its_places in found:
         if adapter.biases and (len(adapters) > 1 or adapter.weight != 1):
             # They take the base's place; of two, or of half of one, there is no sum.
             raise ValueError(
                 f"{adapter.folder}: it has trained the base's biases (bias="
                 f"{adapter.config.bias!r}): expected to merge it alone and with weight 1"
             )
-        _add(plan, adapter, allow_partial)
+        _add(plan, adapter, its_places, allow_partial)
+    plan.vocabulary.check_whole(base)
     return plan
 
 
-def _add(plan: Plan, adapter: AdapterFolder, allow_partial: bool) -> None:
-    found = places.find(plan.base, adapter)
+def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial: bool) -> None:
     absent = places.absent(adapter, found)
     unfilled = places.unfilled(plan.base, adapter, found)
     if len(absent) == len(adapter.layers) or ((absent or unfilled) and not allow_partial):
@@ -121,15 +141,12 @@ def _add(plan: Plan, adapter: AdapterFolder, allow_partial: bool) -> None:
         # PEFT's files name a bias that is tied with another twice, transformers' once.
         if f"{place}.bias" in plan.base.holder or not _twin(adapter, name, plan.base, found):
             _bias(plan, adapter, place, values).trained = values
-    for name, values in adapter.copies.items():
-        if name not in absent:
-            _check_copy(plan.base, adapter, f"{found.of(name)}.weight", values)
 
 
 def _add_layer(plan: Plan, adapter: AdapterFolder, name: str, place: str, layer: Layer) -> None:
     weight = f"{place}.weight"
-    transposed = _transposed(plan.base, adapter, name, weight, layer)
-    _check_untied(plan.base, adapter, name, weight)
+    transposed = _transposed(plan, adapter, name, weight, layer)
+    _check_untied(plan, adapter, name, weight)
     change = plan.weights.setdefault(weight, WeightChange(transposed))
     change.adapters.append((layer.lora_A, layer.lora_B, layer.scaling))
     if layer.lora_bias is not None:
@@ -143,7 +160,7 @@ def _bias(plan: Plan, adapter: AdapterFolder, place: str, values: Tensor) -> Bia
         raise ValueError(
             f"{adapter.folder}: it has a bias for {place}, where {plan.base.folder} has none"
         )
-    entry = plan.base.entry(name)
+    entry = plan.entry(name)
     if entry.shape != tuple(values.shape) or not entry.floating:
         raise ValueError(
             f"{adapter.folder}: the bias of {place}: expected shape {entry.shape}, got "
@@ -158,18 +175,6 @@ def _twin(adapter: AdapterFolder, name: str, base: Checkpoint, found: places.Pla
         torch.equal(values, adapter.biases[name])
         for other, values in adapter.biases.items()
         if f"{found.of(other)}.bias" in base.holder
-    )
-
-
-def _check_copy(base: Checkpoint, adapter: AdapterFolder, weight: str, copy: Tensor) -> None:
-    if weight in base.holder and base.entry(weight).floating:
-        stored = base.holder[weight].read(weight)
-        if torch.equal(stored, copy.to(stored.dtype)):
-            return
-    raise ValueError(
-        f"{adapter.folder}: it has a {weight} of its own, which is not that of {base.folder}: "
-        "merge into the model that it was trained on (PEFT leaves base weights out with "
-        "save_embedding_layers=False)"
     )
 
 
@@ -197,11 +202,9 @@ def _incomplete(
     return f"{adapter.folder}: {'; '.join(said)}"
 
 
-def _transposed(
-    base: Checkpoint, adapter: AdapterFolder, name: str, weight: str, layer: Layer
-) -> bool:
+def _transposed(plan: Plan, adapter: AdapterFolder, name: str, weight: str, layer: Layer) -> bool:
     """Whether the base stores the weight (K, N); checks its dtype and shape."""
-    entry = base.entry(weight)
+    base, entry = plan.base, plan.entry(weight)
     if not entry.floating:
         raise ValueError(
             f"base: {weight}: expected a dtype of {', '.join(DTYPES)}, got {entry.dtype}: merge "
@@ -227,16 +230,25 @@ def _transposed(
     )
 
 
-def _check_untied(base: Checkpoint, adapter: AdapterFolder, name: str, weight: str) -> None:
-    """Refuses an output layer that transformers exchanges for the embedding when it loads."""
+def _check_untied(plan: Plan, adapter: AdapterFolder, name: str, weight: str) -> None:
+    """Refuses an output layer that transformers exchanges for the embedding when it loads.
+
+    Where the files have both, transformers 5 ties only what is the same, whatever the config says.
+    """
+    base = plan.base
     tied, entry = base.option("tie_word_embeddings"), base.entry(weight)
     if tied is False or entry.shape[0] != base.option("vocab_size"):
         return
+    twins = [
+        twin
+        for twin, shard in base.holder.items()
+        if twin != weight and shard.tensors[twin].shape == entry.shape
+    ]
+    said = bool(tied) and name.rpartition(".")[2] in _OUTPUTS
     # Where the config leaves it to the model's class, the same numbers twice say it.
-    twins = [n for n, shard in base.holder.items() if shard.tensors[n].shape == entry.shape]
-    output = name.rpartition(".")[2] in _OUTPUTS
-    if (tied and output) or any(twin != weight and base.same(twin, weight) for twin in twins):
+    if (said and not twins) or any(base.same(twin, weight) for twin in twins):
         raise ValueError(
             f"{adapter.folder}: {name} is tied to the embedding, which a merge would change too: "
             + _UNTIE
         )
+    plan.vocabulary.untied |= said

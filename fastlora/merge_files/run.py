@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,16 @@ class Merged:
     """fidelity: of each layer, by the base's name. skipped: layers that were left out, and why.
 
     nbytes: of all weights. kept: the files that an earlier, interrupted run had finished.
+    vocabulary: what of the base the adapters' own rows have taken the place of; exchanged: where
+    that is more than rows that were added.
     """
 
     fidelity: dict[str, Fidelity]
     skipped: list[str]
     nbytes: int
     kept: list[str]
+    vocabulary: list[str] = field(default_factory=list)
+    exchanged: list[str] = field(default_factory=list)
 
     @property
     def low(self) -> list[str]:
@@ -76,8 +81,10 @@ def merge_checkpoint(
     the same arguments resumes where a killed run stopped, to the same bytes. About two of the
     base's largest tensors are held at a time, and the adapters.
 
-    Returns the fidelity of each merged layer; a FidelityWarning tells of low ones, a UserWarning
-    of what allow_partial left out. Raises ValueError, TypeError, FileNotFoundError,
+    Rows of the embeddings that an adapter has (of a resized vocabulary, say) take the base's place,
+    and the config says how many. Returns the fidelity of each merged layer; a FidelityWarning tells
+    of low ones, a UserWarning of what allow_partial left out, and of rows that the base had
+    otherwise. Raises ValueError, TypeError, FileNotFoundError,
     FileExistsError or BlockingIOError naming what cannot be merged and why, OSError when the disk
     fails or is full.
     """
@@ -85,6 +92,8 @@ def merge_checkpoint(
     if merged.skipped:
         left_out = "; ".join(merged.skipped)
         warnings.warn(f"{len(merged.skipped)} layers were left out: {left_out}", stacklevel=2)
+    if merged.exchanged:
+        warnings.warn("; ".join(merged.exchanged), stacklevel=2)
     warning = merged.warning()
     if warning is not None:
         warnings.warn(warning, FidelityWarning, stacklevel=2)
@@ -157,7 +166,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _run(steps: Plan, identity: Mapping[str, Any], out: Path, watch: Watch) -> Merged:
     base, found, kept = steps.base, {}, []
-    layouts = [_layout(shard, steps.dtype) for shard in base.shards]
+    layouts = [_layout(shard, steps) for shard in base.shards]
     _check_room(steps, layouts, out)
     with journal.opened(out, identity) as notes:
         for layout in layouts:
@@ -179,11 +188,14 @@ def _run(steps: Plan, identity: Mapping[str, Any], out: Path, watch: Watch) -> M
                 durable.write(out / other, durable.chunks_of(base.folder / other))
         nbytes = sum(layout.nbytes for layout in layouts)
         if base.index is not None:
-            durable.write(out / INDEX_NAME, _index(base.index, nbytes, steps.dtype))
+            durable.write(out / INDEX_NAME, _index(base.index, layouts, steps))
         # The last: nothing loads a folder without it.
-        durable.write(out / CONFIG_NAME, _config(base.folder / CONFIG_NAME, steps.dtype))
+        durable.write(out / CONFIG_NAME, _config(base.folder / CONFIG_NAME, steps))
         notes.close()
-    return Merged(dict(sorted(found.items())), steps.skipped, nbytes, kept)
+    given = steps.vocabulary
+    return Merged(
+        dict(sorted(found.items())), steps.skipped, nbytes, kept, given.said, given.exchanged
+    )
 
 
 @dataclass(frozen=True)
@@ -200,9 +212,9 @@ class _Layout:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def _layout(shard: Shard, dtype: torch.dtype | None) -> _Layout:
+def _layout(shard: Shard, steps: Plan) -> _Layout:
     before = list(shard.tensors.values())
-    after = [entry.as_dtype(dtype) for entry in before]
+    after = [steps.entry(entry.name).as_dtype(steps.dtype) for entry in before]
     if after == before:
         return _Layout(shard.path, shard, shard.start, before)
     # The widest first, as safetensors has it, so that every tensor is aligned.
@@ -236,7 +248,7 @@ def _chunks(
     source, written, total = layout.source, 0, max(1, layout.nbytes)
     yield layout.start
     for entry in layout.entries:
-        if steps.change(entry.name) is None and entry.dtype == source.tensors[entry.name].dtype:
+        if steps.kept(entry) and entry.dtype == source.tensors[entry.name].dtype:
             yield from source.bytes_of(entry.name)
         else:
             yield shards.raw(_merged(steps, source, entry, fidelities))
@@ -249,7 +261,7 @@ def _chunks(
 def _merged(steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]) -> Tensor:
     """A tensor as it is to be written."""
     name, dtype, change = entry.name, shards.DTYPES[entry.dtype], steps.change(entry.name)
-    stored = source.read(name)
+    stored = steps.read(source, name)
     try:
         merged = stored.to(dtype) if change is None else change.apply(stored, dtype)
     except ValueError as error:
@@ -272,22 +284,29 @@ def _finite_where(before: Tensor, after: Tensor) -> bool:
     return bool((after.isfinite() | ~before.isfinite()).all())
 
 
-def _index(path: Path, nbytes: int, dtype: torch.dtype | None) -> list[bytes]:
+def _index(path: Path, layouts: Sequence[_Layout], steps: Plan) -> list[bytes]:
     text = path.read_bytes()
-    if dtype is None:
+    if steps.dtype is None and steps.vocabulary.size is None:
         return [text]
-    index = json.loads(text)
-    index["metadata"] = (index.get("metadata") or {}) | {"total_size": nbytes}
+    index, entries = json.loads(text), [e for layout in layouts for e in layout.entries]
+    sizes = {"total_size": sum(entry.nbytes for entry in entries)}
+    if "total_parameters" in (index.get("metadata") or {}):
+        sizes["total_parameters"] = sum(math.prod(entry.shape) for entry in entries)
+    index["metadata"] = (index.get("metadata") or {}) | sizes
     return [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"]
 
 
-def _config(path: Path, dtype: torch.dtype | None) -> list[bytes]:
+def _config(path: Path, steps: Plan) -> list[bytes]:
     text = path.read_bytes()
-    if dtype is None:
+    config = json.loads(text)
+    before = json.dumps(config)
+    if steps.dtype is not None:
+        name = str(steps.dtype).removeprefix("torch.")
+        if not _set_dtype(config, name):
+            config["torch_dtype"] = name  # which newer and older transformers read
+    steps.vocabulary.write(config)
+    if json.dumps(config) == before:
         return [text]
-    config, name = json.loads(text), str(dtype).removeprefix("torch.")
-    if not _set_dtype(config, name):
-        config["torch_dtype"] = name  # which newer and older transformers read
     return [json.dumps(config, indent=2).encode() + b"\n"]
 
 

@@ -110,8 +110,13 @@ class Checkpoint:
         return self.config.get(name, inner)
 
     def same(self, first: str, second: str) -> bool:
-        """Whether two tensors have the same bytes."""
+        """Whether two tensors have the same bytes, of two dtypes once in the narrower."""
         shards = self.holder[first], self.holder[second]
+        codes = {self.entry(name).dtype for name in (first, second)}
+        if len(codes) > 1 and codes <= DTYPES.keys():
+            dtype = min((DTYPES[code] for code in codes), key=lambda dtype: dtype.itemsize)
+            one, other = (self.holder[name].read(name).to(dtype) for name in (first, second))
+            return torch.equal(one, other)
         pairs = zip(shards[0].bytes_of(first), shards[1].bytes_of(second), strict=True)
         return self.entry(first).nbytes == self.entry(second).nbytes and all(
             a == b for a, b in pairs

@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora import adapter_files as files
+from fastlora import adapter_tensors, base_copies
 from fastlora.checkpoint import adapter_shapes
 from fastlora.config import LoRAConfig
 from fastlora.serving.layout import Factors
+from fastlora.stored import Held, differing
+
+# What to do about an adapter that changes what is not an adapter's.
+_FIXED = (
+    "and the served base is everybody's: serve a model that it is merged into (fastlora merge), or "
+    "load it into a model of its own (load_adapter)"
+)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads adapters for ``served`` layers, {name: (N, K)}, of a model with these ``linears``."""
+    """Reads adapters for ``served`` layers, {name: (N, K)}, of ``model`` with these ``linears``."""
 
+    model: nn.Module
     served: Mapping[str, tuple[int, int]]
     linears: frozenset[str]
     max_rank: int
+    # Files that have been compared with the base: what identifies each, and its copies' names.
+    _compared: dict[Path, tuple[tuple[int, ...], frozenset[str]]] = field(default_factory=dict)
 
     def read(self, directory: str | os.PathLike[str]) -> dict[str, Factors]:
         """The adapter in PEFT's files; ValueError or FileNotFoundError if it cannot be served."""
         config = files.read_config(directory)
-        return self._factors(config, lambda shapes: files.read_tensors(directory, shapes))
+        return self._factors(
+            config,
+            lambda shapes: files.read_tensors(directory, shapes, self._copies(directory, shapes)),
+        )
 
     def take(self, tensors: Mapping[str, Tensor], config: object) -> dict[str, Factors]:
         """Copies, on the CPU, of an adapter's tensors by PEFT's names, which are checked as files'.
 
         config: a LoRAConfig, PEFT's, or the fields of its file. Raises TypeError or ValueError.
         """
-        settings = files.given_config(config, tensors)
-        return self._factors(settings, lambda shapes: files.check_tensors(tensors, shapes))
+        given = adapter_tensors.by_name(tensors)
+        settings = adapter_tensors.given_config(config, adapter_tensors.shapes_of(given))
+        return self._factors(
+            settings,
+            lambda shapes: adapter_tensors.copied(given, shapes, self._held_copies(given, shapes)),
+        )
 
     def _factors(
         self, config: LoRAConfig, read: Callable[[Mapping[str, files.Shape]], Mapping[str, Tensor]]
@@ -47,6 +66,37 @@ class Reader:
             A, B = (tensors[key] for key in shapes)
             found[name] = Factors(A, B, config.scaling_of(name))
         return found
+
+    def _copies(
+        self, directory: str | os.PathLike[str], expected: Mapping[str, files.Shape]
+    ) -> frozenset[str]:
+        """Names of the base's own weights in the file; ValueError where they are others."""
+        if files.read_shapes(directory).keys() <= expected.keys():
+            return frozenset()
+        path = Path(directory, files.WEIGHTS_NAME)
+        status = path.stat()
+        stamp = status.st_ino, status.st_size, status.st_mtime_ns
+        known = self._compared.get(path)
+        # An adapter that has had to make room is read often.
+        if known is None or known[0] != stamp:
+            copies = base_copies.read(directory, self.model, self.served, expected, fixed=_FIXED)
+            known = self._compared[path] = stamp, copies.names
+        return known[1]
+
+    def _held_copies(
+        self, tensors: Mapping[str, Tensor], expected: Mapping[str, files.Shape]
+    ) -> frozenset[str]:
+        """``_copies`` of tensors in memory."""
+        bases = base_copies.held(self.model, self.served, {})
+        copies = tensors.keys() & bases.keys() - expected.keys()
+        for name in copies:
+            base, copy = bases[name], tensors[name]
+            alike = copy.shape == base.shape
+            rows = differing(Held(copy), lambda i, j, base=base: base[i:j]) if alike else None
+            if rows is not None or not alike:
+                own = base_copies.of_its_own(base_copies.place_of(name), rows)
+                raise ValueError(f"tensors: {own}, {_FIXED}")
+        return frozenset(copies)
 
     def _targeted(self, config: LoRAConfig) -> list[str]:
         """The served layers that an adapter is for, checked against its config."""

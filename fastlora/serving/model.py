@@ -83,6 +83,7 @@ class MultiLoRAModel(nn.Module):
             layout, max_adapters, device_bytes=device_bytes, host_bytes=host_bytes
         )
         self._reader = Reader(
+            unwrapped(model),
             {name: (layer.N, layer.K) for name, layer in layout.layers.items()},
             frozenset(n for n, m in unwrapped(model).named_modules() if is_linear(m)),
             max_rank,
@@ -113,8 +114,8 @@ class MultiLoRAModel(nn.Module):
 
         Raises ValueError or FileNotFoundError, nothing changed, as ``fastlora.load_adapter`` does,
         and for a rank above max_rank, an adapter larger than device_bytes, a layer that is not
-        served, lora_bias and trained biases, modules_to_save, or an init_lora_weights that has
-        split the base's weights.
+        served, lora_bias and trained biases, modules_to_save, an init_lora_weights that has split
+        the base's weights, or rows of the embeddings that are not this base's (another vocabulary).
         """
         folder = os.path.abspath(files.folder_of(directory))
         self._add(adapter_name, lambda: AdapterFiles(folder, self._reader), pin)
