@@ -95,8 +95,8 @@ def load_adapter(
     are set to must then be the file's settings. Of a sharded model every process must call: each
     reads the files and keeps its part. Warns where keys of alpha_pattern overlap in the order of
     the alphabet, which is PEFT's and not the one that counted. Embeddings that PEFT has saved along
-    are the base's, or rows that came with the adapter: those are put into the model's, as PEFT does,
-    with a UserWarning where they are not the last ones, as a resized vocabulary's are.
+    are the base's, or rows that came with the adapter: those are put into the model's, as PEFT
+    does, with a UserWarning where they are not the last ones, as a resized vocabulary's are.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles, another
