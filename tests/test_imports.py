@@ -29,7 +29,7 @@ LAYERS = {
     "modules trained whole": ["saved_modules"],
     "tensors over processes": ["sharding", "gathering"],
     "settings and files": ["config", "adapter_files", "wrapping"],
-    "names in settings": ["matching", "refusals"],
+    "names in settings": ["matching", "refusals", "loaded_names"],
     "rows of a batch": ["routing"],
     "functions": ["functional"],
     "merges upon each other": ["merge_stack"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora import functional
 from fastlora.merge_files import places
-from fastlora.merge_files.adapters import AdapterFolder, Layer, some
+from fastlora.merge_files.adapters import AdapterFolder, Layer, kinds, some
 from fastlora.merge_files.shards import DTYPES, Checkpoint
 from fastlora.receipt import Adapter
 
@@ -109,8 +109,9 @@ def _add(plan: Plan, adapter: AdapterFolder, allow_partial: bool) -> None:
     found = places.find(plan.base, adapter)
     absent = places.absent(adapter, found)
     unfilled = places.unfilled(plan.base, adapter, found)
-    if len(absent) == len(adapter.layers) or ((absent or unfilled) and not allow_partial):
-        raise ValueError(_incomplete(plan.base, adapter, absent, unfilled))
+    refused = len(absent) == len(adapter.layers) or (bool(absent) and found.uninstalled)
+    if refused or ((absent or unfilled) and not allow_partial):
+        raise ValueError(_incomplete(plan.base, adapter, found, absent, unfilled))
     plan.skipped += [f"{name} of {adapter.folder}: not in the base" for name in absent]
     plan.skipped += [f"{name} of the base: not in {adapter.folder}" for name in unfilled]
     for name, layer in adapter.layers.items():
@@ -174,17 +175,23 @@ def _check_copy(base: Checkpoint, adapter: AdapterFolder, weight: str, copy: Ten
 
 
 def _incomplete(
-    base: Checkpoint, adapter: AdapterFolder, absent: list[str], unfilled: list[str]
+    base: Checkpoint,
+    adapter: AdapterFolder,
+    found: places.Places,
+    absent: list[str],
+    unfilled: list[str],
 ) -> str:
     said = []
     if absent:
         said.append(
             f"{len(absent)} of its {len(adapter.layers)} layers are not in {base.folder}: "
-            f"{some(absent)}"
+            f"{some(kinds(absent))}"
         )
+    if absent and found.unknown:
+        said.append(found.unknown)
     if unfilled:
         said.append(
-            f"its config names {len(unfilled)} layers that its file lacks: {some(unfilled)}"
+            f"its config names {len(unfilled)} layers that its file lacks: {some(kinds(unfilled))}"
         )
     if any(name.endswith("lm_head") for name in absent) and base.option(
         "tie_word_embeddings", True
@@ -192,7 +199,7 @@ def _incomplete(
         said.append(
             f"an output layer that is tied to the embedding has no weight of its own: {_UNTIE}"
         )
-    if len(absent) < len(adapter.layers):
+    if len(absent) < len(adapter.layers) and not (absent and found.uninstalled):
         said.append("the others are merged with allow_partial=True (--allow-partial)")
     return f"{adapter.folder}: {'; '.join(said)}"
 
