@@ -1,4 +1,4 @@
-"""What a transformers model calls the tensors of its checkpoints, by the table it loads them with."""
+"""What a transformers model calls the tensors of its checkpoints: the table it loads them by."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def loaded(model: nn.Module, names: Iterable[str]) -> Loaded:
                 found.names[name] = place
             continue
         first, *rest = targets[source].target_patterns
-        for place in (place, *(place.replace(first, target) for target in rest)):
-            found.made.setdefault(place, []).append(name)
+        for target in (first, *rest):
+            found.made.setdefault(place.replace(first, target), []).append(name)
     return found

@@ -79,8 +79,7 @@ def find(base: Checkpoint, adapter: AdapterFolder) -> Places:
                 f"{adapter.folder}: {name} may be {' or '.join(leads_to)} of {base.folder}, which "
                 "transformers renames while it loads them: expected a name that says which"
             )
-    best = whole[0] if whole else max(ways, key=lambda way: len(adapter.layers) - _lost(adapter, way))
-    found = _chosen(adapter, best)
+    found = _chosen(adapter, min(ways, key=lambda way: _lost(adapter, way)))
     _check_single(base, adapter, found, table)
     return found
 
@@ -134,9 +133,7 @@ def _chosen(adapter: AdapterFolder, way: Places | ValueError) -> Places:
     return way
 
 
-def _check_single(
-    base: Checkpoint, adapter: AdapterFolder, found: Places, table: Renaming
-) -> None:
+def _check_single(base: Checkpoint, adapter: AdapterFolder, found: Places, table: Renaming) -> None:
     """That every layer has one weight in the files, which is what the model has."""
     places = {found.of(name) + ".weight" for name in adapter.layers if found.has(name)}
     for layer, files in table.twice.items():
@@ -151,7 +148,7 @@ def _check_single(
         if found.moved(name) in table.made
     }
     if made:
-        name, sources = next(iter(sorted(made.items())))
+        sources = made[min(made)]
         raise ValueError(
             f"{adapter.folder}: {len(made)} of its layers have weights that transformers computes "
             f"while loading and that are not in {base.folder} as such ({some(made)}; the first of "

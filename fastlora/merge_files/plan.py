@@ -189,7 +189,7 @@ def _incomplete(
         )
     if absent and found.unknown:
         said.append(found.unknown)
-    if unfilled:
+    if unfilled and not found.unknown:  # or they are the same layers by other names
         said.append(
             f"its config names {len(unfilled)} layers that its file lacks: {some(kinds(unfilled))}"
         )

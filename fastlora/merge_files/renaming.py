@@ -84,7 +84,9 @@ def _on_meta(base: Checkpoint) -> nn.Module:
     name = names[0] if isinstance(names, list) and names else None
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise LookupError(f"{said} has no model of architectures={names} to ask for renamed tensors")
+        raise LookupError(
+            f"{said} has no model of architectures={names} to ask for renamed tensors"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(
             base.folder, local_files_only=True, trust_remote_code=False
@@ -93,4 +95,6 @@ def _on_meta(base: Checkpoint) -> nn.Module:
         with torch.device("meta"), initialization.meta_device_safe_creation_ops():
             return kind(config)
     except Exception as error:  # whatever a model's code finds wrong with a config
-        raise LookupError(f"{said} cannot build {name} to ask for renamed tensors: {error}") from None
+        raise LookupError(
+            f"{said} cannot build {name} to ask for renamed tensors: {error}"
+        ) from None
