@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from fastlora import dispatch, fidelity
 from fastlora.fidelity import Fidelity, FidelityWarning
-from fastlora.merge_files import durable, journal, plan, shards
+from fastlora.merge_files import durable, edited, journal, others, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
+from fastlora.merge_files.others import Others
 from fastlora.merge_files.plan import Plan, WeightChange
 from fastlora.merge_files.shards import CONFIG_NAME, INDEX_NAME, Entry, Shard
 
@@ -32,13 +32,15 @@ Watch = Callable[[str, int, float], None]
 class Merged:
     """fidelity: of each layer, by the base's name. skipped: layers that were left out, and why.
 
-    nbytes: of all weights. kept: the files that an earlier, interrupted run had finished.
+    nbytes: of all weights. kept: the files that an earlier, interrupted run had finished. others:
+    what lay beside the weights, copied or not.
     """
 
     fidelity: dict[str, Fidelity]
     skipped: list[str]
     nbytes: int
     kept: list[str]
+    others: Others = field(default_factory=Others)
 
     @property
     def low(self) -> list[str]:
@@ -71,13 +73,16 @@ def merge_checkpoint(
 
     ``W + sum of weight * scaling * lora_B @ lora_A``, summed in float32 (float64 for a float64
     base) and rounded once, into ``dtype`` or the base's own. base: a local folder as transformers
-    saves it; adapters: a folder, or several, or pairs (folder, weight). out: same files, same
-    tensors, config and tokenizer, loadable once all is written and not before; calling again with
-    the same arguments resumes where a killed run stopped, to the same bytes. About two of the
+    saves it, with transformers' names or those that it renames while loading (then it must be
+    installed); adapters: a folder, or several, or pairs (folder, weight). out: same files, same
+    tensors, and whatever else is in the base's folder, other models in sub-folders too, but for
+    more weights of this one beside it; loadable once all is written and not before; calling again
+    with the same arguments resumes where a killed run stopped, to the same bytes. About two of the
     base's largest tensors are held at a time, and the adapters.
 
     Returns the fidelity of each merged layer; a FidelityWarning tells of low ones, a UserWarning
-    of what allow_partial left out. Raises ValueError, TypeError, FileNotFoundError,
+    of what allow_partial left out, of files that were not copied and of copies that are likely the
+    unmerged model. Raises ValueError, TypeError, FileNotFoundError,
     FileExistsError or BlockingIOError naming what cannot be merged and why, OSError when the disk
     fails or is full.
     """
@@ -85,6 +90,8 @@ def merge_checkpoint(
     if merged.skipped:
         left_out = "; ".join(merged.skipped)
         warnings.warn(f"{len(merged.skipped)} layers were left out: {left_out}", stacklevel=2)
+    for note in merged.others.notes():
+        warnings.warn(note, stacklevel=2)
     warning = merged.warning()
     if warning is not None:
         warnings.warn(warning, FidelityWarning, stacklevel=2)
@@ -109,7 +116,8 @@ def merge_folder(
         raise ValueError(f"out: expected a folder outside of base, got {folder}")
     read = [read_adapter(*pair) for pair in _pairs(adapters)]
     steps = plan.make(checkpoint, read, dtype, allow_partial)
-    return _run(steps, _identity(steps, read), folder, watch or (lambda *_: None))
+    beside = others.find(checkpoint, steps.weights, folder)
+    return _run(steps, beside, _identity(steps, beside, read), folder, watch or (lambda *_: None))
 
 
 def _pairs(adapters: object) -> list[tuple[Folder, float]]:
@@ -134,11 +142,11 @@ def _pairs(adapters: object) -> list[tuple[Folder, float]]:
     return pairs
 
 
-def _identity(steps: Plan, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
+def _identity(steps: Plan, beside: Others, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
     """All that decides the output's bytes: by it a run knows its own unfinished work."""
     base = steps.base
-    files = [shard.path for shard in base.shards] + [base.folder / name for name in base.others]
-    files += [base.index] if base.index else []
+    files = [shard.path for shard in base.shards] + [base.folder / name for name in beside.copied]
+    files += [base.folder / CONFIG_NAME, *([base.index] if base.index else [])]
     device = torch.device("cpu")
     backend = dispatch.choose("merge_", device, steps.dtype)
     return {
@@ -155,35 +163,39 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _run(steps: Plan, identity: Mapping[str, Any], out: Path, watch: Watch) -> Merged:
+def _run(
+    steps: Plan, beside: Others, identity: Mapping[str, Any], out: Path, watch: Watch
+) -> Merged:
     base, found, kept = steps.base, {}, []
     layouts = [_layout(shard, steps.dtype) for shard in base.shards]
-    _check_room(steps, layouts, out)
+    files = len(layouts) + sum(others.is_large(base.folder / name) for name in beside.copied)
+    _check_room(steps, layouts, beside, out)
+
+    def check(path: Path) -> None:
+        if _stamp(path) != identity["base"][str(path.relative_to(base.folder))]:
+            raise RuntimeError(f"base: {path} was changed meanwhile: start anew")
+
     with journal.opened(out, identity) as notes:
         for layout in layouts:
             name = layout.path.name
-            watch(name, len(layouts), 0.0)
+            watch(name, files, 0.0)
             fidelities = notes.finished(name)
             if fidelities is not None:
                 kept.append(name)
             else:
                 fidelities = {}
-                stamp = identity["base"][name]
-                show = functools.partial(watch, name, len(layouts))
-                chunks = _chunks(steps, layout, stamp, fidelities, show)
+                show = functools.partial(watch, name, files)
+                chunks = _chunks(steps, layout, check, fidelities, show)
                 notes.finish(name, durable.write(out / name, chunks), fidelities)
             found |= fidelities
-        for other in base.others:
-            if str(other) != CONFIG_NAME:
-                (out / other).parent.mkdir(parents=True, exist_ok=True)
-                durable.write(out / other, durable.chunks_of(base.folder / other))
+        kept += others.copy(base, beside, out, notes, check, lambda name: watch(name, files, 0.0))
         nbytes = sum(layout.nbytes for layout in layouts)
         if base.index is not None:
-            durable.write(out / INDEX_NAME, _index(base.index, nbytes, steps.dtype))
+            durable.write(out / INDEX_NAME, edited.index(base.index, nbytes, steps.dtype))
         # The last: nothing loads a folder without it.
-        durable.write(out / CONFIG_NAME, _config(base.folder / CONFIG_NAME, steps.dtype))
+        durable.write(out / CONFIG_NAME, edited.config(base.folder / CONFIG_NAME, steps.dtype))
         notes.close()
-    return Merged(dict(sorted(found.items())), steps.skipped, nbytes, kept)
+    return Merged(dict(sorted(found.items())), steps.skipped, nbytes, kept, beside)
 
 
 @dataclass(frozen=True)
@@ -210,13 +222,14 @@ def _layout(shard: Shard, dtype: torch.dtype | None) -> _Layout:
     return _Layout(shard.path, shard, shards.start_of(after, shard.metadata), after)
 
 
-def _check_room(steps: Plan, layouts: Sequence[_Layout], out: Path) -> None:
-    needed = sum((steps.base.folder / name).stat().st_size for name in steps.base.others)
-    for layout in layouts:
-        needed += len(layout.start) + layout.nbytes
-        if journal.unfinished(out):
-            # What an earlier run has written, or has begun to and will be written over.
-            there = (out / layout.path.name, out / (layout.path.name + durable.PARTIAL))
+def _check_room(steps: Plan, layouts: Sequence[_Layout], beside: Others, out: Path) -> None:
+    sizes = {out / name: (steps.base.folder / name).stat().st_size for name in beside.copied}
+    sizes |= {out / layout.path.name: len(layout.start) + layout.nbytes for layout in layouts}
+    needed = sum(sizes.values())
+    if journal.unfinished(out):
+        # What an earlier run has written, or has begun to and will be written over.
+        for path in sizes:
+            there = (path, path.with_name(path.name + durable.PARTIAL))
             needed -= max((path.stat().st_size for path in there if path.is_file()), default=0)
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
@@ -228,7 +241,7 @@ def _check_room(steps: Plan, layouts: Sequence[_Layout], out: Path) -> None:
 def _chunks(
     steps: Plan,
     layout: _Layout,
-    stamp: tuple[int, int],
+    check: Callable[[Path], None],
     fidelities: dict[str, Fidelity],
     show: Callable[[float], None],
 ) -> Iterator[Any]:
@@ -242,8 +255,7 @@ def _chunks(
             yield shards.raw(_merged(steps, source, entry, fidelities))
         written += entry.nbytes
         show(written / total)
-    if _stamp(source.path) != stamp:
-        raise RuntimeError(f"base: {source.path} was changed meanwhile: start anew")
+    check(source.path)
 
 
 def _merged(steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]) -> Tensor:
@@ -270,32 +282,3 @@ def _finite_where(before: Tensor, after: Tensor) -> bool:
     if not after.numel() or all(bound.isfinite() for bound in after.aminmax()):
         return True
     return bool((after.isfinite() | ~before.isfinite()).all())
-
-
-def _index(path: Path, nbytes: int, dtype: torch.dtype | None) -> list[bytes]:
-    text = path.read_bytes()
-    if dtype is None:
-        return [text]
-    index = json.loads(text)
-    index["metadata"] = (index.get("metadata") or {}) | {"total_size": nbytes}
-    return [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"]
-
-
-def _config(path: Path, dtype: torch.dtype | None) -> list[bytes]:
-    text = path.read_bytes()
-    if dtype is None:
-        return [text]
-    config, name = json.loads(text), str(dtype).removeprefix("torch.")
-    if not _set_dtype(config, name):
-        config["torch_dtype"] = name  # which newer and older transformers read
-    return [json.dumps(config, indent=2).encode() + b"\n"]
-
-
-def _set_dtype(config: dict[str, Any], name: str) -> bool:
-    """Exchanges the dtype, also that of inner models; whether the outer one had any."""
-    known = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
-    config.update(dict.fromkeys(known, name))
-    for inner in config.values():
-        if isinstance(inner, dict):
-            _set_dtype(inner, name)
-    return bool(known)
