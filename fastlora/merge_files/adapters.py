@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,11 +134,3 @@ def some(names: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def kinds(names: Iterable[str]) -> list[str]:
-    """Names that differ in numbers alone as one, with how many they are where there are many."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
-    return [f"{kind} ({len(of)})" if len(of) > 1 else of[0] for kind, of in found.items()]

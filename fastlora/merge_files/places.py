@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fastlora.merge_files import renaming
@@ -69,7 +70,7 @@ def find(base: Checkpoint, adapter: AdapterFolder) -> Places:
     ways = [
         plain,
         _read(base, adapter, table.files),
-        _read(base, adapter, table.files, table.of_old(adapter.layers)),
+        _read(base, adapter, table.files, table.of_old(_names(adapter))),
     ]
     whole = [way for way in ways if _whole(adapter, way)]
     for name in adapter.layers:
@@ -116,6 +117,12 @@ def _read(
             f"{base.folder}, with {prefixes}: expected names that say which"
         )
     return Places(files, *(best[0] if best else ("", "")), old=old)
+
+
+def _names(adapter: AdapterFolder) -> set[str]:
+    """All that is looked up: layers, also those that it has nothing but a bias or a copy of."""
+    owners = {name.rpartition(".")[0] for name in adapter.copies}
+    return {*adapter.layers, *adapter.biases, *adapter.copies, *owners}
 
 
 def _lost(adapter: AdapterFolder, way: Places | ValueError) -> int:
@@ -171,3 +178,11 @@ def unfilled(base: Checkpoint, adapter: AdapterFolder, places: Places) -> list[s
         and len(base.entry(f"{layer}.weight").shape) == 2
         and adapter.names(places.back(known))
     )
+
+
+def kinds(names: Iterable[str]) -> list[str]:
+    """Names that differ in numbers alone as one, with how many they are where there are many."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    return [f"{kind} ({len(of)})" if len(of) > 1 else of[0] for kind, of in found.items()]

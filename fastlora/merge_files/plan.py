@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora import functional
 from fastlora.merge_files import places
-from fastlora.merge_files.adapters import AdapterFolder, Layer, kinds, some
+from fastlora.merge_files.adapters import AdapterFolder, Layer, some
 from fastlora.merge_files.shards import DTYPES, Checkpoint
 from fastlora.receipt import Adapter
 
@@ -185,13 +185,14 @@ def _incomplete(
     if absent:
         said.append(
             f"{len(absent)} of its {len(adapter.layers)} layers are not in {base.folder}: "
-            f"{some(kinds(absent))}"
+            f"{some(places.kinds(absent))}"
         )
     if absent and found.unknown:
         said.append(found.unknown)
     if unfilled and not found.unknown:  # or they are the same layers by other names
         said.append(
-            f"its config names {len(unfilled)} layers that its file lacks: {some(kinds(unfilled))}"
+            f"its config names {len(unfilled)} layers that its file lacks: "
+            f"{some(places.kinds(unfilled))}"
         )
     if any(name.endswith("lm_head") for name in absent) and base.option(
         "tie_word_embeddings", True

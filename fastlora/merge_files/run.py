@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
-import shutil
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +15,13 @@ from torch import Tensor
 
 from fastlora import dispatch, fidelity
 from fastlora.fidelity import Fidelity, FidelityWarning
-from fastlora.merge_files import durable, edited, journal, others, plan, shards
+from fastlora.merge_files import arguments, durable, journal, others, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
+from fastlora.merge_files.arguments import Folder
 from fastlora.merge_files.others import Others
 from fastlora.merge_files.plan import Plan, WeightChange
 from fastlora.merge_files.shards import CONFIG_NAME, INDEX_NAME, Entry, Shard
 
-Folder = str | os.PathLike[str]
 # The file that is being written, of how many, and how much of it is: 0 to 1.
 Watch = Callable[[str, int, float], None]
 
@@ -114,32 +112,10 @@ def merge_folder(
     checkpoint, folder = shards.open_checkpoint(base), Path(out)
     if folder.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ValueError(f"out: expected a folder outside of base, got {folder}")
-    read = [read_adapter(*pair) for pair in _pairs(adapters)]
+    read = [read_adapter(*pair) for pair in arguments.pairs(adapters)]
     steps = plan.make(checkpoint, read, dtype, allow_partial)
     beside = others.find(checkpoint, steps.weights, folder)
     return _run(steps, beside, _identity(steps, beside, read), folder, watch or (lambda *_: None))
-
-
-def _pairs(adapters: object) -> list[tuple[Folder, float]]:
-    """Folders and weights; TypeError or ValueError for anything else."""
-    given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
-    if isinstance(given, Mapping) or not isinstance(given, Sequence):
-        raise TypeError(
-            "adapters: expected a folder, or a list of folders and of pairs (folder, weight), got "
-            f"{type(adapters).__name__}"
-        )
-    if not given:
-        raise ValueError("adapters: expected one or more, got none")
-    pairs = []
-    for i, item in enumerate(given):
-        pair = (item, 1.0) if isinstance(item, str | os.PathLike) else item
-        folder = pair[0] if isinstance(pair, tuple | list) and len(pair) == 2 else None
-        if not isinstance(folder, str | os.PathLike):
-            raise TypeError(
-                f"adapters[{i}]: expected a folder or a pair (folder, weight), got {item!r}"
-            )
-        pairs.append(tuple(pair))
-    return pairs
 
 
 def _identity(steps: Plan, beside: Others, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
@@ -169,7 +145,9 @@ def _run(
     base, found, kept = steps.base, {}, []
     layouts = [_layout(shard, steps.dtype) for shard in base.shards]
     files = len(layouts) + sum(others.is_large(base.folder / name) for name in beside.copied)
-    _check_room(steps, layouts, beside, out)
+    sizes = {out / name: (base.folder / name).stat().st_size for name in beside.copied}
+    sizes |= {out / layout.path.name: len(layout.start) + layout.nbytes for layout in layouts}
+    arguments.check_room(out, sizes)
 
     def check(path: Path) -> None:
         if _stamp(path) != identity["base"][str(path.relative_to(base.folder))]:
@@ -191,9 +169,9 @@ def _run(
         kept += others.copy(base, beside, out, notes, check, lambda name: watch(name, files, 0.0))
         nbytes = sum(layout.nbytes for layout in layouts)
         if base.index is not None:
-            durable.write(out / INDEX_NAME, edited.index(base.index, nbytes, steps.dtype))
+            durable.write(out / INDEX_NAME, _index(base.index, nbytes, steps.dtype))
         # The last: nothing loads a folder without it.
-        durable.write(out / CONFIG_NAME, edited.config(base.folder / CONFIG_NAME, steps.dtype))
+        durable.write(out / CONFIG_NAME, _config(base.folder / CONFIG_NAME, steps.dtype))
         notes.close()
     return Merged(dict(sorted(found.items())), steps.skipped, nbytes, kept, beside)
 
@@ -220,22 +198,6 @@ def _layout(shard: Shard, dtype: torch.dtype | None) -> _Layout:
     # The widest first, as safetensors has it, so that every tensor is aligned.
     after.sort(key=lambda entry: -entry.itemsize)
     return _Layout(shard.path, shard, shards.start_of(after, shard.metadata), after)
-
-
-def _check_room(steps: Plan, layouts: Sequence[_Layout], beside: Others, out: Path) -> None:
-    sizes = {out / name: (steps.base.folder / name).stat().st_size for name in beside.copied}
-    sizes |= {out / layout.path.name: len(layout.start) + layout.nbytes for layout in layouts}
-    needed = sum(sizes.values())
-    if journal.unfinished(out):
-        # What an earlier run has written, or has begun to and will be written over.
-        for path in sizes:
-            there = (path, path.with_name(path.name + durable.PARTIAL))
-            needed -= max((path.stat().st_size for path in there if path.is_file()), default=0)
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        text = f"out: {out} needs {needed:,} bytes, {free:,} are free at {existing}"
-        raise OSError(errno.ENOSPC, text)
 
 
 def _chunks(
@@ -282,3 +244,32 @@ def _finite_where(before: Tensor, after: Tensor) -> bool:
     if not after.numel() or all(bound.isfinite() for bound in after.aminmax()):
         return True
     return bool((after.isfinite() | ~before.isfinite()).all())
+
+
+def _index(path: Path, nbytes: int, dtype: torch.dtype | None) -> list[bytes]:
+    text = path.read_bytes()
+    if dtype is None:
+        return [text]
+    index = json.loads(text)
+    index["metadata"] = (index.get("metadata") or {}) | {"total_size": nbytes}
+    return [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"]
+
+
+def _config(path: Path, dtype: torch.dtype | None) -> list[bytes]:
+    text = path.read_bytes()
+    if dtype is None:
+        return [text]
+    config, name = json.loads(text), str(dtype).removeprefix("torch.")
+    if not _set_dtype(config, name):
+        config["torch_dtype"] = name  # which newer and older transformers read
+    return [json.dumps(config, indent=2).encode() + b"\n"]
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> bool:
+    """Exchanges the dtype, also that of inner models; whether the outer one had any."""
+    known = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
+    config.update(dict.fromkeys(known, name))
+    for inner in config.values():
+        if isinstance(inner, dict):
+            _set_dtype(inner, name)
+    return bool(known)
