@@ -139,6 +139,21 @@ def test_two_weights_for_one_layer(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_fits_two_layers(tmp_path):
+    """As it stands one of the files' tensors, as the model's another."""
+    save(tmp_path, llava, target_modules=r".*language_model.layers.1.mlp.up_proj")
+    name = "language_model.model.layers.1.mlp.up_proj"
+    both = "model.language_model.layers.1.mlp.up_proj"
+
+    def double(t: dict[str, Tensor]) -> None:
+        t[f"{both}.weight"] = t[f"{name}.weight"] * 2
+
+    edit_tensors(tmp_path / "base" / SINGLE, double)
+    with pytest.raises(ValueError, match=f"{both} may be {name} or {both} of"):
+        merge(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_weights_that_are_computed_while_loading(tmp_path):
     """Files with q, k and v in one tensor, a model with three: refused, partly too."""
     config = transformers.NomicBertConfig(
