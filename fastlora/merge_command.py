@@ -15,6 +15,7 @@ import torch
 
 from fastlora.fidelity import Fidelity
 from fastlora.merge_files import Merged, durable, journal, merge_folder
+from fastlora.merge_files.adapters import some
 from fastlora.progress import Progress
 
 DTYPES = {
@@ -34,7 +35,8 @@ _SHOWN = 5
 def add(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merges PEFT adapters into a local model's safetensors, written to a new folder with its "
-        "config and tokenizer. The same command resumes a run that was stopped."
+        "config, tokenizer and whatever else it holds. The same command resumes a run that was "
+        "stopped."
     )
     parser.add_argument("base", type=Path, metavar="BASE", help="the model's folder, only read")
     parser.add_argument(
@@ -111,6 +113,9 @@ def summary(merged: Merged, out: Path) -> str:
     lines += [f"{len(merged.kept)} files were whole from before"] if merged.kept else []
     lines += [f"left out: {line}" for line in merged.skipped]
     lines += [f"from the adapter: {line}" for line in merged.vocabulary]
+    if merged.others.weights:
+        lines.append(f"copied as they are: {some(merged.others.weights)}")
+    lines += [f"note: {note}" for note in merged.others.notes()]
     found = sorted(merged.fidelity.items(), key=lambda item: item[1].gain)
     columns = [list(column) for column in zip(*(_columns(f) for _, f in found), strict=True)]
     rows = [(layer, _columns(fidelity)) for layer, fidelity in found[:_SHOWN]]
@@ -133,6 +138,8 @@ def _columns(fidelity: Fidelity) -> tuple[float, float, float, float]:
 def _as_json(merged: Merged) -> bytes:
     values = {
         "skipped": merged.skipped,
+        "files left out": dict(merged.others.left),
+        "weights copied as they are": [*merged.others.weights, *merged.others.unmerged],
         "low": merged.low,
         "layers": {layer: asdict(fidelity) for layer, fidelity in merged.fidelity.items()},
     }

@@ -30,7 +30,7 @@ LAYERS = {
     "modules trained whole": ["saved_modules"],
     "tensors over processes": ["sharding", "gathering"],
     "settings and files": ["config", "adapter_files", "adapter_tensors", "stored", "wrapping"],
-    "names in settings": ["matching", "refusals", "adapter_hints"],
+    "names in settings": ["matching", "refusals", "loaded_names", "adapter_hints"],
     "rows of a batch": ["routing"],
     "functions": ["functional"],
     "merges upon each other": ["merge_stack"],

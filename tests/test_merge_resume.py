@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlora.merge_files import durable, journal, merge_folder, plan, run
+from fastlora.merge_files import durable, journal, merge_folder, plan
 from fastlora.merge_files.journal import JOURNAL, LOCK
 from tests.checkpoints import CONFIG, INDEX, contents
 from tests.models import quiet
@@ -258,7 +258,7 @@ def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatc
 
 
 def test_no_room_is_said_before_anything_is_written(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
     with pytest.raises(
         OSError, match=r"out: .* needs \d+,\d+ bytes, 30,000 are free at"
     ) as refused:
@@ -274,7 +274,7 @@ def test_what_is_written_needs_no_room(given, tmp_path, monkeypatch):
     weights = (tmp_path / "out").glob("*.safetensors*")
     left = needed - sum(path.stat().st_size for path in weights)
     assert left < needed
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
     merge(given, tmp_path / "out")
 
 

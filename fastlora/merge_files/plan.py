@@ -129,8 +129,9 @@ def make(
 def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial: bool) -> None:
     absent = places.absent(adapter, found)
     unfilled = places.unfilled(plan.base, adapter, found)
-    if len(absent) == len(adapter.layers) or ((absent or unfilled) and not allow_partial):
-        raise ValueError(_incomplete(plan.base, adapter, absent, unfilled))
+    refused = len(absent) == len(adapter.layers) or (bool(absent) and found.uninstalled)
+    if refused or ((absent or unfilled) and not allow_partial):
+        raise ValueError(_incomplete(plan.base, adapter, found, absent, unfilled))
     plan.skipped += [f"{name} of {adapter.folder}: not in the base" for name in absent]
     plan.skipped += [f"{name} of the base: not in {adapter.folder}" for name in unfilled]
     for name, layer in adapter.layers.items():
@@ -179,17 +180,24 @@ def _twin(adapter: AdapterFolder, name: str, base: Checkpoint, found: places.Pla
 
 
 def _incomplete(
-    base: Checkpoint, adapter: AdapterFolder, absent: list[str], unfilled: list[str]
+    base: Checkpoint,
+    adapter: AdapterFolder,
+    found: places.Places,
+    absent: list[str],
+    unfilled: list[str],
 ) -> str:
     said = []
     if absent:
         said.append(
             f"{len(absent)} of its {len(adapter.layers)} layers are not in {base.folder}: "
-            f"{some(absent)}"
+            f"{some(places.kinds(absent))}"
         )
-    if unfilled:
+    if absent and found.unknown:
+        said.append(found.unknown)
+    if unfilled and not found.unknown:  # or they are the same layers by other names
         said.append(
-            f"its config names {len(unfilled)} layers that its file lacks: {some(unfilled)}"
+            f"its config names {len(unfilled)} layers that its file lacks: "
+            f"{some(places.kinds(unfilled))}"
         )
     if any(name.endswith("lm_head") for name in absent) and base.option(
         "tie_word_embeddings", True
@@ -197,7 +205,7 @@ def _incomplete(
         said.append(
             f"an output layer that is tied to the embedding has no weight of its own: {_UNTIE}"
         )
-    if len(absent) < len(adapter.layers):
+    if len(absent) < len(adapter.layers) and not (absent and found.uninstalled):
         said.append("the others are merged with allow_partial=True (--allow-partial)")
     return f"{adapter.folder}: {'; '.join(said)}"
 

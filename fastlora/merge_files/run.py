@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +16,13 @@ from torch import Tensor
 
 from fastlora import dispatch, fidelity
 from fastlora.fidelity import Fidelity, FidelityWarning
-from fastlora.merge_files import durable, journal, plan, shards
+from fastlora.merge_files import arguments, durable, journal, others, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
+from fastlora.merge_files.arguments import Folder
+from fastlora.merge_files.others import Others
 from fastlora.merge_files.plan import Plan, WeightChange
 from fastlora.merge_files.shards import CONFIG_NAME, INDEX_NAME, Entry, Shard
 
-Folder = str | os.PathLike[str]
 # The file that is being written, of how many, and how much of it is: 0 to 1.
 Watch = Callable[[str, int, float], None]
 
@@ -35,7 +33,7 @@ class Merged:
 
     nbytes: of all weights. kept: the files that an earlier, interrupted run had finished.
     vocabulary: what of the base the adapters' own rows have taken the place of; exchanged: where
-    that is more than rows that were added.
+    that is more than rows that were added. others: what lay beside the weights, copied or not.
     """
 
     fidelity: dict[str, Fidelity]
@@ -44,6 +42,7 @@ class Merged:
     kept: list[str]
     vocabulary: list[str] = field(default_factory=list)
     exchanged: list[str] = field(default_factory=list)
+    others: Others = field(default_factory=Others)
 
     @property
     def low(self) -> list[str]:
@@ -76,17 +75,19 @@ def merge_checkpoint(
 
     ``W + sum of weight * scaling * lora_B @ lora_A``, summed in float32 (float64 for a float64
     base) and rounded once, into ``dtype`` or the base's own. base: a local folder as transformers
-    saves it; adapters: a folder, or several, or pairs (folder, weight). out: same files, same
-    tensors, config and tokenizer, loadable once all is written and not before; calling again with
-    the same arguments resumes where a killed run stopped, to the same bytes. About two of the
+    saves it, with transformers' names or those that it renames while loading (then it must be
+    installed); adapters: a folder, or several, or pairs (folder, weight). out: same files, same
+    tensors, and whatever else is in the base's folder, other models in sub-folders too, but for
+    more weights of this one beside it; loadable once all is written and not before; calling again
+    with the same arguments resumes where a killed run stopped, to the same bytes. About two of the
     base's largest tensors are held at a time, and the adapters.
 
     Rows of the embeddings that an adapter has (of a resized vocabulary, say) take the base's place,
     and the config says how many. Returns the fidelity of each merged layer; a FidelityWarning tells
-    of low ones, a UserWarning of what allow_partial left out, and of rows that the base had
-    otherwise. Raises ValueError, TypeError, FileNotFoundError,
-    FileExistsError or BlockingIOError naming what cannot be merged and why, OSError when the disk
-    fails or is full.
+    of low ones, a UserWarning of what allow_partial left out, of rows that the base had otherwise,
+    of files that were not copied, and of copies that are likely the unmerged model. Raises
+    ValueError, TypeError, FileNotFoundError, FileExistsError or BlockingIOError naming what cannot
+    be merged and why, OSError when the disk fails or is full.
     """
     merged = merge_folder(base, adapters, out, dtype=dtype, allow_partial=allow_partial)
     if merged.skipped:
@@ -94,6 +95,8 @@ def merge_checkpoint(
         warnings.warn(f"{len(merged.skipped)} layers were left out: {left_out}", stacklevel=2)
     if merged.exchanged:
         warnings.warn("; ".join(merged.exchanged), stacklevel=2)
+    for note in merged.others.notes():
+        warnings.warn(note, stacklevel=2)
     warning = merged.warning()
     if warning is not None:
         warnings.warn(warning, FidelityWarning, stacklevel=2)
@@ -116,38 +119,18 @@ def merge_folder(
     checkpoint, folder = shards.open_checkpoint(base), Path(out)
     if folder.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ValueError(f"out: expected a folder outside of base, got {folder}")
-    read = [read_adapter(*pair) for pair in _pairs(adapters)]
+    read = [read_adapter(*pair) for pair in arguments.pairs(adapters)]
     steps = plan.make(checkpoint, read, dtype, allow_partial)
-    return _run(steps, _identity(steps, read), folder, watch or (lambda *_: None))
+    rewritten = steps.weights.keys() | steps.vocabulary.tensors.keys()
+    beside = others.find(checkpoint, rewritten, folder)
+    return _run(steps, beside, _identity(steps, beside, read), folder, watch or (lambda *_: None))
 
 
-def _pairs(adapters: object) -> list[tuple[Folder, float]]:
-    """Folders and weights; TypeError or ValueError for anything else."""
-    given = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
-    if isinstance(given, Mapping) or not isinstance(given, Sequence):
-        raise TypeError(
-            "adapters: expected a folder, or a list of folders and of pairs (folder, weight), got "
-            f"{type(adapters).__name__}"
-        )
-    if not given:
-        raise ValueError("adapters: expected one or more, got none")
-    pairs = []
-    for i, item in enumerate(given):
-        pair = (item, 1.0) if isinstance(item, str | os.PathLike) else item
-        folder = pair[0] if isinstance(pair, tuple | list) and len(pair) == 2 else None
-        if not isinstance(folder, str | os.PathLike):
-            raise TypeError(
-                f"adapters[{i}]: expected a folder or a pair (folder, weight), got {item!r}"
-            )
-        pairs.append(tuple(pair))
-    return pairs
-
-
-def _identity(steps: Plan, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
+def _identity(steps: Plan, beside: Others, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
     """All that decides the output's bytes: by it a run knows its own unfinished work."""
     base = steps.base
-    files = [shard.path for shard in base.shards] + [base.folder / name for name in base.others]
-    files += [base.index] if base.index else []
+    files = [shard.path for shard in base.shards] + [base.folder / name for name in beside.copied]
+    files += [base.folder / CONFIG_NAME, *([base.index] if base.index else [])]
     device = torch.device("cpu")
     backend = dispatch.choose("merge_", device, steps.dtype)
     return {
@@ -164,28 +147,34 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _run(steps: Plan, identity: Mapping[str, Any], out: Path, watch: Watch) -> Merged:
+def _run(
+    steps: Plan, beside: Others, identity: Mapping[str, Any], out: Path, watch: Watch
+) -> Merged:
     base, found, kept = steps.base, {}, []
     layouts = [_layout(shard, steps) for shard in base.shards]
-    _check_room(steps, layouts, out)
+    files = len(layouts) + sum(others.is_large(base.folder / name) for name in beside.copied)
+    sizes = {out / name: (base.folder / name).stat().st_size for name in beside.copied}
+    sizes |= {out / layout.path.name: len(layout.start) + layout.nbytes for layout in layouts}
+    arguments.check_room(out, sizes)
+
+    def check(path: Path) -> None:
+        if _stamp(path) != identity["base"][str(path.relative_to(base.folder))]:
+            raise RuntimeError(f"base: {path} was changed meanwhile: start anew")
+
     with journal.opened(out, identity) as notes:
         for layout in layouts:
             name = layout.path.name
-            watch(name, len(layouts), 0.0)
+            watch(name, files, 0.0)
             fidelities = notes.finished(name)
             if fidelities is not None:
                 kept.append(name)
             else:
                 fidelities = {}
-                stamp = identity["base"][name]
-                show = functools.partial(watch, name, len(layouts))
-                chunks = _chunks(steps, layout, stamp, fidelities, show)
+                show = functools.partial(watch, name, files)
+                chunks = _chunks(steps, layout, check, fidelities, show)
                 notes.finish(name, durable.write(out / name, chunks), fidelities)
             found |= fidelities
-        for other in base.others:
-            if str(other) != CONFIG_NAME:
-                (out / other).parent.mkdir(parents=True, exist_ok=True)
-                durable.write(out / other, durable.chunks_of(base.folder / other))
+        kept += others.copy(base, beside, out, notes, check, lambda name: watch(name, files, 0.0))
         nbytes = sum(layout.nbytes for layout in layouts)
         if base.index is not None:
             durable.write(out / INDEX_NAME, _index(base.index, layouts, steps))
@@ -194,7 +183,13 @@ def _run(steps: Plan, identity: Mapping[str, Any], out: Path, watch: Watch) -> M
         notes.close()
     given = steps.vocabulary
     return Merged(
-        dict(sorted(found.items())), steps.skipped, nbytes, kept, given.said, given.exchanged
+        dict(sorted(found.items())),
+        steps.skipped,
+        nbytes,
+        kept,
+        given.said,
+        given.exchanged,
+        beside,
     )
 
 
@@ -222,25 +217,10 @@ def _layout(shard: Shard, steps: Plan) -> _Layout:
     return _Layout(shard.path, shard, shards.start_of(after, shard.metadata), after)
 
 
-def _check_room(steps: Plan, layouts: Sequence[_Layout], out: Path) -> None:
-    needed = sum((steps.base.folder / name).stat().st_size for name in steps.base.others)
-    for layout in layouts:
-        needed += len(layout.start) + layout.nbytes
-        if journal.unfinished(out):
-            # What an earlier run has written, or has begun to and will be written over.
-            there = (out / layout.path.name, out / (layout.path.name + durable.PARTIAL))
-            needed -= max((path.stat().st_size for path in there if path.is_file()), default=0)
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        text = f"out: {out} needs {needed:,} bytes, {free:,} are free at {existing}"
-        raise OSError(errno.ENOSPC, text)
-
-
 def _chunks(
     steps: Plan,
     layout: _Layout,
-    stamp: tuple[int, int],
+    check: Callable[[Path], None],
     fidelities: dict[str, Fidelity],
     show: Callable[[float], None],
 ) -> Iterator[Any]:
@@ -254,8 +234,7 @@ def _chunks(
             yield shards.raw(_merged(steps, source, entry, fidelities))
         written += entry.nbytes
         show(written / total)
-    if _stamp(source.path) != stamp:
-        raise RuntimeError(f"base: {source.path} was changed meanwhile: start anew")
+    check(source.path)
 
 
 def _merged(steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]) -> Tensor:

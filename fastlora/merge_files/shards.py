@@ -91,13 +91,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that transformers loads: its weights, its config, the files to go along."""
+    """A folder that transformers loads: its weights and its config."""
 
     folder: Path
     shards: tuple[Shard, ...]
     index: Path | None
     config: dict[str, Any]
-    others: tuple[Path, ...]
     holder: dict[str, Shard] = field(default_factory=dict)  # of each tensor
 
     def entry(self, name: str) -> Entry:
@@ -151,7 +150,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         if name not in holder or holder[name].path.name != file:
             raise ValueError(f"{index}: {name!r} is not in {file}")
     config = read_json(base / CONFIG_NAME)
-    return Checkpoint(base, shards, index, config, tuple(_others(base)), holder)
+    return Checkpoint(base, shards, index, config, holder)
 
 
 def open_shard(path: Path) -> Shard:
@@ -230,21 +229,3 @@ def _no_weights(base: Path) -> str:
             "you trust it, with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
         )
     return said
-
-
-# Weights in any format, adapters, and what trainers leave: not for the merged model's folder.
-_LEFT = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"),
-    *(".ggml", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz", ".npy", ".pkl", ".pickle"),
-    *("adapter_config.json", "adapter_model.json", durable.PARTIAL),
-)
-
-
-def _others(base: Path) -> Iterator[Path]:
-    """Config, tokenizer, templates, code and cards, subfolders included, hidden files not."""
-    for folder, folders, files in os.walk(base):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder, name)
-            if not name.startswith(".") and not name.endswith(_LEFT) and path.is_file():
-                yield path.relative_to(base)

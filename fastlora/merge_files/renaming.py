@@ -1,0 +1,100 @@
+"""The names that transformers gives a checkpoint's layers while it loads them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastlora import loaded_names
+from fastlora.merge_files.shards import Checkpoint
+
+_WEIGHT = ".weight"
+
+
+class NotInstalled(LookupError):
+    """There is no transformers to ask."""
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """model: on the meta device. files: the base's name of each of the model's layers.
+
+    made: of layers whose weight is not in the files as it is in the model, what it is made of;
+    twice: of layers that the files have several weights for, their names.
+    """
+
+    model: nn.Module
+    files: dict[str, str]
+    made: dict[str, list[str]]
+    twice: dict[str, list[str]]
+
+    def of_old(self, layers: Iterable[str]) -> dict[str, str]:
+        """The model's names of layers that are named as a checkpoint's are, as far as it has them.
+
+        So are those of adapters that were trained with a transformers that did not rename yet.
+        """
+        found = loaded_names.loaded(self.model, [layer + _WEIGHT for layer in layers]).names
+        return {old.removesuffix(_WEIGHT): new.removesuffix(_WEIGHT) for old, new in found.items()}
+
+
+def composite(base: Checkpoint) -> bool:
+    """Whether the model has models within, whose names are those that transformers changes."""
+    inner = [value for value in base.config.values() if isinstance(value, dict)]
+    return any("model_type" in value for value in inner) or any(
+        isinstance(base.config.get(name), dict) for name in ("text_config", "vision_config")
+    )
+
+
+def read(base: Checkpoint) -> Renaming:
+    """Asks the installed transformers; LookupError saying why it cannot tell."""
+    model = _on_meta(base)
+    found = loaded_names.loaded(model, base.holder)
+    made = dict(found.made)
+    by_layer: dict[str, list[str]] = {}
+    for file, name in found.names.items():
+        if name.endswith(_WEIGHT):
+            if file.endswith(_WEIGHT):
+                by_layer.setdefault(name, []).append(file)
+            else:
+                made.setdefault(name, []).append(file)
+    layers = {name.removesuffix(_WEIGHT): sorted(files) for name, files in by_layer.items()}
+    return Renaming(
+        model,
+        {layer: files[0].removesuffix(_WEIGHT) for layer, files in layers.items()},
+        {name.removesuffix(_WEIGHT): sorted(files) for name, files in made.items()},
+        {layer: files for layer, files in layers.items() if len(files) > 1},
+    )
+
+
+def _on_meta(base: Checkpoint) -> nn.Module:
+    """The base's model without its weights, of the class that its config names."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise NotInstalled(
+            "transformers, which changes the names of some models' tensors while it loads them, "
+            "is not installed: with it fastlora looks them up"
+        ) from None
+    said = f"transformers {transformers.__version__}"
+    names = base.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise LookupError(
+            f"{said} has no model of architectures={names} to ask for renamed tensors"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            base.folder, local_files_only=True, trust_remote_code=False
+        )
+        initialization = importlib.import_module("transformers.initialization")
+        with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+            return kind(config)
+    except Exception as error:  # whatever a model's code finds wrong with a config
+        raise LookupError(
+            f"{said} cannot build {name} to ask for renamed tensors: {error}"
+        ) from None
