@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import checkpoint, each, tied
+from fastlora import checkpoint, each, tied, trial
 from fastlora import functional as F
 from fastlora.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional_merge import foreach_remerge_
@@ -33,8 +33,8 @@ def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = Fal
     ``report(model).fidelity`` says how much of the adapter has arrived in each layer; below a gain
     of 0.9 a ``FidelityWarning`` says so too.
 
-    Raises RuntimeError when a layer is merged already or tied, TypeError or ValueError when one is
-    sharded or quantized, ValueError when a merged value would not be finite. Every byte of the
+    Raises RuntimeError when a layer is merged already, tied, or never called by the module that
+    reads its weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value would not be finite. Every byte of the
     model is as before then, and after an interruption.
     """
     _merge(model, _layers(model, merged=False), untie, snapshot)
@@ -79,6 +79,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         if saved(inner):
             done.append(tied.note_untied(inner))
         forget(inner)
+    trial.stop_all(inner)
     return model
 
 
@@ -179,6 +180,7 @@ def _merge(
         for name, layer in layers.items():
             with _by_name({name: layer}):
                 layer.check_mergeable()
+        trial.refuse(inner, layers)
         if untie:
             done.append(tied.untie(inner, layers))
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.checks_merge import is_plain, overlap
+from fastlora.listing import some
 from fastlora.modules import LoRALayer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -54,7 +55,7 @@ def refuse(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         if layer in found:
             error = RuntimeError(
-                f"{name}: its weight is tied with {', '.join(found[layer])}, which merging would "
+                f"{name}: its weight is tied with {some(found[layer])}, which merging would "
                 "change too; exclude the layer, or merge with untie=True to give it a copy"
             )
             error.named = True  # pyright: ignore[reportAttributeAccessIssue]

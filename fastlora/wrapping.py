@@ -23,9 +23,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def peft_layers(model: nn.Module) -> list[str]:
     """The names of the layers into which PEFT has put an adapter; PEFT is not imported for it."""
-    return [
-        name for name, module in model.named_modules() if any(map(_is_pefts, type(module).__mro__))
-    ]
+    return [name for name, module in model.named_modules() if is_pefts(module)]
+
+
+def is_pefts(module: nn.Module) -> bool:
+    """Whether it is a layer of PEFT's, around one of the base's."""
+    return any(map(_is_pefts, type(module).__mro__))
 
 
 def is_linear(module: nn.Module) -> bool:

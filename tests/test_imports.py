@@ -26,7 +26,7 @@ LAYERS = {
     "layers placed over processes": ["tensor_parallel"],
     "layers": ["modules", "conv1d", "initial", "mergeable"],
     "combined adapters": ["combining", "combining_files"],
-    "modules trained whole": ["saved_modules"],
+    "modules trained whole": ["saved_modules", "trial"],
     "tensors over processes": ["sharding", "gathering"],
     "settings and files": ["config", "adapter_files", "wrapping"],
     "names in settings": ["matching", "refusals"],
@@ -53,6 +53,7 @@ LAYERS = {
     "checks of calls": ["calls", "checks_multi", "checks_merge"],
     "helpers": [
         "availability",
+        "bypassed",
         "checks",
         "each",
         "interrupts",
@@ -64,10 +65,12 @@ LAYERS = {
         "flops",
         "grouping",
         "library",
+        "listing",
         "products",
         "native",
         "packed",
         "pruning",
+        "sources",
     ],
 }
 

@@ -9,11 +9,13 @@ import peft
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from fastlora.injection import Report, by_reason, report
+from fastlora import trial
+from fastlora.bypassed import bypassed
+from fastlora.injection import Report, report
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
-from fastlora.targets import bypassed
+from fastlora.listing import by_reason, some
 from fastlora.wrapping import unwrapped
 
 # {PEFT's class: ours}
@@ -31,6 +33,12 @@ class LoraModel(peft.LoraModel):
         if isinstance(new_module, lora.LoraLayer) and _left_alone(new_module) is None:
             _patch_layer(new_module)
 
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        trial.watch(model)
+
 
 def patch(model: nn.Module, strict: bool) -> Report:
     """``fastlora.patch_peft``."""
@@ -47,7 +55,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     if len(reasons) == len(layers) or (strict and reasons):
         raise ValueError(
             f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
-            f"{'; '.join(by_reason(reasons))}; the model is as it was, and PEFT computes it"
+            f"{some(by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT computes it"
         )
     for name, layer in layers.items():
         if name not in reasons:
@@ -56,6 +64,8 @@ def patch(model: nn.Module, strict: bool) -> Report:
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
     _warn_of_virtual_tokens(unwrapped(model))
+    _warn_of_bypassed(model, layers)
+    trial.watch(_innermost(model))
     return report(model)
 
 
@@ -70,6 +80,7 @@ def unpatch(model: nn.Module) -> None:
     for module in modules:
         vars(module).pop("_receipts", None)
         module.__class__ = back[type(module)]
+    trial.stop_all(_innermost(model))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -123,6 +134,24 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
             "the LoRA layers are patched all the same",
             stacklevel=4,
         )
+
+
+def _warn_of_bypassed(model: nn.Module, layers: dict[str, Any]) -> None:
+    """PEFT puts adapters there all the same, which do nothing until they are merged."""
+    found = {name: bypassed(unwrapped(model), [name]) for name in layers}
+    found = {name: reason for name, reason in found.items() if reason is not None}
+    if found:
+        warnings.warn(
+            "peft_model: PEFT's adapters of these layers have no effect, and are not trained, but "
+            f"change the model when they are merged: {some(by_reason(found), 8, '; ')}",
+            stacklevel=4,
+        )
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The base model within PEFT's, which is what PEFT calls, to generate too."""
+    inner = unwrapped(model)
+    return unwrapped(inner.get_base_model()) if isinstance(inner, peft.PeftModel) else inner
 
 
 def _patch_layer(layer: nn.Module) -> None:

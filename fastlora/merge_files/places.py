@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from fastlora.merge_files.adapters import AdapterFolder, some
+from fastlora.listing import some
+from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.shards import Checkpoint
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastlora import functional
+from fastlora.listing import some
 from fastlora.merge_files import places
-from fastlora.merge_files.adapters import AdapterFolder, Layer, some
+from fastlora.merge_files.adapters import AdapterFolder, Layer
 from fastlora.merge_files.shards import DTYPES, Checkpoint
 from fastlora.receipt import Adapter
 

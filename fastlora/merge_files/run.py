@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlora import dispatch, fidelity
 from fastlora.fidelity import Fidelity, FidelityWarning
+from fastlora.listing import some
 from fastlora.merge_files import durable, journal, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
 from fastlora.merge_files.plan import Plan, WeightChange
@@ -83,7 +84,7 @@ def merge_checkpoint(
     """
     merged = merge_folder(base, adapters, out, dtype=dtype, allow_partial=allow_partial)
     if merged.skipped:
-        left_out = "; ".join(merged.skipped)
+        left_out = some(merged.skipped, 8, "; ")
         warnings.warn(f"{len(merged.skipped)} layers were left out: {left_out}", stacklevel=2)
     warning = merged.warning()
     if warning is not None:
