@@ -53,7 +53,9 @@ def reader(model: nn.Module, name: str) -> Reader | None:
                 if found is None and _fits(read, path):
                     found = module, method
             called = called or any(_fits(one, path) for one in uses.called)
-            called = called or any(_fits(one, path[: len(one)]) for one in uses.handed)
+            for one in uses.handed:
+                # Modules hand themselves on all the time; who holds the layer may do it for that.
+                called = called or (_fits(one, path[: len(one)]) and (one != () or len(path) == 1))
         module = getattr(module, part)
     return None if found is None else Reader(*found, called)
 

@@ -33,9 +33,9 @@ def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = Fal
     ``report(model).fidelity`` says how much of the adapter has arrived in each layer; below a gain
     of 0.9 a ``FidelityWarning`` says so too.
 
-    Raises RuntimeError when a layer is merged already, tied, or never called by the module that
-    reads its weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value would not be finite. Every byte of the
-    model is as before then, and after an interruption.
+    Raises RuntimeError when a layer is merged already, tied, or never called by who reads its
+    weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value
+    would not be finite. Every byte of the model is as before then, and after an interruption.
     """
     _merge(model, _layers(model, merged=False), untie, snapshot)
     return model

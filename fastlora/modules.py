@@ -19,15 +19,8 @@ _LORA_NAMES = ("lora_A", "lora_B", "lora_bias")
 # FastLoRALinear's attributes that a plain linear does not inherit from it.
 _OWN = frozenset(
     {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "scaling"}
-    | {
-        "adapter_disabled",
-        "_fastlora_bypassed",
-        "_receipt",
-        "_fidelity",
-        "untied",
-        "in_features",
-        "out_features",
-    }
+    | {"adapter_disabled", "_receipt", "_fidelity", "untied", "in_features", "out_features"}
+    | {"_fastlora_bypassed"}
 )
 _Layer = TypeVar("_Layer", bound="LoRALayer")
 # What a DTensor is not.

@@ -28,18 +28,9 @@ METADATA = frozenset(
 VIEWS = frozenset({"data", "T", "mT"})
 # Functions that look at an argument, or take its kind from it.
 LOOKS = frozenset(
-    {
-        "bool",
-        "empty_like",
-        "full_like",
-        "getattr",
-        "hasattr",
-        "id",
-        "is_floating_point",
-        "is_tensor",
-    }
-    | {"isinstance", "len", "numel", "ones_like", "print", "rand_like", "randn_like", "repr", "str"}
-    | {"to", "type", "type_as", "zeros_like"}
+    {"bool", "empty_like", "full_like", "getattr", "hasattr", "id", "is_floating_point"}
+    | {"is_tensor", "isinstance", "len", "numel", "ones_like", "print", "rand_like"}
+    | {"randn_like", "repr", "str", "to", "type", "type_as", "zeros_like"}
 )
 _BINDS = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.comprehension)
 _PARTS = frozenset({"children", "modules", "named_children", "named_modules", "_modules", "values"})
@@ -69,8 +60,8 @@ def uses_of(kind: type) -> Uses | None:
         if tree is None:
             return None
         reader = _Reader(tree, name, uses)
-        todo += [(method, 0) for method in reader.methods]
-        todo += [(method, found[1] + 1) for method in reader.inherited]
+        todo += [(method, 0) for method in sorted(reader.methods)]
+        todo += [(method, found[1] + 1) for method in sorted(reader.inherited)]
     return uses
 
 
@@ -196,7 +187,12 @@ class _Reader:
         owner = path[:-1] if path[-1:] in (("forward",), ("__call__",)) else path
         if isinstance(above, ast.Call) and above.func is node:
             self.uses.called.add(owner)
-        elif not isinstance(above, _BINDS) and not self._looked_at(node):
+        elif (
+            not isinstance(above, _BINDS)
+            and not isinstance(getattr(node, "ctx", None), ast.Store)
+            and _called_name(above) not in _SAME
+            and not self._looked_at(node)
+        ):
             # Of itself too: a function that has the module may call what is in it.
             self.uses.handed.add(owner)
 
@@ -221,7 +217,7 @@ class _Reader:
         return isinstance(above, (ast.If, ast.UnaryOp, ast.Assert, ast.Expr, ast.FormattedValue))
 
 
-def _called_name(node: ast.AST) -> str | None:
+def _called_name(node: ast.AST | None) -> str | None:
     """The last name of what is called, where something is."""
     if not isinstance(node, ast.Call):
         return None
