@@ -12,6 +12,7 @@ from fastlora import each, initial, saved_modules, trial
 from fastlora.adapter_files import check_name
 from fastlora.config import LoRAConfig, moves_base
 from fastlora.conv1d import FastLoRAConv1D
+from fastlora.heads import unsaved
 from fastlora.injection import Injection, forget, remember, swap
 from fastlora.listing import some
 from fastlora.modules import FastLoRALinear, lora_layers
@@ -65,6 +66,8 @@ def replace_linear(
     inject(model, settings, chosen, rows, freeze_base)
     if idle := unused(settings, chosen):
         warnings.warn("; ".join(idle), stacklevel=2)
+    if lost := unsaved(unwrapped(model), settings, chosen):
+        warnings.warn(lost, stacklevel=2)
     for name, places in chosen.elsewhere.items():
         warnings.warn(
             f"{name}: the same layer is also at {some(places)}, and has its adapter at {name} "

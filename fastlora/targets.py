@@ -51,7 +51,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     refused: dict[str, str] = {}
     elsewhere: dict[str, list[str]] = {}
     head = _output_embedding(inner)
-    for module, (known_as, others) in _places(inner).items():
+    for module, (known_as, others) in places(inner).items():
         # As in PEFT: a layer goes by its first name, and gets its adapter in that place.
         first = known_as[0]
         named = config.targets(first)
@@ -109,8 +109,8 @@ def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
     ]
 
 
-def _places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]]:
-    """Of each module its names in the first place where it is, and those in others.
+def places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]]:
+    """Of each module of a model its names in the first place where it is, and those in others.
 
     A place is an attribute of one parent, which may itself be reached by several names.
     """

@@ -125,12 +125,22 @@ class _Trial(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling() and not self.over:
+        if not torch.compiler.is_compiling() and not self.over and not self.interrupted():
             for place, value in enumerate((*args, *kwargs.values())):
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     if isinstance(one, Tensor) and id(one) in self.weights:
                         self._see(one, _computes(func, place))
         return func(*args, **kwargs)
+
+    def interrupted(self) -> bool:
+        """Whether its forward was left without a word, by Ctrl-C: hooks hear of errors alone."""
+        try:
+            if self.frame is not None:
+                self.frame.clear()
+        except RuntimeError:
+            return False  # one that runs cannot be cleared
+        self.layers, self.weights = {}, {}
+        return True
 
     def _see(self, weight: Tensor, computed: bool) -> None:
         running = _running()
@@ -149,8 +159,8 @@ def _begin(module: nn.Module) -> None:
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_call_impl":
         frame = frame.f_back
-    if trial is not None and not _is_above(trial.frame, frame):
-        _leave(trial)  # it was interrupted
+    if trial is not None and trial.interrupted():
+        _leave(trial)
         trial = None
     if trial is None:
         _here.trial = trial = _Trial(module, frame)
@@ -216,12 +226,6 @@ def _running() -> nn.Module | None:
                 return module
         frame = frame.f_back
     return None
-
-
-def _is_above(wanted: FrameType | None, frame: FrameType | None) -> bool:
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _computes(func: Any, place: int) -> bool:

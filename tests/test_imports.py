@@ -21,6 +21,7 @@ LAYERS = {
     "facade": ["__init__"],
     "beyond one model": ["serving", "integrations"],
     "models": ["inject", "checkpoint", "merging", "merge_files", "training"],
+    "heads of classifiers": ["heads"],
     "what a model is asked for": ["targets", "injection", "tied"],
     "layers of several adapters": ["multi_modules"],
     "layers placed over processes": ["tensor_parallel"],

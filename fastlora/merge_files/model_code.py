@@ -1,0 +1,109 @@
+"""What a model's code says against merging a layer's adapter, which its files cannot say.
+
+Asked of the transformers that is installed, where config.json names a class of its own; a class of
+anybody else's is not run, and nothing is known of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.bypassed import bypassed
+from fastlora.listing import some
+from fastlora.merge_files.adapters import AdapterFolder
+from fastlora.merge_files.shards import Checkpoint
+from fastlora.targets import places
+
+
+def unfit(
+    base: Checkpoint, adapter: AdapterFolder, place_of: Callable[[str], str]
+) -> dict[str, str]:
+    """Of the adapter's layers those that must not be merged into the base's files, and why.
+
+    Those that the model never calls, though it reads their weights: their adapters have had no part
+    in it. Those that it has at several places, of which one has the adapter. place_of: the base's
+    name of a layer. Adapters that add nothing pass.
+    """
+    names = [
+        name
+        for name, layer in adapter.layers.items()
+        if layer.lora_bias is not None or bool(layer.lora_B.any())
+    ]
+    if not _worth_building(base, names):
+        return {}
+    model = _on_meta(base)
+    if model is None:
+        return {}
+    found, by_module = {}, places(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        place = place_of(name)
+        candidates = (name, place, prefix + place, place.removeprefix(prefix))
+        known = next((each for each in candidates if each in modules), None)
+        if known is None:
+            continue
+        own, others = by_module[modules[known]]
+        reason = bypassed(model, own)
+        if reason is not None:
+            found[name] = f"{reason}, so the adapter has had no part in the model"
+        elif others:
+            found[name] = f"it is also the model's {some(others)}, which would change too"
+    return found
+
+
+def _worth_building(base: Checkpoint, names: list[str]) -> bool:
+    """Whether the text of the model's code has such a thing: most have none, and are not built."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations or not names:
+        return False
+    ends = {name.rpartition(".")[2] for name in names}
+    parts = {part for name in names for part in name.split(".")}
+    read = re.compile(
+        rf"\.({'|'.join(map(re.escape, sorted(ends)))})\.weight\b(?!\.(dtype|device))"
+    )
+    folder = Path(next(iter(spec.submodule_search_locations))) / "models"
+    for kind in _model_types(base.config):
+        for file in sorted((folder / kind.replace("-", "_")).glob("modeling_*.py")):
+            text = file.read_text(encoding="utf-8")
+            lines = [line for line in text.splitlines() if "init" not in line]
+            if any(map(read.search, lines)):
+                return True
+            # Lists whose members are one module are tied by their numbers.
+            if parts & set(re.findall(r'"\^?(\w+)\.[^"\s]*\\d[^"\s]*"\s*:', text)):
+                return True
+    return False
+
+
+def _model_types(config: Any) -> Iterator[str]:
+    if isinstance(config, dict):
+        if isinstance(config.get("model_type"), str):
+            yield config["model_type"]
+        for value in config.values():
+            yield from _model_types(value)
+
+
+def _on_meta(base: Checkpoint) -> nn.Module | None:
+    """The model without its weights, if transformers has its class and can build it."""
+    transformers: Any = importlib.import_module("transformers")
+    names = base.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            base.folder, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return kind(config)
+    except Exception:  # whatever a model's code finds wrong with a config or with meta tensors
+        return None
