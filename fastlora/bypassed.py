@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastlora.sources import ANY, Path, uses_of
+from fastlora.sources import ANY, Path, Uses, uses_of
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Reader(NamedTuple):
@@ -42,22 +44,28 @@ def bypassed(model: nn.Module, names: Iterable[str]) -> str | None:
 
 def reader(model: nn.Module, name: str) -> Reader | None:
     """Who computes with the weight of the layer ``name``, as the modules above it are written."""
-    parts = name.split(".")
-    found, called, module = None, False, model
-    for depth, part in enumerate(parts):
-        # A forward of its own, on the instance, says nothing of the class's.
-        uses = None if "forward" in vars(module) else uses_of(type(module))
-        if uses is not None:
-            path = tuple(parts[depth:])
-            for read, method in uses.read.items():
-                if found is None and _fits(read, path):
-                    found = module, method
-            called = called or any(_fits(one, path) for one in uses.called)
-            for one in uses.handed:
-                # Modules hand themselves on all the time; who holds the layer may do it for that.
-                called = called or (_fits(one, path[: len(one)]) and (one != () or len(path) == 1))
-        module = getattr(module, part)
+    parts = tuple(name.split("."))
+    found, called, above = None, False, [model]
+    for part in parts[:-1]:
+        above.append(getattr(above[-1], part))
+    for depth, module in enumerate(above):
+        uses, path = _uses(module), parts[depth:]
+        if uses is None:
+            continue
+        for read, method in uses.read.items():
+            if found is None and _fits(read, path):
+                found = module, method
+        called = called or any(_fits(one, path) for one in (*uses.called, *uses.handed))
+        if len(path) == 1 or (len(path) == 2 and isinstance(above[-1], _CONTAINERS)):
+            # Who is given all that holds the layer may call it.
+            called = called or any(_fits(one, path[:-1]) for one in uses.handed)
     return None if found is None else Reader(*found, called)
+
+
+def _uses(module: nn.Module) -> Uses | None:
+    # A forward of its own, on the instance, says nothing of the class's; PEFT's only pass calls on.
+    own = "forward" in vars(module) or type(module).__module__.startswith("peft.")
+    return None if own else uses_of(type(module))
 
 
 def _fits(pattern: Path, path: Path) -> bool:

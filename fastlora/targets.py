@@ -11,7 +11,7 @@ from fastlora import matching, saved_modules
 from fastlora.bypassed import bypassed
 from fastlora.config import LoRAConfig
 from fastlora.listing import by_reason, some
-from fastlora.wrapping import is_linear, peft_layers, unsupported, unwrapped
+from fastlora.wrapping import is_linear, peft_layers, places, unsupported, unwrapped
 
 _SHOWN = 20  # names in an error: all of a usual model's kinds of layers
 _REASONS = 8
@@ -107,22 +107,6 @@ def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
         for name, of in found.items()
         if of
     ]
-
-
-def places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]]:
-    """Of each module of a model its names in the first place where it is, and those in others.
-
-    A place is an attribute of one parent, which may itself be reached by several names.
-    """
-    found: dict[nn.Module, tuple[list[str], list[str]]] = {}
-    first: dict[nn.Module, tuple[nn.Module, str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            parent, _, child = name.rpartition(".")
-            place = (model.get_submodule(parent), child)
-            other = first.setdefault(module, place) != place
-            found.setdefault(module, ([], []))[other].append(name)
-    return found
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

@@ -24,7 +24,7 @@ from torch.overrides import (
 from fastlora.bypassed import bypassed, reader
 from fastlora.listing import some
 from fastlora.sources import LOOKS, METADATA, VIEWS
-from fastlora.wrapping import is_linear, is_pefts, plain_name, unwrapped
+from fastlora.wrapping import is_linear, is_pefts, peft_layers, plain_name, unwrapped
 
 _NOTE = "_fastlora_bypassed"
 # Of its arguments the first is what is computed with.
@@ -92,11 +92,10 @@ class _Before:
         self.seen: tuple[bool, ...] = ()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or module.training in self.seen:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if torch.jit.is_tracing():
-            return
-        _begin(module)
+        if module.training not in self.seen:
+            _begin(module)
 
 
 class _After:
@@ -207,13 +206,19 @@ def _leave(trial: _Trial) -> None:
 
 def _settle(module: nn.Module) -> None:
     """No more hooks on what was watched, but for the other mode where that may differ."""
-    for child in module.children():
-        stop(child)
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Before)]
-    for hook in hooks:
-        hook.seen = (*hook.seen, module.training)
-        if not hook.twice or len(hook.seen) > 1:
-            stop(module)
+    for part in (module, *module.children()):
+        hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _Before)]
+        for hook in hooks:
+            modes = (*hook.seen, module.training) if hook.twice else (True, False)
+            hook.seen = modes
+            if len(modes) > 1 and not _has_graphs():
+                stop(part)
+
+
+def _has_graphs() -> bool:
+    """Whether anything was compiled: guarded by hooks, it would be again once they are gone."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and getattr(dynamo, "FRAME_COUNTER", 1) > 0
 
 
 def _running() -> nn.Module | None:
@@ -239,8 +244,10 @@ def _computes(func: Any, place: int) -> bool:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linears with adapters; not those within a layer of PEFT's, which knows how to use them."""
+    around = tuple(f"{name}." for name in peft_layers(model))
     for name, module in model.named_modules():
-        if _holds(module):
+        if _holds(module) and not name.startswith(around):
             yield name, module
 
 

@@ -97,6 +97,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]]:
+    """Of each module of a model its names in the first place where it is, and those in others.
+
+    A place is an attribute of one parent, which may itself be reached by several names.
+    """
+    found: dict[nn.Module, tuple[list[str], list[str]]] = {}
+    first: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            parent, _, child = name.rpartition(".")
+            place = (model.get_submodule(parent), child)
+            other = first.setdefault(module, place) != place
+            found.setdefault(module, ([], []))[other].append(name)
+    return found
+
+
 def plain_name(name: str) -> str:
     """A module's full name without the wrappers inside the model, which files know nothing of."""
     if not any(wrapped in name for wrapped in _WRAPPED):

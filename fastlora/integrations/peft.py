@@ -138,7 +138,10 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
 
 def _warn_of_bypassed(model: nn.Module, layers: dict[str, Any]) -> None:
     """PEFT puts adapters there all the same, which do nothing until they are merged."""
-    found = {name: bypassed(unwrapped(model), [name]) for name in layers}
+    # A layer within another is that one's affair.
+    within = tuple(f"{name}." for name in layers)
+    alone = [name for name in layers if not name.startswith(within)]
+    found = {name: bypassed(unwrapped(model), [name]) for name in alone}
     found = {name: reason for name, reason in found.items() if reason is not None}
     if found:
         warnings.warn(

@@ -20,7 +20,7 @@ from fastlora.bypassed import bypassed
 from fastlora.listing import some
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.shards import Checkpoint
-from fastlora.targets import places
+from fastlora.wrapping import places
 
 
 def unfit(
@@ -65,11 +65,9 @@ def _worth_building(base: Checkpoint, names: list[str]) -> bool:
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations or not names:
         return False
-    ends = {name.rpartition(".")[2] for name in names}
+    ends = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in names}))
     parts = {part for name in names for part in name.split(".")}
-    read = re.compile(
-        rf"\.({'|'.join(map(re.escape, sorted(ends)))})\.weight\b(?!\.(dtype|device))"
-    )
+    read = re.compile(rf"\.({ends})\.weight\b(?!\.(dtype|device))")
     folder = Path(next(iter(spec.submodule_search_locations))) / "models"
     for kind in _model_types(base.config):
         for file in sorted((folder / kind.replace("-", "_")).glob("modeling_*.py")):

@@ -119,8 +119,8 @@ def _add(plan: Plan, adapter: AdapterFolder, allow_partial: bool) -> None:
     if unfit and (not allow_partial or len(left) == len(adapter.layers)):
         raise ValueError(
             f"{adapter.folder}: cannot be merged into {plan.base.folder}: "
-            f"{some(by_reason(unfit), separator='; ')} (allow_partial=True, --allow-partial, leaves "
-            "such layers out)"
+            f"{some(by_reason(unfit), separator='; ')} (allow_partial=True, --allow-partial, "
+            "leaves such layers out)"
         )
     plan.skipped += [f"{name} of {adapter.folder}: {reason}" for name, reason in unfit.items()]
     for name, layer in adapter.layers.items():
