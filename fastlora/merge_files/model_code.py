@@ -29,8 +29,9 @@ def unfit(
     """Of the adapter's layers those that must not be merged into the base's files, and why.
 
     Those that the model never calls, though it reads their weights: their adapters have had no part
-    in it. Those that it has at several places, of which one has the adapter. place_of: the base's
-    name of a layer. Adapters that add nothing pass.
+    in it. Those whose weight it has in several places, of which one has the adapter, if the files
+    have it once. place_of: the base's name of a layer. Adapters that add nothing pass, and output
+    layers, of which the files tell.
     """
     names = [
         name
@@ -42,7 +43,7 @@ def unfit(
     model = _on_meta(base)
     if model is None:
         return {}
-    found, by_module = {}, places(model)
+    found, by_module, holders = {}, places(model), _holders(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
@@ -51,12 +52,24 @@ def unfit(
         known = next((each for each in candidates if each in modules), None)
         if known is None:
             continue
-        own, others = by_module[modules[known]]
+        module = modules[known]
+        own = by_module[module][0]
         reason = bypassed(model, own)
         if reason is not None:
             found[name] = f"{reason}, so the adapter has had no part in the model"
-        elif others:
-            found[name] = f"it is also the model's {some(others)}, which would change too"
+            continue
+        others = holders.get(id(getattr(module, "weight", None)), set()) - set(own)
+        others = {other for other in others if f"{other}.weight" not in base.holder}
+        if others and module is not model.get_output_embeddings():  # pyright: ignore
+            found[name] = f"its weight is also that of {some(others)}, which would change too"
+    return found
+
+
+def _holders(model: nn.Module) -> dict[int, set[str]]:
+    """By the weight's identity, for on meta no memory tells: all names of those that have it."""
+    found: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module._parameters.get("weight")), set()).add(name)
     return found
 
 
