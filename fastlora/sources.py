@@ -73,7 +73,7 @@ def _definition(kind: type, name: str, start: int) -> tuple[str, int, object] | 
             value = value.fget
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
-        if callable(value):
+        if inspect.isfunction(inspect.unwrap(value) if callable(value) else value):
             return None if base in (nn.Module, object) else (name, place, value)
     return None
 
