@@ -35,18 +35,14 @@ def said(call, *args, **kwargs):
 
 
 def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    """How many are the watch's."""
+    found = [h for m in model.modules() for h in (m._forward_pre_hooks | m._forward_hooks).values()]
+    return sum(type(hook).__module__ == "fastlora.trial" for hook in found)
 
 
 def test_a_layer_that_is_read_by_a_function_is_named_once():
-    model = adapted()
-    want, given = model.called(X @ model.inner.weight.T + model.inner.bias), randomise_lora(model)
-    assert given is model
-    (text,) = said(
-        lambda: (
-            torch.testing.assert_close(model(X), model.called(want * 0 + want)) if 0 else model(X)
-        )
-    )
+    model = randomise_lora(adapted())
+    (text,) = said(model, X)
     assert "read: inner (by the model, a Handing). What their adapters add is not" in text
     assert "unused" not in text
     assert (hooks(model), torch._C._len_torch_function_stack()) == (0, 0)
@@ -66,7 +62,7 @@ def test_what_is_called_or_left_alone_is_not_warned_of():
 
 
 def jamba():
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     places = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1}
     experts = {"num_experts": 4, "use_mamba_kernels": False}
@@ -75,7 +71,7 @@ def jamba():
 
 def switch():
     """Experts that are linears, most of which see no token."""
-    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
     more = {"num_experts": 8, "decoder_start_token_id": 0, "pad_token_id": 0}
     layers = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1}
     return built("SwitchTransformers", "ForConditionalGeneration", **sizes, **more, **layers)
@@ -83,7 +79,7 @@ def switch():
 
 def whisper():
     """Of whose encoder layers half are dropped in training."""
-    sizes = {"vocab_size": 64, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 20}
+    sizes = {"vocab_size": 97, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 20}
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_layers": 4, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
@@ -109,19 +105,17 @@ REAL = {
 def test_of_real_models_those_that_are_read(name):
     build, inputs, wanted = REAL[name]
     model = adapted(build().train())
-    if (wanted == set() and "that" in name) or "without" in name:
-        seen = set()
-        for n, layer in lora_layers(model):
-            layer.register_forward_pre_hook(lambda *_, n=n: seen.add(n))
+    seen = set()
+    for n, layer in lora_layers(model):
+        layer.register_forward_pre_hook(lambda *_, n=n: seen.add(n))
     torch.manual_seed(0)
-    texts = said(model, **inputs)
-    assert len(texts) == bool(wanted)
+    assert len(said(model, **inputs)) == bool(wanted)
     found = fastlora.report(model).bypassed
     assert {n.rpartition(".")[2] for n in found} == wanted
-    if "that" in name or "without" in name:
-        assert seen < {n for n, _ in lora_layers(model)}  # some were indeed not called
-    # The other mode's forward is watched too, where the source knows both ways.
-    assert (hooks(model) > 0) == bool(wanted)
+    left = {n for n, _ in lora_layers(model)} - seen
+    assert bool(left) == (bool(wanted) or "that" in name or "without" in name)
+    # Where the source reads what it also calls, the other mode's forward is watched too.
+    assert (hooks(model) > 0) == ("mba" in name)
 
 
 class Fast(nn.Module):
@@ -153,7 +147,7 @@ def test_no_grad_parts_copies_threads_errors_and_interrupts():
     assert len(said(twin, X)) == 1
 
     def failing():
-        with pytest.raises(RuntimeError, match="shapes"):
+        with pytest.raises(RuntimeError, match="size of tensor a"):
             other(torch.randn(2, 5))
 
     assert said(failing) == []
@@ -220,7 +214,7 @@ def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
     model = wavlm()
     attention = model.wavlm.encoder.layers[0].attention
     attention.q_proj = fastlora.FastLoRALinear.from_linear(attention.q_proj, r=2)
-    with pytest.raises(RuntimeError, match="q_proj: WavLMAttention.* reads its weight and never"):
+    with pytest.raises(RuntimeError, match=r"q_proj: WavLMAttention.* reads its weight and never"):
         fastlora.merge_adapter(model)
 
 
