@@ -94,7 +94,7 @@ REAL = {
     "Llama": (llama, IDS, set()),
     "experts without tokens": (switch, IDS, set()),
     "layers that are dropped": (whisper, SPEECH, set()),
-    "WavLM": (lambda: wavlm(layerdrop=0.9), AUDIO, set()),  # all that is read was skipped
+    "WavLM, of which all that is read is skipped": (lambda: wavlm(layerdrop=0.9), AUDIO, set()),
     "Mamba": (mamba, IDS, set()),
     "FalconMamba": (lambda: mamba("FalconMamba"), IDS, {"dt_proj"}),
     "Jamba": (jamba, IDS, {"dt_proj"}),
@@ -113,7 +113,7 @@ def test_of_real_models_those_that_are_read(name):
     found = fastlora.report(model).bypassed
     assert {n.rpartition(".")[2] for n in found} == wanted
     left = {n for n, _ in lora_layers(model)} - seen
-    assert bool(left) == (bool(wanted) or "that" in name or "without" in name)
+    assert bool(left) == (bool(wanted) or " " in name)
     # Where the source reads what it also calls, the other mode's forward is watched too.
     assert (hooks(model) > 0) == ("mba" in name)
 
