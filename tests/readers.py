@@ -59,5 +59,6 @@ class Handing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # What is asked of a weight here computes nothing with it.
-        x = x.to(self.unused.weight.dtype) + torch.zeros_like(self.unused.weight[0].detach()) * 0
+        weight = self.unused.weight
+        x = x.to(weight) + weight.new_zeros(weight.shape[1]) + torch.zeros_like(weight).sum()
         return self.called(helper(self.inner, x) if self.read else self.inner(x))
