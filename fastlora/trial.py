@@ -92,7 +92,7 @@ class _Before:
         self.seen: tuple[bool, ...] = ()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return
         if module.training not in self.seen:
             _begin(module)

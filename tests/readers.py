@@ -45,7 +45,7 @@ def mamba(family: str = "Mamba", **options: Any) -> nn.Module:
     return built(family, "ForCausalLM", **sizes | options)
 
 
-def helper(layer: nn.Module, x: Tensor) -> Tensor:
+def helper(layer: nn.Linear, x: Tensor) -> Tensor:
     return nnf.linear(x, layer.weight, layer.bias)
 
 
