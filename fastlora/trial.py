@@ -142,15 +142,23 @@ class _Trial(TorchFunctionMode):
         return True
 
     def _see(self, weight: Tensor, computed: bool) -> None:
-        running = _running()
-        for name in self.weights[id(weight)][1]:
-            if running is None or name in self.called:
-                continue
+        names = [name for name in self.weights[id(weight)][1] if name not in self.called]
+        inside = _inside(self.root) if names else []
+        for name in names:
             layer = self.layers[name]
-            if any(running is part for part in layer.modules()):
+            if any(module is layer for module in inside):
                 self.called.add(name)
-            elif computed and not any(weight is own for own in running._parameters.values()):
-                self.read.setdefault(name, running)
+            elif computed and inside and not self._is_tied(weight, inside[0], layer):
+                self.read.setdefault(name, inside[0])
+
+    def _is_tied(self, weight: Tensor, module: nn.Module, layer: nn.Module) -> bool:
+        """Whether a module of the model's uses its own weight, which a layer has as well.
+
+        A linear that was replaced, and that something still calls, is none of the model's.
+        """
+        own = any(weight is parameter for parameter in module._parameters.values())
+        parts = {id(part) for part in self.root.modules()} - {id(part) for part in layer.modules()}
+        return own and id(module) in parts
 
 
 def _begin(module: nn.Module) -> None:
@@ -180,13 +188,13 @@ def _end(module: nn.Module) -> None:
         return  # it raised: the next one is the first
     _settle(module)
     found = {name: who for name, who in trial.read.items() if name not in trial.called}
-    names = {part: name for name, part in module.named_modules()}
     for name, who in found.items():
         vars(trial.layers[name])[_NOTE] = type(who).__qualname__
     if found:
+        names = {part: plain_name(name) or "the model" for name, part in module.named_modules()}
+        gone = "something that is not in the model"
         said = [
-            f"{plain_name(name)} (by {plain_name(names.get(who, '')) or 'the model'}, "
-            f"a {type(who).__qualname__})"
+            f"{plain_name(name)} (by {names.get(who, gone)}, a {type(who).__qualname__})"
             for name, who in found.items()
         ]
         warnings.warn(
@@ -221,16 +229,17 @@ def _has_graphs() -> bool:
     return dynamo is not None and getattr(dynamo, "FRAME_COUNTER", 1) > 0
 
 
-def _running() -> nn.Module | None:
-    """The module whose forward this thread is in."""
+def _inside(root: nn.Module) -> list[nn.Module]:
+    """The modules in whose forwards this thread is, the innermost first."""
+    found: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(3)
-    while frame is not None:
+    while frame is not None and not (found and found[-1] is root):
         if frame.f_code.co_name in ("forward", "_call_impl"):
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
-                return module
+                found.append(module)
         frame = frame.f_back
-    return None
+    return found
 
 
 def _computes(func: Any, place: int) -> bool:

@@ -119,6 +119,36 @@ def test_of_real_models_those_that_are_read(name):
     assert (hooks(model) > 0) == ("mba" in name)
 
 
+class Keeping(nn.Module):
+    """Calls a layer that it has kept aside, whatever takes the layer's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.bound, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.aside, self.call = [self.inner], self.bound.forward
+        self.words = nn.Embedding(4, 4)
+        self.words.weight = self.head.weight  # of the model's own: tied
+
+    def forward(self, x):
+        return self.call(self.aside[0](x)) + self.words(x.long() % 4).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["fastlora", "PEFT"])
+def test_a_layer_that_is_kept_aside_is_called_without_its_adapter(kind):
+    peft = pytest.importorskip("peft")
+    model = Keeping()
+    if kind == "PEFT":
+        targets = ["inner", "bound", "head"]
+        theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
+        fastlora.patch_peft(theirs)
+    else:
+        adapted(model)
+    (text,) = said(model, X.abs())
+    # What reads the tied weight does nothing wrong, and a head may be unused.
+    assert set(fastlora.report(model).bypassed) == {"inner", "bound"}
+    assert ("not in the model" in text) == (kind == "fastlora")
+
+
 class Fast(nn.Module):
     """Reads its layer in eval mode alone."""
 
