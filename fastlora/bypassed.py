@@ -1,6 +1,7 @@
-"""Layers whose weight another module reads in its forward, without calling them.
+"""Layers whose weight another module reads in its forward, without calling them, or changes.
 
-What an adapter adds there is never computed: it does nothing, and gets no gradient.
+What an adapter adds there is never computed: it does nothing, and gets no gradient. Or it is not
+what it was, where a forward rescales the weight beside it.
 """
 
 from __future__ import annotations
@@ -42,12 +43,24 @@ def bypassed(model: nn.Module, names: Iterable[str]) -> str | None:
     return None
 
 
+def rescaled(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Which forward above a layer of ``model`` changes its weight in place, which an adapter's part
+    of the output does not follow."""
+    for name in names:
+        parts = tuple(name.split("."))
+        for depth, module in enumerate(_above(model, parts)):
+            uses = _uses(module)
+            for changed, method in (uses.changed if uses else {}).items():
+                if _fits(changed, parts[depth:]):
+                    kind = type(module).__qualname__
+                    return f"{kind}.{method} changes its weight in place, and not its adapter"
+    return None
+
+
 def reader(model: nn.Module, name: str) -> Reader | None:
     """Who computes with the weight of the layer ``name``, as the modules above it are written."""
     parts = tuple(name.split("."))
-    found, called, above = None, False, [model]
-    for part in parts[:-1]:
-        above.append(getattr(above[-1], part))
+    found, called, above = None, False, _above(model, parts)
     for depth, module in enumerate(above):
         uses, path = _uses(module), parts[depth:]
         if uses is None:
@@ -60,6 +73,14 @@ def reader(model: nn.Module, name: str) -> Reader | None:
             # Who is given all that holds the layer may call it.
             called = called or any(_fits(one, path[:-1]) for one in uses.handed)
     return None if found is None else Reader(*found, called)
+
+
+def _above(model: nn.Module, parts: Path) -> list[nn.Module]:
+    """The modules above a layer, from the model to its parent."""
+    found = [model]
+    for part in parts[:-1]:
+        found.append(getattr(found[-1], part))
+    return found
 
 
 def _uses(module: nn.Module) -> Uses | None:

@@ -39,9 +39,13 @@ _SAME = frozenset({"enumerate", "iter", "list", "reversed", "sorted", "tuple", "
 
 @dataclass
 class Uses:
-    """By path: whose weight is computed with, in which method; what is called, or handed on."""
+    """By path: whose weight is computed with, in which method; what is called, or handed on.
+
+    changed: whose weight is written in place.
+    """
 
     read: dict[Path, str] = field(default_factory=dict)
+    changed: dict[Path, str] = field(default_factory=dict)
     called: set[Path] = field(default_factory=set)
     handed: set[Path] = field(default_factory=set)
 
@@ -174,7 +178,9 @@ class _Reader:
         for path in self._paths(node):
             if path[-1:] == ("weight",):
                 if len(path) > 1 and self._computed(node):
-                    self.uses.read.setdefault(path[:-1], self.method)
+                    written = isinstance(above, ast.Attribute) and above.attr.endswith("_")
+                    uses = self.uses.changed if written else self.uses.read
+                    uses.setdefault(path[:-1], self.method)
             elif not continued:
                 self._module(node, path)
         if isinstance(node, ast.Attribute) and node.attr in _PARTS:

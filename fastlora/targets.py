@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastlora import matching, saved_modules
-from fastlora.bypassed import bypassed
+from fastlora.bypassed import bypassed, rescaled
 from fastlora.config import LoRAConfig
 from fastlora.listing import by_reason, some
 from fastlora.wrapping import is_linear, peft_layers, places, unsupported, unwrapped
@@ -59,7 +59,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             for name in filter(config.targets, (*known_as[1:], *others)):
                 skipped[name] = f"it is the same layer as {first}, whose name the config must mean"
             continue
-        reason = bypassed(inner, known_as) or unsupported(module)
+        reason = bypassed(inner, known_as) or rescaled(inner, known_as) or unsupported(module)
         if config.excludes(first):
             whole = matching.is_within(config.modules_to_save or (), first)
             skipped[first] = (

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.bypassed import bypassed, reader
 from fastlora.modules import lora_layers
-from tests.models import bert, gpt2, llama, quiet, t5, untouched
+from tests.models import bert, error, gpt2, llama, quiet, randomise_lora, t5, tokens, untouched
 from tests.readers import AUDIO, Handing, built, mamba, wavlm
 
 pytestmark = quiet
 ALL = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+IDS = tokens(1, 5)
 BERT = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -101,3 +103,27 @@ def test_readers_further_above_and_layers_that_are_called_as_well():
     model.forward = lambda x: model.read.inner(x)
     assert bypassed(model, ["read.inner"]) is None
     assert bypassed(Handing(), ["inner"]) is None
+
+
+def rwkv():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 16}
+    return built("Rwkv", "ForCausalLM", **sizes, rescale_every=2)
+
+
+def test_a_weight_that_a_forward_rescales_takes_no_adapter():
+    """Rwkv halves it in eval mode: the adapter's part would be twice what was trained."""
+    model, name = rwkv(), "rwkv.blocks.3.attention.output"
+    says = f"{name}: RwkvModel._rescale_layers changes its weight in place"
+    with untouched(model), pytest.raises(ValueError, match=says):
+        fastlora.replace_linear(model, LoRAConfig(target_modules=[name]))
+    randomise_lora(fastlora.replace_linear(model, ALL))
+    assert modes_differ(model) < 1e-3
+    last = model.rwkv.blocks[3].attention
+    last.output = randomise_lora(fastlora.FastLoRALinear.from_linear(last.output, r=2))
+    assert modes_differ(model) > 1e-2
+
+
+def modes_differ(model):
+    with torch.no_grad():
+        one, other = (model.train(mode)(IDS).logits for mode in (True, False))
+    return error(other, one)

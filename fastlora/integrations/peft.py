@@ -10,7 +10,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from fastlora import trial
-from fastlora.bypassed import bypassed
+from fastlora.bypassed import bypassed, rescaled
 from fastlora.injection import Report, report
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_parts import obstacle, product
@@ -137,16 +137,17 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
 
 
 def _warn_of_bypassed(model: nn.Module, layers: dict[str, Any]) -> None:
-    """PEFT puts adapters there all the same, which do nothing until they are merged."""
+    """PEFT puts adapters there all the same, which do nothing, or not what they did."""
     # A layer within another is that one's affair.
     within = tuple(f"{name}." for name in layers)
     alone = [name for name in layers if not name.startswith(within)]
-    found = {name: bypassed(unwrapped(model), [name]) for name in alone}
+    inner = unwrapped(model)
+    found = {name: bypassed(inner, [name]) or rescaled(inner, [name]) for name in alone}
     found = {name: reason for name, reason in found.items() if reason is not None}
     if found:
         warnings.warn(
-            "peft_model: PEFT's adapters of these layers have no effect, and are not trained, but "
-            f"change the model when they are merged: {some(by_reason(found), 8, '; ')}",
+            "peft_model: PEFT's adapters of these layers are not what the model computes with, "
+            f"unless they are merged: {some(by_reason(found), 8, '; ')}",
             stacklevel=4,
         )
 
