@@ -54,7 +54,7 @@ def replace_linear(
     if rows is not None and chosen.saved:
         raise ValueError(
             "modules_to_save: of adapters trained together none trains modules whole, got "
-            f"{', '.join(chosen.saved)} (task_type={given.task_type!r})"
+            f"{some(chosen.saved)} (task_type={given.task_type!r})"
         )
     saved_modules.check_found(settings, chosen.saved)
     present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]

@@ -16,6 +16,7 @@ from fastlora import functional as F
 from fastlora.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional_merge import foreach_remerge_
 from fastlora.injection import forget, missing, saved, swap
+from fastlora.listing import some
 from fastlora.modules import LoRALayer, lora_layers
 from fastlora.multi_modules import trained_layers
 from fastlora.receipt import MergeReceipt
@@ -95,7 +96,7 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     layers = _layers(model, merged=True)
     if saved(model):
         raise ValueError(
-            f"modules_to_save: the adapter trains {', '.join(saved(model))} whole, which is not "
+            f"modules_to_save: the adapter trains {some(saved(model))} whole, which is not "
             "swapped: unmerge_adapter, load_adapter and merge_adapter"
         )
     loaded = checkpoint.read_adapter(model, directory, merged=True)
