@@ -181,7 +181,8 @@ def _merge(
         for name, layer in layers.items():
             with _by_name({name: layer}):
                 layer.check_mergeable()
-        trial.refuse(inner, layers)
+        adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
+        trial.refuse(inner, adding)
         if untie:
             done.append(tied.untie(inner, layers))
         else:

@@ -77,7 +77,8 @@ def _definition(kind: type, name: str, start: int) -> tuple[str, int, object] | 
             value = value.fget
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
-        if inspect.isfunction(inspect.unwrap(value) if callable(value) else value):
+        function = callable(value) and inspect.isfunction(getattr(value, "__wrapped__", value))
+        if function or (value is not None and name == "forward"):
             return None if base in (nn.Module, object) else (name, place, value)
     return None
 

@@ -230,6 +230,20 @@ def test_layers_that_are_read_and_never_called_are_left_and_warned_of():
         fastlora.patch_peft(in_peft(wavlm(), "q_proj", "v_proj"))
 
 
+def test_such_layers_are_merged_only_where_they_add_nothing():
+    model = in_peft(wavlm(), "q_proj", "intermediate_dense")
+    with pytest.warns(UserWarning, match="not what the model computes with"):
+        fastlora.patch_peft(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    filled(model)
+    says = r"attention\.q_proj: WavLMAttention.*never calls it, so its adapter has had no part"
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with untouched(model), pytest.raises(RuntimeError, match=says):
+            merge()
+    model.unload()
+
+
 def test_what_the_source_does_not_say_the_first_forward_does():
     model, x = in_peft(Handing(), "inner", "called", "unused"), torch.randn(2, 4)
     fastlora.patch_peft(model)
@@ -237,6 +251,8 @@ def test_what_the_source_does_not_say_the_first_forward_does():
         model(x)
     assert fastlora.report(model).bypassed == {"base_model.model.inner": "Handing"}
     assert watched(model) == 0
+    with pytest.raises(RuntimeError, match="inner: Handing reads its weight, so its adapter"):
+        filled(model).merge_adapter()
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["inner"]))
     assert watched(model) > 0
     fastlora.unpatch_peft(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -109,5 +111,6 @@ def test_what_is_called_and_what_is_handed_on():
 def test_without_source_nothing_is_known():
     made: dict = {}
     exec("def forward(self, x):\n    return x @ self.a.weight", made)
-    assert uses_of(type("Made", (Base,), {"forward": made["forward"]})) is None
+    for forward in (made["forward"], functools.partialmethod(Base.forward)):
+        assert uses_of(type("Made", (Base,), {"forward": forward})) is None
     assert uses_of(nn.Linear) is not None

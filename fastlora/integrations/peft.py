@@ -10,8 +10,10 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from fastlora import trial
-from fastlora.bypassed import bypassed, rescaled
+from fastlora.bypassed import bypassed
 from fastlora.injection import Report, report
+from fastlora.integrations import peft_bypassed
+from fastlora.integrations.peft_bypassed import Refusing
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
@@ -23,7 +25,7 @@ PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTI
 OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
-class LoraModel(peft.LoraModel):
+class LoraModel(Refusing):
     """``peft.LoraModel`` whose new layers are patched as they come."""
 
     def _replace_module(
@@ -64,7 +66,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
     _warn_of_virtual_tokens(unwrapped(model))
-    _warn_of_bypassed(model, layers)
+    peft_bypassed.warn(unwrapped(model), layers, stacklevel=4)
     trial.watch(_innermost(model))
     return report(model)
 
@@ -132,22 +134,6 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
             f"peft_model: generate of transformers {transformers.__version__} may get wrong its "
             f"{kinds[0]} of PEFT {peft.__version__}: {error}; "
             "the LoRA layers are patched all the same",
-            stacklevel=4,
-        )
-
-
-def _warn_of_bypassed(model: nn.Module, layers: dict[str, Any]) -> None:
-    """PEFT puts adapters there all the same, which do nothing, or not what they did."""
-    # A layer within another is that one's affair.
-    within = tuple(f"{name}." for name in layers)
-    alone = [name for name in layers if not name.startswith(within)]
-    inner = unwrapped(model)
-    found = {name: bypassed(inner, [name]) or rescaled(inner, [name]) for name in alone}
-    found = {name: reason for name, reason in found.items() if reason is not None}
-    if found:
-        warnings.warn(
-            "peft_model: PEFT's adapters of these layers are not what the model computes with, "
-            f"unless they are merged: {some(by_reason(found), 8, '; ')}",
             stacklevel=4,
         )
 
