@@ -46,15 +46,16 @@ class Refusing(peft.LoraModel):
         )
 
     def _refuse_bypassed(self, adapter_names: list[str] | None) -> None:
+        model: Any = self.model
         layers = _outermost(
-            (n, m) for n, m in self.model.named_modules() if isinstance(m, lora.LoraLayer)
+            (n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)
         )
         adding = {
             name: layer
             for name, layer in layers.items()
             if any(_adds(layer, each) for each in adapter_names or layer.active_adapters)
         }
-        trial.refuse(self.model, adding)
+        trial.refuse(model, adding)
 
 
 def warn(model: nn.Module, layers: Mapping[str, nn.Module], stacklevel: int) -> None:
