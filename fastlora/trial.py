@@ -30,6 +30,9 @@ _NOTE = "_fastlora_bypassed"
 # Of its arguments the first is what is computed with.
 _FIRST = frozenset({"to", "type", "type_as"})
 _here = threading.local()
+# Of all threads those that are under way: their hooks must stay until they have ended.
+_under_way: set[int] = set()
+_lock = threading.Lock()
 
 
 def watch(model: nn.Module) -> None:
@@ -89,7 +92,7 @@ def noted(layer: nn.Module) -> str | None:
 class _Before:
     def __init__(self, twice: bool) -> None:
         self.twice = twice
-        self.seen: tuple[bool, ...] = ()
+        self.seen: set[bool] = set()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or torch._C._is_tracing():
@@ -170,7 +173,11 @@ def _begin(module: nn.Module) -> None:
         _leave(trial)
         trial = None
     if trial is None:
-        _here.trial = trial = _Trial(module, frame)
+        with _lock:
+            if not any(isinstance(hook, _Before) for hook in module._forward_pre_hooks.values()):
+                return  # taken away meanwhile, by another thread's end
+            _here.trial = trial = _Trial(module, frame)
+            _under_way.add(id(trial))
         trial.__enter__()
     elif trial.root is module:
         trial.depth += 1
@@ -208,19 +215,20 @@ def _end(module: nn.Module) -> None:
 def _leave(trial: _Trial) -> None:
     trial.over, trial.frame = True, None
     _here.trial = None
+    _under_way.discard(id(trial))
     if _get_current_function_mode() is trial:
         _pop_mode()
 
 
 def _settle(module: nn.Module) -> None:
     """No more hooks on what was watched, but for the other mode where that may differ."""
-    for part in (module, *module.children()):
-        hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _Before)]
-        for hook in hooks:
-            modes = (*hook.seen, module.training) if hook.twice else (True, False)
-            hook.seen = modes
-            if len(modes) > 1 and not _has_graphs():
-                stop(part)
+    with _lock:
+        for part in (module, *module.children()):
+            hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _Before)]
+            for hook in hooks:
+                hook.seen = {*hook.seen, module.training} if hook.twice else {True, False}
+                if len(hook.seen) > 1 and not _under_way and not _has_graphs():
+                    stop(part)
 
 
 def _has_graphs() -> bool:

@@ -201,6 +201,36 @@ def test_no_grad_parts_copies_threads_errors_and_interrupts():
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_first_forwards_of_several_threads_at_once():
+    """One ends within the other, and leaves it what ends it."""
+    model, inner = adapted(nn.Sequential(Handing(), nn.Identity())), []
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            go.wait(60)
+
+    model[1].register_forward_hook(wait)
+
+    def first():
+        model(X)
+        inner.append(torch._C._len_torch_function_stack())
+
+    # Warnings are caught for the whole process.
+    thread = threading.Thread(target=first)
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        thread.start()
+        assert entered.wait(60)
+        model(X)
+        assert hooks(model) > 0
+        go.set()
+        thread.join()
+    assert len([w for w in others if "were never called" in str(w.message)]) == 2
+    assert (inner, hooks(model)) == ([0], 0)
+
+
 def test_checkpointing_generating_and_the_transforms_of_torch():
     model = adapted(llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
