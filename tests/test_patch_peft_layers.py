@@ -25,7 +25,7 @@ from tests.patched import (  # noqa: E402
     peft_model,
     run,
 )
-from tests.readers import Handing, wavlm  # noqa: E402
+from tests.readers import Handing, watched, wavlm  # noqa: E402
 
 pytestmark = quiet
 LIN0, LIN1 = "base_model.model.lin0", "base_model.model.lin1"
@@ -212,11 +212,6 @@ def in_peft(model, *targets):
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
 
 
-def watched(model):
-    found = [h for m in model.modules() for h in (m._forward_pre_hooks | m._forward_hooks).values()]
-    return sum(type(hook).__module__ == "fastlora.trial" for hook in found)
-
-
 def test_layers_that_are_read_and_never_called_are_left_and_warned_of():
     model = in_peft(wavlm(), "q_proj", "v_proj", "intermediate_dense")
     says = r"PEFT's adapters of these layers are not what .*q_proj and 3 more: WavLMAttention\."
@@ -245,6 +240,7 @@ def test_such_layers_are_merged_only_where_they_add_nothing():
 
 
 def test_what_the_source_does_not_say_the_first_forward_does():
+    torch.compiler.reset()  # beside graphs hooks stay
     model, x = in_peft(Handing(), "inner", "called", "unused"), torch.randn(2, 4)
     fastlora.patch_peft(model)
     with pytest.warns(UserWarning, match=r"was read: inner \(by the model, a Handing\)\. What"):
@@ -260,6 +256,7 @@ def test_what_the_source_does_not_say_the_first_forward_does():
 
 
 def test_generating_goes_past_peft_s_own_forward(recwarn):
+    torch.compiler.reset()
     model = in_peft(llama(), "q_proj", "up_proj")
     fastlora.patch_peft(model)
     model.generate(input_ids=tokens(1, 3), max_new_tokens=2)
