@@ -245,7 +245,6 @@ def test_checkpointing_generating_and_the_transforms_of_torch():
     assert len(said(torch.func.vmap(adapted()), X)) == 1
 
 
-@pytest.mark.full
 def test_what_is_compiled_is_not_watched_until_it_runs_eagerly():
     torch.compiler.reset()
     model = adapted()
