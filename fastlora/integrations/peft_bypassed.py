@@ -71,7 +71,7 @@ def warn(model: nn.Module, layers: Mapping[str, nn.Module], stacklevel: int) -> 
         )
 
 
-def _outermost(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+def _outermost(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Those within no other, which would know how to use them."""
     found = dict(layers)
     within = tuple(f"{name}." for name in found)
