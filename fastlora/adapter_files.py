@@ -22,6 +22,7 @@ from torch import Tensor
 from fastlora import adapter_hints as hints
 from fastlora import matching, refusals
 from fastlora.config import LoRAConfig
+from fastlora.listing import some
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -109,7 +110,7 @@ def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterabl
     for name, keys in overlaps.items():
         listed = " or ".join(f"{value:g} ({key!r})" for key, value in keys.items())
         alike.setdefault(listed, []).append(name)
-    said = "; ".join(f"{_some(of)}: {listed}" for listed, of in list(alike.items())[:4])
+    said = "; ".join(f"{some(set(of))}: {listed}" for listed, of in list(alike.items())[:4])
     warnings.warn(
         f"{where}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
         "writes keys in the order of the alphabet, not in that in which they counted in training: "
@@ -172,9 +173,9 @@ def compare(
     """``check_shapes`` of an adapter that is elsewhere."""
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
     if missing or extra:
-        parts = [f"missing {_some(missing)}"] * bool(missing) + [
-            f"unexpected {_some(extra)}"
-        ] * bool(extra)
+        parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(extra)}"] * bool(
+            extra
+        )
         if any(".lora_" not in name for name in extra):
             parts.append("PEFT leaves base weights out with save_embedding_layers=False")
         raise ValueError(f"{where}: it does not fit this model and config: {'; '.join(parts)}")
@@ -280,9 +281,3 @@ def _header(path: Path) -> dict[str, dict[str, object]]:
         raise ValueError(f"{path}: expected a header of at most {_MAX_TENSORS} tensors")
     header.pop("__metadata__", None)
     return header
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

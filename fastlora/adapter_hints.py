@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastlora.listing import some
+
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # What PEFT's modules are called: the adapter's name stands where its files have none.
 _NAMED = re.compile(r".*\.lora_[AB]\.([^.]+)\.(?:weight|bias)")
@@ -52,12 +54,10 @@ def elsewhere(folder: Path, name: str) -> str:
         return f"; {folder.name} is a file: give the folder that holds both"
     if not folder.is_dir():
         return ""
-    inner = sorted(path.parent.name for path in folder.glob(f"*/{name}"))
+    inner = sorted(repr(str(path.parent)) for path in folder.glob(f"*/{name}"))
     if not inner:
         return ""
-    listed = ", ".join(repr(str(folder / each)) for each in inner[:4])
-    more = f" and {len(inner) - 4} more" if len(inner) > 4 else ""
     return (
-        f"; there is one in {listed}{more}: give that folder (PEFT saves an adapter that is not "
+        f"; there is one in {some(inner)}: give that folder (PEFT saves an adapter that is not "
         "called 'default' in one of its name)"
     )

@@ -25,6 +25,7 @@ from fastlora.injection import (
     saved,
     training_rows,
 )
+from fastlora.listing import some
 from fastlora.modules import LoRALayer, lora_layers
 from fastlora.multi_modules import TrainableMultiLoRALinear, trained_layers
 from fastlora.receipt import Adapter
@@ -277,8 +278,8 @@ def _saved(model: nn.Module, config: LoRAConfig, chosen: Plan | None) -> dict[st
     found, there = saved_modules.find(model, config), saved(model)
     if found.keys() != there.keys():
         raise ValueError(
-            f"modules_to_save: the model trains {', '.join(there) or 'nothing'} whole, the adapter "
-            f"{', '.join(found) or 'nothing'}"
+            f"modules_to_save: the model trains {some(there) or 'nothing'} whole, the adapter "
+            f"{some(found) or 'nothing'}"
         )
     return there
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from fastlora import each, initial, saved_modules
+from fastlora import each, initial, saved_modules, trial
 from fastlora.adapter_files import check_name
 from fastlora.config import LoRAConfig, moves_base
 from fastlora.conv1d import FastLoRAConv1D
+from fastlora.heads import unsaved
 from fastlora.injection import Injection, forget, remember, swap
+from fastlora.listing import some
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import TrainableMultiLoRALinear, TrainingRows, trained_layers
 from fastlora.targets import Plan, plan, unused
@@ -52,7 +54,7 @@ def replace_linear(
     if rows is not None and chosen.saved:
         raise ValueError(
             "modules_to_save: of adapters trained together none trains modules whole, got "
-            f"{', '.join(chosen.saved)} (task_type={given.task_type!r})"
+            f"{some(chosen.saved)} (task_type={given.task_type!r})"
         )
     saved_modules.check_found(settings, chosen.saved)
     present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]
@@ -64,6 +66,14 @@ def replace_linear(
     inject(model, settings, chosen, rows, freeze_base)
     if idle := unused(settings, chosen):
         warnings.warn("; ".join(idle), stacklevel=2)
+    if lost := unsaved(unwrapped(model), settings, chosen):
+        warnings.warn(lost, stacklevel=2)
+    for name, places in chosen.elsewhere.items():
+        warnings.warn(
+            f"{name}: the same layer is also at {some(places)}, and has its adapter at {name} "
+            "alone, as in PEFT: exclude it, or give each place a layer of its own, to mean another",
+            stacklevel=2,
+        )
     lies = {is_conv1d(linear) for linear, _ in chosen.linears.values()}
     if given.fan_in_fan_out not in lies:
         warnings.warn(
@@ -101,6 +111,7 @@ def inject(
         remember(inner, Injection(config, chosen.skipped, rows, saved))
     if freeze_base:
         _freeze(inner, config, saved)
+    trial.watch(inner)
 
 
 def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
@@ -133,7 +144,7 @@ def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
     for name, (linear, _) in chosen.linears.items():
         if linear in found:
             raise ValueError(
-                f"{name}: its weight is tied with {', '.join(found[linear])}, which "
+                f"{name}: its weight is tied with {some(found[linear])}, which "
                 f"init_lora_weights={config.init_lora_weights!r} would change too: exclude the "
                 "layer, or untie it first"
             )

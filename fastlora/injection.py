@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import nn
 
 from fastlora.config import LoRAConfig
 from fastlora.fidelity import Fidelity
+from fastlora.listing import by_reason
 from fastlora.modules import lora_layers
 from fastlora.multi_modules import MultiLoRALinear, TrainingRows, trained_layers
 from fastlora.saved_modules import Saved
+from fastlora.trial import noted
 from fastlora.wrapping import peft_layers, unwrapped
 
 _RECORD = "_fastlora_injection"
@@ -46,7 +48,9 @@ class Report:
     has arrived}; untied: {layer: whose weight its was}; modules_to_save: modules that are trained
     whole; around: {replaced layer of a PEFT model: why its base computes its own output, onto which
     the adapter is added}; misstated: {layer of a PEFT model: which adapter runs at another rank or
-    scaling than its config says}, as after hot-swapping, where PEFT saves what the config says.
+    scaling than its config says}, as after hot-swapping, where PEFT saves what the config says;
+    bypassed: {layer: in whose forward its weight was read, while it was
+    never called itself: its adapter has no effect}.
     """
 
     replaced: dict[str, int] = field(default_factory=dict)
@@ -59,6 +63,7 @@ class Report:
     modules_to_save: tuple[str, ...] = ()
     around: dict[str, str] = field(default_factory=dict)
     misstated: dict[str, str] = field(default_factory=dict)
+    bypassed: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
@@ -76,19 +81,10 @@ class Report:
         lines += [f"untied {name} from {', '.join(of)}" for name, of in self.untied.items()]
         lines += [f"added onto the base's own output: {each}" for each in by_reason(self.around)]
         lines += [f"not as PEFT would save it: {each}" for each in by_reason(self.misstated)]
+        unseen = {name: f"never called, but read by {of}" for name, of in self.bypassed.items()}
+        lines += [f"without effect: {each}" for each in by_reason(unseen)]
         lines += [f"skipped {each}" for each in by_reason(self.skipped)]
         return "\n".join(lines)
-
-
-def by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Of {layer: reason} each reason once, with the first of its layers."""
-    layers: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        layers.setdefault(reason, []).append(name)
-    return [
-        f"{first} and {len(others)} more: {reason}" if others else f"{first}: {reason}"
-        for reason, (first, *others) in layers.items()
-    ]
 
 
 def report(model: nn.Module) -> Report:
@@ -113,6 +109,7 @@ def report(model: nn.Module) -> Report:
         fidelity={n: layer.fidelity for n, layer in layers.items() if layer.fidelity is not None},
         untied={name: layer.untied for name, layer in layers.items() if layer.untied},
         modules_to_save=tuple(record.saved) if record else (),
+        bypassed={n: who for n, m in inner.named_modules() if (who := noted(m)) is not None},
     )
     for describe in others:
         more = describe(inner)

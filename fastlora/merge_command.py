@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from fastlora.fidelity import Fidelity
+from fastlora.listing import some
 from fastlora.merge_files import Merged, durable, journal, merge_folder
-from fastlora.merge_files.adapters import some
 from fastlora.progress import Progress
 
 DTYPES = {

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import checkpoint, each, tied
+from fastlora import checkpoint, each, tied, trial
 from fastlora import functional as F
 from fastlora.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional_merge import foreach_remerge_
 from fastlora.injection import forget, missing, saved, swap
+from fastlora.listing import some
 from fastlora.modules import LoRALayer, lora_layers
 from fastlora.multi_modules import trained_layers
 from fastlora.receipt import MergeReceipt
@@ -33,9 +34,9 @@ def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = Fal
     ``report(model).fidelity`` says how much of the adapter has arrived in each layer; below a gain
     of 0.9 a ``FidelityWarning`` says so too.
 
-    Raises RuntimeError when a layer is merged already or tied, TypeError or ValueError when one is
-    sharded or quantized, ValueError when a merged value would not be finite. Every byte of the
-    model is as before then, and after an interruption.
+    Raises RuntimeError when a layer is merged already, tied, or never called by who reads its
+    weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value
+    would not be finite. Every byte of the model is as before then, and after an interruption.
     """
     _merge(model, _layers(model, merged=False), untie, snapshot)
     return model
@@ -79,6 +80,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         if saved(inner):
             done.append(tied.note_untied(inner))
         forget(inner)
+    trial.stop_all(inner)
     return model
 
 
@@ -94,7 +96,7 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     layers = _layers(model, merged=True)
     if saved(model):
         raise ValueError(
-            f"modules_to_save: the adapter trains {', '.join(saved(model))} whole, which is not "
+            f"modules_to_save: the adapter trains {some(saved(model))} whole, which is not "
             "swapped: unmerge_adapter, load_adapter and merge_adapter"
         )
     loaded = checkpoint.read_adapter(model, directory, merged=True)
@@ -179,6 +181,8 @@ def _merge(
         for name, layer in layers.items():
             with _by_name({name: layer}):
                 layer.check_mergeable()
+        adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
+        trial.refuse(inner, adding)
         if untie:
             done.append(tied.untie(inner, layers))
         else:

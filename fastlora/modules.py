@@ -20,6 +20,7 @@ _LORA_NAMES = ("lora_A", "lora_B", "lora_bias")
 _OWN = frozenset(
     {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "scaling"}
     | {"adapter_disabled", "_receipt", "_fidelity", "untied", "in_features", "out_features"}
+    | {"_fastlora_bypassed"}
 )
 _Layer = TypeVar("_Layer", bound="LoRALayer")
 # What a DTensor is not.

@@ -15,6 +15,7 @@ from fastlora import config as settings
 from fastlora import functional as F
 from fastlora.initial import init_lora
 from fastlora.invariance import asked
+from fastlora.listing import some
 from fastlora.modules import check_drawn
 from fastlora.routing import Routing
 from fastlora.wrapping import SharedWeight, lora_dtype_for, plain_name, unwrapped
@@ -215,7 +216,7 @@ class TrainingRows(Routing):
     def index(self, name: object) -> int:
         """Where ``name`` stands among the adapters; ValueError where it does not."""
         if name not in self.adapters:
-            known = ", ".join(self.adapters)
+            known = some(self.adapters, 8)
             raise ValueError(f"adapter_names: expected one of {known}, got {name!r}")
         return self.adapters.index(str(name))
 

@@ -8,22 +8,27 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastlora import matching, saved_modules
+from fastlora.bypassed import bypassed, rescaled
 from fastlora.config import LoRAConfig
-from fastlora.wrapping import is_linear, peft_layers, unsupported, unwrapped
+from fastlora.listing import by_reason, some
+from fastlora.wrapping import is_linear, peft_layers, places, unsupported, unwrapped
 
 _SHOWN = 20  # names in an error: all of a usual model's kinds of layers
+_REASONS = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Linears to replace, {first full name: (module, all its names)}, and others skipped, why.
+    """Linears to replace, {first full name: (module, its names)}, and others skipped, why.
 
-    saved: {full name: module} of those to train whole, as copies.
+    Names are of one place: an attribute of one parent. saved: {full name: module} of those to train
+    whole, as copies. elsewhere: {name: other places of the same module, which keep it as it is}.
     """
 
     linears: dict[str, tuple[nn.Module, list[str]]]
     skipped: dict[str, str]
     saved: dict[str, nn.Module] = field(default_factory=dict)
+    elsewhere: dict[str, list[str]] = field(default_factory=dict)
 
 
 def plan(model: nn.Module, config: LoRAConfig) -> Plan:
@@ -41,23 +46,22 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             "the base model instead (peft_model.unload() returns it), or keep PEFT's layers and "
             "call fastlora.patch_peft"
         )
-    # A module reached by two names is one layer, to be replaced under both.
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in inner.named_modules(remove_duplicate=False):
-        if name:
-            names.setdefault(module, []).append(name)
     linears: dict[str, tuple[nn.Module, list[str]]] = {}
     skipped: dict[str, str] = {}
     refused: dict[str, str] = {}
+    elsewhere: dict[str, list[str]] = {}
     head = _output_embedding(inner)
-    for module, known_as in names.items():
+    for module, (known_as, others) in places(inner).items():
+        # As in PEFT: a layer goes by its first name, and gets its adapter in that place.
         first = known_as[0]
-        named = any(config.targets(name) for name in known_as)
+        named = config.targets(first)
         if not named and not (config.all_linear and is_linear(module)):
+            for name in filter(config.targets, (*known_as[1:], *others)):
+                skipped[name] = f"it is the same layer as {first}, whose name the config must mean"
             continue
-        reason = bypassed(inner, known_as) or unsupported(module)
-        if any(config.excludes(name) for name in known_as):
-            whole = any(matching.is_within(config.modules_to_save or (), n) for n in known_as)
+        reason = bypassed(inner, known_as) or rescaled(inner, known_as) or unsupported(module)
+        if config.excludes(first):
+            whole = matching.is_within(config.modules_to_save or (), first)
             skipped[first] = (
                 "modules_to_save trains it whole" if whole else "excluded by exclude_modules"
             )
@@ -69,8 +73,10 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             (refused if named else skipped)[first] = reason
         else:
             linears[first] = (module, known_as)
+            if others:
+                elsewhere[first] = others
     if refused:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        listed = some(by_reason(refused), _REASONS, "; ")
         raise ValueError(
             f"target_modules: cannot replace {listed} (name other layers, or use exclude_modules)"
         )
@@ -78,7 +84,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
         raise ValueError(_no_match(inner, config, skipped))
     saved = saved_modules.find(inner, config)
     saved_modules.check_apart(saved, [name for _, names in linears.values() for name in names])
-    return Plan(linears, skipped, saved)
+    return Plan(linears, skipped, saved, elsewhere)
 
 
 def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
@@ -97,22 +103,10 @@ def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
             if not any(matching.overridden({key: True}, name, False) for name in replaced)
         ]
     return [
-        f"{name}: no layer that was replaced is called {', '.join(map(repr, of))}"
+        f"{name}: no layer that was replaced is called {some(map(repr, of), _SHOWN)}"
         for name, of in found.items()
         if of
     ]
-
-
-def bypassed(model: nn.Module, names: list[str]) -> str | None:
-    """Why a layer's own forward would not be what its parent runs."""
-    for name in names:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight and never calls it"
-        if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
-            return "nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
-    return None
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -123,20 +117,19 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
     linears = [n for n, m in model.named_modules() if is_linear(m)]
-    message = f"target_modules: no linear layer matches {config.target_modules!r}"
+    asked = config.target_modules
+    many = isinstance(asked, tuple) and len(asked) > _SHOWN
+    shown = f"({some(map(repr, asked or ()), _SHOWN)})" if many else repr(asked)
+    message = f"target_modules: no linear layer matches {shown}"
     if config.layers_to_transform is not None:
         pattern = f" of {config.layers_pattern!r}" if config.layers_pattern else ""
         message += f" within layers_to_transform={config.layers_to_transform!r}{pattern}"
     if skipped:
-        message += (
-            f" ({len(skipped)} skipped: {'; '.join(f'{n}: {r}' for n, r in skipped.items())})"
-        )
+        message += f" ({len(skipped)} skipped: {some(by_reason(skipped), _REASONS, '; ')})"
     if not linears:
         return message + "; the model has no nn.Linear"
     suffixes = sorted({name.rpartition(".")[2] for name in linears})
-    wanted = config.target_modules or ()
-    wanted = [wanted] if isinstance(wanted, str) else wanted
+    wanted = [asked] if isinstance(asked, str) else (asked or ())[:_SHOWN]
     near = [m for w in wanted for m in difflib.get_close_matches(w, suffixes + linears, cutoff=0.5)]
-    hint = f"; near names: {', '.join(dict.fromkeys(near))}" if near else ""
-    some = ", ".join(suffixes[:_SHOWN]) + (", …" if len(suffixes) > _SHOWN else "")
-    return f"{message}{hint}; its linears end in {some}"
+    hint = f"; near names: {some(dict.fromkeys(near), _SHOWN)}" if near else ""
+    return f"{message}{hint}; its linears end in {some(suffixes, _SHOWN)}"

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from fastlora.checks_merge import overlap
+from fastlora.listing import some
 from fastlora.modules import LoRALayer
 from fastlora.plain import is_plain
+from fastlora.wrapping import places
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -19,6 +21,7 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
     """Of each layer whose weight has elements in common with others' parameters, their names.
 
     Tied parameters and overlapping views count; slices of one storage that do not overlap are none.
+    So do other places of a plain layer, which has no adapter there.
     """
     owners: dict[int, list[tuple[str, nn.Module, torch.Tensor]]] = {}
     for name, module in model.named_modules():
@@ -28,7 +31,7 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
                 owners.setdefault(_memory(parameter), []).append(
                     (f"{name}.{kind}", module, parameter)
                 )
-    found = {}
+    found, elsewhere = {}, places(model)
     for layer in layers:
         weight = layer._parameters["weight"]
         assert weight is not None
@@ -39,6 +42,8 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
             if module is not layer
             and (parameter is weight or overlap(parameter.detach(), weight.detach()))
         ]
+        if not getattr(layer, "holds_lora", False):
+            others += [f"{name}.weight" for name in elsewhere.get(layer, ([], []))[1]]
         if others:
             found[layer] = others
     return found
@@ -59,7 +64,7 @@ def refuse(
     for name, layer in layers.items():
         if layer in found:
             error = RuntimeError(
-                f"{name}: its weight is tied with {', '.join(found[layer])}, which merging would "
+                f"{name}: its weight is tied with {some(found[layer])}, which merging would "
                 f"change too; {remedy}"
             )
             error.named = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,9 +25,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def peft_layers(model: nn.Module) -> list[str]:
     """The names of the layers into which PEFT has put an adapter; PEFT is not imported for it."""
-    return [
-        name for name, module in model.named_modules() if any(map(_is_pefts, type(module).__mro__))
-    ]
+    return [name for name, module in model.named_modules() if is_pefts(module)]
+
+
+def is_pefts(module: nn.Module) -> bool:
+    """Whether it is a layer of PEFT's, around one of the base's."""
+    return any(map(_is_pefts, type(module).__mro__))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -101,6 +104,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
+
+
+def places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]]:
+    """Of each module of a model its names in the first place where it is, and those in others.
+
+    A place is an attribute of one parent, which may itself be reached by several names.
+    """
+    found: dict[nn.Module, tuple[list[str], list[str]]] = {}
+    first: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            parent, _, child = name.rpartition(".")
+            place = (model.get_submodule(parent), child)
+            other = first.setdefault(module, place) != place
+            found.setdefault(module, ([], []))[other].append(name)
+    return found
 
 
 def plain_name(name: str) -> str:

@@ -182,13 +182,46 @@ class Shared(nn.Module):
         return self.other(self.again(self.first(x)))
 
 
-@pytest.mark.parametrize("name", ["first", "again"])
-def test_a_module_of_two_names_is_replaced_under_both(name):
-    model = fastlora.replace_linear(Shared(), LoRAConfig(target_modules=[name]))
-    assert isinstance(model.first, FastLoRALinear)
-    assert model.again is model.first
-    assert type(model.other) is nn.Linear
-    assert fastlora.report(model).replaced == {"first": 8}
+def test_a_layer_at_two_places_has_its_adapter_at_the_first_as_in_peft(tmp_path):
+    settings = {"r": 2, "target_modules": ["first", "other"], "init_lora_weights": False}
+    base, x = Shared(), torch.randn(3, 6)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="first: the same layer is also at again, and has its"):
+        fastlora.replace_linear(ours, LoRAConfig(**settings))
+    assert (type(ours.first), type(ours.again)) == (FastLoRALinear, nn.Linear)
+    assert ours.again.weight is ours.first.weight
+    # Each other's files mean the same function, served too.
+    fastlora.load_adapter(ours, tmp_path / "theirs")
+    assert_agree(ours(x), theirs(x).detach(), base(x).detach())
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+    assert_agree(again(x), theirs(x).detach())
+    server = fastlora.MultiLoRAModel(copy.deepcopy(base), target_modules=["first", "other"])
+    server.load_adapter(tmp_path / "theirs", "a")
+    assert_agree(server(x, adapter_names=["a"] * 3), theirs(x).detach())
+    # A merge, or a split of the weight, would change the other place.
+    with untouched(ours), pytest.raises(RuntimeError, match=r"first: .* tied with again\.weight"):
+        fastlora.merge_adapter(ours)
+    fastlora.merge_and_unload(ours, untie=True)
+    assert_agree(ours(x), theirs(x).detach())
+    with untouched(base), pytest.raises(ValueError, match=r"first: .* tied with again\.weight"):
+        fastlora.replace_linear(base, LoRAConfig(**settings | {"init_lora_weights": "pissa"}))
+
+
+def test_a_layer_goes_by_its_first_name_as_in_peft():
+    model, config = Shared(), LoRAConfig(target_modules=["again"])
+    with untouched(model), pytest.raises(ValueError, match="again: it is the same layer as first"):
+        fastlora.replace_linear(model, config)
+    with pytest.raises(ValueError, match="not found"):
+        peft.get_peft_model(Shared(), peft.LoraConfig(target_modules=["again"]))
+    # One parent of two names is one place.
+    model = nn.ModuleDict({"a": nn.ModuleDict({"lin": nn.Linear(4, 4)})})
+    model["b"] = model["a"]
+    fastlora.replace_linear(model, LoRAConfig(target_modules=["lin"]))
+    assert isinstance(model["b"]["lin"], FastLoRALinear)
+    assert fastlora.report(model).replaced == {"a.lin": 8}
 
 
 @pytest.mark.parametrize(
@@ -348,3 +381,17 @@ def test_names_that_are_layers_are_not_warned_of(recwarn):
         LoRAConfig(target_modules=names, rank_pattern=pattern, exclude_modules=["k_proj"]),
     )
     assert not [w for w in recwarn if "is called" in str(w.message)]
+
+
+@pytest.mark.parametrize("targets", [".*", [f"{n}.x" for n in range(500)], r".*(q|norm).*|lm_.*"])
+def test_an_error_about_many_modules_is_short(targets):
+    model = llama(num_hidden_layers=12)
+    with untouched(model), pytest.raises(ValueError, match="target_modules: ") as caught:
+        fastlora.replace_linear(model, LoRAConfig(target_modules=targets))
+    assert len(str(caught.value)) < 1500
+
+
+def test_names_that_are_no_layer_s_are_listed_up_to_a_number():
+    names = ["q_proj", *(f"none_{n}" for n in range(300))]
+    with pytest.warns(UserWarning, match="'none_0', .* and 280 more$"):
+        fastlora.replace_linear(llama(), LoRAConfig(target_modules=names))

@@ -147,15 +147,15 @@ def test_tied_weights_are_not_merged(act):
 
 
 def test_a_module_of_two_names_is_merged_once():
-    model = nn.ModuleDict({"a": nn.Linear(6, 6)})
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))})
     model["b"] = model["a"]
-    fastlora.replace_linear(model, LoRAConfig(target_modules=["a"]))
-    before, x = randomise_lora(model)["a"].weight.detach().clone(), torch.randn(3, 6)
+    fastlora.replace_linear(model, LoRAConfig(target_modules=["a.0"]))
+    before, x = randomise_lora(model)["a"][0].weight.detach().clone(), torch.randn(3, 6)
     want = model["a"](x).detach()
     fastlora.unmerge_adapter(fastlora.merge_adapter(model))
-    assert same_bits(model["a"].weight.detach(), before)
+    assert same_bits(model["a"][0].weight.detach(), before)
     fastlora.merge_and_unload(model)
-    assert type(model["b"]) is nn.Linear
+    assert type(model["b"][0]) is nn.Linear
     assert model["b"] is model["a"]
     assert error(model["b"](x), want) <= TOLERANCE[torch.float32]
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from peft.tuners.lora import layer as lora  # noqa: E402
 
 import fastlora  # noqa: E402
-from tests.models import quiet, untouched  # noqa: E402
+from tests.models import llama, quiet, tokens, untouched  # noqa: E402
 from tests.patched import (  # noqa: E402
     Doubling,
     assert_same,
@@ -25,6 +25,7 @@ from tests.patched import (  # noqa: E402
     peft_model,
     run,
 )
+from tests.readers import Handing, watched, wavlm  # noqa: E402
 
 pytestmark = quiet
 LIN0, LIN1 = "base_model.model.lin0", "base_model.model.lin1"
@@ -205,3 +206,59 @@ def test_hooks_of_the_layer_itself_do_not_matter(monkeypatch):
     with counted(monkeypatch) as counts:
         run(patched, inputs_of_ones())
     assert (called, counts["one"]) == ([1], 2)
+
+
+def in_peft(model, *targets):
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
+
+
+def test_layers_that_are_read_and_never_called_are_left_and_warned_of():
+    model = in_peft(wavlm(), "q_proj", "v_proj", "intermediate_dense")
+    says = r"PEFT's adapters of these layers are not what .*q_proj and 3 more: WavLMAttention\."
+    with untouched(model), pytest.raises(ValueError, match="4 of 6 LoRA layers cannot be patched"):
+        fastlora.patch_peft(model, strict=True)
+    with pytest.warns(UserWarning, match=says.replace("q_proj", "[qv]_proj")):
+        found = fastlora.patch_peft(model)
+    assert {name.rpartition(".")[2] for name in found.replaced} == {"intermediate_dense"}
+    assert {name.rpartition(".")[2] for name in found.skipped} == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match=r"4 of 4 LoRA layers cannot .* never calls it"):
+        fastlora.patch_peft(in_peft(wavlm(), "q_proj", "v_proj"))
+
+
+def test_such_layers_are_merged_only_where_they_add_nothing():
+    model = in_peft(wavlm(), "q_proj", "intermediate_dense")
+    with pytest.warns(UserWarning, match="not what the model computes with"):
+        fastlora.patch_peft(model)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    filled(model)
+    says = r"attention\.q_proj: WavLMAttention.*never calls it, so its adapter has had no part"
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with untouched(model), pytest.raises(RuntimeError, match=says):
+            merge()
+    model.unload()
+
+
+def test_what_the_source_does_not_say_the_first_forward_does():
+    torch.compiler.reset()  # beside graphs hooks stay
+    model, x = in_peft(Handing(), "inner", "called", "unused"), torch.randn(2, 4)
+    fastlora.patch_peft(model)
+    with pytest.warns(UserWarning, match=r"was read: inner \(by the model, a Handing\)\. What"):
+        model(x)
+    assert fastlora.report(model).bypassed == {"base_model.model.inner": "Handing"}
+    assert watched(model) == 0
+    with pytest.raises(RuntimeError, match="inner: Handing reads its weight, so its adapter"):
+        filled(model).merge_adapter()
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["inner"]))
+    assert watched(model) > 0
+    fastlora.unpatch_peft(model)
+    assert watched(model) == 0
+
+
+def test_generating_goes_past_peft_s_own_forward(recwarn):
+    torch.compiler.reset()
+    model = in_peft(llama(), "q_proj", "up_proj")
+    fastlora.patch_peft(model)
+    model.generate(input_ids=tokens(1, 3), max_new_tokens=2)
+    assert watched(model) == 0
+    assert not [w for w in recwarn if "never called" in str(w.message)]

@@ -9,7 +9,11 @@ import peft
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from fastlora.injection import Report, by_reason, report
+from fastlora import trial
+from fastlora.bypassed import bypassed
+from fastlora.injection import Report, report
+from fastlora.integrations import peft_bypassed
+from fastlora.integrations.peft_bypassed import Refusing
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_merging import warn_of_lost_merges
 from fastlora.integrations.peft_packing import keep_unpacked, let_pack
@@ -17,7 +21,7 @@ from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
 from fastlora.integrations.peft_running import misstated, rank, warn_before_saving
 from fastlora.integrations.peft_tied import UntiedMerging
-from fastlora.targets import bypassed
+from fastlora.listing import by_reason, some
 from fastlora.wrapping import unwrapped
 
 # {PEFT's class: ours}
@@ -25,7 +29,7 @@ PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTI
 OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
-class LoraModel(UntiedMerging):
+class LoraModel(UntiedMerging, Refusing):
     """``peft.LoraModel`` whose new layers are patched as they come, and which says what it runs."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -52,6 +56,12 @@ class LoraModel(UntiedMerging):
         let_pack(model)
         return model
 
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        trial.watch(model)
+
 
 def patch(model: nn.Module, strict: bool) -> Report:
     """``fastlora.patch_peft``."""
@@ -68,7 +78,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     if len(reasons) == len(layers) or (strict and reasons):
         raise ValueError(
             f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
-            f"{'; '.join(by_reason(reasons))}; the model is as it was, and PEFT computes it"
+            f"{some(by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT computes it"
         )
     for name, layer in layers.items():
         if name not in reasons:
@@ -78,6 +88,8 @@ def patch(model: nn.Module, strict: bool) -> Report:
             module.__class__ = LoraModel
     keep_unpacked(unwrapped(model), stacklevel=3)
     _warn_of_virtual_tokens(unwrapped(model))
+    peft_bypassed.warn(unwrapped(model), layers, stacklevel=4)
+    trial.watch(_innermost(model))
     return report(model)
 
 
@@ -93,6 +105,7 @@ def unpatch(model: nn.Module) -> None:
         vars(module).pop("_receipts", None)
         module.__class__ = back[type(module)]
     let_pack(unwrapped(model))
+    trial.stop_all(_innermost(model))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -142,6 +155,12 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
             "the LoRA layers are patched all the same",
             stacklevel=4,
         )
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The base model within PEFT's, which is what PEFT calls, to generate too."""
+    inner = unwrapped(model)
+    return unwrapped(inner.get_base_model()) if isinstance(inner, peft.PeftModel) else inner
 
 
 def _patch_layer(layer: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.injection import by_reason
+from fastlora.listing import by_reason
 
 # Where a layer looks up whether it may pack, and the note that it was us who said no.
 _MAY, _NOTE = "support_avx512bf16_for_cpu", "_fastlora_keeps_unpacked"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.config import scaling
-from fastlora.injection import by_reason
+from fastlora.listing import by_reason
 from fastlora.matching import overridden
 
 

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fastlora.listing import some
 from fastlora.merge_files import renaming
-from fastlora.merge_files.adapters import AdapterFolder, some
+from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.renaming import Renaming
 from fastlora.merge_files.shards import Checkpoint
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastlora import functional
-from fastlora.merge_files import places, vocabulary
-from fastlora.merge_files.adapters import AdapterFolder, Layer, some
+from fastlora.listing import by_reason, some
+from fastlora.merge_files import model_code, places, vocabulary
+from fastlora.merge_files.adapters import AdapterFolder, Layer
 from fastlora.merge_files.shards import DTYPES, Checkpoint, Entry, Shard
 from fastlora.merge_files.vocabulary import Vocabulary
 from fastlora.receipt import Adapter
@@ -134,8 +135,17 @@ def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial
         raise ValueError(_incomplete(plan.base, adapter, found, absent, unfilled))
     plan.skipped += [f"{name} of {adapter.folder}: not in the base" for name in absent]
     plan.skipped += [f"{name} of the base: not in {adapter.folder}" for name in unfilled]
+    unfit = model_code.unfit(plan.base, adapter, found)
+    left = {*absent, *unfit}
+    if unfit and (not allow_partial or len(left) == len(adapter.layers)):
+        raise ValueError(
+            f"{adapter.folder}: cannot be merged into {plan.base.folder}: "
+            f"{some(by_reason(unfit), separator='; ')} (allow_partial=True, --allow-partial, "
+            "leaves such layers out)"
+        )
+    plan.skipped += [f"{name} of {adapter.folder}: {reason}" for name, reason in unfit.items()]
     for name, layer in adapter.layers.items():
-        if name not in absent:
+        if name not in left:
             _add_layer(plan, adapter, name, found.of(name), layer)
     for name, values in adapter.biases.items():
         place = found.of(name)

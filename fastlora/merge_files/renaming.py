@@ -51,7 +51,7 @@ def composite(base: Checkpoint) -> bool:
 
 def read(base: Checkpoint) -> Renaming:
     """Asks the installed transformers; LookupError saying why it cannot tell."""
-    model = _on_meta(base)
+    model = on_meta(base)
     found = loaded_names.loaded(model, base.holder)
     made = dict(found.made)
     by_layer: dict[str, list[str]] = {}
@@ -70,8 +70,11 @@ def read(base: Checkpoint) -> Renaming:
     )
 
 
-def _on_meta(base: Checkpoint) -> nn.Module:
-    """The base's model without its weights, of the class that its config names."""
+def on_meta(base: Checkpoint) -> nn.Module:
+    """The base's model without its weights, of the class that its config names.
+
+    LookupError where transformers is missing, does not know it or cannot build it.
+    """
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -84,9 +87,7 @@ def _on_meta(base: Checkpoint) -> nn.Module:
     name = names[0] if isinstance(names, list) and names else None
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise LookupError(
-            f"{said} has no model of architectures={names} to ask for renamed tensors"
-        )
+        raise LookupError(f"{said} has no model of architectures={names} to ask how it is written")
     try:
         config = transformers.AutoConfig.from_pretrained(
             base.folder, local_files_only=True, trust_remote_code=False
@@ -95,6 +96,4 @@ def _on_meta(base: Checkpoint) -> nn.Module:
         with torch.device("meta"), initialization.meta_device_safe_creation_ops():
             return kind(config)
     except Exception as error:  # whatever a model's code finds wrong with a config
-        raise LookupError(
-            f"{said} cannot build {name} to ask for renamed tensors: {error}"
-        ) from None
+        raise LookupError(f"{said} cannot build {name} to ask how it is written: {error}") from None

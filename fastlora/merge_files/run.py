@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlora import dispatch, fidelity
 from fastlora.fidelity import Fidelity, FidelityWarning
+from fastlora.listing import some
 from fastlora.merge_files import arguments, durable, journal, others, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
 from fastlora.merge_files.arguments import Folder
@@ -91,7 +92,7 @@ def merge_checkpoint(
     """
     merged = merge_folder(base, adapters, out, dtype=dtype, allow_partial=allow_partial)
     if merged.skipped:
-        left_out = "; ".join(merged.skipped)
+        left_out = some(merged.skipped, 8, "; ")
         warnings.warn(f"{len(merged.skipped)} layers were left out: {left_out}", stacklevel=2)
     if merged.exchanged:
         warnings.warn("; ".join(merged.exchanged), stacklevel=2)

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from fastlora.config import check_rank
+from fastlora.listing import some
 from fastlora.serving.device import Device, Pages
 from fastlora.serving.entry import BankStats, Entry, Lease, Read, let_go
 from fastlora.serving.layout import Layout, check_factors, digest
@@ -257,12 +258,8 @@ class AdapterBank:
 
     def _entry(self, name: object, argument: str = "adapter_name") -> Entry:
         if not isinstance(name, str) or name not in self._entries:
-            some = list(self._entries)[:8]
-            more = f" and {len(self._entries) - 8} more" if len(self._entries) > 8 else ""
-            raise ValueError(
-                f"{argument}: no adapter {name!r} is loaded "
-                f"(loaded: {', '.join(some) or 'none'}{more})"
-            )
+            loaded = some(self._entries, 8) or "none"
+            raise ValueError(f"{argument}: no adapter {name!r} is loaded (loaded: {loaded})")
         return self._entries[name]
 
 

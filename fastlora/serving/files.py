@@ -13,6 +13,7 @@ from fastlora import adapter_files as files
 from fastlora import adapter_tensors, base_copies
 from fastlora.checkpoint import adapter_shapes
 from fastlora.config import LoRAConfig
+from fastlora.listing import some
 from fastlora.serving.layout import Factors
 from fastlora.stored import Held, differing
 
@@ -105,7 +106,7 @@ class Reader:
         if config.all_linear:
             named &= self.served.keys()
         if not named or not named <= self.served.keys():
-            found = ", ".join(sorted(named - self.served.keys())[:4]) or "no layer at all"
+            found = some(named - self.served.keys()) or "no layer at all"
             raise ValueError(
                 f"target_modules: the adapter is for {found}, which is not served here"
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import adapter_files as files
+from fastlora import trial
 from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
 from fastlora.routing import Routing
@@ -97,6 +98,7 @@ class MultiLoRAModel(nn.Module):
             swap(model, chosen.linears[name][1], layer)
         self.model = model
         self.skipped = chosen.skipped
+        trial.watch(model)
 
     @property
     def adapters(self) -> tuple[str, ...]:

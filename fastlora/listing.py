@@ -1,0 +1,26 @@
+"""Names in a message: the first few, and how many more there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+def some(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
+    """The first of ``names``, in their order (of a set in alphabetical order), and how many more.
+
+    Empty where there are none. What is listed is meant to be short itself.
+    """
+    listed = sorted(map(str, names)) if isinstance(names, (set, frozenset)) else [*map(str, names)]
+    more = len(listed) - shown
+    return separator.join(listed[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Of {layer: reason} each reason once, with the first of its layers."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    return [
+        f"{first} and {len(others)} more: {reason}" if others else f"{first}: {reason}"
+        for reason, (first, *others) in layers.items()
+    ]
