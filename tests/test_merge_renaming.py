@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -205,3 +206,21 @@ def test_names_that_fit_need_no_transformers(tmp_path, monkeypatch):
     save_adapter(tmp_path / "adapter", llama())
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert len(merge(tmp_path)) == 14
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_larger_vocabulary_under_names_that_transformers_changes(tmp_path):
+    """Rows that PEFT saves along go to the files' own names, the size into the text's config."""
+    save_base(tmp_path / "base", randomised(llava()), "1GB")
+    edit_tensors(tmp_path / "base" / SINGLE, lambda t: {hub(name): t[name] for name in t})
+    model = load(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(model, settings).eval()
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge(tmp_path)
+    merged = load(tmp_path / "out")
+    assert merged.config.text_config.vocab_size == 70
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "base").keys()
+    assert_agree(seen(merged), seen(theirs))

@@ -69,3 +69,25 @@ def test_untied_as_the_error_says_it_merges():
     base.weight = nn.Parameter(base.weight.detach().clone())
     model.config.tie_word_embeddings = False
     assert_agree(logits(model.merge_and_unload(), ids), before)
+
+
+class Twice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again, self.last = self.first, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.again(self.first(x)))
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_a_layer_at_two_places_is_not_merged_into_both(how):
+    """PEFT adapts the first of them alone."""
+    settings = peft.LoraConfig(target_modules=["first", "again"], init_lora_weights=False)
+    model = peft.get_peft_model(Twice(), settings)
+    fastlora.patch_peft(model)
+    with untouched(model), pytest.raises(RuntimeError, match=r"tied with again\.weight"):
+        getattr(model, how)()
