@@ -12,6 +12,7 @@ from fastlora.config import LoRAConfig
 from fastlora.fidelity import Fidelity
 from fastlora.modules import lora_layers
 from fastlora.multi_modules import MultiLoRALinear, TrainingRows, trained_layers
+from fastlora.rows.entry import Watch
 from fastlora.saved_modules import Saved
 from fastlora.wrapping import peft_layers, unwrapped
 
@@ -25,14 +26,15 @@ others: list[Callable[[nn.Module], dict[str, Any]]] = []
 class Injection:
     """What ``replace_linear`` was asked for, and what it left alone and why.
 
-    rows: of several adapters in training, which the batch's rows belong to. saved: by name, the
-    modules that are trained whole.
+    rows: of several adapters in training, which the batch's rows belong to; watch: where it comes
+    into the model. saved: by name, the modules that are trained whole.
     """
 
     config: LoRAConfig
     skipped: dict[str, str]
     rows: TrainingRows | None = None
     saved: dict[str, Saved] = field(default_factory=dict)
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)

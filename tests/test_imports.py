@@ -31,6 +31,7 @@ LAYERS = {
     "settings and files": ["config", "adapter_files", "wrapping"],
     "names in settings": ["matching", "refusals"],
     "rows of a batch": ["routing"],
+    "rows followed through a model": ["rows"],
     "functions": ["functional"],
     "merges upon each other": ["merge_stack"],
     "functions of many adapters": ["functional_multi", "functional_merge"],
