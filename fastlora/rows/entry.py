@@ -263,15 +263,15 @@ class _Open(Frame):
         if self._eager is not None:
             torch._C._dynamo.eval_frame.set_eval_frame(self._eager[0])
             self._eager = None
-        if self.trace is None:
+        trace, self.trace = self.trace, None
+        if trace is None:
             return
-        self.trace.close()
-        if self._keep and self.usual and not self.trace.by_value and output is not None:
+        trace.close()
+        if self._keep and self.usual and not trace.by_value and output is not None:
             verdicts, key = self._keep
             while len(verdicts) >= _KEPT:
                 verdicts.pop(next(iter(verdicts)), None)
             verdicts[key] = self.found
-        self.trace = None
 
 
 class _Opening:

@@ -67,8 +67,8 @@ class Frame:
                 return "it sees other rows than when this was looked at"
             return place
         found = self._seen(x)
-        known = self.found.setdefault(id(layer), found) if isinstance(found, Place) else None
-        self.usual = self.usual and known == found
+        alike = isinstance(found, Place) and self.found.setdefault(id(layer), found) == found
+        self.usual = self.usual and alike
         return found
 
     def _seen(self, x: Tensor) -> Place | Owners | str:
