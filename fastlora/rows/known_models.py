@@ -17,12 +17,15 @@ Rows = dict[str, list[int]]
 
 
 def rows_of_inputs(model: nn.Module, given: Mapping[str, Any]) -> Rows | None:
-    """Of a model that is known, whose inputs are those of a forward; None of any other.
+    """Of a model that is known, whose inputs are those of a forward; None of any other, and without images.
 
     Rows are those of input_ids. An input that is not told apart is left out.
     """
     known = _KNOWN.get(type(model).__name__)
-    if known is None or not type(model).__module__.startswith("transformers."):
+    seen = ("pixel_values", "pixel_values_videos")
+    if known is None or not any(given.get(name) is not None for name in seen):
+        return None
+    if not type(model).__module__.startswith("transformers."):
         return None
     ids = given.get("input_ids")
     return known(model, given, ids) if isinstance(ids, Tensor) and ids.dim() == 2 else {}
@@ -92,4 +95,5 @@ _KNOWN: dict[str, Callable[[Any, Mapping[str, Any], Tensor], Rows]] = {
     "Qwen2_5_VLForConditionalGeneration": _by_grid,
     "Qwen2_5_VLModel": _by_grid,
     "CLIPModel": _pairs,
+    "SiglipModel": _pairs,
 }

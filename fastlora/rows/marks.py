@@ -28,8 +28,9 @@ class _Memory:
     def spread(self, size: int) -> Owners:
         if self.each is None:
             self.each = np.full(size, NOBODY, np.int32)
-            for (offset, shape, stride), o in self.views.items():
-                _view(self.each, offset, shape, stride)[...] = o
+            for (offset, shape, stride, itemsize), o in self.views.items():
+                if itemsize == self.itemsize:
+                    _view(self.each, offset, shape, stride)[...] = o
         return self.each
 
 
@@ -46,13 +47,13 @@ class Marks:
         memory = None if storage is None else self._memories.get(storage._cdata)
         if memory is None:
             return None
-        place = (t.storage_offset(), tuple(t.shape), t.stride())
+        place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
         found = memory.views.get(place)
         if found is None:
             if memory.itemsize != t.itemsize:
                 return constant(MIXED, t.dim())
             each = memory.spread(storage.nbytes() // t.itemsize)
-            found = memory.views[place] = compressed(_view(each, *place).copy())
+            found = memory.views[place] = compressed(_view(each, *place[:3]).copy())
         return None if found.size and (found == NOBODY).all() else found
 
     def set(self, t: Tensor, owners: Owners | None) -> None:
@@ -65,9 +66,8 @@ class Marks:
             if owners is None:
                 return
             memory = self._begun(storage, t.itemsize)
-        if memory.itemsize == t.itemsize:
-            place = (t.storage_offset(), tuple(t.shape), t.stride())
-            memory.views[place] = constant(NOBODY, t.dim()) if owners is None else owners
+        place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
+        memory.views[place] = constant(NOBODY, t.dim()) if owners is None else owners
 
     def write(self, t: Tensor, owners: Owners | None) -> None:
         """Of what was written into ``t``, and is seen through every view of its memory."""
@@ -79,13 +79,13 @@ class Marks:
             return
         memory = self._memories.get(storage._cdata) or self._begun(storage, t.itemsize)
         o = constant(NOBODY, t.dim()) if owners is None else owners
-        place = (t.storage_offset(), tuple(t.shape), t.stride())
+        place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
         if memory.itemsize != t.itemsize:
             o = constant(MIXED, t.dim())
             memory.views = {key: constant(MIXED, len(key[1])) for key in memory.views}
         elif memory.views.keys() - {place} or t.numel() * t.itemsize != storage.nbytes():
             each = memory.spread(storage.nbytes() // t.itemsize)
-            _view(each, *place)[...] = o
+            _view(each, *place[:3])[...] = o
             memory.views.clear()
         else:
             memory.each = None

@@ -221,6 +221,16 @@ def _gathered(op: Op) -> Found:
     return compressed(np.take_along_axis(everywhere[cut], op.values(index), dim))
 
 
+def _ordered(op: Op) -> Found:
+    """sort, topk: what the indices say has come from where they say."""
+    o, dim = op.own(op.args[0]), op.arg("dim")
+    if o is None or not o.ndim or o.shape[-1 if dim is None else dim] == 1:
+        return o
+    dim = (-1 if dim is None else dim) % o.ndim
+    everywhere = np.broadcast_to(o, tuple(op.args[0].shape))
+    return compressed(np.take_along_axis(everywhere, op.values(op.outs[-1]), dim))
+
+
 def _mask_selected(op: Op) -> Found:
     x, mask = torch.broadcast_tensors(op.args[0], op.arg("mask"))
     o = op.own(op.args[0])
@@ -360,6 +370,7 @@ MOVING: dict[str, Rule] = {
     **_table(_indexed, "index _unsafe_index"),
     **_table(_index_selected, "index_select"),
     **_table(_gathered, "gather"),
+    **_table(_ordered, "sort topk argsort"),
     **_table(_mask_selected, "masked_select"),
     **_table(_nonzero, "nonzero"),
     **_table(_index_put, "index_put _index_put_impl_ _unsafe_index_put"),

@@ -54,7 +54,7 @@ def _pair(a: Owners, b: Owners) -> Owners:
     if a.shape == b.shape and (a == b).all():
         return a
     both = np.where(a == b, a, np.int32(MIXED))
-    return np.where(a == NOBODY, b, np.where(b == NOBODY, a, both))
+    return compressed(np.where(a == NOBODY, b, np.where(b == NOBODY, a, both)))
 
 
 def over(o: Owners | None, dims: Iterable[int]) -> Owners | None:

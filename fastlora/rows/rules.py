@@ -202,6 +202,12 @@ def of_fastlora(op: Op) -> Found:
     return [join(x, op.own(op.arg("y"))), *(x for _ in op.outs[1:])]
 
 
+def complex_pairs(op: Op) -> Found:
+    """view_as_real: one dimension more; view_as_complex: one less."""
+    o, more = op.own(op.args[0]), op.outs[0].dim() > op.args[0].dim()
+    return None if o is None else o[..., None] if more else over(o, [-1])[..., 0]  # pyright: ignore
+
+
 def sampled(op: Op) -> Found:
     return over(op.own(op.args[0]), [-1])
 
@@ -252,8 +258,8 @@ COMPUTING: dict[str, Rule] = {
     ),
     **_table(
         along,
-        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cumsum_ sort topk "
-        "argsort cummax cummin glu logcumsumexp kthvalue mode _weight_norm renorm",
+        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cumsum_ "
+        "cummax cummin glu logcumsumexp kthvalue mode _weight_norm renorm",
     ),
     **_table(transformed, "_fft_r2c _fft_c2r _fft_c2c"),
     **_table(normalised, "native_layer_norm _fused_rms_norm layer_norm rms_norm"),
@@ -292,10 +298,21 @@ COMPUTING: dict[str, Rule] = {
     **_table(recurrent, "mkldnn_rnn_layer _cudnn_rnn miopen_rnn"),
     **_table(cell, "_thnn_fused_lstm_cell _thnn_fused_gru_cell"),
     **_table(sampled, "multinomial"),
+    **_table(complex_pairs, "view_as_real view_as_complex"),
     **_table(looked_up, "embedding"),
 }
 # By their tag; these lack it in some torch.
-for _name in ("rrelu_with_noise", "_prelu_kernel", "lerp", "where", "masked_fill", "hardtanh"):
+for _name in (
+    "rrelu_with_noise",
+    "_prelu_kernel",
+    "lerp",
+    "where",
+    "masked_fill",
+    "hardtanh",
+    "floor_divide",
+    "floor_divide_",
+    "remainder",
+):
     COMPUTING.setdefault(f"aten::{_name}", pointwise)
 
 

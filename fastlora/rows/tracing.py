@@ -38,7 +38,9 @@ class _Kind:
         self.rule: Rule | None = rule_for(func, MOVING)
         self.reads = schema.name in _READS
         alias = [r.alias_info for r in schema.returns]
-        self.view = any(a is not None and not a.is_write for a in alias)
+        self.view = torch.Tag.inplace_view in func.tags or any(
+            a is not None and not a.is_write for a in alias
+        )
         self.writes = tuple(
             (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
         )  # fmt: skip
