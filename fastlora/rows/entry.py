@@ -106,6 +106,8 @@ class Watch:
             return
         frame.close(output)
         self.routing.frame = frame.outer
+        if frame.outer is not None and frame.outer.once and module is self.root:
+            self.routing.leave()
 
     def _opened(self, module: nn.Module, given: dict[str, Any]) -> Frame:
         routing = self.routing
@@ -142,23 +144,35 @@ class Watch:
         )
 
     @contextmanager
-    def followed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Within, all that becomes of a call's inputs is followed, not forwards alone."""
-        if not self.routing.uniform:
-            self.routing.frame = self._whole(args, kwargs)
+    def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Around a call of the model's ``generate``, which may do more than forwards of the batch.
+
+        transformers' own keeps all rows to the end, copies side by side; any other is followed from
+        begin to end, and that one to its first forward where images are its rows' by their tokens.
+        """
+        routing = self.routing
+        function = getattr(getattr(self.root, "generate", None), "__func__", None)
+        own = getattr(function, "__module__", None) == "transformers.generation.utils"
+        plain = own and kwargs.get("custom_generate") is None
+        names = dict(zip(("input_ids", "generation_config"), args, strict=False)) | kwargs
+        known = rows_of_inputs(self.root, names)
+        if not routing.uniform and (known is not None or not plain):
+            routing.frame = self._whole(args, names, known or {}, plain)
         try:
             yield
         finally:
-            self.routing.leave()
+            routing.leave()
 
-    def _whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
-        count = len(self.routing.slots)
-        trace = Trace()
-        batch = self._batch(self.root, kwargs) or list(args[:1])
-        for t in _tensors(batch):
+    def _whole(
+        self, args: tuple[Any, ...], given: dict[str, Any], known: Mapping[str, Any], once: bool
+    ) -> Frame:
+        count, trace = len(self.routing.slots), Trace()
+        for t in _tensors(self._batch(self.root, given) or list(args[:1])):
             if t.dim() and t.shape[0] == count:
                 trace.marks.set(t, along(0, range(count), t.dim()))
-        return _Open(self, None, tuple(range(count)), trace)
+        for name, rows in known.items():
+            trace.marks.set(given[name], along(0, rows, given[name].dim()))
+        return _Open(self, None, tuple(range(count)), trace, once=once)
 
     def _nested(self, outer: Frame, module: nn.Module, given: dict[str, Any]) -> Frame:
         """In a ``generate`` that is followed whole: rows come in as it has made them."""
@@ -249,9 +263,10 @@ class _Open(Frame):
         trace: Trace | None,
         found: dict[int, Place] | None = None,
         keep: tuple[dict[Any, dict[int, Place]], Any] | None = None,
+        once: bool = False,
     ) -> None:
         super().__init__(watch, module, rows, trace, found)
-        self._keep = keep
+        self._keep, self.once = keep, once
         self._eager: Any = None
         if not self.plain:
             # Compiled code is run as it was written: it has no ops that could be followed.
@@ -382,9 +397,3 @@ def _cached(value: Any) -> Any:
     begun = bool(length()) if callable(length) else None
     return begun, tuple(crossed.values()) if isinstance(crossed, dict) else None
 
-
-def keeps_rows(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``generate`` is transformers' own: all rows to the end, copies side by side."""
-    function = getattr(getattr(unwrapped(model), "generate", None), "__func__", None)
-    own = getattr(function, "__module__", None) == "transformers.generation.utils"
-    return own and kwargs.get("custom_generate") is None

@@ -43,6 +43,8 @@ class Frame:
         self.usual = True
         self.depth = 0
         self.outer: Frame | None = None
+        # Whether it ends with the first forward in it.
+        self.once = False
         self.stated: list[tuple[Statement, tuple[int, ...]]] = []
 
     def name_of(self, layer: nn.Module) -> str:

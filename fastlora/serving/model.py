@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
@@ -17,7 +16,7 @@ from fastlora import adapter_files as files
 from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
 from fastlora.routing import Routing
-from fastlora.rows.entry import Watch, keeps_rows
+from fastlora.rows.entry import Watch
 from fastlora.rows.statements import Statement, check_dims, check_rows
 from fastlora.serving.bank import AdapterBank
 from fastlora.serving.engine import Engine, stream
@@ -203,9 +202,7 @@ class MultiLoRAModel(nn.Module):
         routed = self._routed(
             adapter_names, adapter_scales, adapter_rows, args, kwargs, max(copies)
         )
-        with routed, contextlib.ExitStack() as stack:
-            if not keeps_rows(model, kwargs):
-                stack.enter_context(self._watch.followed(args, kwargs))
+        with routed, self._watch.generating(args, kwargs):
             return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
