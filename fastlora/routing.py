@@ -34,6 +34,10 @@ class Routing:
     """
 
     watched = False
+    advice = (
+        "state it: adapter_rows={{'{0}': [...]}}, the batch row of each, or batch_dims={{'{0}': 0}} "
+        "where they are the batch in order; or leave the layer out with exclude_modules"
+    )
 
     def __init__(self, outside: str) -> None:
         self.outside = outside
@@ -146,9 +150,14 @@ class Routing:
         owner = name.rpartition(".")[0] or name
         return RuntimeError(
             f"{name}: whose the rows of its input {tuple(x.shape)} are is not known (this layer "
-            f"does not see the batch: {why}). State it: adapter_rows={{'{owner}': [...]}}, the "
-            f"batch row of each, or batch_dims={{'{owner}': 0}} where they are the batch in order; "
-            "or leave the layer out with exclude_modules"
+            f"does not see the batch: {why}); {self.advice.format(owner)}"
+        )
+
+    def miscounted(self, names: int, rows: int) -> Exception:
+        """Of another number of names than the batch has rows."""
+        return RuntimeError(
+            f"x: expected {names} rows first, one an adapter name, got {rows}: adapter_names has "
+            "another number of names than the batch has rows"
         )
 
     def groups_for(self, x: Tensor, layer: nn.Module | None = None) -> F.RowGroups:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -10,6 +12,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from fastlora.injection import Report, by_reason, report
+from fastlora.integrations import peft_rows
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
@@ -22,7 +25,17 @@ OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
 class LoraModel(peft.LoraModel):
-    """``peft.LoraModel`` whose new layers are patched as they come."""
+    """``peft.LoraModel`` whose new layers are patched as they come, and whose rows are followed."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            if names is None:
+                yield
+            else:
+                with peft_rows.named(self, names, args, kwargs):
+                    yield
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -55,6 +68,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     for module in unwrapped(model).modules():
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
+            peft_rows.watch(module)
     _warn_of_virtual_tokens(unwrapped(model))
     return report(model)
 
@@ -69,6 +83,7 @@ def unpatch(model: nn.Module) -> None:
         )
     for module in modules:
         vars(module).pop("_receipts", None)
+        peft_rows.unwatch(module)
         module.__class__ = back[type(module)]
 
 

@@ -66,6 +66,16 @@ class Watch:
             module.register_forward_pre_hook(_Opening(self), with_kwargs=True)
             module.register_forward_hook(_Closing(self), always_call=True)
 
+    def remove(self) -> None:
+        """Takes back what ``hook`` has done, everywhere."""
+        for module in self.root.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if isinstance(hook, (_Opening, _Closing)) and hook.watch is self:
+                        del hooks[key]
+                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+                        module._forward_hooks_always_called.pop(key, None)
+
     def state(self, statements: Mapping[str, Statement]) -> dict[int, Statement]:
         """By module, each of which says when it runs."""
         modules = modules_by_name(self.root) if statements else {}
@@ -117,10 +127,7 @@ class Watch:
         rows = _rows_in(batch, dim)
         count = len(routing.slots)
         if rows is not None and rows not in {count, count * routing.copies}:
-            raise RuntimeError(
-                f"x: expected {count} rows first, one an adapter name, got {rows}: adapter_names "
-                "has another number of names than the batch has rows"
-            )
+            raise routing.miscounted(count, rows)
         copies = 1 if rows is None or not count else rows // count
         owners = tuple(i for i in range(count) for _ in range(copies))
         if routing.uniform or rows is None:
@@ -397,3 +404,11 @@ def _cached(value: Any) -> Any:
     begun = bool(length()) if callable(length) else None
     return begun, tuple(crossed.values()) if isinstance(crossed, dict) else None
 
+
+def copies_in(model: nn.Module, options: Mapping[str, Any]) -> int:
+    """How many neighbours ``generate`` makes of a row: its beams, or the texts it returns."""
+    config = options.get("generation_config") or getattr(
+        unwrapped(model), "generation_config", None
+    )
+    names = ("num_beams", "num_return_sequences")
+    return max(options.get(name) or getattr(config, name, None) or 1 for name in names)

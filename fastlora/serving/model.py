@@ -16,7 +16,7 @@ from fastlora import adapter_files as files
 from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
 from fastlora.routing import Routing
-from fastlora.rows.entry import Watch
+from fastlora.rows.entry import Watch, copies_in
 from fastlora.rows.statements import Statement, check_dims, check_rows
 from fastlora.serving.bank import AdapterBank
 from fastlora.serving.engine import Engine, stream
@@ -191,17 +191,9 @@ class MultiLoRAModel(nn.Module):
         Rows, names, scales and errors as in ``forward``; beams and returned sequences are their
         row's.
         """
-        generation = kwargs.get("generation_config") or getattr(
-            unwrapped(self.model), "generation_config", None
-        )
-        copies = [
-            kwargs.get(name) or getattr(generation, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
         model: Any = self.model
-        routed = self._routed(
-            adapter_names, adapter_scales, adapter_rows, args, kwargs, max(copies)
-        )
+        copies = copies_in(model, kwargs)
+        routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
         with routed, self._watch.generating(args, kwargs):
             return model.generate(*args, **kwargs)
 
