@@ -165,7 +165,7 @@ class TrainingRows(Routing):
     One thread's at a time: backward runs in threads of its own, which must see it too.
     """
 
-    watched = True
+    watched = recomputes = True
 
     def __init__(self, adapters: Sequence[str]) -> None:
         super().__init__("run the model, and its backward, within fastlora.use_adapters")

@@ -30,10 +30,11 @@ class Routing:
 
     outside: what to do, in the error of a layer that runs while no batch does. watched: whether
     somebody says where the batch comes into the model; if not, who calls a layer calls it with the
-    batch.
+    batch. recomputes: whether layers may run once more in a backward.
     """
 
     watched = False
+    recomputes = False
     advice = (
         "state it: adapter_rows={{'{0}': [...]}}, the batch row of each, or batch_dims={{'{0}': 0}} "
         "where they are the batch in order; or leave the layer out with exclude_modules"
@@ -116,7 +117,8 @@ class Routing:
             found = frame.of(layer, x)
             if isinstance(found, str):
                 raise self._refused(x, layer, found)
-            self._remember(layer, found)
+            if self.recomputes:
+                self._remember(layer, found)
             return found
         if torch._C._current_graph_task_id() != -1 and self.watched:
             return None if self.uniform else self._again(x, layer)

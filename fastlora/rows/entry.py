@@ -53,6 +53,8 @@ class Watch:
         self.root = unwrapped(model)
         self.routing = routing
         self.verdicts: dict[Any, dict[int, Place]] = {}
+        # {signature without lengths: (what was found last, what was found of two lengths)}
+        self.lengths: dict[Any, tuple[Any, dict[int, Place] | None]] = {}
         self._parameters: dict[type, list[str]] = {}
         self._trusted: bool | None = None
         for module in _entries(self.root, layers):
@@ -60,7 +62,7 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         # By the ids of modules, which a copy has others of.
-        return vars(self) | {"verdicts": {}}
+        return vars(self) | {"verdicts": {}, "lengths": {}}
 
     def hook(self, module: nn.Module) -> None:
         hooks = module._forward_pre_hooks.values()
@@ -138,8 +140,9 @@ class Watch:
         known = rows_of_inputs(module, given) if dim == 0 else None
         if known is None and not any(s.rows for s in routing.stated.values()):
             key = self._key(module, owners, given)
-            if key is not None and key in self.verdicts:
-                return _Open(self, module, owners, None, self.verdicts[key])
+            found = None if key is None else self.verdicts.get(key) or self.of_any_length(key)
+            if found is not None:
+                return _Open(self, module, owners, None, found)
         trace = Trace()
         for value in batch:
             for t in _tensors(value):
@@ -148,9 +151,7 @@ class Watch:
         for name, of_ids in (known or {}).items():
             t = given[name]
             trace.marks.set(t, along(0, [owners[i] for i in of_ids], t.dim()))
-        return _Open(
-            self, module, owners, trace, keep=None if key is None else (self.verdicts, key)
-        )
+        return _Open(self, module, owners, trace, keep=key)
 
     def _key(self, module: nn.Module, owners: tuple[int, ...], given: dict[str, Any]) -> Any:
         """What two forwards have in common that go the same way; None where nobody can tell."""
@@ -161,6 +162,22 @@ class Watch:
             return None
         stated = tuple(self.routing.stated)
         return id(module), module.training, owners, stated, state, _signature(given)
+
+    def of_any_length(self, key: Any) -> dict[int, Place] | None:
+        """What two texts' lengths have had in common, if they had all."""
+        return self.lengths.get((key[:-1], _loosely(key[-1])), (0, None))[1]
+
+    def keep(self, key: Any, found: dict[int, Place]) -> None:
+        for kept in (self.verdicts, self.lengths):
+            while len(kept) >= _KEPT:
+                kept.pop(next(iter(kept)), None)
+        self.verdicts[key] = found
+        loose = (key[:-1], _loosely(key[-1]))
+        if self._trusted and loose[1] is not None:
+            before, agreed = self.lengths.get(loose, (found, None))
+            if loose in self.lengths:
+                agreed = found if before == found else None
+            self.lengths[loose] = (found, agreed)
 
     @contextmanager
     def generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -281,7 +298,7 @@ class _Open(Frame):
         rows: tuple[int, ...],
         trace: Trace | None,
         found: dict[int, Place] | None = None,
-        keep: tuple[dict[Any, dict[int, Place]], Any] | None = None,
+        keep: Any = None,
         once: bool = False,
     ) -> None:
         super().__init__(watch, module, rows, trace, found)
@@ -302,10 +319,7 @@ class _Open(Frame):
             return
         trace.close()
         if self._keep and self.usual and not trace.by_value and output is not None:
-            verdicts, key = self._keep
-            while len(verdicts) >= _KEPT:
-                verdicts.pop(next(iter(verdicts)), None)
-            verdicts[key] = self.found
+            self.watch.keep(self._keep, self.found)
 
 
 class _Opening:
@@ -392,6 +406,18 @@ def _signature(given: Mapping[str, Any]) -> tuple[Any, ...]:
         and given.get("past_key_values") is not None
     )
     return tuple((name, _looks(value, decoding)) for name, value in given.items())
+
+
+def _loosely(signature: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Without the lengths of texts; None for other inputs than texts."""
+    found = []
+    for name, look in signature:
+        if isinstance(look, tuple) and isinstance(look[0], torch.dtype):
+            if len(look[1]) != 2 or look[0].is_floating_point:
+                return None
+            look = (look[0], look[1][:1])
+        found.append((name, look))
+    return tuple(found)
 
 
 def _looks(value: Any, decoding: bool) -> Any:

@@ -15,6 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastlora.rows.owners import MIXED, NOBODY, Owners, compressed, constant
 
 
+# Of views that nobody owns anything of; it fits any shape.
+NONE: Owners = constant(NOBODY, 0)
+
+
 class _Memory:
     """Owners of the views of one storage; ``each``: an owner an element of it, once it is needed."""
 
@@ -54,7 +58,9 @@ class Marks:
                 return constant(MIXED, t.dim())
             each = memory.spread(storage.nbytes() // t.itemsize)
             found = memory.views[place] = compressed(_view(each, *place[:3]).copy())
-        return None if found.size and (found == NOBODY).all() else found
+            if found.size and (found == NOBODY).all():
+                found = memory.views[place] = NONE
+        return None if found is NONE else found
 
     def set(self, t: Tensor, owners: Owners | None) -> None:
         """Of what an op has returned: a new tensor, or another view of one."""
@@ -67,7 +73,7 @@ class Marks:
                 return
             memory = self._begun(storage, t.itemsize)
         place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
-        memory.views[place] = constant(NOBODY, t.dim()) if owners is None else owners
+        memory.views[place] = NONE if owners is None else owners
 
     def write(self, t: Tensor, owners: Owners | None) -> None:
         """Of what was written into ``t``, and is seen through every view of its memory."""
@@ -78,7 +84,7 @@ class Marks:
         if owners is before or (owners is None and before is None):
             return
         memory = self._memories.get(storage._cdata) or self._begun(storage, t.itemsize)
-        o = constant(NOBODY, t.dim()) if owners is None else owners
+        o = NONE if owners is None else owners
         place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
         if memory.itemsize != t.itemsize:
             o = constant(MIXED, t.dim())

@@ -7,6 +7,7 @@ What has no rule leaves its results to several rows at once, which every layer r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,12 +32,8 @@ class Op:
         self.by_value = False
 
     def arg(self, name: str) -> Any:
-        for i, parameter in enumerate(self.func._schema.arguments):
-            if parameter.name == name:
-                if i < len(self.args):
-                    return self.args[i]
-                return self.kwargs.get(name, parameter.default_value)
-        return None
+        i, default = _parameters(self.func).get(name, (len(self.args), None))
+        return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
 
     def own(self, value: Any) -> Owners | None:
         return self.marks.get(value) if isinstance(value, Tensor) else None
@@ -51,12 +48,23 @@ class Op:
         return tensors_in(self.out)
 
 
+@cache
+def _parameters(func: Any) -> dict[str, tuple[int, Any]]:
+    """{name: (position, default)}."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(func._schema.arguments)}
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    found: list[Tensor] = []
     if isinstance(value, (list, tuple)):
-        return [t for part in value for t in tensors_in(part)]
-    return []
+        for part in value:
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, (list, tuple)):
+                found += tensors_in(part)
+    return found
 
 
 def pointwise(op: Op) -> Found:
