@@ -21,7 +21,7 @@ from fastlora.rows.statements import Statement
 # What a batch sets while it runs.
 _RUNNING = (
     "num_slots", "slots", "of_rows", "nobody", "uniform", "copies", "per_token", "groups", "scales",
-    "scaled", "frame", "stated", "seen",
+    "scaled", "frame", "stated", "seen", "proved",
 )  # fmt: skip
 
 
@@ -53,6 +53,8 @@ class Routing:
         self.scaled: list[Tensor] = []
         self.frame: Frame | None = None
         self.stated: dict[int, Statement] = {}
+        # Whether compiled code may take the batch to be first.
+        self.proved = False
         # Of the layers that have run in this batch, what was found; None: not each time the same.
         self.seen: dict[int, Any] = {}
 
@@ -107,9 +109,11 @@ class Routing:
             return Place(0, 1)
         frame = self.frame
         if torch.compiler.is_compiling():
-            if frame is not None and not frame.plain:
+            if self.uniform:
+                return None
+            if self.watched and not (self.proved if frame is None else frame.plain):
                 raise self._refused(x, layer, "compiled code takes the batch to be first")
-            return None if self.uniform else Place(0, 1)
+            return Place(0, 1)
         if frame is not None:
             if self.uniform:
                 return None

@@ -42,7 +42,8 @@ def use_adapters(
     stated = dims | check_rows(model, adapter_rows, len(adapter_names), dims)
     rows, watch = training_rows(model), injection(model).watch
     assert watch is not None
-    with rows.named(adapter_names, gathering.anywhere(model), watch.state(stated)):
+    named = rows.named(adapter_names, gathering.anywhere(model), watch.state(stated))
+    with named, watch.eagerly_at_first():
         yield model
 
 

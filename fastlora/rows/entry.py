@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.rows.eagerly import Eagerly
 from fastlora.rows.frame import Frame, Place
 from fastlora.rows.known_models import rows_of_inputs
 from fastlora.rows.owners import along
@@ -57,6 +58,8 @@ class Watch:
         self.lengths: dict[Any, tuple[Any, dict[int, Place] | None]] = {}
         self._parameters: dict[type, list[str]] = {}
         self._trusted: bool | None = None
+        # Whether every layer has seen the batch first in all forwards; None before the first.
+        self.plain: bool | None = None
         for module in _entries(self.root, layers):
             self.hook(module)
 
@@ -152,6 +155,33 @@ class Watch:
             t = given[name]
             trace.marks.set(t, along(0, [owners[i] for i in of_ids], t.dim()))
         return _Open(self, module, owners, trace, keep=key)
+
+    def proved(self, plain: bool) -> None:
+        """Whether a forward has shown every layer the batch's rows, first and in order."""
+        self.plain = plain and self.plain is not False
+
+    @contextmanager
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Around a call of the model, which may be compiled: what has to be known is found before."""
+        self.enter(self.root, args, kwargs)
+        try:
+            yield
+        except BaseException:
+            self.routing.leave()
+            raise
+        self.leave(self.root, True)
+
+    @contextmanager
+    def eagerly_at_first(self) -> Iterator[None]:
+        """Around a batch whose calls may be compiled: the first runs as it was written."""
+        routing, eagerly = self.routing, Eagerly()
+        routing.proved = bool(self.plain)
+        if not self.plain and not routing.uniform:
+            eagerly.begin()
+        try:
+            yield
+        finally:
+            eagerly.end()
 
     def _key(self, module: nn.Module, owners: tuple[int, ...], given: dict[str, Any]) -> Any:
         """What two forwards have in common that go the same way; None where nobody can tell."""
@@ -303,23 +333,24 @@ class _Open(Frame):
     ) -> None:
         super().__init__(watch, module, rows, trace, found)
         self._keep, self.once = keep, once
-        self._eager: Any = None
+        self._eagerly = Eagerly()
         if not self.plain:
-            # Compiled code is run as it was written: it has no ops that could be followed.
-            self._eager = (torch._C._dynamo.eval_frame.set_eval_frame(None),)
+            self._eagerly.begin()
         if trace is not None:
             trace.open()
 
     def close(self, output: Any = None) -> None:
-        if self._eager is not None:
-            torch._C._dynamo.eval_frame.set_eval_frame(self._eager[0])
-            self._eager = None
+        self._eagerly.end()
         trace, self.trace = self.trace, None
         if trace is None:
             return
         trace.close()
-        if self._keep and self.usual and not trace.by_value and output is not None:
+        if output is None:
+            return
+        lasting = bool(self._keep) and self.usual and not trace.by_value
+        if lasting:
             self.watch.keep(self._keep, self.found)
+        self.watch.proved(lasting and all(place == (0, 1) for place in self.found.values()))
 
 
 class _Opening:

@@ -174,7 +174,8 @@ class MultiLoRAModel(nn.Module):
         batch; RuntimeError where pinned adapters leave no room, for a layer whose rows' owners are
         not known, or what reading an adapter raised.
         """
-        with self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs):
+        routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs)
+        with routed, self._watch.called(args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -194,7 +195,7 @@ class MultiLoRAModel(nn.Module):
         model: Any = self.model
         copies = copies_in(model, kwargs)
         routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
-        with routed, self._watch.generating(args, kwargs):
+        with routed, self._watch.generating(args, kwargs), self._watch.eagerly_at_first():
             return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
