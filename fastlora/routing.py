@@ -215,7 +215,8 @@ class Routing:
 
     def _owners(self, found: Place | Owners | None, lead: tuple[int, ...]) -> Owners | None:
         """Of each row and token, where it takes more than the batch's rows in order to say."""
-        if found is None:
+        # Numbers of rows are not looked at in compiled code, which is for any.
+        if found is None or torch.compiler.is_compiling():
             return None
         if isinstance(found, Place):
             frame = self.frame
