@@ -36,8 +36,8 @@ class Routing:
     watched = False
     recomputes = False
     advice = (
-        "state it: adapter_rows={{'{0}': [...]}}, the batch row of each, or batch_dims={{'{0}': 0}} "
-        "where they are the batch in order; or leave the layer out with exclude_modules"
+        "state it: adapter_rows={{'{0}': [...]}}, the batch row of each, or batch_dims={{'{0}': 0}}"
+        " where they are the batch in order; or leave the layer out with exclude_modules"
     )
 
     def __init__(self, outside: str) -> None:

@@ -29,8 +29,10 @@ def use_adapters(
     with rows in another one gets zeros from here). The batch is the first dimension of what the
     model is called with; whose the rows are that a layer sees is followed from there, or stated, as
     in ``MultiLoRAModel``: adapter_rows, the batch row of each row of a module, by its name;
-    batch_dims, the dimension along which its inputs have the batch. Where activations are checkpointed, layers run once more in backward, which belongs into its
-    forward's block: of two batches that share their layers, each into its own.
+    batch_dims, the dimension along which its inputs have the batch. Where activations are
+    checkpointed, layers run once more in backward, which belongs into its forward's block: of two
+    batches that share their layers, each into its own. Of a compiled model the first block runs as
+    it was written, not compiled.
 
     Raises TypeError when the names are no list, ValueError for one that the model does not have,
     and for what is stated of no module or no row; RuntimeError for other models, for a layer whose

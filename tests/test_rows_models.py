@@ -99,7 +99,8 @@ MUST: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]]
     "BERT": (_of("BertForMaskedLM", "BertConfig", TEXT), text),
     "RoBERTa": (_of("RobertaForSequenceClassification", "RobertaConfig", TEXT), text),
     "ModernBERT": (
-        _of("ModernBertForMaskedLM", "ModernBertConfig", TEXT | {"cls_token_id": 2, "sep_token_id": 3}),
+        _of("ModernBertForMaskedLM", "ModernBertConfig",
+            TEXT | {"cls_token_id": 2, "sep_token_id": 3}),
         text,
     ),
     "XLNet": (  # its layers have the batch in their second dimension, here as long as the first
@@ -108,7 +109,9 @@ MUST: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]]
     ),
     "ViT": (_of("ViTForImageClassification", "ViTConfig", IMAGE), images),
     "Swin": (_of("SwinForImageClassification", "SwinConfig", SWIN), images),
-    "CLIP's texts": (_of("CLIPTextModelWithProjection", "CLIPTextConfig", PAIR["text_config"]), text),
+    "CLIP's texts": (
+        _of("CLIPTextModelWithProjection", "CLIPTextConfig", PAIR["text_config"]), text,
+    ),
     "CLIP's images": (_of("CLIPVisionModel", "CLIPVisionConfig", IMAGE), images),
     "T5": (_of("T5ForConditionalGeneration", "T5Config", T5), labelled),
     "BART": (_of("BartForConditionalGeneration", "BartConfig", BART), labelled),
@@ -136,7 +139,7 @@ MUST |= {
         "Gemma3": "Gemma3Text", "Phi3": "", "GPTNeoX": "",
     }.items()
 }  # fmt: skip
-# What the other tests of the suite serve already, or is quick to run: the others are for make test-full.
+# The other tests of the suite serve others already.
 QUICK = ("XLNet", "ViT", "BART", "Mixtral")
 
 

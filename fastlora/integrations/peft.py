@@ -30,12 +30,19 @@ class LoraModel(peft.LoraModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
+        error: BaseException | None = None
+        # PEFT's names stay in the layers, for later batches, if an error passes through this.
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            if names is None:
-                yield
-            else:
-                with peft_rows.named(self, names, args, kwargs):
+            try:
+                if names is None:
                     yield
+                else:
+                    with peft_rows.named(self, names, args, kwargs):
+                        yield
+            except BaseException as raised:
+                error = raised
+        if error is not None:
+            raise error
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

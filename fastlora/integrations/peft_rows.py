@@ -18,8 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastlora.routing import Routing
-from fastlora.rows.entry import Watch, copies_in
+from fastlora.rows.entry import Watch
 from fastlora.rows.frame import Place
+from fastlora.rows.inputs import copies_in
 
 _WATCH = "_fastlora_watch"
 
@@ -46,7 +47,7 @@ class Rows(Routing, threading.local):
         """One for each index of x's first dimension; RuntimeError where they are not known."""
         found = self.whose(x, layer)
         if found is None:
-            return [names[0]] * len(x) if len(names) else []
+            return list(names[:1]) * len(x)
         if isinstance(found, Place):
             rows: Any = range(len(names)) if self.frame is None else self.frame.rows
             if found.dim == 0:
@@ -74,17 +75,18 @@ def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[
     watching: Watch = vars(model)[_WATCH]
     rows: Rows = watching.routing
     slots = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    modules: list[Any] = list(model.modules())
     handles = [
         module.register_forward_pre_hook(partial(_renamed, rows, names), with_kwargs=True)
-        for module in model.modules()
+        for module in modules
         if isinstance(module, (lora.LoraLayer, AuxiliaryTrainingWrapper))
     ]
     given = {name: value for name, value in kwargs.items() if name != "adapter_names"}
     try:
         copies = copies_in(watching.root, given)
-        with rows.running([slots[name] for name in names], len(slots), copies):
-            with watching.generating(args, given):
-                yield
+        running = rows.running([slots[name] for name in names], len(slots), copies)
+        with running, watching.generating(args, given):
+            yield
     finally:
         for handle in handles:
             handle.remove()

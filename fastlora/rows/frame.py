@@ -1,4 +1,4 @@
-"""One forward of a batch: whose the rows are that came in, and what each layer has been found to see."""
+"""One forward of a batch: whose the rows are that came in, and which of them each layer sees."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Rows = dict[str, list[int]]
 
 
 def rows_of_inputs(model: nn.Module, given: Mapping[str, Any]) -> Rows | None:
-    """Of a model that is known, whose inputs are those of a forward; None of any other, and without images.
+    """Of a forward's inputs to a model that is known; None of any other, and without images.
 
     Rows are those of input_ids. An input that is not told apart is left out.
     """

@@ -14,13 +14,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.rows.owners import MIXED, NOBODY, Owners, compressed, constant
 
-
 # Of views that nobody owns anything of; it fits any shape.
 NONE: Owners = constant(NOBODY, 0)
 
 
 class _Memory:
-    """Owners of the views of one storage; ``each``: an owner an element of it, once it is needed."""
+    """Owners of the views of one storage; ``each``: of its every element, once it is needed."""
 
     __slots__ = ("each", "itemsize", "ref", "views")
 
@@ -48,7 +47,9 @@ class Marks:
     def get(self, t: Tensor) -> Owners | None:
         """None: nobody's."""
         storage = _storage(t)
-        memory = None if storage is None else self._memories.get(storage._cdata)
+        if storage is None:
+            return None
+        memory = self._memories.get(storage._cdata)
         if memory is None:
             return None
         place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
@@ -112,6 +113,6 @@ def _storage(t: Tensor) -> Any:
         return None
 
 
-def _view(each: Owners, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Owners:
+def _view(each: Owners, offset: Any, shape: tuple[int, ...], stride: tuple[int, ...]) -> Owners:
     steps = [step * each.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(each[offset:], shape, steps)

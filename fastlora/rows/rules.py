@@ -1,70 +1,16 @@
 """What ops that compute make of their operands' owners; what moves elements is in moving.py.
 
 A rule takes an ``Op`` that has run and returns the owners of each of its tensors, or one for all.
-What has no rule leaves its results to several rows at once, which every layer refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from fastlora.rows.marks import Marks
+from fastlora.rows.op import Found, Op, tensors_in
 from fastlora.rows.owners import MIXED, Owners, aligned, constant, join, over
-
-Found = Owners | None | list[Owners | None]
-Rule = Callable[["Op"], Found]
-
-
-class Op:
-    """An op that has run: its arguments by name, its results, and whose they are."""
-
-    def __init__(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], marks: Marks
-    ) -> None:
-        self.func, self.args, self.kwargs, self.marks = func, args, kwargs, marks
-        self.out: Any = None
-        # Whether a value of the batch decided on somebody's rows: what is found holds this once.
-        self.by_value = False
-
-    def arg(self, name: str) -> Any:
-        i, default = _parameters(self.func).get(name, (len(self.args), None))
-        return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
-
-    def own(self, value: Any) -> Owners | None:
-        return self.marks.get(value) if isinstance(value, Tensor) else None
-
-    def values(self, t: Tensor) -> Any:
-        """What a tensor of indices or a mask holds, since rows go by it."""
-        self.by_value = True
-        return t.detach().cpu().numpy()
-
-    @property
-    def outs(self) -> list[Tensor]:
-        return tensors_in(self.out)
-
-
-@cache
-def _parameters(func: Any) -> dict[str, tuple[int, Any]]:
-    """{name: (position, default)}."""
-    return {a.name: (i, a.default_value) for i, a in enumerate(func._schema.arguments)}
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    found: list[Tensor] = []
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            if isinstance(part, Tensor):
-                found.append(part)
-            elif isinstance(part, (list, tuple)):
-                found += tensors_in(part)
-    return found
 
 
 def pointwise(op: Op) -> Found:
@@ -238,100 +184,3 @@ def cell(op: Op) -> Found:
     """Of recurrent cells: (B, ...) in, (B, ...) out."""
     o = join(*(over(op.own(t), range(1, t.dim())) for t in tensors_in(op.args) if t.dim() > 1))
     return [None if o is None else _of(o, out) for out in op.outs]
-
-
-def _table(rule: Rule, names: str) -> dict[str, Rule]:
-    return dict.fromkeys((f"aten::{name}" for name in names.split()), rule)
-
-
-COMPUTING: dict[str, Rule] = {
-    **_table(
-        first,
-        "clone detach alias lift lift_fresh lift_fresh_copy _to_copy contiguous dropout bernoulli "
-        "zero_ fill_ normal_ uniform_ bernoulli_ random_ exponential_ log_normal_ tril triu tril_ "
-        "triu_ _conj _conj_physical resolve_conj resolve_neg detach_ requires_grad_ isin bucketize "
-        "pin_memory _pin_memory to_mkldnn celu masked_fill_ nan_to_num_",
-    ),
-    **_table(several, "native_dropout _fused_dropout"),
-    **_table(
-        nobody,
-        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros "
-        "new_ones new_empty new_full new_empty_strided _assert_async _assert_scalar sym_size "
-        "_assert_tensor_metadata _local_scalar_dense equal is_nonzero is_same_size",
-    ),
-    **_table(
-        reduced,
-        "sum mean amax amin max min any all argmax argmin logsumexp var std var_mean std_mean prod "
-        "norm linalg_vector_norm median nanmedian aminmax nansum count_nonzero",
-    ),
-    **_table(
-        along,
-        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cumsum_ "
-        "cummax cummin glu logcumsumexp kthvalue mode _weight_norm renorm",
-    ),
-    **_table(transformed, "_fft_r2c _fft_c2r _fft_c2c"),
-    **_table(normalised, "native_layer_norm _fused_rms_norm layer_norm rms_norm"),
-    **_table(group_normalised, "native_group_norm"),
-    **_table(
-        batch_normalised,
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-        "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update batch_norm",
-    ),
-    **_table(
-        spatial,
-        "convolution _convolution mkldnn_convolution cudnn_convolution _slow_conv2d_forward "
-        "slow_conv3d_forward conv_depthwise3d _conv_depthwise2d thnn_conv2d "
-        "convolution_overrideable cudnn_convolution_transpose conv1d conv2d conv3d "
-        "conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d "
-        "max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d "
-        "mkldnn_max_pool2d adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-        "adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact2d "
-        "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d "
-        "replication_pad1d replication_pad2d replication_pad3d im2col col2im pixel_shuffle "
-        "pixel_unshuffle channel_shuffle native_channel_shuffle",
-    ),
-    **_table(multiplied, "mm bmm addmm baddbmm addmm_ baddbmm_ _addmm_activation"),
-    **_table(linear, "linear mkldnn_linear _mkl_linear"),
-    **_table(mv, "mv"),
-    **_table(grouped, "_grouped_mm _scaled_mm _weight_int4pack_mm _weight_int8pack_mm _int_mm"),
-    **_table(
-        attention,
-        "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math "
-        "_scaled_dot_product_fused_attention_overrideable",
-    ),
-    **_table(recurrent, "mkldnn_rnn_layer _cudnn_rnn miopen_rnn"),
-    **_table(cell, "_thnn_fused_lstm_cell _thnn_fused_gru_cell"),
-    **_table(sampled, "multinomial"),
-    **_table(complex_pairs, "view_as_real view_as_complex"),
-    **_table(looked_up, "embedding"),
-}
-# By their tag; these lack it in some torch.
-for _name in (
-    "rrelu_with_noise",
-    "_prelu_kernel",
-    "lerp",
-    "where",
-    "masked_fill",
-    "hardtanh",
-    "floor_divide",
-    "floor_divide_",
-    "remainder",
-):
-    COMPUTING.setdefault(f"aten::{_name}", pointwise)
-
-
-def rule_for(func: Any, moving: dict[str, Rule]) -> Rule | None:
-    """None for an op that is to be taken apart, if it can be."""
-    name = func._schema.name
-    if name.startswith("fastlora::"):
-        return of_fastlora
-    found = COMPUTING.get(name) or moving.get(name)
-    if found is None and name.endswith("_"):
-        found = COMPUTING.get(name[:-1]) or moving.get(name[:-1])
-    if found is None and torch.Tag.pointwise in func.tags:
-        found = pointwise
-    return found

@@ -1,4 +1,4 @@
-"""What the caller states about modules: whose their rows are, or along which dimension the batch is."""
+"""What the caller states of modules: whose their rows are, or which dimension is the batch."""
 
 from __future__ import annotations
 

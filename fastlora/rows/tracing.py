@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlora.rows.computing import rule_for
 from fastlora.rows.marks import Marks
-from fastlora.rows.moving import MOVING
+from fastlora.rows.op import Op, Rule, tensors_in
 from fastlora.rows.owners import Owners
-from fastlora.rows.rules import Op, Rule, rule_for, tensors_in, unknown
+from fastlora.rows.rules import unknown
 
 # Ops that hand values to Python, which may go another way by them next time.
 _READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
@@ -35,15 +36,17 @@ class _Kind:
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
-        self.rule: Rule | None = rule_for(func, MOVING)
+        self.rule: Rule | None = rule_for(func)
         self.reads = schema.name in _READS
         alias = [r.alias_info for r in schema.returns]
         self.view = torch.Tag.inplace_view in func.tags or any(
             a is not None and not a.is_write for a in alias
         )
         self.writes = tuple(
-            (i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
-        )  # fmt: skip
+            (i, a.name)
+            for i, a in enumerate(schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         )

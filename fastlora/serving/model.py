@@ -16,7 +16,8 @@ from fastlora import adapter_files as files
 from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
 from fastlora.routing import Routing
-from fastlora.rows.entry import Watch, copies_in
+from fastlora.rows.entry import Watch
+from fastlora.rows.inputs import copies_in
 from fastlora.rows.statements import Statement, check_dims, check_rows
 from fastlora.serving.bank import AdapterBank
 from fastlora.serving.engine import Engine, stream
