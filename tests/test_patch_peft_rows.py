@@ -122,10 +122,10 @@ def test_a_tower_s_rows_are_not_taken_for_the_batch_s():
     model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     plain = filled(model).eval()
     (tokens_of, seen), rows = two_images_and_none(), ["default", "other"]
-    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in plain.modules()]
     with torch.no_grad():
         want = plain(input_ids=tokens_of[:1], pixel_values=seen).logits
         theirs = plain(input_ids=tokens_of, pixel_values=seen, adapter_names=rows).logits[:1]
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in plain.modules()]
         fastlora.patch_peft(plain)
         got = plain(input_ids=tokens_of, pixel_values=seen, adapter_names=rows).logits[:1]
         assert_agree(got, want, theirs)

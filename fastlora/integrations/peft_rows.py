@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 from peft.tuners.lora import layer as lora
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -53,7 +52,8 @@ class Rows(Routing, threading.local):
             if found.dim == 0:
                 return [names[row] for row in rows for _ in range(found.copies)]
         elif found.size == found.shape[0]:
-            return [names[row] for row in np.broadcast_to(found.reshape(-1), (len(x),))]
+            each = found.reshape(-1).tolist()
+            return [names[row] for row in each * (len(x) if len(each) == 1 else 1)]
         raise self._refused(x, layer, "the batch is not its first dimension")
 
 
