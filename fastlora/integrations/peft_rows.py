@@ -50,10 +50,10 @@ class Rows(Routing, threading.local):
         if isinstance(found, Place):
             rows: Any = range(len(names)) if self.frame is None else self.frame.rows
             if found.dim == 0:
-                return [names[row] for row in rows for _ in range(found.copies)]
+                return [names[int(row)] for row in rows for _ in range(found.copies)]
         elif found.size == found.shape[0]:
             each = found.reshape(-1).tolist()
-            return [names[row] for row in each * (len(x) if len(each) == 1 else 1)]
+            return [names[int(row)] for row in each * (len(x) if len(each) == 1 else 1)]
         raise self._refused(x, layer, "the batch is not its first dimension")
 
 
@@ -75,11 +75,11 @@ def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[
     watching: Watch = vars(model)[_WATCH]
     rows: Rows = watching.routing
     slots = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    modules: list[Any] = list(model.modules())
+    kinds: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
     handles = [
         module.register_forward_pre_hook(partial(_renamed, rows, names), with_kwargs=True)
-        for module in modules
-        if isinstance(module, (lora.LoraLayer, AuxiliaryTrainingWrapper))
+        for module in model.modules()
+        if isinstance(module, kinds)
     ]
     given = {name: value for name, value in kwargs.items() if name != "adapter_names"}
     try:
