@@ -106,6 +106,11 @@ class Routing:
         if self.per_token:
             if x.dim() < 2 or math.prod(x.shape[:-1]) != len(self.slots):
                 raise self._refused(x, layer, "it sees other rows than the step has tokens")
+            if self.frame is not None and layer is not None:
+                found = self.frame.of(layer, x)
+                if not isinstance(found, Place):
+                    name = self.frame.name_of(layer)
+                    raise RuntimeError(f"{name}: it does not see the tokens in their order")
             return Place(0, 1)
         frame = self.frame
         if torch.compiler.is_compiling():

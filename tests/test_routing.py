@@ -91,7 +91,7 @@ def test_a_model_that_keeps_a_state_is_looked_at_each_time(tmp_path):
         else:
             rows = zip(got.flip(0), each(served, x, Kept), strict=True)
         assert all(error(row, want) < 1e-5 for row, want in rows)
-    assert not served.server._watch.verdicts
+    assert not served.server.rows.verdicts
 
 
 class Twice(nn.Module):

@@ -150,7 +150,7 @@ def test_no_layer_sees_a_foreign_row(kind, saw):
             for got, of in zip(saw, LOG, strict=False):
                 # Nobody's own slot is -1, so is the first row's: a tower's must not be answered.
                 assert torch.equal(got.long(), of - 1), (seed, turn)
-        watch = server._watch if kind == "served" else injection(model).watch
+        watch = server.rows if kind == "served" else injection(model).watch
         kept += len(watch.verdicts)
     # Neither all nor nothing.
     assert served > 4 * TREES

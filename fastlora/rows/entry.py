@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora.rows.eagerly import Eagerly
 from fastlora.rows.frame import Frame, Place
@@ -158,6 +158,17 @@ class Watch:
             self.routing.leave()
             raise
         self.leave(self.root, True)
+
+    @contextmanager
+    def tokens(self, ids: Tensor) -> Iterator[None]:
+        """Around a call in which every token is a row: layers must see ids (1, T) in order."""
+        trace, order = Trace(), tuple(range(ids.shape[1]))
+        trace.marks.set(ids, along(1, order, 2))
+        self.routing.frame = Opened(self, None, order, trace)
+        try:
+            yield
+        finally:
+            self.routing.leave()
 
     @contextmanager
     def eagerly_at_first(self) -> Iterator[None]:

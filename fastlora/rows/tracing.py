@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlora.rows.computing import rule_for
 from fastlora.rows.marks import Marks
 from fastlora.rows.op import Op, Rule, tensors_in
-from fastlora.rows.owners import Owners
+from fastlora.rows.owners import Owners, over
 from fastlora.rows.rules import unknown
 
 # Ops that hand values to Python, which may go another way by them next time.
@@ -56,6 +57,24 @@ class _Kind:
 _kinds: dict[Any, _Kind] = {}
 
 
+class _Thread(threading.local):
+    trace: Trace | None = None
+
+
+_running = _Thread()
+
+
+def declare(t: Tensor, of: Tensor, *dims: int) -> None:
+    """Where a trace runs: ``t`` has the owners of ``of``, whose dimensions it has as ``dims``.
+
+    For what ops do not show, such as attention that takes keys from where it has put them.
+    """
+    trace = _running.trace
+    if trace is not None:
+        o = trace.marks.get(of)
+        trace.marks.set(t, None if o is None else over(o, [-1]).transpose(dims))  # pyright: ignore
+
+
 class Trace(TorchDispatchMode):
     """Within ``open()`` and ``close()`` this thread's ops are followed.
 
@@ -67,14 +86,17 @@ class Trace(TorchDispatchMode):
         self.marks = Marks()
         self.by_value = False
         self._reads = _Reads(self)
+        self._before: Trace | None = None
 
     def open(self) -> None:
+        self._before, _running.trace = _running.trace, self
         self.__enter__()
         self._reads.__enter__()
 
     def close(self) -> None:
         self._reads.__exit__(None, None, None)
         self.__exit__(None, None, None)
+        _running.trace = self._before
 
     def owners(self, t: Tensor) -> Owners | None:
         return self.marks.get(t)

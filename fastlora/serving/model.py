@@ -99,7 +99,7 @@ class MultiLoRAModel(nn.Module):
         }
         for name, layer in self._layers.items():
             swap(model, chosen.linears[name][1], layer)
-        self._watch = Watch(model, self._batch)
+        self.rows = Watch(model, self._batch)
         self.model = model
         self.skipped = chosen.skipped
 
@@ -176,7 +176,7 @@ class MultiLoRAModel(nn.Module):
         not known, or what reading an adapter raised.
         """
         routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs)
-        with routed, self._watch.called(args, kwargs):
+        with routed, self.rows.called(args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class MultiLoRAModel(nn.Module):
         model: Any = self.model
         copies = copies_in(model, kwargs)
         routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
-        with routed, self._watch.generating(args, kwargs), self._watch.eagerly_at_first():
+        with routed, self.rows.generating(args, kwargs), self.rows.eagerly_at_first():
             return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
@@ -228,7 +228,7 @@ class MultiLoRAModel(nn.Module):
         per_token: every token is a row, wherever its sequence begins and ends. stated: whose the
         rows of modules are.
         """
-        found = self._watch.state(self._batch_dims if stated is None else stated)
+        found = self.rows.state(self._batch_dims if stated is None else stated)
         with self._batch.running(list(slots), self.max_adapters, copies, scales, per_token, found):
             yield
 
