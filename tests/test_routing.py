@@ -141,3 +141,29 @@ def test_after_an_error_the_next_call_begins_anew(tmp_path):
     assert all(
         error(row, want) < 1e-5 for row, want in zip(got, each(served, x, Plain), strict=True)
     )
+
+
+class Dropping(Plain):
+    """Leaves a layer out at random, as layer dropout does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x) if drawn() else x)
+
+
+DRAWN = [0]
+
+
+def drawn() -> int:
+    return DRAWN[0]
+
+
+def test_a_layer_that_was_left_out_is_refused_once(tmp_path):
+    served, x = Served(Dropping, tmp_path), torch.randn(B, 2, K)
+    served.server(x, adapter_names=NAMES)
+    DRAWN[0] = 1
+    with pytest.raises(RuntimeError, match=r"one: whose the rows .* from now on"):
+        served.server(x, adapter_names=NAMES)
+    for _ in range(2):
+        got = served.server(x, adapter_names=NAMES)
+        rows = zip(got, each(served, x, Dropping), strict=True)
+        assert all(error(row, want) < 1e-5 for row, want in rows)

@@ -44,6 +44,7 @@ class Watch:
         self.lengths: dict[Any, tuple[Any, dict[int, Place] | None]] = {}
         self.inputs = Inputs(self.root)
         self._trusted: bool | None = None
+        self._settled = True
         # Whether every layer has seen the batch first in all forwards; None before the first.
         self.plain: bool | None = None
         for module in _entries(self.root, layers):
@@ -144,6 +145,14 @@ class Watch:
             trace.marks.set(t, along(0, [owners[i] for i in of_ids], t.dim()))
         return Opened(self, module, owners, trace, keep=key)
 
+    def distrust(self, found: dict[int, Place]) -> None:
+        """What was found does not hold: such calls are followed each time from now on."""
+        for kept in (self.verdicts, self.lengths):
+            for key, value in list(kept.items()):
+                if value is found or value == (found, found):
+                    del kept[key]
+        self._settled = False
+
     def proved(self, plain: bool) -> None:
         """Whether a forward has shown every layer the batch's rows, first and in order."""
         self.plain = plain and self.plain is not False
@@ -187,7 +196,7 @@ class Watch:
         if self._trusted is None:
             self._trusted = all_trusted(self.root)
         state = () if self._trusted else state_of(self.root)
-        if state is None:
+        if state is None or not self._settled:
             return None
         stated = tuple(self.routing.stated)
         return id(module), module.training, owners, stated, state, signature_of(given)

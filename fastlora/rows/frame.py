@@ -66,7 +66,8 @@ class Frame:
         if self.trace is None:
             place = self.found.get(id(layer))
             if place is None or x.shape[place.dim] != len(self.rows) * place.copies:
-                return "it sees other rows than when this was looked at"
+                self.watch.distrust(self.found)
+                return "it sees other rows than when this was looked at; from now on it always is"
             return place
         found = self._seen(x)
         alike = isinstance(found, Place) and self.found.setdefault(id(layer), found) == found

@@ -11,7 +11,7 @@ from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _TRUSTED = ("torch", "transformers", "peft", "fastlora", "timm", "diffusers", "accelerate")
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
@@ -66,6 +66,9 @@ def _settled(kind: type) -> bool:
             continue
         names = _names(function.__code__)
         if names is None or names & _MOVING:
+            return False
+        given = (function.__globals__.get(name) for name in names)
+        if any(isinstance(value, (list, dict, set, Tensor, nn.Module)) for value in given):
             return False
         wanted |= {each for each in names if hasattr(kind, each)} - seen
     return True
