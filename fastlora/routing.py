@@ -171,6 +171,22 @@ class Routing:
             "another number of names than the batch has rows"
         )
 
+    def groups_and_scales(self, x: Tensor, layer: nn.Module) -> tuple[F.RowGroups, Tensor | None]:
+        """``groups_of`` and ``scales_of``, made once a forward that sees its rows as before."""
+        frame = self.frame
+        if torch.compiler.is_compiling() or frame is None or not frame.plain:
+            rows = self.whose(x, layer)
+            return self.groups_of(rows, x), self.scales_of(rows, x)
+        lead = x.shape[:-1]
+        if self.uniform or (id(layer) in frame.found and lead[0] == len(frame.rows)):
+            made = frame.made.get((lead, x.device))
+            if made is not None:
+                return made
+        rows = self.whose(x, layer)
+        made = self.groups_of(rows, x), self.scales_of(rows, x)
+        frame.made[lead, x.device] = made
+        return made
+
     def groups_for(self, x: Tensor, layer: nn.Module | None = None) -> F.RowGroups:
         """The groups of a layer's input x (..., K), whose first dimensions are rows and tokens."""
         return self.groups_of(self.whose(x, layer), x)

@@ -60,8 +60,10 @@ def each(served: Served, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
         return [out[i] for i, out in enumerate(whole)]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("kind", [Turned, Plain])
+@pytest.mark.parametrize("kind, compiled", [
+    (Turned, False), (Turned, True), (Plain, False),
+    pytest.param(Plain, True, marks=pytest.mark.full),
+])  # fmt: skip
 def test_as_many_tokens_as_rows(kind, compiled, tmp_path):
     served, x = Served(kind, tmp_path), torch.randn(B, B, K)
     if compiled:

@@ -113,7 +113,7 @@ def saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["served", "trained"])
+@pytest.mark.parametrize("kind", ["served", pytest.param("trained", marks=pytest.mark.full)])
 def test_no_layer_sees_a_foreign_row(kind, saw):
     served = refused = kept = 0
     for seed in range(TREES):

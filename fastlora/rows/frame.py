@@ -41,6 +41,8 @@ class Frame:
         self.plain = trace is None and all(place == (0, 1) for place in self.found.values())
         # Whether all that was found can be found again without following it.
         self.usual = True
+        # What layers share: the groups of their rows and scales, by the inputs' shapes.
+        self.made: dict[Any, Any] = {}
         self.depth = 0
         self.outer: Frame | None = None
         # Whether it ends with the first forward in it.

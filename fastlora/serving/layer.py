@@ -35,8 +35,7 @@ class ServedLinear(SharedWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features), whose rows the routing knows, to (..., out_features)."""
-        rows = self.routing.whose(input, self)
-        groups, scales = self.routing.groups_of(rows, input), self.routing.scales_of(rows, input)
+        groups, scales = self.routing.groups_and_scales(input, self)
         pages = self.bank.pages(self.key)
         return F.multi_lora_linear(
             input, self.matrix, pages.lora_A, pages.lora_B, groups, pages.scalings,
