@@ -17,6 +17,7 @@ from fastlora.injection import Injection, forget, remember, swap
 from fastlora.listing import some
 from fastlora.modules import FastLoRALinear, lora_layers
 from fastlora.multi_modules import TrainableMultiLoRALinear, TrainingRows, trained_layers
+from fastlora.rows.entry import Watch
 from fastlora.targets import Plan, plan, unused
 from fastlora.tied import tied
 from fastlora.wrapping import is_conv1d, unwrapped
@@ -108,7 +109,8 @@ def inject(
             done.append(lambda name=name, module=module: swap(inner, [name], module.original))
             swap(inner, [name], module.trained)
         done.append(lambda: forget(inner))
-        remember(inner, Injection(config, chosen.skipped, rows, saved))
+        watch = None if rows is None else Watch(inner, rows, layers.values())
+        remember(inner, Injection(config, chosen.skipped, rows, saved, watch))
     if freeze_base:
         _freeze(inner, config, saved)
     trial.watch(inner)

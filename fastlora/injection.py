@@ -13,6 +13,7 @@ from fastlora.fidelity import Fidelity
 from fastlora.listing import by_reason
 from fastlora.modules import lora_layers
 from fastlora.multi_modules import MultiLoRALinear, TrainingRows, trained_layers
+from fastlora.rows.entry import Watch
 from fastlora.saved_modules import Saved
 from fastlora.trial import noted
 from fastlora.wrapping import peft_layers, unwrapped
@@ -27,9 +28,9 @@ others: list[Callable[[nn.Module], dict[str, Any]]] = []
 class Injection:
     """What ``replace_linear`` was asked for, and what it left alone and why.
 
-    rows: of several adapters in training, which the batch's rows belong to. saved: by name, the
-    modules that are trained whole. carried: tensors of the base, by their names in PEFT's files, in
-    which an adapter has put rows of its own.
+    rows: of several adapters in training, which the batch's rows belong to; watch: where it comes
+    into the model. saved: by name, the modules that are trained whole. carried: tensors of the
+    base, by their names in PEFT's files, in which an adapter has put rows of its own.
     """
 
     config: LoRAConfig
@@ -37,6 +38,7 @@ class Injection:
     rows: TrainingRows | None = None
     saved: dict[str, Saved] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)

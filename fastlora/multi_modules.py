@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastlora.invariance import asked
 from fastlora.listing import some
 from fastlora.modules import check_drawn
 from fastlora.routing import Routing
+from fastlora.rows.statements import Statement
 from fastlora.wrapping import SharedWeight, lora_dtype_for, plain_name, unwrapped
 
 
@@ -165,6 +166,8 @@ class TrainingRows(Routing):
     One thread's at a time: backward runs in threads of its own, which must see it too.
     """
 
+    watched = recomputes = True
+
     def __init__(self, adapters: Sequence[str]) -> None:
         super().__init__("run the model, and its backward, within fastlora.use_adapters")
         self.adapters = tuple(adapters)
@@ -182,10 +185,12 @@ class TrainingRows(Routing):
         self,
         adapter_names: Sequence[str | None],
         everywhere: Callable[[list[bool]], list[bool]] = list,
+        stated: Mapping[int, Statement] | None = None,
     ) -> Iterator[None]:
         """Within, row i of the batch trains ``adapter_names[i]``, or none.
 
-        everywhere: which adapters other processes have rows of, of which we have.
+        everywhere: which adapters other processes have rows of, of which we have. stated: whose the
+        rows of modules are, by the modules' ids.
         """
         rows = [-1 if name is None else self.index(name) for name in adapter_names]
         if self.owner not in (None, threading.get_ident()):
@@ -197,7 +202,8 @@ class TrainingRows(Routing):
         self.owner = threading.get_ident()
         slot = {row: i for i, row in enumerate(self.present)}
         try:
-            with self.running([slot.get(row, -1) for row in rows], len(slot)):
+            slots = [slot.get(row, -1) for row in rows]
+            with self.running(slots, len(slot), stated=stated):
                 yield
                 if self.ran is not ran:
                     raise RuntimeError("use_adapters: its blocks were left in another order")
@@ -206,7 +212,7 @@ class TrainingRows(Routing):
 
     def check(self, layer: nn.Module) -> None:
         """Refuses a layer that runs again, in a backward, in a block that is not its forward's."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.slots is None:
             return
         if torch._C._current_graph_task_id() == -1:
             self.ran.add(id(layer))
@@ -275,16 +281,16 @@ class TrainableMultiLoRALinear(SharedWeight):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (B, ..., in_features), a row of the batch first, to (B, ..., out_features)."""
+        """input (..., in_features), whose rows the routing knows, to (..., out_features)."""
         if self.adapter_disabled:
             return F.base_linear(input, self.matrix, self.bias)
-        self.routing.slots_for(input)
         self.routing.check(self)
+        rows = self.routing.whose(input, self)
         present = [_key(self.routing.adapters[i]) for i in self.routing.present]
         # Invariant, rows of none have the bits that they have beside others: by the same op.
         if not present and not asked():
             return F.base_linear(input, self.matrix, self.bias)
-        groups = self.routing.groups_for(input)
+        groups = self.routing.groups_of(rows, input)
         lora_A, lora_B = _stacked(self.lora_A, present), _stacked(self.lora_B, present)
         scalings = input.new_full((len(present),), self.scaling, dtype=torch.float32)
         factors = (lora_A, lora_B, groups, scalings)

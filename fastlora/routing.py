@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora import functional as F
+from fastlora.rows.frame import Frame, Place
+from fastlora.rows.owners import Owners
+from fastlora.rows.statements import Statement
 
 # What a batch sets while it runs.
-_RUNNING = ("num_slots", "slots", "nobody", "copies", "per_token", "groups", "scales", "scaled")
+_RUNNING = (
+    "num_slots", "slots", "of_rows", "nobody", "uniform", "copies", "per_token", "groups", "scales",
+    "scaled", "frame", "stated", "seen", "proved",
+)  # fmt: skip
 
 
 class Routing:
     """The slot of each row of the batch that is running, grouped once a step; -1 = no adapter.
 
-    outside: what to do, in the error of a layer that runs while no batch does.
+    outside: what to do, in the error of a layer that runs while no batch does. watched: whether
+    somebody says where the batch comes into the model; if not, who calls a layer calls it with the
+    batch. recomputes: whether layers may run once more in a backward.
     """
+
+    watched = False
+    recomputes = False
+    advice = (
+        "state it: adapter_rows={{'{0}': [...]}}, the batch row of each, or batch_dims={{'{0}': 0}}"
+        " where they are the batch in order; or leave the layer out with exclude_modules"
+    )
 
     def __init__(self, outside: str) -> None:
         self.outside = outside
         self.num_slots = 0
         self.slots: Tensor | None = None
-        self.nobody = False
+        self.of_rows: Any = None
+        self.nobody = self.uniform = False
         self.copies = 1
         self.per_token = False
         self.groups: list[F.RowGroups] = []
         self.scales: Tensor | None = None
         self.scaled: list[Tensor] = []
+        self.frame: Frame | None = None
+        self.stated: dict[int, Statement] = {}
+        # Whether compiled code may take the batch to be first.
+        self.proved = False
+        # Of the layers that have run in this batch, what was found; None: not each time the same.
+        self.seen: dict[int, Any] = {}
 
     @contextmanager
     def running(
@@ -41,43 +66,144 @@ class Routing:
         copies: int = 1,
         scales: Sequence[float] | None = None,
         per_token: bool = False,
+        stated: Mapping[int, Statement] | None = None,
     ) -> Iterator[None]:
         """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples).
 
         scales: numbers that row i's adapter part is multiplied by. per_token: a row is a token,
-        wherever the layers' inputs break lines: (1, T, K), (T, K).
+        wherever the layers' inputs break lines: (1, T, K), (T, K). stated: of modules, by id.
         """
         before = {name: getattr(self, name) for name in _RUNNING}
         self.num_slots, self.copies, self.groups, self.scaled = num_slots, copies, [], []
-        self.per_token = per_token
+        self.per_token, self.frame, self.seen = per_token, None, {}
         self.nobody = not any(slot >= 0 for slot in slots)
+        self.uniform = len(set(slots)) <= 1 and len(set(scales or ())) <= 1 and not per_token
+        self.stated = dict(stated or {})
         with torch.inference_mode(False):
             self.slots = torch.tensor(slots, dtype=torch.int32)
+            self.of_rows = np.asarray(slots, np.int32)
             self.scales = None if scales is None else torch.tensor(scales, dtype=torch.float32)
         try:
             yield
         finally:
+            self.leave()
             for name, value in before.items():
                 setattr(self, name, value)
 
-    def slots_for(self, x: Tensor) -> Tensor:
-        """The slots, for a layer whose input x has the batch's rows first; else RuntimeError."""
+    def leave(self) -> None:
+        """Ends what an error has left open."""
+        while self.frame is not None:
+            self.frame.close()
+            self.frame = self.frame.outer
+
+    def whose(self, x: Tensor, layer: nn.Module | None = None) -> Place | Owners | None:
+        """Where a layer's input x (..., K) has the batch's rows, or whose each of its is.
+
+        None: all are one adapter's. Raises RuntimeError where it is not known.
+        """
         if self.slots is None:
             raise RuntimeError(f"no adapters were named: {self.outside}")
+        if self.per_token:
+            if x.dim() < 2 or math.prod(x.shape[:-1]) != len(self.slots):
+                raise self._refused(x, layer, "it sees other rows than the step has tokens")
+            if self.frame is not None and layer is not None:
+                found = self.frame.of(layer, x)
+                if not isinstance(found, Place):
+                    name = self.frame.name_of(layer)
+                    raise RuntimeError(f"{name}: it does not see the tokens in their order")
+            return Place(0, 1)
+        frame = self.frame
+        if torch.compiler.is_compiling():
+            if self.uniform:
+                return None
+            if self.watched and not (self.proved if frame is None else frame.plain):
+                raise self._refused(x, layer, "compiled code takes the batch to be first")
+            return Place(0, 1)
+        if frame is not None:
+            if self.uniform:
+                return None
+            assert layer is not None
+            found = frame.of(layer, x)
+            if isinstance(found, str):
+                raise self._refused(x, layer, found)
+            if self.recomputes:
+                self._remember(layer, found)
+            return found
+        if torch._C._current_graph_task_id() != -1 and self.watched:
+            return None if self.uniform else self._again(x, layer)
+        if self.watched and not _called_by_hand():
+            raise self._refused(x, layer, "it was reached past the model's own call")
         given = len(self.slots)
-        rows = math.prod(x.shape[:-1]) if self.per_token else x.shape[0]
-        if x.dim() < 2 or rows not in (given, given * self.copies):
+        if x.dim() < 2 or x.shape[0] not in (given, given * self.copies):
             raise RuntimeError(
                 f"x: expected {given} rows first, one an adapter name, got shape "
                 f"{tuple(x.shape)}: adapter_names has another number of names than the batch has "
                 "rows, or this layer does not see the batch; then leave it out with exclude_modules"
             )
-        return self.slots
+        return None if self.uniform else Place(0, x.shape[0] // max(given, 1))
 
-    def groups_for(self, x: Tensor) -> F.RowGroups:
-        """The groups of a layer's input x (B, ..., K), or of ``copies`` neighbours a batch row."""
-        slots, lead = self.slots_for(x), tuple(x.shape[:-1])
-        rows, given = math.prod(lead), len(slots)
+    def _remember(self, layer: nn.Module, found: Place | Owners) -> None:
+        before = self.seen.setdefault(id(layer), found)
+        if before is not found and not _same(before, found):
+            self.seen[id(layer)] = None
+
+    def _again(self, x: Tensor, layer: nn.Module | None) -> Place | Owners:
+        """Of a layer that runs once more in a backward: what its forward found."""
+        found = self.seen.get(id(layer))
+        if found is None:
+            what = "it ran with other rows in turn, and which of them a backward has is not known"
+            raise self._refused(x, layer, what if id(layer) in self.seen else self.outside)
+        return found
+
+    def _refused(self, x: Tensor, layer: nn.Module | None, why: str) -> RuntimeError:
+        known = self.frame is not None and layer is not None
+        name = self.frame.name_of(layer) if known else getattr(layer, "key", "x")  # pyright: ignore
+        owner = name.rpartition(".")[0] or name
+        return RuntimeError(
+            f"{name}: whose the rows of its input {tuple(x.shape)} are is not known (this layer "
+            f"does not see the batch: {why}); {self.advice.format(owner)}"
+        )
+
+    def miscounted(self, names: int, rows: int) -> Exception:
+        """Of another number of names than the batch has rows."""
+        return RuntimeError(
+            f"x: expected {names} rows first, one an adapter name, got {rows}: adapter_names has "
+            "another number of names than the batch has rows"
+        )
+
+    def groups_and_scales(self, x: Tensor, layer: nn.Module) -> tuple[F.RowGroups, Tensor | None]:
+        """``groups_of`` and ``scales_of``, made once a forward that sees its rows as before."""
+        frame = self.frame
+        if torch.compiler.is_compiling() or frame is None or not frame.plain:
+            rows = self.whose(x, layer)
+            return self.groups_of(rows, x), self.scales_of(rows, x)
+        lead = x.shape[:-1]
+        if self.uniform or (id(layer) in frame.found and lead[0] == len(frame.rows)):
+            made = frame.made.get((lead, x.device))
+            if made is not None:
+                return made
+        rows = self.whose(x, layer)
+        made = self.groups_of(rows, x), self.scales_of(rows, x)
+        frame.made[lead, x.device] = made
+        return made
+
+    def groups_for(self, x: Tensor, layer: nn.Module | None = None) -> F.RowGroups:
+        """The groups of a layer's input x (..., K), whose first dimensions are rows and tokens."""
+        return self.groups_of(self.whose(x, layer), x)
+
+    def groups_of(self, found: Place | Owners | None, x: Tensor) -> F.RowGroups:
+        """As ``groups_for``, of what ``whose`` has found for x."""
+        lead = tuple(x.shape[:-1])
+        owners = self._owners(found, lead)
+        assert self.slots is not None
+        if owners is not None:
+            ids = torch.from_numpy(self.of_rows[owners].reshape(-1))
+            with torch.inference_mode(False):
+                groups = F.group_rows(ids.to(x.device), self.num_slots)
+            return replace(groups, shape=lead, nobody=self.nobody)
+        slots, rows, given = self.slots, math.prod(lead), len(self.slots)
+        if found is None:
+            slots, given = slots[:1], min(given, 1)
         # Searched, not looked up: under torch.compile a key would hold the batch to one size.
         for groups in self.groups:
             if groups.ids.shape[0] == rows and groups.ids.device == x.device:
@@ -89,16 +215,57 @@ class Routing:
         self.groups.append(groups)
         return replace(groups, shape=lead)
 
-    def scales_for(self, x: Tensor) -> Tensor | None:
-        """row_scales for a layer's input x (B, ..., K): one a row, or None where all are 1."""
+    def scales_of(self, found: Place | Owners | None, x: Tensor) -> Tensor | None:
+        """row_scales for a layer's input x (..., K): one a row, or None where all are 1."""
         if self.scales is None:
             return None
         lead = tuple(x.shape[:-1])
-        rows, given = math.prod(lead), len(self.scales)
-        for scales in self.scaled:
-            if scales.shape[0] == rows and scales.device == x.device:
-                return scales.view(lead)
+        owners = self._owners(found, lead)
+        if owners is not None:
+            return self.scales[torch.from_numpy(owners).long()].to(x.device)
+        scales, rows, given = self.scales, math.prod(lead), len(self.scales)
+        if found is None:
+            scales, given = scales[:1], min(given, 1)
+        for known in self.scaled:
+            if known.shape[0] == rows and known.device == x.device:
+                return known.view(lead)
         with torch.inference_mode(False):
-            scales = self.scales.to(x.device).repeat_interleave(rows // given if given else 1)
+            scales = scales.to(x.device).repeat_interleave(rows // given if given else 1)
         self.scaled.append(scales)
         return scales.view(lead)
+
+    def _owners(self, found: Place | Owners | None, lead: tuple[int, ...]) -> Owners | None:
+        """Of each row and token, where it takes more than the batch's rows in order to say."""
+        # Numbers of rows are not looked at in compiled code, which is for any.
+        if found is None or torch.compiler.is_compiling():
+            return None
+        if isinstance(found, Place):
+            frame = self.frame
+            if found.dim == 0 and (
+                frame is None or (frame.regular and frame.count == len(self.of_rows))
+            ):
+                return None
+            rows = np.arange(len(self.of_rows)) if frame is None else np.asarray(frame.rows)
+            shape = [1] * len(lead)
+            shape[found.dim] = -1
+            found = np.repeat(rows, found.copies).astype(np.int32).reshape(shape)
+        return np.broadcast_to(found, lead).copy()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Place) or isinstance(b, Place) or a is None:
+        return a == b if isinstance(a, Place) and isinstance(b, Place) else False
+    return a.shape == b.shape and bool((a == b).all())
+
+
+def _called_by_hand() -> bool:
+    """Whether the layer that runs was called by no module around it."""
+    frame: Any = sys._getframe(2)
+    inside = True
+    while frame is not None:
+        name = frame.f_code.co_filename
+        inside = inside and ("/fastlora/" in name or "/torch/" in name)
+        if not inside:
+            return not isinstance(frame.f_locals.get("self"), nn.Module)
+        frame = frame.f_back
+    return True

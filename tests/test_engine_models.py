@@ -104,12 +104,30 @@ def looking_back() -> nn.Module:
     return model
 
 
+def turned_about_a_layer() -> nn.Module:
+    """The same logits; with adapters a token would go through another's."""
+    model = llama()
+    layer = model.model.layers[1].mlp
+    layer.register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
+    layer.register_forward_hook(lambda *args: args[-1].flip(1))
+    return model
+
+
 REFUSED = {
     "an encoder": (t5, ValueError, "T5ForConditionalGeneration cannot be streamed: it has an enc"),
     "no writer": (bert, ValueError, "BertForMaskedLM cannot be streamed: it does not write texts"),
     "no transformer": (Plain, TypeError, "expected a decoder of transformers to stream, got Plain"),
     "softcap": (gemma2, ValueError, "Gemma2Attention: attention with softcap is not streamed"),
-    "tokens mixed elsewhere": (looking_back, ValueError, "a text has other logits beside another"),
+    "tokens mixed elsewhere": (
+        looking_back,
+        ValueError,
+        "it does not see the tokens in their order",
+    ),
+    "tokens turned about a layer": (
+        turned_about_a_layer,
+        ValueError,
+        "1.mlp.gate_proj: it does not see the tokens in their order",
+    ),
     "positions that depend on others": (
         lambda: llama(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         ValueError,

@@ -24,6 +24,7 @@ from tests.patched import (  # noqa: E402
     pair,
     run,
 )
+from tests.rows import llava, ready, two_images_and_none  # noqa: E402
 
 pytestmark = quiet
 
@@ -111,6 +112,31 @@ def test_what_a_transform_made_is_not_met_outside_of_it():
             torch.func.functionalize(one)(x)
         found.append(one(x))
     assert_agree(found[1], found[0])
+
+
+def test_a_tower_s_rows_are_not_taken_for_the_batch_s():
+    """PEFT itself goes by their number: two images of the first text, beside another's text."""
+    model = peft.get_peft_model(
+        ready(llava), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])
+    )
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    plain = filled(model).eval()
+    (tokens_of, seen), rows = two_images_and_none(), ["default", "other"]
+    with torch.no_grad():
+        want = plain(input_ids=tokens_of[:1], pixel_values=seen).logits
+        theirs = plain(input_ids=tokens_of, pixel_values=seen, adapter_names=rows).logits[:1]
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in plain.modules()]
+        fastlora.patch_peft(plain)
+        got = plain(input_ids=tokens_of, pixel_values=seen, adapter_names=rows).logits[:1]
+        assert_agree(got, want, theirs)
+        # Where nobody knows, it is refused.
+        given = {"pixel_values": seen, "image_sizes": torch.tensor([[16, 16]] * 2)}
+        with pytest.raises(RuntimeError, match=r"vision_tower.*whose the rows of its input"):
+            plain(input_ids=tokens_of, **given, adapter_names=rows)
+        fastlora.unpatch_peft(plain)
+        again = plain(input_ids=tokens_of, pixel_values=seen, adapter_names=rows).logits[:1]
+        assert torch.equal(again, theirs)
+        assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in plain.modules()] == hooks
 
 
 def test_generate_with_an_adapter_a_row():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.serving.layer import ServedLinear
+from tests.helpers import same_bits
 from tests.models import assert_agree, bert, llama, logits, randomise_lora, tokens, untouched
 
 
@@ -47,18 +48,27 @@ def test_a_server_that_cannot_be(options, kind, says):
         MultiLoRAModel(MultiLoRAModel(model).model)
 
 
-def test_a_layer_that_does_not_see_the_batch_says_so():
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(8, 8)
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.mine = nn.Linear(8, 8), nn.Parameter(torch.randn(2, 8))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.proj(x.flatten(0, 1))
+    def forward(self, x: Tensor, mine: bool) -> Tensor:
+        return self.proj(self.mine if mine else x.flatten(0, 1))
 
+
+def test_a_layer_that_does_not_see_the_batch_says_so(tmp_path):
+    source = randomise_lora(fastlora.replace_linear(Flat(), LoRAConfig(target_modules=["proj"])))
+    fastlora.save_adapter(source, tmp_path)
     server = MultiLoRAModel(Flat(), target_modules=["proj"])
-    with pytest.raises(RuntimeError, match="does not see the batch"):
-        server(torch.randn(2, 3, 8), adapter_names=[None, None])
+    server.load_adapter(tmp_path, "one")
+    x, names = torch.randn(2, 3, 8), ["one", None]
+    got, base = server(x, False, adapter_names=names), server(x, False, adapter_names=[None] * 2)
+    # Flattened tokens are still somebody's; as many rows of nobody's are not.
+    assert same_bits(got[3:], base[3:])
+    assert not same_bits(got[:3], base[:3])
+    with pytest.raises(RuntimeError, match=r"does not see the batch: .*none of the batch's rows"):
+        server(x, True, adapter_names=names)
 
 
 def test_an_encoder_serves(tmp_path):

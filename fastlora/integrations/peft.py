@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -12,7 +14,7 @@ from torch import nn
 from fastlora import trial
 from fastlora.bypassed import bypassed
 from fastlora.injection import Report, report
-from fastlora.integrations import peft_bypassed
+from fastlora.integrations import peft_bypassed, peft_rows
 from fastlora.integrations.peft_bypassed import Refusing
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_merging import warn_of_lost_merges
@@ -36,6 +38,23 @@ class LoraModel(UntiedMerging, Refusing):
         # PEFT saves what this gives, beside configs that hot-swapping leaves behind.
         warn_before_saving(self, _patched(self))
         return super().state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        error: BaseException | None = None
+        # PEFT's names stay in the layers, for later batches, if an error passes through this.
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            try:
+                if names is None:
+                    yield
+                else:
+                    with peft_rows.named(self, names, args, kwargs):
+                        yield
+            except BaseException as raised:
+                error = raised
+        if error is not None:
+            raise error
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -86,6 +105,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
     for module in unwrapped(model).modules():
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
+            peft_rows.watch(module)
     keep_unpacked(unwrapped(model), stacklevel=3)
     _warn_of_virtual_tokens(unwrapped(model))
     peft_bypassed.warn(unwrapped(model), layers, stacklevel=4)
@@ -103,6 +123,7 @@ def unpatch(model: nn.Module) -> None:
         )
     for module in modules:
         vars(module).pop("_receipts", None)
+        peft_rows.unwatch(module)
         module.__class__ = back[type(module)]
     let_pack(unwrapped(model))
     trial.stop_all(_innermost(model))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from fastlora.serving.entry import Lease
 
@@ -22,10 +24,21 @@ def lend(server: MultiLoRAModel, name: str | None) -> Future[Lease]:
     return server.bank.lease([] if name in (None, "__base__") else [name])
 
 
+@contextmanager
 def routed(
-    server: MultiLoRAModel, slots: Sequence[int], scales: Sequence[float]
-) -> AbstractContextManager[None]:
-    """Within, this thread's flat batch has token i in ``slots[i]``, times ``scales[i]``."""
-    return server.running(
-        slots, scales if any(scale != 1 for scale in scales) else None, per_token=True
-    )
+    server: MultiLoRAModel,
+    slots: Sequence[int],
+    scales: Sequence[float],
+    ids: Tensor | None = None,
+) -> Iterator[None]:
+    """Within, this thread's flat batch has token i in ``slots[i]``, times ``scales[i]``.
+
+    ids: (1, T), of a call whose layers must be shown to see the tokens in this order.
+    """
+    scaled = scales if any(scale != 1 for scale in scales) else None
+    with server.running(slots, scaled, per_token=True):
+        if ids is None:
+            yield
+        else:
+            with server.rows.tokens(ids):
+                yield

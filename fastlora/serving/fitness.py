@@ -95,14 +95,16 @@ def _refusal(model: Any, config: Any) -> str | None:
 
 @torch.no_grad()
 def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
-    """What its layers keep; ValueError unless two texts in parts have the logits of each alone."""
+    """What its layers keep; ValueError unless two texts in parts have the logits of each alone,
+    and every layer sees all tokens in their order.
+    """
     kind = type(model).__name__
     vocabulary = model.get_input_embeddings().weight.shape[0]
     texts = [
         [(7 + 31 * i) % vocabulary for i in range(6)],
         [(3 + 17 * i) % vocabulary for i in range(4)],
     ]
-    runner = Runner(server, RowCache(3, len(texts[0])))
+    runner = Runner(server, RowCache(3, len(texts[0])), followed=True)
     steps = [
         [Chunk(2, 0, texts[0][:3], last=False)],
         [Chunk(0, 0, texts[1][:3], last=False), Chunk(2, 3, texts[0][3:5], last=False)],

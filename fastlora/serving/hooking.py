@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastlora.rows.tracing import declare
 from fastlora.serving.attention import Step
 
 _NAME = "fastlora_rows"
@@ -84,7 +85,9 @@ def _attend(
     if given or layer is None or not getattr(module, "is_causal", True):
         what = f"attention with {given[0]}" if given else "such attention"
         raise ValueError(f"{type(module).__name__}: {what} is not streamed")
-    return step.attend(int(layer), query, key, value, scaling, sliding_window), None
+    found = step.attend(int(layer), query, key, value, scaling, sliding_window)
+    declare(found, query, 0, 2, 1, 3)
+    return found, None
 
 
 @cache

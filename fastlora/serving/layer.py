@@ -34,8 +34,8 @@ class ServedLinear(SharedWeight):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (B, ..., in_features), a row of the batch first, to (B, ..., out_features)."""
-        groups, scales = self.routing.groups_for(input), self.routing.scales_for(input)
+        """input (..., in_features), whose rows the routing knows, to (..., out_features)."""
+        groups, scales = self.routing.groups_and_scales(input, self)
         pages = self.bank.pages(self.key)
         return F.multi_lora_linear(
             input, self.matrix, pages.lora_A, pages.lora_B, groups, pages.scalings,

@@ -17,6 +17,9 @@ from fastlora import trial
 from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.injection import swap
 from fastlora.routing import Routing
+from fastlora.rows.entry import Watch
+from fastlora.rows.inputs import copies_in
+from fastlora.rows.statements import Statement, check_dims, check_rows
 from fastlora.serving.bank import AdapterBank
 from fastlora.serving.engine import Engine, stream
 from fastlora.serving.entry import Read
@@ -41,8 +44,9 @@ class MultiLoRAModel(nn.Module):
     have. max_rank: of an adapter in any layer. device_bytes: of pages for adapters; None: enough
     for max_adapters of max_rank. An adapter takes what its own layers and ranks need, in steps of
     eight ranks. host_bytes: of copies in the host's memory; others are read again when they are
-    needed. lora_dtype: of the pages, default the weights'. Inference only: calls run without
-    gradients.
+    needed. lora_dtype: of the pages, default the weights'. batch_dims: {module: dimension along
+    which its inputs have the batch, in the caller's order}, of modules that this cannot be followed
+    to (learned queries), "" for the model itself. Inference only: calls run without gradients.
 
     All methods may be called from any thread, while batches run in others. A batch keeps the
     adapters that it began with. Moving or casting the model takes the bank along, at the next call.
@@ -62,8 +66,10 @@ class MultiLoRAModel(nn.Module):
         lora_dtype: torch.dtype | None = None,
         device_bytes: int | None = None,
         host_bytes: int = 4 << 30,
+        batch_dims: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self._batch_dims = check_dims(model, batch_dims)
         check_rank("max_adapters", max_adapters)
         check_rank("max_rank", max_rank)
         names = [
@@ -96,6 +102,7 @@ class MultiLoRAModel(nn.Module):
         }
         for name, layer in self._layers.items():
             swap(model, chosen.linears[name][1], layer)
+        self.rows = Watch(model, self._batch)
         self.model = model
         self.skipped = chosen.skipped
         trial.watch(model)
@@ -180,19 +187,24 @@ class MultiLoRAModel(nn.Module):
         *args: Any,
         adapter_names: Sequence[str | None],
         adapter_scales: Sequence[float] | None = None,
+        adapter_rows: Mapping[str, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """``model(*args, **kwargs)``, row i through ``adapter_names[i]``, without gradients.
 
         None and ``"__base__"`` name the base model; adapter_scales multiplies row i's adapter part
         by the i-th number. The batch is the first dimension of ``input_ids``, ``inputs_embeds`` or
-        ``inputs``, else of the first tensor. Waits where an adapter is not on the device.
+        ``inputs``, else of the first tensor. From there rows are followed to the layers, through
+        whatever the model makes of them. adapter_rows: {module: the batch row of each of its rows},
+        for those that come in another way. Waits where an adapter is not on the device.
 
         Raises TypeError when the names are no list, ValueError for an unknown one, more different
         ones than max_adapters, scales that are not finite, or when they are not one a row of the
-        batch; RuntimeError where pinned adapters leave no room, or what reading an adapter raised.
+        batch; RuntimeError where pinned adapters leave no room, for a layer whose rows' owners are
+        not known, or what reading an adapter raised.
         """
-        with self._routed(adapter_names, adapter_scales, args, kwargs):
+        routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs)
+        with routed, self.rows.called(args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -201,6 +213,7 @@ class MultiLoRAModel(nn.Module):
         *args: Any,
         adapter_names: Sequence[str | None],
         adapter_scales: Sequence[float] | None = None,
+        adapter_rows: Mapping[str, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Any:
         """``model.generate(*args, **kwargs)`` with an adapter a row, beams and samples included.
@@ -208,15 +221,11 @@ class MultiLoRAModel(nn.Module):
         Rows, names, scales and errors as in ``forward``; beams and returned sequences are their
         row's.
         """
-        generation = kwargs.get("generation_config") or getattr(
-            unwrapped(self.model), "generation_config", None
-        )
-        copies = [
-            kwargs.get(name) or getattr(generation, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        with self._routed(adapter_names, adapter_scales, args, kwargs, max(copies)):
-            return self.model.generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        model: Any = self.model
+        copies = copies_in(model, kwargs)
+        routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
+        with routed, self.rows.generating(args, kwargs), self.rows.eagerly_at_first():
+            return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
         """An ``Engine`` over this server: requests join and leave its batch; options are its."""
@@ -238,14 +247,17 @@ class MultiLoRAModel(nn.Module):
         scales: Sequence[float] | None = None,
         copies: int = 1,
         per_token: bool = False,
+        stated: Mapping[str, Statement] | None = None,
     ) -> Iterator[None]:
         """Within, this thread's batch has row i in ``slots[i]`` of a lease of the bank's, -1: none.
 
         For who runs ``self.model`` himself, and holds the lease meanwhile. scales: one a row, of
         its adapter's part. copies: how many neighbouring rows a layer may see in place of one.
-        per_token: every token is a row, wherever its sequence begins and ends.
+        per_token: every token is a row, wherever its sequence begins and ends. stated: whose the
+        rows of modules are.
         """
-        with self._batch.running(list(slots), self.max_adapters, copies, scales, per_token):
+        found = self.rows.state(self._batch_dims if stated is None else stated)
+        with self._batch.running(list(slots), self.max_adapters, copies, scales, per_token, found):
             yield
 
     @contextmanager
@@ -253,6 +265,7 @@ class MultiLoRAModel(nn.Module):
         self,
         adapter_names: Sequence[str | None],
         adapter_scales: Sequence[float] | None,
+        adapter_rows: Mapping[str, Sequence[int]] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         copies: int = 1,
@@ -261,18 +274,20 @@ class MultiLoRAModel(nn.Module):
             raise TypeError(
                 f"adapter_names: expected a list with a name a row, got {adapter_names!r}"
             )
-        rows = _batch_size(args, kwargs)
+        rows = _batch_size(args, kwargs, self._batch_dims)
         for what, given in (("adapter_names", adapter_names), ("adapter_scales", adapter_scales)):
             if given is not None and len(given) != rows:
                 raise ValueError(f"{what}: expected {rows}, one a row, got {len(given)}")
         for scale in adapter_scales or ():
             check_number("adapter_scales", scale)
+        dims = self._batch_dims
+        stated = dims | check_rows(self.model, adapter_rows, rows, dims)
         self.follow()
         named = [name for name in adapter_names if name not in (None, BASE)]
         with self.bank.borrow(named) as lease:
             slots = iter(lease.slots)
             of_rows = [-1 if name in (None, BASE) else next(slots) for name in adapter_names]
-            with self.running(of_rows, adapter_scales, copies):
+            with self.running(of_rows, adapter_scales, copies, stated=stated):
                 yield
 
     def follow(self) -> None:
@@ -292,6 +307,8 @@ class MultiLoRAModel(nn.Module):
 class _Batch(Routing, threading.local):
     """The batch that this thread is running."""
 
+    watched = True
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model runs no batch; thread-local state cannot be copied anyway.
         return _Batch, (self.outside,)
@@ -305,9 +322,12 @@ def _layout(linears: dict[str, Any], max_rank: int, lora_dtype: torch.dtype | No
     return Layout(shapes, max_rank)
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _batch_size(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dims: Mapping[str, Statement]
+) -> int:
+    dim = dims[""].dim if "" in dims else 0
     named = [kwargs[name] for name in _BATCH_INPUTS if isinstance(kwargs.get(name), Tensor)]
     for value in (*named, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
+        if isinstance(value, Tensor) and value.dim() > dim:
+            return value.shape[dim]
     raise ValueError("inputs: expected a tensor whose first dimension is the batch")

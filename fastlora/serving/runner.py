@@ -34,10 +34,13 @@ class Chunk(NamedTuple):
 
 
 class Runner:
-    """Runs chunks through a server's model; keys and values stay in ``cache``."""
+    """Runs chunks through a server's model; keys and values stay in ``cache``.
 
-    def __init__(self, server: MultiLoRAModel, cache: RowCache) -> None:
-        self.server, self.cache = server, cache
+    followed: whether each layer must be shown to see the tokens in their order.
+    """
+
+    def __init__(self, server: MultiLoRAModel, cache: RowCache, followed: bool = False) -> None:
+        self.server, self.cache, self._followed = server, cache, followed
         self.device = device_of(server)
         model: Any = unwrapped(server.model)
         # Of a head with adapters every token is a row of the batch, and must come to it.
@@ -61,7 +64,8 @@ class Runner:
         # Of no token would mean of all.
         kept = wanted if len(wanted) else wanted.new_zeros(1)
         options: dict[str, Any] = {"logits_to_keep": kept} if self._keeps else {}
-        with torch.no_grad(), attending(step), routed(self.server, slots, scales):
+        rows = routed(self.server, slots, scales, ids if self._followed else None)
+        with torch.no_grad(), attending(step), rows:
             logits = self.server.model(
                 input_ids=ids,
                 position_ids=step.positions[None].to(self.device),

@@ -1,0 +1,101 @@
+"""Whose the rows of PEFT's mixed batches are, which PEFT takes from their number alone.
+
+PEFT gives ``adapter_names=`` to every layer; here each layer gets the names of the rows that it
+sees, whoever computes it, or refuses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.lora import layer as lora
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from fastlora.routing import Routing
+from fastlora.rows.entry import Watch
+from fastlora.rows.frame import Place
+from fastlora.rows.inputs import copies_in
+
+_WATCH = "_fastlora_watch"
+
+
+class Rows(Routing, threading.local):
+    """The names of this thread's batch."""
+
+    watched = True
+    advice = "exclude the layer from the adapters, or run each adapter's rows by themselves"
+
+    def __init__(self) -> None:
+        super().__init__("give adapter_names to the PEFT model")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, ()
+
+    def miscounted(self, names: int, rows: int) -> Exception:
+        return ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{names} and {rows} respectively."
+        )
+
+    def names_for(self, x: Tensor, layer: nn.Module, names: Sequence[str]) -> list[str]:
+        """One for each index of x's first dimension; RuntimeError where they are not known."""
+        found = self.whose(x, layer)
+        if found is None:
+            return list(names[:1]) * len(x)
+        if isinstance(found, Place):
+            rows: Any = range(len(names)) if self.frame is None else self.frame.rows
+            if found.dim == 0:
+                return [names[int(row)] for row in rows for _ in range(found.copies)]
+        elif found.size == found.shape[0]:
+            each = found.reshape(-1).tolist()
+            return [names[int(row)] for row in each * (len(x) if len(each) == 1 else 1)]
+        raise self._refused(x, layer, "the batch is not its first dimension")
+
+
+def watch(model: Any) -> None:
+    """Follows the rows of ``model``, a ``peft.LoraModel``, from now on."""
+    if _WATCH not in vars(model):
+        vars(model)[_WATCH] = Watch(model.model, Rows())
+
+
+def unwatch(model: Any) -> None:
+    found = vars(model).pop(_WATCH, None)
+    if found is not None:
+        found.remove()
+
+
+@contextmanager
+def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[None]:
+    """Within, the layers of a watched model get the names of their own rows."""
+    watching: Watch = vars(model)[_WATCH]
+    rows: Rows = watching.routing
+    slots = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    kinds: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
+    handles = [
+        module.register_forward_pre_hook(partial(_renamed, rows, names), with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, kinds)
+    ]
+    given = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+    try:
+        copies = copies_in(watching.root, given)
+        running = rows.running([slots[name] for name in names], len(slots), copies)
+        with running, watching.generating(args, given):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _renamed(
+    rows: Rows, names: Sequence[str], layer: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor) or "adapter_names" not in kwargs or rows.slots is None:
+        return None
+    return args, kwargs | {"adapter_names": rows.names_for(x, layer, names)}

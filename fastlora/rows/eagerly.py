@@ -1,0 +1,45 @@
+"""What is followed runs as it was written: compiled code has no ops that could be seen."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+_held = 0
+_stance: Any = None
+
+
+class Eagerly:
+    """From ``begin`` to ``end``, each once at most, nothing compiled runs, in any thread."""
+
+    def __init__(self) -> None:
+        self._on = False
+
+    def begin(self) -> None:
+        """Does nothing where nobody has compiled anything, or within compiled code."""
+        global _held, _stance
+        if self._on or "torch._dynamo" not in sys.modules:
+            return
+        with _lock:
+            if not _held:
+                try:
+                    _stance = torch.compiler.set_stance("force_eager")
+                except RuntimeError:  # within a compiled call
+                    return
+            _held += 1
+            self._on = True
+
+    def end(self) -> None:
+        global _held, _stance
+        if not self._on:
+            return
+        with _lock:
+            self._on = False
+            _held -= 1
+            if not _held:
+                _stance.__exit__(None, None, None)
+                _stance = None

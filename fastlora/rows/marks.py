@@ -1,0 +1,118 @@
+"""Whose the elements of living tensors are, kept by the memory they lie in.
+
+By memory, since autograd hands views on as other tensors than an op returned, and since what is
+written through one view is read through another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastlora.rows.owners import MIXED, NOBODY, Owners, compressed, constant
+
+# Of views that nobody owns anything of; it fits any shape.
+NONE: Owners = constant(NOBODY, 0)
+
+
+class _Memory:
+    """Owners of the views of one storage; ``each``: of its every element, once it is needed."""
+
+    __slots__ = ("each", "itemsize", "ref", "views")
+
+    def __init__(self, ref: StorageWeakRef, itemsize: int) -> None:
+        self.ref, self.itemsize = ref, itemsize
+        self.views: dict[Any, Owners] = {}
+        self.each: Owners | None = None
+
+    def spread(self, size: int) -> Owners:
+        if self.each is None:
+            self.each = np.full(size, NOBODY, np.int32)
+            for (offset, shape, stride, itemsize), o in self.views.items():
+                if itemsize == self.itemsize:
+                    _view(self.each, offset, shape, stride)[...] = o
+        return self.each
+
+
+class Marks:
+    """The owners of tensors. A storage that is gone keeps its place: its number comes no more."""
+
+    def __init__(self) -> None:
+        self._memories: dict[int, _Memory] = {}
+        self._next_sweep = 4096
+
+    def get(self, t: Tensor) -> Owners | None:
+        """None: nobody's."""
+        storage = _storage(t)
+        if storage is None:
+            return None
+        memory = self._memories.get(storage._cdata)
+        if memory is None:
+            return None
+        place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
+        found = memory.views.get(place)
+        if found is None:
+            if memory.itemsize != t.itemsize:
+                return constant(MIXED, t.dim())
+            each = memory.spread(storage.nbytes() // t.itemsize)
+            found = memory.views[place] = compressed(_view(each, *place[:3]).copy())
+            if found.size and (found == NOBODY).all():
+                found = memory.views[place] = NONE
+        return None if found is NONE else found
+
+    def set(self, t: Tensor, owners: Owners | None) -> None:
+        """Of what an op has returned: a new tensor, or another view of one."""
+        storage = _storage(t)
+        if storage is None:
+            return
+        memory = self._memories.get(storage._cdata)
+        if memory is None:
+            if owners is None:
+                return
+            memory = self._begun(storage, t.itemsize)
+        place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
+        memory.views[place] = NONE if owners is None else owners
+
+    def write(self, t: Tensor, owners: Owners | None) -> None:
+        """Of what was written into ``t``, and is seen through every view of its memory."""
+        storage = _storage(t)
+        if storage is None:
+            return
+        before = self.get(t)
+        if owners is before or (owners is None and before is None):
+            return
+        memory = self._memories.get(storage._cdata) or self._begun(storage, t.itemsize)
+        o = NONE if owners is None else owners
+        place = (t.storage_offset(), tuple(t.shape), t.stride(), t.itemsize)
+        if memory.itemsize != t.itemsize:
+            o = constant(MIXED, t.dim())
+            memory.views = {key: constant(MIXED, len(key[1])) for key in memory.views}
+        elif memory.views.keys() - {place} or t.numel() * t.itemsize != storage.nbytes():
+            each = memory.spread(storage.nbytes() // t.itemsize)
+            _view(each, *place[:3])[...] = o
+            memory.views.clear()
+        else:
+            memory.each = None
+        memory.views[place] = o
+
+    def _begun(self, storage: Any, itemsize: int) -> _Memory:
+        if len(self._memories) >= self._next_sweep:
+            live = {key: m for key, m in self._memories.items() if not m.ref.expired()}
+            self._memories, self._next_sweep = live, max(4096, 2 * len(live))
+        memory = self._memories[storage._cdata] = _Memory(StorageWeakRef(storage), itemsize)
+        return memory
+
+
+def _storage(t: Tensor) -> Any:
+    try:
+        return t.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # sparse, or wrapped by a transform
+        return None
+
+
+def _view(each: Owners, offset: Any, shape: tuple[int, ...], stride: tuple[int, ...]) -> Owners:
+    steps = [step * each.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(each[offset:], shape, steps)

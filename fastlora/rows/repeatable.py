@@ -1,0 +1,101 @@
+"""Whether a model's forward goes the same way each time that it is given the same kinds of inputs.
+
+Of torch's and transformers' modules that is taken for granted. A class of somebody else's may keep
+a state, or ask a clock: what its code can be seen to do, and its attributes, decide.
+"""
+
+from __future__ import annotations
+
+import dis
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+_TRUSTED = ("torch", "transformers", "peft", "fastlora", "timm", "diffusers", "accelerate")
+_WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
+# What gives another value each time, or changes something in place.
+_MOVING = {
+    "random", "randint", "shuffle", "choice", "time", "perf_counter", "monotonic", "next", "pop",
+    "append", "setattr", "setdefault", "update", "popleft", "insert", "extend", "environ", "getenv",
+}  # fmt: skip
+_TORCH_S = frozenset(vars(nn.Module()))
+_SIMPLE = (bool, int, float, str, bytes, type(None))
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...] | None:
+    """What a forward's way can depend on besides its inputs; None: on more than can be seen."""
+    found: list[Any] = []
+    for module in model.modules():
+        kind = type(module)
+        if _trusted(kind):
+            continue
+        if not _settled(kind):
+            return None
+        found.append(tuple(
+            (name, _simple(value)) for name, value in vars(module).items() if name not in _TORCH_S
+        ))  # fmt: skip
+    return tuple(found)
+
+
+def all_trusted(model: nn.Module) -> bool:
+    return all(_trusted(type(module)) for module in model.modules())
+
+
+@cache
+def _trusted(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _TRUSTED
+
+
+@cache
+def _settled(kind: type) -> bool:
+    """Whether its forward, and the methods of its own that this names, write nothing."""
+    seen: set[str] = set()
+    wanted = {"forward"}
+    while wanted:
+        name = wanted.pop()
+        seen.add(name)
+        owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+        if owner is None or _trusted(owner):
+            continue
+        value = vars(owner)[name]
+        value = getattr(value, "__func__", getattr(value, "fget", value))
+        function = getattr(value, "__wrapped__", value)
+        if not isinstance(function, FunctionType):
+            continue
+        names = _names(function.__code__)
+        if names is None or names & _MOVING:
+            return False
+        given = (function.__globals__.get(name) for name in names)
+        if any(isinstance(value, (list, dict, set, Tensor, nn.Module)) for value in given):
+            return False
+        wanted |= {each for each in names if hasattr(kind, each)} - seen
+    return True
+
+
+def _names(code: CodeType) -> set[str] | None:
+    """The names that it uses; None where it writes to what outlives it."""
+    found = set(code.co_names)
+    for step in dis.get_instructions(code):
+        if step.opname in _WRITES:
+            return None
+        if step.opname == "STORE_DEREF" and step.argval in code.co_freevars:
+            return None
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            inner = _names(part)
+            if inner is None:
+                return None
+            found |= inner
+    return found
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_simple, value))
+    if isinstance(value, dict):
+        return tuple((str(key), _simple(part)) for key, part in value.items())
+    return type(value), id(value)

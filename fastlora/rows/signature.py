@@ -1,0 +1,76 @@
+"""What two forwards that go the same way have in common, values apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [t for part in value for t in tensors_of(part)]
+    return []
+
+
+def rows_in(batch: list[Any], dim: int) -> int | None:
+    for value in batch:
+        for t in tensors_of(value):
+            if t.dim() > dim:
+                return t.shape[dim]
+    return None
+
+
+def signature_of(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a forward's way can depend on, values apart.
+
+    While one token a row is decoded, how long the cache and its mask have become is left out.
+    """
+    main = given.get("decoder_input_ids", given.get("input_ids"))
+    decoding = (
+        isinstance(main, Tensor)
+        and main.shape[-1] == 1
+        and given.get("past_key_values") is not None
+    )
+    return tuple((name, _looks(value, decoding)) for name, value in given.items())
+
+
+def loosely(signature: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Without the lengths of texts; None for other inputs than texts."""
+    found = []
+    for name, look in signature:
+        if isinstance(look, tuple) and isinstance(look[0], torch.dtype):
+            if len(look[1]) != 2 or look[0].is_floating_point:
+                return None
+            look = (look[0], look[1][:1])
+        found.append((name, look))
+    return tuple(found)
+
+
+def _looks(value: Any, decoding: bool) -> Any:
+    if isinstance(value, Tensor):
+        shape = (value.dim(), value.shape[:1]) if decoding else value.shape
+        return value.dtype, shape
+    if value is None or isinstance(value, (bool, float, str)):
+        return value
+    if isinstance(value, int):
+        return int if decoding else value
+    if isinstance(value, Mapping):
+        return type(value), tuple((str(k), _looks(v, decoding)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_looks(v, decoding) for v in value)
+    return type(value), _cached(value)
+
+
+def _cached(value: Any) -> Any:
+    """Whether a cache holds something, and which parts of an encoder's are known."""
+    length = getattr(value, "get_seq_length", None)
+    crossed = getattr(value, "is_updated", None)
+    begun = bool(length()) if callable(length) else None
+    return begun, tuple(crossed.values()) if isinstance(crossed, dict) else None

@@ -1,0 +1,65 @@
+"""What the caller states of modules: whose their rows are, or which dimension is the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastlora.wrapping import plain_name, unwrapped
+
+
+class Statement(NamedTuple):
+    """rows: the batch row of each index of ``dim``; None: the batch, in the caller's order."""
+
+    dim: int
+    rows: tuple[int, ...] | None = None
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(name): module for name, module in unwrapped(model).named_modules()}
+
+
+def check_dims(model: nn.Module, batch_dims: Mapping[str, int] | None) -> dict[str, Statement]:
+    """``batch_dims`` as statements; TypeError or ValueError naming what does not fit."""
+    found: dict[str, Statement] = {}
+    for name, dim in _checked("batch_dims", model, batch_dims):
+        if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0:
+            raise ValueError(f"batch_dims[{name!r}]: expected a dimension, 0 or more, got {dim!r}")
+        found[name] = Statement(dim)
+    return found
+
+
+def check_rows(
+    model: nn.Module,
+    adapter_rows: Mapping[str, Sequence[int]] | None,
+    batch: int,
+    dims: Mapping[str, Statement],
+) -> dict[str, Statement]:
+    """``adapter_rows`` as statements, along the dimension that ``dims`` gives a module, else 0."""
+    found: dict[str, Statement] = {}
+    for name, rows in _checked("adapter_rows", model, adapter_rows):
+        if isinstance(rows, str) or not isinstance(rows, Sequence):
+            raise TypeError(f"adapter_rows[{name!r}]: expected a list of rows, got {rows!r}")
+        for row in rows:
+            if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < batch:
+                raise ValueError(
+                    f"adapter_rows[{name!r}]: expected rows of the batch, 0 to {batch - 1}, "
+                    f"got {row!r}"
+                )
+        dim = dims[name].dim if name in dims else 0
+        found[name] = Statement(dim, tuple(rows))
+    return found
+
+
+def _checked(what: str, model: nn.Module, given: Any) -> list[tuple[str, Any]]:
+    if given is None:
+        return []
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected {{name of a module: …}}, got {given!r}")
+    names = modules_by_name(model)
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{what}: expected names of the model's modules, got {name!r}")
+    return list(given.items())

@@ -1,0 +1,184 @@
+"""A mode that follows owners through every op that runs within it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlora.rows.computing import rule_for
+from fastlora.rows.marks import Marks
+from fastlora.rows.op import Op, Rule, tensors_in
+from fastlora.rows.owners import Owners, over
+from fastlora.rows.rules import unknown
+
+# Ops that hand values to Python, which may go another way by them next time.
+_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
+_HANDED = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+# Who reads values only to see whether a mask is needed at all: the same rows either way.
+_HARMLESS = (
+    "transformers/masking_utils.py",
+    "transformers/modeling_attn_mask_utils.py",
+    "transformers/modeling_flash_attention_utils.py",
+    "transformers/integrations/sdpa_attention.py",
+)
+
+
+class _Kind:
+    """What is to be done with an op."""
+
+    __slots__ = ("apart", "reads", "rule", "view", "writes")
+
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
+        self.rule: Rule | None = rule_for(func)
+        self.reads = schema.name in _READS
+        alias = [r.alias_info for r in schema.returns]
+        self.view = torch.Tag.inplace_view in func.tags or any(
+            a is not None and not a.is_write for a in alias
+        )
+        self.writes = tuple(
+            (i, a.name)
+            for i, a in enumerate(schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        )
+        self.apart = self.rule is None and composite
+
+
+_kinds: dict[Any, _Kind] = {}
+
+
+class _Thread(threading.local):
+    trace: Trace | None = None
+
+
+_running = _Thread()
+
+
+def declare(t: Tensor, of: Tensor, *dims: int) -> None:
+    """Where a trace runs: ``t`` has the owners of ``of``, whose dimensions it has as ``dims``.
+
+    For what ops do not show, such as attention that takes keys from where it has put them.
+    """
+    trace = _running.trace
+    if trace is not None:
+        o = trace.marks.get(of)
+        trace.marks.set(t, None if o is None else over(o, [-1]).transpose(dims))  # pyright: ignore
+
+
+class Trace(TorchDispatchMode):
+    """Within ``open()`` and ``close()`` this thread's ops are followed.
+
+    by_value: what was found holds for these values alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks = Marks()
+        self.by_value = False
+        self._reads = _Reads(self)
+        self._before: Trace | None = None
+
+    def open(self) -> None:
+        self._before, _running.trace = _running.trace, self
+        self.__enter__()
+        self._reads.__enter__()
+
+    def close(self) -> None:
+        self._reads.__exit__(None, None, None)
+        self.__exit__(None, None, None)
+        _running.trace = self._before
+
+    def owners(self, t: Tensor) -> Owners | None:
+        return self.marks.get(t)
+
+    def read(self) -> None:
+        """Python has been handed a value."""
+        self.by_value = self.by_value or not _harmless()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds[func] = _Kind(func)
+        if kind.apart:
+            with self:
+                return func.decompose(*args, **kwargs)  # pyright: ignore[reportFunctionMemberAccess]
+        if kind.reads:
+            self.read()
+        given = tensors_in(args) + (tensors_in(list(kwargs.values())) if kwargs else [])
+        owned = [t for t in given if self.marks.get(t) is not None]
+        out = func(*args, **kwargs)
+        if owned:
+            self._follow(kind, func, args, kwargs, out)
+        return out
+
+    def _follow(
+        self, kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        if kind.rule is None and kind.view:
+            return  # Read from the memory, when somebody asks.
+        op = Op(func, args, kwargs, self.marks)
+        written = [args[i] if i < len(args) else kwargs.get(name) for i, name in kind.writes]
+        op.out = out if tensors_in(out) else written
+        outs = op.outs
+        if not outs:
+            return
+        try:
+            found = (kind.rule or unknown)(op)
+        except (IndexError, TypeError, ValueError, AttributeError):
+            # A form that the rule does not know.
+            found = unknown(op)
+        each = found if isinstance(found, list) else [found] * len(outs)
+        self.by_value = self.by_value or op.by_value
+        into = tensors_in(written)
+        for t, owners in zip(outs, each, strict=True):
+            if any(t is w for w in into):
+                self.marks.write(t, owners)
+            else:
+                self.marks.set(t, owners)
+        if kind.rule is None or not tensors_in(out):
+            return
+        for t in into:
+            if not any(t is o for o in outs):
+                self.marks.write(t, each[0])
+
+
+class _Reads(TorchFunctionMode):
+    """Sees what reaches Python past all ops."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _HANDED:
+            self._trace.read()
+        return func(*args, **(kwargs or {}))
+
+
+def _harmless() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename.replace("\\", "/")
+        if "/torch/" not in name and "/fastlora/rows/" not in name:
+            return name.endswith(_HARMLESS)
+        frame = frame.f_back
+    return False
