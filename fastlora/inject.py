@@ -110,7 +110,7 @@ def inject(
             swap(inner, [name], module.trained)
         done.append(lambda: forget(inner))
         watch = None if rows is None else Watch(inner, rows, layers.values())
-        remember(inner, Injection(config, chosen.skipped, rows, saved, watch))
+        remember(inner, Injection(config, chosen.skipped, rows, saved, watch=watch))
     if freeze_base:
         _freeze(inner, config, saved)
     trial.watch(inner)
