@@ -15,12 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _pop_mode,
-)
+from torch.overrides import TorchFunctionMode
 
+from fastlora import modes
 from fastlora.bypassed import bypassed, reader
 from fastlora.listing import some
 from fastlora.sources import LOOKS, METADATA, VIEWS
@@ -216,8 +213,7 @@ def _leave(trial: _Trial) -> None:
     trial.over, trial.frame = True, None
     _here.trial = None
     _under_way.discard(id(trial))
-    if _get_current_function_mode() is trial:
-        _pop_mode()
+    modes.leave(trial)
 
 
 def _settle(module: nn.Module) -> None:

@@ -71,6 +71,7 @@ LAYERS = {
         "library",
         "listing",
         "products",
+        "modes",
         "native",
         "packed",
         "plain",

@@ -257,3 +257,21 @@ def test_whisper_whose_rows_leave_the_batch(way, tmp_path):
             assert torch.equal(got[i, :length], want[i, :length])
             assert not got[i, length:].any()
             assert not want[i, length:].any()
+
+
+def test_images_beside_texts_are_theirs_where_the_loss_says_so(tmp_path):
+    """CLIP scores every pair: whose an image is nobody says by giving as many of both."""
+    served = Served(_of("CLIPModel", "CLIPConfig", PAIR), tmp_path)
+    given, names = text() | images(), ["alice", "bob", None]
+    with pytest.raises(RuntimeError, match=r"vision_model.*is not known.*adapter_rows"):
+        served.server(**given, adapter_names=names)
+    paired = served.server(**given, adapter_names=names, return_loss=True)
+    stated = served.server(**given, adapter_names=names, adapter_rows={"vision_model": [2, 1, 0]})
+    for i, name in enumerate(names):
+        alone, other = (
+            served.alone[each](**{k: t[i : i + 1] for k, t in given.items()})
+            for each in (name, names[2 - i])
+        )
+        assert error(paired.text_embeds[i], alone.text_embeds[0]) < 1e-4
+        assert error(paired.image_embeds[i], alone.image_embeds[0]) < 1e-4
+        assert error(stated.image_embeds[i], other.image_embeds[0]) < 1e-4

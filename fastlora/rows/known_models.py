@@ -80,9 +80,9 @@ def _by_grid(model: Any, given: Mapping[str, Any], ids: Tensor) -> Rows:
 
 
 def _pairs(model: Any, given: Mapping[str, Any], ids: Tensor) -> Rows:
-    """Image i is text i's, as the loss has them."""
+    """Image i is text i's where the loss is asked for, which has them so; else every pair is."""
     images = given.get("pixel_values")
-    if not isinstance(images, Tensor) or len(images) != len(ids):
+    if not given.get("return_loss") or not isinstance(images, Tensor) or len(images) != len(ids):
         return {}
     return {"pixel_values": list(range(len(ids)))}
 

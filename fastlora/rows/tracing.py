@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlora import modes
 from fastlora.rows.computing import rule_for
 from fastlora.rows.marks import Marks
 from fastlora.rows.op import Op, Rule, tensors_in
@@ -94,7 +95,7 @@ class Trace(TorchDispatchMode):
         self._reads.__enter__()
 
     def close(self) -> None:
-        self._reads.__exit__(None, None, None)
+        modes.leave(self._reads)
         self.__exit__(None, None, None)
         _running.trace = self._before
 
