@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 
 def leave(mode: TorchFunctionMode) -> None:
-    """Takes a mode from this thread's stack, where others may lie on it; nothing if it is not there.
+    """Takes a mode from this thread's stack, where others may lie on it, if it is there.
 
     Its own ``__exit__`` takes whichever is on top.
     """
