@@ -175,7 +175,7 @@ def test_modes_that_hooks_enter_leave_the_stack(tmp_path):
     """Of a first forward that is watched for two things at once, and of one that is refused."""
     served, x = Served(Turned, tmp_path), torch.randn(B, 2, K)
     depth = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-    with served.server.running([0, 1, -1]):
+    with torch.no_grad(), served.server.running([0, 1, -1]):
         served.server.model(x)
         with pytest.raises(RuntimeError, match="expected 3 rows first"):
             served.server.model(torch.randn(7, 2, K))
