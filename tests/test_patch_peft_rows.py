@@ -152,3 +152,26 @@ def test_generate_with_an_adapter_a_row():
     assert torch.equal(*found)
     found = [m.generate(**given, **masks, **more) for m in (plain, patched)]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
+def test_an_error_leaves_no_names_to_later_batches(error):
+    """As it does in PEFT, where the active adapter then has no say."""
+    plain, patched = pair("mlp")
+    found = []
+    for model in (plain, patched):
+        model.add_adapter("other", config("mlp"))
+        filled(model).eval()
+
+        def fail(*args, raised=error):
+            raise raised
+
+        given = inputs("mlp", rows=3)
+        with torch.no_grad():
+            want = run(model, given)
+            handle = model.base_model.model.register_forward_hook(fail)
+            with pytest.raises(error):
+                run(model, given, adapter_names=["other"] * 3)
+            handle.remove()
+            found.append(torch.equal(run(model, given), want))
+    assert found == [False, True]
