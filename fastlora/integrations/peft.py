@@ -14,15 +14,13 @@ from torch import nn
 from fastlora import trial
 from fastlora.bypassed import bypassed
 from fastlora.injection import Report, report
-from fastlora.integrations import peft_bypassed, peft_rows
-from fastlora.integrations.peft_bypassed import Refusing
+from fastlora.integrations import peft_bypassed, peft_rows, peft_tied
 from fastlora.integrations.peft_linear import Linear
 from fastlora.integrations.peft_merging import warn_of_lost_merges
 from fastlora.integrations.peft_packing import keep_unpacked, let_pack
 from fastlora.integrations.peft_parts import obstacle, product
 from fastlora.integrations.peft_quantized import QUANTIZED
 from fastlora.integrations.peft_running import misstated, rank, warn_before_saving
-from fastlora.integrations.peft_tied import UntiedMerging
 from fastlora.listing import by_reason, some
 from fastlora.wrapping import unwrapped
 
@@ -31,7 +29,7 @@ PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTI
 OURS = {ours: theirs for theirs, ours in PATCHED.items()}
 
 
-class LoraModel(UntiedMerging, Refusing):
+class LoraModel(peft.LoraModel):
     """``peft.LoraModel`` whose new layers are patched as they come, and which says what it runs."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -64,16 +62,36 @@ class LoraModel(UntiedMerging, Refusing):
             _patch_layer(new_module)
             keep_unpacked(new_module)
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        warn_of_lost_merges(_lora_layers(self))
-        super().merge_adapter(*args, **kwargs)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_merging(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         if merge:
-            warn_of_lost_merges(_lora_layers(self))
-        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self._check_merging(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(
+            merge=merge,
+            progressbar=progressbar,
+            safe_merge=safe_merge,
+            adapter_names=adapter_names,
+        )
         let_pack(model)
         return model
+
+    def _check_merging(self, adapter_names: list[str] | None) -> None:
+        """Before anything is merged, what PEFT merges without a word."""
+        model: Any = self.model
+        peft_tied.refuse(model, adapter_names)
+        peft_bypassed.refuse(model, adapter_names)
+        warn_of_lost_merges(_lora_layers(model))
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any

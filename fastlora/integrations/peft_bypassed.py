@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import peft
 from peft.tuners.lora import layer as lora
 from torch import nn
 
@@ -15,47 +14,19 @@ from fastlora.bypassed import bypassed, rescaled
 from fastlora.listing import by_reason, some
 
 
-class Refusing(peft.LoraModel):
-    """``peft.LoraModel`` that merges nothing where an adapter would come to work by it.
+def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """RuntimeError where merging would put an adapter to work that has had no part so far.
 
-    RuntimeError, before anything is merged, where a layer's adapter adds something, and its layer
-    is never called by who reads its weight.
+    model: around PEFT's layers. adapter_names: what is to be merged, by default what is active.
+    Adapters that add nothing pass.
     """
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """PEFT's, of layers that the model calls."""
-        self._refuse_bypassed(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        if merge:
-            self._refuse_bypassed(adapter_names)
-        return super()._unload_and_optionally_merge(
-            merge=merge,
-            progressbar=progressbar,
-            safe_merge=safe_merge,
-            adapter_names=adapter_names,
-        )
-
-    def _refuse_bypassed(self, adapter_names: list[str] | None) -> None:
-        model: Any = self.model
-        layers = _outermost(
-            (n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)
-        )
-        adding = {
-            name: layer
-            for name, layer in layers.items()
-            if any(_adds(layer, each) for each in adapter_names or layer.active_adapters)
-        }
-        trial.refuse(model, adding)
+    layers = _outermost((n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer))
+    adding = {
+        name: layer
+        for name, layer in layers.items()
+        if any(_adds(layer, each) for each in adapter_names or layer.active_adapters)
+    }
+    trial.refuse(model, adding)
 
 
 def warn(model: nn.Module, layers: Mapping[str, nn.Module], stacklevel: int) -> None:

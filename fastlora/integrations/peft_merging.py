@@ -130,7 +130,7 @@ def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
         warnings.warn(
             f"PEFT's merging leaves the adapter out of weights of optimum-quanto: {some(lost)} "
             "stay as they are and count as merged; keep the adapter beside them",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
