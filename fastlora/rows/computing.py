@@ -15,8 +15,8 @@ from fastlora.rows.moving import MOVING
 from fastlora.rows.op import Rule
 
 
-def _table(rule: Rule, names: str) -> dict[str, Rule]:
-    return dict.fromkeys((f"aten::{name}" for name in names.split()), rule)
+def _table(rule: Rule, names: str, library: str = "aten") -> dict[str, Rule]:
+    return dict.fromkeys((f"{library}::{name}" for name in names.split()), rule)
 
 
 _RULES: dict[str, Rule] = {
@@ -87,6 +87,12 @@ _RULES: dict[str, Rule] = {
     **_table(rules.sampled, "multinomial"),
     **_table(rules.complex_pairs, "view_as_real view_as_complex"),
     **_table(rules.looked_up, "embedding"),
+    **_table(
+        rules.of_bitsandbytes,
+        "gemm_4bit gemv_4bit int8_linear_matmul int8_scaled_mm int8_mixed_scaled_mm "
+        "int8_mm_dequant int8_vectorwise_quant",
+        "bitsandbytes",
+    ),
 }
 # By their tag; these lack it in some torch.
 for _name in (

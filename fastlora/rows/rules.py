@@ -156,6 +156,22 @@ def of_fastlora(op: Op) -> Found:
     return [join(x, op.own(op.arg("y"))), *(x for _ in op.outs[1:])]
 
 
+def of_bitsandbytes(op: Op) -> Found:
+    """Quantized products, and what prepares their left operand: each row by itself.
+
+    Which columns are outliers all rows decide together; nobody's row is another's by that.
+    """
+    A = op.args[0]
+    lead, found = A.shape[:-1], []
+    o = over(op.own(A), [-1])
+    for out in op.outs:
+        if o is None or out.shape[: len(lead)] != lead:
+            found.append(None)
+        else:
+            found.append(o if out.dim() == A.dim() else o.reshape(o.shape[:-1]))
+    return found
+
+
 def complex_pairs(op: Op) -> Found:
     """view_as_real: one dimension more; view_as_complex: one less."""
     o, more = op.own(op.args[0]), op.outs[0].dim() > op.args[0].dim()
