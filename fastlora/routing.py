@@ -265,7 +265,7 @@ def _called_by_hand() -> bool:
     while frame is not None:
         name = frame.f_code.co_filename
         inside = inside and ("/fastlora/" in name or "/torch/" in name)
-        if not inside:
-            return not isinstance(frame.f_locals.get("self"), nn.Module)
+        if not inside and isinstance(frame.f_locals.get("self"), nn.Module):
+            return False
         frame = frame.f_back
     return True

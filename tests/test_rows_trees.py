@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
-from fastlora.injection import injection
 from fastlora.routing import Routing
 
 K = 8
@@ -115,7 +114,7 @@ def saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["served", pytest.param("trained", marks=pytest.mark.full)])
 def test_no_layer_sees_a_foreign_row(kind, saw):
-    served = refused = kept = 0
+    served = refused = 0
     for seed in range(TREES):
         random.seed(seed)
         torch.manual_seed(seed)
@@ -150,12 +149,9 @@ def test_no_layer_sees_a_foreign_row(kind, saw):
             for got, of in zip(saw, LOG, strict=False):
                 # Nobody's own slot is -1, so is the first row's: a tower's must not be answered.
                 assert torch.equal(got.long(), of - 1), (seed, turn)
-        watch = server.rows if kind == "served" else injection(model).watch
-        kept += len(watch.verdicts)
     # Neither all nor nothing.
     assert served > 4 * TREES
     assert refused < 2 * TREES
-    assert kept > TREES / 8
 
 
 TREES = 25

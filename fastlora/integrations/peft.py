@@ -39,20 +39,14 @@ class LoraModel(peft.LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        error: BaseException | None = None
-        # PEFT's names stay in the layers, for later batches, if an error passes through this.
+        # Not by PEFT's hooks: they are every thread's, and stay if an error passes through them.
+        names = kwargs.pop("adapter_names", None)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
-            try:
-                if names is None:
+            if names is None:
+                yield
+            else:
+                with peft_rows.named(self, names, args, kwargs):
                     yield
-                else:
-                    with peft_rows.named(self, names, args, kwargs):
-                        yield
-            except BaseException as raised:
-                error = raised
-        if error is not None:
-            raise error
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

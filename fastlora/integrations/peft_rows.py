@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from peft.tuners.lora import layer as lora
@@ -22,6 +21,8 @@ from fastlora.rows.frame import Place
 from fastlora.rows.inputs import copies_in
 
 _WATCH = "_fastlora_watch"
+# What PEFT gives names to.
+_NAMED: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
 
 
 class Rows(Routing, threading.local):
@@ -32,6 +33,7 @@ class Rows(Routing, threading.local):
 
     def __init__(self) -> None:
         super().__init__("give adapter_names to the PEFT model")
+        self.names: list[str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Rows, ()
@@ -74,28 +76,48 @@ def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[
     """Within, the layers of a watched model get the names of their own rows."""
     watching: Watch = vars(model)[_WATCH]
     rows: Rows = watching.routing
+    _check(model, names)
     slots = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    kinds: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
     handles = [
-        module.register_forward_pre_hook(partial(_renamed, rows, names), with_kwargs=True)
+        module.register_forward_pre_hook(_Naming(rows), with_kwargs=True)
         for module in model.modules()
-        if isinstance(module, kinds)
+        if isinstance(module, _NAMED)
     ]
     given = {name: value for name, value in kwargs.items() if name != "adapter_names"}
     try:
         copies = copies_in(watching.root, given)
         running = rows.running([slots[name] for name in names], len(slots), copies)
-        with running, watching.generating(args, given):
-            yield
+        before, rows.names = rows.names, list(names)
+        try:
+            with running, watching.generating(args, given):
+                yield
+        finally:
+            rows.names = before
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _renamed(
-    rows: Rows, names: Sequence[str], layer: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> Any:
-    x = args[0] if args else next(iter(kwargs.values()), None)
-    if not isinstance(x, Tensor) or "adapter_names" not in kwargs or rows.slots is None:
-        return None
-    return args, kwargs | {"adapter_names": rows.names_for(x, layer, names)}
+def _check(model: Any, names: Sequence[str]) -> None:
+    """ValueError, as PEFT's, for names of no adapter, and in training mode."""
+    if model.training:
+        raise ValueError("adapter_names: expected a model in eval mode, this one is in training")
+    layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
+    known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    unknown = sorted({*names} - known - {"__base__"})
+    if unknown:
+        raise ValueError(f"adapter_names: non-existing adapter(s): {', '.join(unknown)}")
+
+
+class _Naming:
+    """Gives a layer the names of the rows that it sees, of the batch of the thread that runs it."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        names = self.rows.names
+        if not isinstance(x, Tensor) or names is None or self.rows.slots is None:
+            return None
+        return args, kwargs | {"adapter_names": self.rows.names_for(x, layer, names)}

@@ -27,7 +27,7 @@ _RULES: dict[str, Rule] = {
         "clone detach alias lift lift_fresh lift_fresh_copy _to_copy contiguous dropout bernoulli "
         "zero_ fill_ normal_ uniform_ bernoulli_ random_ exponential_ log_normal_ tril triu tril_ "
         "triu_ _conj _conj_physical resolve_conj resolve_neg detach_ requires_grad_ isin bucketize "
-        "pin_memory _pin_memory to_mkldnn celu masked_fill_ nan_to_num_",
+        "pin_memory _pin_memory to_mkldnn celu nan_to_num_",
     ),
     **_table(rules.several, "native_dropout _fused_dropout"),
     **_table(
@@ -44,7 +44,7 @@ _RULES: dict[str, Rule] = {
     **_table(
         rules.along,
         "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cumsum_ "
-        "cummax cummin glu logcumsumexp kthvalue mode _weight_norm renorm",
+        "cummax cummin glu logcumsumexp",
     ),
     **_table(rules.transformed, "_fft_r2c _fft_c2r _fft_c2c"),
     **_table(rules.normalised, "native_layer_norm _fused_rms_norm layer_norm rms_norm"),
@@ -114,6 +114,8 @@ def rule_for(func: Any) -> Rule | None:
     name = func._schema.name
     if name.startswith("fastlora::"):
         return rules.of_fastlora
+    if name in ("aten::max", "aten::min") and func._overloadname in ("other", "out"):
+        return rules.pointwise
     found = _RULES.get(name)
     if found is None and name.endswith("_"):
         found = _RULES.get(name[:-1])

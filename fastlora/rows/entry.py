@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastlora.rows.eagerly import Eagerly
@@ -18,8 +19,8 @@ from fastlora.rows.inputs import Inputs, encoder_of
 from fastlora.rows.known_models import rows_of_inputs
 from fastlora.rows.opened import Closing, Opened, Opening
 from fastlora.rows.owners import along
-from fastlora.rows.repeatable import all_trusted, state_of
-from fastlora.rows.signature import loosely, rows_in, signature_of, tensors_of
+from fastlora.rows.repeatable import all_trusted, has_foreign_hooks, state_of
+from fastlora.rows.signature import Unseen, loosely, rows_in, signature_of, tensors_of
 from fastlora.rows.statements import Statement, modules_by_name
 from fastlora.rows.tracing import Trace
 from fastlora.wrapping import unwrapped
@@ -195,11 +196,19 @@ class Watch:
         """What two forwards have in common that go the same way; None where nobody can tell."""
         if self._trusted is None:
             self._trusted = all_trusted(self.root)
-        state = () if self._trusted else state_of(self.root)
-        if state is None or not self._settled:
+        if not (self._trusted and self._settled) or has_foreign_hooks(self.root):
             return None
-        stated = tuple(self.routing.stated)
-        return id(module), module.training, owners, stated, state, signature_of(given)
+        try:
+            signature = signature_of(given)
+        except Unseen:
+            return None
+        stated = tuple((i, each.dim) for i, each in self.routing.stated.items())
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return id(module), module.training, owners, stated, modes, signature
+
+    def goes_alike(self) -> bool:
+        """Whether a forward is taken to go the same way once it is compiled."""
+        return self._settled and state_of(self.root) is not None
 
     def of_any_length(self, key: Any) -> dict[int, Place] | None:
         """What two texts' lengths have had in common, if they had all."""
@@ -288,7 +297,10 @@ class Watch:
             sizes.append(t.shape[statement.dim])
             if statement.rows is not None and sizes[-1] == len(rows) * self.routing.copies:
                 rows = tuple(i for i in rows for _ in range(self.routing.copies))
-            if sizes[-1] == len(rows) and frame.trace is not None:
+            known = None if frame.trace is None else frame.trace.owners(t)
+            # What has come from the batch is known better than by its length.
+            known = known is not None and bool((known >= 0).all())
+            if sizes[-1] == len(rows) and frame.trace is not None and not known:
                 frame.trace.marks.set(t, along(statement.dim, rows, t.dim()))
         frame.stated.append((statement, rows))
         if statement.rows is not None and len(rows) not in sizes:

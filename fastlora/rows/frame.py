@@ -100,7 +100,10 @@ class Frame:
         return o
 
     def _as_stated(self, x: Tensor, o: Owners | None) -> Place | Owners | str:
-        for statement, rows in reversed(self.stated):
+        for i, (statement, rows) in reversed([*enumerate(self.stated)]):
+            # Of the model it says how it is called, and of its layers only that the batch is first.
+            if i == 0 and statement.dim and id(self.module) in self.watch.routing.stated:
+                continue
             if x.dim() > statement.dim + 1 and x.shape[statement.dim] == len(rows):
                 return self._placed(along(statement.dim, rows, x.dim() - 1), x)
         if o is None or bool((o == NOBODY).any()):

@@ -153,11 +153,13 @@ def _put(op: Op, x: Tensor, given: Sequence[Tensor | None], values: Any, adds: b
     after = np.full(x.shape, NOBODY, np.int32)
     after[places] = theirs
     if adds:
-        # Who comes to one place twice: first and last must be the same.
-        twice, flat = after.copy(), np.arange(after.size).reshape(after.shape)[places]
-        values_of = np.broadcast_to(theirs, flat.shape)
-        twice.reshape(-1)[flat.reshape(-1)[::-1]] = values_of.reshape(-1)[::-1]
-        after = np.where(after == twice, after, np.int32(MIXED))
+        # All who come to one place must be the same.
+        low = np.full(x.shape, np.iinfo(np.int32).max, np.int32)
+        np.minimum.at(low, places, theirs)
+        high = np.full(x.shape, np.iinfo(np.int32).min, np.int32)
+        np.maximum.at(high, places, theirs)
+        came = after != NOBODY
+        after = np.where(came & (low != high), np.int32(MIXED), after)
         found = join(before, after)
         assert found is not None
         return compressed(found)
@@ -187,6 +189,9 @@ def _scattered(op: Op) -> Found:
         one = join(mine, theirs) if same else None
         if one is not None and not (one == MIXED).any():
             return one
+    name = op.func._schema.name
+    if "add" in name or "reduce" in name or op.arg("reduce") is not None:
+        return constant(MIXED, x.dim())  # several may come to one place
     where = np.broadcast_to(theirs, tuple(index.shape) if theirs.size == 1 else theirs.shape)
     shape = tuple(index.shape)
     where = np.broadcast_to(where, tuple(max(a, 1) for a in where.shape))

@@ -29,6 +29,9 @@ class _Memory:
         self.each: Owners | None = None
 
     def spread(self, size: int) -> Owners:
+        if self.each is not None and len(self.each) != size:  # resized
+            self.views.clear()
+            self.each = np.full(size, MIXED, np.int32)
         if self.each is None:
             self.each = np.full(size, NOBODY, np.int32)
             for (offset, shape, stride, itemsize), o in self.views.items():

@@ -1,7 +1,8 @@
 """Whether a model's forward goes the same way each time that it is given the same kinds of inputs.
 
-Of torch's and transformers' modules that is taken for granted. A class of somebody else's may keep
-a state, or ask a clock: what its code can be seen to do, and its attributes, decide.
+Of torch's and transformers' modules that is taken for granted, of no others: a class of somebody
+else's may keep a state anywhere, or ask a clock, and is followed each time. Before it is compiled,
+what its code can be seen to do, and its attributes, decide.
 """
 
 from __future__ import annotations
@@ -37,6 +38,24 @@ def state_of(model: nn.Module) -> tuple[Any, ...] | None:
             (name, _simple(value)) for name, value in vars(module).items() if name not in _TORCH_S
         ))  # fmt: skip
     return tuple(found)
+
+
+def has_foreign_hooks(model: nn.Module) -> bool:
+    """Whether somebody's hooks, or forwards of their own, may change what a forward does."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if hooks and not all(map(_is_trusted, hooks.values())):
+                return True
+        own = module.__dict__.get("forward")
+        if own is not None and not _is_trusted(own):
+            return True
+    return False
+
+
+def _is_trusted(hook: Any) -> bool:
+    hook = getattr(hook, "func", hook)
+    name = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(name).partition(".")[0] in _TRUSTED
 
 
 def all_trusted(model: nn.Module) -> bool:

@@ -107,7 +107,8 @@ def multiplied(op: Op) -> Found:
 
 def linear(op: Op) -> Found:
     x, weight = op.args[0], op.own(op.args[1])
-    return join(over(op.own(x), [-1]), whole(weight))
+    bias = op.arg("bias") if "bias" in str(op.func._schema) else None
+    return join(over(op.own(x), [-1]), whole(weight), whole(op.own(bias)))
 
 
 def mv(op: Op) -> Found:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Unseen(Exception):
+    """An input by which a forward may go, and which nobody looks into."""
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -56,16 +61,20 @@ def loosely(signature: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def _looks(value: Any, decoding: bool) -> Any:
     if isinstance(value, Tensor):
         shape = (value.dim(), value.shape[:1]) if decoding else value.shape
-        return value.dtype, shape
-    if value is None or isinstance(value, (bool, float, str)):
+        # A form that a module may go by: which dimension lies closest.
+        order = None if decoding or value.layout != torch.strided else value.is_contiguous()
+        return value.dtype, shape, value.layout, order
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return type(value), value
+    if isinstance(value, (enum.Enum, torch.dtype, torch.device)):
         return value
-    if isinstance(value, int):
-        return int if decoding else value
     if isinstance(value, Mapping):
         return type(value), tuple((str(k), _looks(v, decoding)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_looks(v, decoding) for v in value)
-    return type(value), _cached(value)
+    if type(value).__module__.startswith("transformers.") and hasattr(value, "get_seq_length"):
+        return type(value), _cached(value)
+    raise Unseen(type(value).__name__)
 
 
 def _cached(value: Any) -> Any:

@@ -16,12 +16,15 @@ from fastlora import modes
 from fastlora.rows.computing import rule_for
 from fastlora.rows.marks import Marks
 from fastlora.rows.op import Op, Rule, tensors_in
-from fastlora.rows.owners import Owners, over
+from fastlora.rows.owners import MIXED, Owners, constant, over
 from fastlora.rows.rules import unknown
 
 # Ops that hand values to Python, which may go another way by them next time.
 _READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
-_HANDED = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_HANDED = {
+    Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__,
+    Tensor.__format__, Tensor.tensor_split, torch.tensor_split, torch.allclose, Tensor.allclose,
+}  # fmt: skip
 # Who reads values only to see whether a mask is needed at all: the same rows either way.
 _HARMLESS = (
     "transformers/masking_utils.py",
@@ -34,16 +37,16 @@ _HARMLESS = (
 class _Kind:
     """What is to be done with an op."""
 
-    __slots__ = ("apart", "reads", "rule", "view", "writes")
+    __slots__ = ("apart", "reads", "rule", "turned", "view", "writes")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
         self.rule: Rule | None = rule_for(func)
-        self.reads = schema.name in _READS
+        self.reads = schema.name in _READS or _decides(func)
         alias = [r.alias_info for r in schema.returns]
-        self.view = torch.Tag.inplace_view in func.tags or any(
-            a is not None and not a.is_write for a in alias
-        )
+        # transpose_ and the like: another view of the same memory, under the same name.
+        self.turned = torch.Tag.inplace_view in func.tags
+        self.view = self.turned or any(a is not None and not a.is_write for a in alias)
         self.writes = tuple(
             (i, a.name)
             for i, a in enumerate(schema.arguments)
@@ -120,7 +123,7 @@ class Trace(TorchDispatchMode):
         if kind.apart:
             with self:
                 return func.decompose(*args, **kwargs)  # pyright: ignore[reportFunctionMemberAccess]
-        if kind.reads:
+        if kind.reads or _by_mask(func, args):
             self.read()
         given = tensors_in(args) + (tensors_in(list(kwargs.values())) if kwargs else [])
         owned = [t for t in given if self.marks.get(t) is not None]
@@ -132,7 +135,7 @@ class Trace(TorchDispatchMode):
     def _follow(
         self, kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        if kind.rule is None and kind.view:
+        if kind.turned or (kind.rule is None and kind.view):
             return  # Read from the memory, when somebody asks.
         op = Op(func, args, kwargs, self.marks)
         written = [args[i] if i < len(args) else kwargs.get(name) for i, name in kind.writes]
@@ -148,7 +151,7 @@ class Trace(TorchDispatchMode):
         each = found if isinstance(found, list) else [found] * len(outs)
         self.by_value = self.by_value or op.by_value
         into = tensors_in(written)
-        for t, owners in zip(outs, each, strict=True):
+        for t, owners in zip(outs, map(_fitting, each, outs), strict=True):
             if any(t is w for w in into):
                 self.marks.write(t, owners)
             else:
@@ -157,7 +160,32 @@ class Trace(TorchDispatchMode):
             return
         for t in into:
             if not any(t is o for o in outs):
-                self.marks.write(t, each[0])
+                self.marks.write(t, _fitting(each[0], t))
+
+
+def _decides(func: Any) -> bool:
+    """Whether values decide on the shape of its result, or come to Python by it."""
+    if func._schema.name == "aten::index":
+        return False  # by a mask it does, see below
+    tags = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+    also = ("aten::_nnz", "aten::_pack_padded_sequence")
+    return func._schema.name in also or any(tag in func.tags for tag in tags)
+
+
+def _by_mask(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is ``x[mask]``, of as many elements as the mask has ones."""
+    return func._schema.name == "aten::index" and any(
+        isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in args[1]
+    )
+
+
+def _fitting(owners: Owners | None, t: Tensor) -> Owners | None:
+    """Of a rule that had another form in mind than the result has: nobody knows."""
+    fits = owners is None or (
+        owners.ndim == t.dim()
+        and all(a in (1, b) for a, b in zip(owners.shape, t.shape, strict=True))
+    )
+    return owners if fits else constant(MIXED, t.dim())
 
 
 class _Reads(TorchFunctionMode):
