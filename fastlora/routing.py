@@ -265,7 +265,9 @@ def _called_by_hand() -> bool:
     while frame is not None:
         name = frame.f_code.co_filename
         inside = inside and ("/fastlora/" in name or "/torch/" in name)
-        if not inside and isinstance(frame.f_locals.get("self"), nn.Module):
+        code = frame.f_code
+        own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if not inside and isinstance(own, nn.Module):
             return False
         frame = frame.f_back
     return True

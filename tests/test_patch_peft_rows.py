@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -175,3 +176,30 @@ def test_an_error_leaves_no_names_to_later_batches(error):
             handle.remove()
             found.append(torch.equal(run(model, given), want))
     assert found == [False, True]
+
+
+def test_two_threads_have_names_of_their_own():
+    """PEFT hangs each batch's names on the layers, where all threads find them."""
+    _, patched = pair("mlp")
+    patched.add_adapter("other", config("mlp"))
+    filled(patched).eval()
+    given, wrong = inputs("mlp", rows=3), []
+    with torch.no_grad():
+        want = {
+            name: run(patched, given, adapter_names=[name] * 3) for name in ("default", "other")
+        }
+
+    def work(name: str) -> None:
+        with torch.no_grad():
+            rows = [name, "__base__", name]
+            for _ in range(20):
+                got = run(patched, given, adapter_names=rows)
+                if not torch.allclose(got[::2], want[name][::2], atol=1e-5):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in want]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -178,3 +178,70 @@ def test_modes_that_hooks_enter_leave_the_stack(tmp_path):
         with pytest.raises(RuntimeError, match="expected 3 rows first"):
             served.server.model(torch.randn(7, 2, K))
     assert (torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()) == depth
+
+
+class Recurrent(nn.Module):
+    """torch's own turns its result in place, as many tokens as rows or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRU(K, K, batch_first=True), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0])
+
+
+class Summed(Plain):
+    """A row of the sum is two rows'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = torch.tensor([0, 0, 1]).view(-1, 1, 1).expand_as(x)
+        return self.two(torch.zeros_like(x).scatter_add(0, where, self.one(x)))
+
+
+class Beside(Plain):
+    """A row that nobody has marked, beside one that is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.stack([x[0], *torch.from_numpy(x[1:].numpy().copy())]))
+
+
+class Lost(Plain):
+    """Called with tokens first; after an op that nobody knows, whose they are is lost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x).transpose(0, 1).contiguous()
+        return self.two(h.slice_scatter(h[:1], 0, 0, 1)).transpose(0, 1)
+
+
+def test_a_result_that_is_turned_in_place(tmp_path):
+    served = Served(Recurrent, tmp_path)
+    for length in (B, 2):
+        x = torch.randn(B, length, K)
+        got = served.server(x, adapter_names=NAMES)
+        for row, want in zip(got, each(served, x, Recurrent), strict=True):
+            assert error(row, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind, options", [(Summed, {}), (Beside, {}), (Lost, {"batch_dims": {"": 1}})]
+)
+def test_rows_that_nobody_can_tell_apart_are_refused(kind, options, tmp_path):
+    served = Served(kind, tmp_path, **options)
+    with pytest.raises(RuntimeError, match="is not known"):
+        served.server(torch.randn(B, B, K), adapter_names=NAMES)
+
+
+def test_a_hook_that_comes_later_is_seen(tmp_path):
+    """On modules of torch's own, of which nothing else is looked at twice."""
+    served = Served(lambda: nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, K)), tmp_path)
+    x = torch.randn(B, 2, K)
+    for _ in range(2):
+        served.server(x, adapter_names=NAMES)
+    assert served.server.rows.verdicts
+    served.server.model[1].register_forward_hook(lambda module, args, y: y.flip(0))
+    got = served.server(x, adapter_names=NAMES)
+    with torch.no_grad():
+        for i, name in enumerate(NAMES):
+            one, _, two = served.alone[name]
+            assert error(got[B - 1 - i], two(torch.tanh(one(x[i])))) < 1e-5

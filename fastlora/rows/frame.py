@@ -81,7 +81,7 @@ class Frame:
         o = over(self.trace.owners(x), [-1])
         o = None if o is None else o.reshape(o.shape[:-1])
         if o is None or not o.ndim or (o < 0).any():
-            for each in () if o is None else _by_dimension(o):
+            for each in () if o is None else _by_dimension(o, x):
                 return self._placed(each, x)
             return self._as_stated(x, o)
         return self._placed(o, x)
@@ -100,9 +100,10 @@ class Frame:
         return o
 
     def _as_stated(self, x: Tensor, o: Owners | None) -> Place | Owners | str:
-        for i, (statement, rows) in reversed([*enumerate(self.stated)]):
+        of_model = self.watch.routing.stated.get(id(self.module))
+        for statement, rows in reversed(self.stated):
             # Of the model it says how it is called, and of its layers only that the batch is first.
-            if i == 0 and statement.dim and id(self.module) in self.watch.routing.stated:
+            if statement.dim and statement is of_model:
                 continue
             if x.dim() > statement.dim + 1 and x.shape[statement.dim] == len(rows):
                 return self._placed(along(statement.dim, rows, x.dim() - 1), x)
@@ -111,9 +112,12 @@ class Frame:
         return "whose its input's rows are was lost on the way to it"
 
 
-def _by_dimension(o: Owners) -> Any:
+def _by_dimension(o: Owners, x: Tensor) -> Any:
     """Owners of whole slices: constants within a row's slice are that row's."""
     for dim in range(o.ndim):
+        # Along a dimension of no rows there are no slices of theirs.
+        if o.shape[dim] == 1 and x.shape[dim] > 1:
+            continue
         found = over(o, [d for d in range(o.ndim) if d != dim])
         if found is not None and not (found < 0).any():
             yield found

@@ -108,8 +108,9 @@ def _one_after_another(
     op: Op, parts: Sequence[Tensor], dim: int, owners: Sequence[Owners | None]
 ) -> Found:
     given = [o for o in owners if o is not None]
-    one = any(o.size == 1 and o.flat[0] >= 0 for o in given)  # a row: others beside it may be too
-    if all(o.shape[dim] == 1 for o in given) and (len(given) == len(owners) or not one):
+    # Beside one row's, one after another, what is nobody's may be another row.
+    apart = dim == 0 and len(given) < len(owners) and any(o.size == 1 for o in given)
+    if all(o.shape[dim] == 1 for o in given) and not apart:
         # What is nobody's beside it along another dimension than that of the rows is theirs.
         found = join(*given)
         if found is None or not (found == MIXED).any():
