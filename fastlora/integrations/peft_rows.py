@@ -83,17 +83,14 @@ def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[
         for module in model.modules()
         if isinstance(module, _NAMED)
     ]
-    given = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+    before, rows.names = rows.names, list(names)
     try:
-        copies = copies_in(watching.root, given)
+        copies = copies_in(watching.root, kwargs)
         running = rows.running([slots[name] for name in names], len(slots), copies)
-        before, rows.names = rows.names, list(names)
-        try:
-            with running, watching.generating(args, given):
-                yield
-        finally:
-            rows.names = before
+        with running, watching.generating(args, kwargs):
+            yield
     finally:
+        rows.names = before
         for handle in handles:
             handle.remove()
 

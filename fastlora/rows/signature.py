@@ -41,7 +41,8 @@ def signature_of(given: Mapping[str, Any]) -> tuple[Any, ...]:
     decoding = (
         isinstance(main, Tensor)
         and main.shape[-1] == 1
-        and given.get("past_key_values") is not None
+        # transformers 5.24 says it by the other name.
+        and (given.get("past_key_values") is not None or given.get("cache") is not None)
     )
     return tuple((name, _looks(value, decoding)) for name, value in given.items())
 
