@@ -14,7 +14,7 @@ TORCH_LATEST ?= torch
 TRITONS ?= 3.9.0 3.6.0
 
 BIN := $(VENV)/bin
-SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
 LATEST := $(VENV)-latest
 
 .DEFAULT_GOAL := help
@@ -70,7 +70,7 @@ $(VENV)/bases: | $(VENV)/.installed
 	mv $@.part $@
 
 test-bases: setup $(VENV)/bases ## run the tests of bases that torchao, HQQ, quanto and GGUF have quantized
-	PYTHONPATH=$(VENV)/bases OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_patch_peft_left.py $(ARGS)
+	PYTHONPATH=$(VENV)/bases OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations/peft/test_left.py $(ARGS)
 
 native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
 	$(PYTHON) setup.py -q build_ext --inplace
@@ -85,18 +85,18 @@ $(ASAN)/fastlora/libfastlora_cpu.so: $(SOURCES) | setup
 # Python is not instrumented, so the runtime comes first, with the libstdc++ whose exceptions it
 # intercepts. -s, or pytest keeps the report of a process that ends at once. A write just past a
 # buffer shows beforehand that somebody watches.
-PAST_THE_END = import torch; from fastlora import native; a, short = torch.ones(64), torch.ones(63); \
+PAST_THE_END = import torch; from fastlora.backends import native; a, short = torch.ones(64), torch.ones(63); \
 	p, q = a.data_ptr(), short.data_ptr(); \
 	native.functions().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
 asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under AddressSanitizer and UBSan (g++, Linux)
-	@export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; $(BIN)/python -m tests.cuda_host
+	@export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; $(BIN)/python -m tests.support.cuda_host
 	@export FASTLORA_CPU_LIBRARY=$< OMP_NUM_THREADS=1; \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
-	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/test_native.py tests/test_native_abi.py tests/test_native_merge.py tests/test_native_pages.py \
-		tests/test_cuda_machine.py tests/test_cuda_linear.py tests/test_cuda_multi.py tests/test_cuda_merge.py $(ARGS)
+	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/backends/test_native.py tests/backends/cpu/test_abi.py tests/backends/cpu/test_merge.py tests/backends/cpu/test_pages.py \
+		tests/backends/cuda/test_machine.py tests/backends/cuda/test_linear.py tests/backends/cuda/test_multi.py tests/backends/cuda/test_merge.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
 	$(BIN)/python -m fastlora demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -125,7 +125,7 @@ sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and wr
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m fastlora check --device cuda --backend triton --quick || exit $$?; \
-		$(PYTHON) -c "from fastlora import native; exit(isinstance(native.load_cuda(), str))" || continue; \
+		$(PYTHON) -c "from fastlora.backends import native; exit(isinstance(native.load_cuda(), str))" || continue; \
 		compute-sanitizer --tool $$tool --error-exitcode 9 \
 			$(PYTHON) -m fastlora check --device cuda --backend cuda || exit $$?; \
 	done

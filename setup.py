@@ -3,7 +3,7 @@
 kernels/ has no __init__.py on purpose: a root package of that name would shadow Hugging Face's
 `kernels`, which transformers imports. Its Triton files install as fastlora.kernels.
 
-csrc/ becomes up to two libraries beside fastlora/native.py, which loads them with ctypes. They know
+csrc/ becomes up to two libraries in fastlora/, which backends/native.py loads with ctypes. They know
 neither Python's nor torch's version, so one py3-none-<platform> wheel serves all. FASTLORA_BUILD
 says which: `cpu`, `cuda` (both; either way it is an error when that fails), `none`, or `auto`, the
 default: what this machine has a compiler for. CXX and NVCC name the compilers, FASTLORA_CXXFLAGS
@@ -32,7 +32,15 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 # -ffp-contract=off: merging must have the same bits whatever the compiler; where a multiplication
 # and an addition are to be fused, the source says so. The two warnings come from GCC 12's headers.
-CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+CXXFLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Icsrc",
+]
 CXXFLAGS += ["-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 _AVX2 = ["-DFL_AVX2", "-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-DFL_AVX512", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
@@ -48,7 +56,7 @@ INSTRUCTION_SETS = {
 # Ampere (8.x runs 8.0's code), Hopper, Blackwell; what comes later compiles the last one's PTX.
 CUDA_ARCHITECTURES = ("80", "90", "100")
 # -fmad=false: as -ffp-contract=off.
-NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class NotBuilt(Exception):
@@ -125,7 +133,7 @@ def build_cuda(target: Path, temporary: Path) -> str:
     nvcc = compiler("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
     codes.append(codes[-1].replace("code=sm_", "code=compute_"))
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
     objects = [str(temporary / f"{source.stem}.o") for source in sources]
 
     def compiled(source: Path, out: str) -> None:

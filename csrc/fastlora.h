@@ -2,7 +2,7 @@
  *
  * Raw pointers, sizes, strides in elements, a dtype code and a thread count; the result is a code
  * of the list below. Nothing is retained after a call, nothing but outputs is written, and nothing
- * is written at all when the code is not FASTLORA_OK. fastlora/native.py binds these functions in
+ * is written at all when the code is not FASTLORA_OK. fastlora/backends/native.py binds these functions in
  * one table, which a test compares with this file. Change anything here: raise the version.
  *
  * Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), y (M, N), h (M, R); columns have
@@ -88,7 +88,7 @@ FASTLORA_API int32_t fastlora_gradient(
     int32_t dtype, int32_t out_dtype, int32_t threads);
 
 /* out (M, K) = scale * keep * x, or with add out += it, both of dtype. keep is the mask of rows
- * first_row, ... for the seed: see fastlora/dropout.py. threshold: lanes of 16 bits below it drop. */
+ * first_row, ... for the seed: see fastlora/backends/dropout.py. threshold: lanes of 16 bits below it drop. */
 FASTLORA_API int32_t fastlora_dropout(
     void *out, int64_t ldo, const void *x, int64_t ldx, int64_t M, int64_t K, int64_t first_row,
     int64_t seed, int32_t threshold, float scale, int32_t add, int32_t dtype, int32_t threads);
@@ -179,7 +179,7 @@ FASTLORA_API int32_t fastlora_cuda_multi_lora_decode(
 #define FASTLORA_POOLED 16
 #define FASTLORA_ALIGNED 32
 
-/* Tiles of 64 x 64 of many weights of dtype, those in state `wanted`: see csrc/cuda/merge.h for the
+/* Tiles of 64 x 64 of many weights of dtype, those in state `wanted`: see csrc/cuda/merge/merge.h for the
  * tables, states and sums. Adapters to take out are of old_dtype, those to put in of new_dtype, with
  * unit columns. No tile is written whose new state is not 1. */
 FASTLORA_API int32_t fastlora_cuda_swap(

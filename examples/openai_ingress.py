@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from fastlora.adapter_files import CONFIG_NAME, check_name
+from fastlora.adapters.files import CONFIG_NAME, check_name
 
 FIELDS = {"input_ids": "prompt", "max_new_tokens": "max_tokens"}  # ours and OpenAI's
 FAILED = "the server could not complete the request"

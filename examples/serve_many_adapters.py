@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import adapter_files
+from fastlora.adapters import files as adapter_files
 from fastlora.demo.model import clone, small_llama
 from fastlora.demo.stage import FULL
 from fastlora.serving import Request

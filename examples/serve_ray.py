@@ -38,7 +38,7 @@ from pydantic import BaseModel, DirectoryPath, Field, ValidationError
 from ray import serve
 
 import fastlora
-from fastlora.adapter_files import check_name
+from fastlora.adapters.files import check_name
 from fastlora.serving import Request, Stream
 
 logger = logging.getLogger("ray.serve")

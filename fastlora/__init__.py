@@ -16,28 +16,28 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from fastlora import functional
-from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
-from fastlora.combining_files import combine_adapters
+from fastlora.adapters.combine_files import combine_adapters
 from fastlora.config import LoRAConfig
-from fastlora.conv1d import FastLoRAConv1D
-from fastlora.dispatch import backend, use_backend
-from fastlora.fidelity import FidelityWarning
-from fastlora.inject import replace_linear
-from fastlora.injection import Report, report
+from fastlora.functional.fidelity import FidelityWarning
 from fastlora.integrations import patch_peft, unpatch_peft
-from fastlora.invariance import batch_invariant
 from fastlora.merge_files import merge_checkpoint
-from fastlora.merging import (
+from fastlora.model.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.model.merging import (
     disable_adapter,
     merge_adapter,
     merge_and_unload,
     swap_adapter,
     unmerge_adapter,
 )
-from fastlora.modules import FastLoRALinear
-from fastlora.multi_modules import MultiLoRALinear
+from fastlora.model.replace import replace_linear
+from fastlora.model.report import Report, report
+from fastlora.model.training import adapter_parameters, use_adapters
+from fastlora.modules.conv1d import FastLoRAConv1D
+from fastlora.modules.linear import FastLoRALinear
+from fastlora.modules.several import MultiLoRALinear
+from fastlora.ops.dispatch import backend, use_backend
+from fastlora.ops.invariance import batch_invariant
 from fastlora.serving import MultiLoRAModel
-from fastlora.training import adapter_parameters, use_adapters
 
 __all__ = [
     "FastLoRAConv1D",

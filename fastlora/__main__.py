@@ -1,5 +1,5 @@
 import sys
 
-from fastlora.cli import main
+from fastlora.commands.main import main
 
 sys.exit(main())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import cuda_host, thinning, times
+from tests import thinning, times
+from tests.support import cuda_host
 
 # Without a GPU, Triton kernels are interpreted and CUDA kernels run on the host; read once, when
 # they are imported.
@@ -20,7 +21,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import fastlora
-from fastlora import availability, native
+from fastlora.backends import native
+from fastlora.ops import availability
 
 SETS = [] if native.unusable() else native.available().split(", ")
 
@@ -86,11 +88,11 @@ def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-# tests/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without it.
+# tests/support/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without it.
 @pytest.fixture
 def at(tmp_path: Path) -> Path:
     """A folder with a base of a dozen files and an adapter for all its linears."""
-    from tests.checkpoints import save_adapter, save_base
+    from tests.support.checkpoints import save_adapter, save_base
 
     save_base(tmp_path / "base")
     save_adapter(tmp_path / "adapter")
@@ -101,7 +103,7 @@ def at(tmp_path: Path) -> Path:
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of a dozen files, adapters, and what merging the first one without a stop gives."""
     from fastlora.merge_files import merge_folder
-    from tests.checkpoints import llama, save_adapter, save_base
+    from tests.support.checkpoints import llama, save_adapter, save_base
 
     folder = tmp_path_factory.mktemp("given")
     save_base(folder / "base", llama(dtype=torch.bfloat16), "5KB")

@@ -91,7 +91,7 @@ def unbuilt() -> str | None:
         return "setuptools not installed"
     if int(re.match(r"\d*", found)[0] or 0) < 77:
         return f"setuptools 77 or newer is needed, this is {found}"
-    sources = [ROOT / "setup.py", ROOT / "csrc/fastlora.h", *(ROOT / "csrc/cuda").glob("*.*")]
+    sources = [ROOT / "setup.py", ROOT / "csrc/fastlora.h", *(ROOT / "csrc/cuda").rglob("*.*")]
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(s.stat().st_mtime for s in sources):
         return "the CUDA library is newer than its sources"
     return None

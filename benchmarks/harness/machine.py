@@ -15,7 +15,7 @@ import torch
 
 import fastlora
 from benchmarks import ROOT
-from fastlora import native
+from fastlora.backends import native
 
 # Distributions whose versions stand beside a figure, installed or not.
 PEERS = ("peft", "transformers", "unsloth", "liger-kernel", "vllm", "sglang")

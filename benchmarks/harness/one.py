@@ -19,7 +19,7 @@ from benchmarks.harness.work import (
     Outputs,
     copied,
 )
-from fastlora import dispatch
+from fastlora.ops import dispatch
 
 SEED = 0
 SECONDS, QUICK_SECONDS = 1.5, 0.3

@@ -1,6 +1,6 @@
 """What is true, in float64: ``oracle`` a token at a time, ``gradients`` of many tokens at once.
 
-``oracle`` is tests/oracle.py, by its path, as anybody may have installed a package ``tests``.
+``oracle`` is tests/support/oracle.py, by its path, as anybody may have installed a package ``tests``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-oracle = _load(ROOT / "tests" / "oracle.py")
+oracle = _load(ROOT / "tests" / "support" / "oracle.py")
 
 
 def gradients(
@@ -43,7 +43,7 @@ def gradients(
     """Of ``(lora_linear * dy).sum()``: dx and dA of features ``columns``, dB of ``outs``.
 
     mask: float64 (M, K), what dropout multiplied x by. As products, on the operands' device: for
-    8192 rows the oracle's loop takes minutes. tests/test_benchmarks_gate.py holds it to the oracle.
+    8192 rows the oracle's loop takes minutes. tests/benchmarks/test_gate.py holds it to the oracle.
     """
     dy, x, weight, lora_A, lora_B = (t.detach() for t in (dy, x, weight, lora_A, lora_B))
     dy, A, B = dy.double(), lora_A.double(), lora_B.double()

@@ -16,11 +16,12 @@ from benchmarks.peers.compiling import Compile, as_it_is, compiled
 from benchmarks.peers.peft import peft_linear, torch_keep
 from benchmarks.peers.training import unsloth_linear
 from benchmarks.suites.paths import along, on, with_base
-from fastlora import batch_invariant, dropout
+from fastlora import batch_invariant
 from fastlora import functional as F
+from fastlora.backends import dropout
 
 SCALING = 2.0
-# Of the Triton kernels; kernels/ledger.py has the list, but importing it needs triton.
+# Of the Triton kernels; kernels/choose/ledger.py has the list, but importing it needs triton.
 PATHS = ("one_pass", "two_pass", "overlapped", "library")
 _TENSORS = ("x", "weight", "lora_A", "lora_B")
 

@@ -13,7 +13,7 @@ from benchmarks.harness.work import BASE, Call, Case, Operands, Outputs, Work, s
 from benchmarks.peers.peft import peft_linear
 from benchmarks.suites.paths import on
 from fastlora import functional as F
-from fastlora.receipt import Adapter
+from fastlora.functional.receipt import Adapter
 
 SCALING = 2.0
 # The adapter's part beside the weight: that of a strong fine-tune; and for the gate, where

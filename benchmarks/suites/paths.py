@@ -5,8 +5,10 @@ from __future__ import annotations
 from unittest.mock import patch
 
 from benchmarks.harness.work import DTYPES, Absent, Builder, Call, Case, Operands, Outputs
-from fastlora import availability, dispatch, native, use_backend
-from fastlora.cpu_linear import FEW_ROWS
+from fastlora import use_backend
+from fastlora.backends import native
+from fastlora.backends.cpu.linear import FEW_ROWS
+from fastlora.ops import availability, dispatch
 
 
 def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
@@ -46,7 +48,7 @@ def with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Cal
 def along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:
     """What the provider ``fastlora`` calls, with its Triton kernels along one path."""
     try:
-        from fastlora.kernels.choice import NoSuchPath, use_path
+        from fastlora.kernels.choose.choice import NoSuchPath, use_path
     except ImportError as error:
         raise Absent(f"triton cannot be imported: {error}") from error
     call = fastlora(case, o)

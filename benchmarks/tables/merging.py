@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import fastlora
 from benchmarks.harness import machine
 from fastlora import functional as F
-from fastlora.combining import combine
-from fastlora.fidelity import LOW_GAIN, measure
-from fastlora.receipt import Adapter
+from fastlora.adapters.combine import combine
+from fastlora.functional.fidelity import LOW_GAIN, measure
+from fastlora.functional.receipt import Adapter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 R, ADAPTERS, ROUNDS = 16, 3, 15
@@ -156,7 +156,7 @@ get_peft_model(model, lora).save_pretrained(folder + "/adapter")
 """
 FASTLORA = """
 import sys
-from fastlora.cli import main
+from fastlora.commands.main import main
 folder, out = sys.argv[1:3]
 command = ["merge", folder + "/base", folder + "/adapter", "--out", out]
 if main([*command, "--report", folder + "/report.json"]):

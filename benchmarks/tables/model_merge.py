@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastlora import functional as F
-from fastlora.fidelity import measure
-from fastlora.receipt import Adapter
+from fastlora.functional.fidelity import measure
+from fastlora.functional.receipt import Adapter
 
 # (N, K) of q, k, v, o, gate, up and down.
 LINEARS = (

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fastlora
 from benchmarks.harness import machine
 from benchmarks.harness.timer import ratios, spread
-from fastlora import adapter_files
+from fastlora.adapters import files as adapter_files
 from fastlora.demo.model import clone, small_llama
 from fastlora.serving import Request
 

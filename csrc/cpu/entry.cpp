@@ -10,8 +10,8 @@
 #include <malloc.h>
 #endif
 
-#include "../fastlora.h"
-#include "table.h"
+#include "fastlora.h"
+#include "cpu/table.h"
 
 namespace {
 

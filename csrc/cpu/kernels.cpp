@@ -1,12 +1,12 @@
 // Every CPU kernel for one instruction set, FL_ISA. The build compiles this file once for each.
 #include <type_traits>
 
-#include "dropout.h"
-#include "for_good.h"
-#include "gradient.h"
-#include "merge.h"
-#include "rows.h"
-#include "table.h"
+#include "cpu/linear/dropout.h"
+#include "cpu/merge/without_receipt.h"
+#include "cpu/linear/gradient.h"
+#include "cpu/merge/merge.h"
+#include "cpu/linear/rows.h"
+#include "cpu/table.h"
 
 namespace fastlora::FL_ISA {
 namespace {

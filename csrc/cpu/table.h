@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "receipt.h"
+#include "cpu/merge/receipt.h"
 
 namespace fastlora {
 

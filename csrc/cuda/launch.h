@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../fastlora.h"
+#include "fastlora.h"
 
 namespace fastlora {
 

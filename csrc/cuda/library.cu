@@ -1,6 +1,6 @@
 // What the CUDA library says of itself: its version, what it was compiled for and by, and why the
 // last launch failed.
-#include "machine.h"
+#include "cuda/machine/machine.h"
 
 #define FL_TEXT(list) FL_TEXT_(list)
 #define FL_TEXT_(...) #__VA_ARGS__

@@ -19,7 +19,7 @@ from fastlora.demo.model import byte_tokenizer, own_model, rows, small_llama
 from fastlora.demo.screen import Screen
 from fastlora.demo.stage import FULL, LARGE_MODEL, QUICK, SMALL_MODEL, Domain, Size, Stage
 from fastlora.demo.training import Recipe, held_out_loss, train
-from fastlora.targets import plan
+from fastlora.model.targets import plan
 
 PRETRAINING_RATE = 3e-3
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fastlora import injection
-from fastlora.injection import Report
+from fastlora.model import report as injection
+from fastlora.model.report import Report
 
 
 def patch_peft(peft_model: nn.Module, *, strict: bool = False) -> Report:
@@ -50,7 +50,7 @@ def unpatch_peft(peft_model: nn.Module) -> None:
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     # A model without such layers has not imported what knows them, nor PEFT, which takes seconds.
-    if "fastlora.integrations.peft_linear" not in sys.modules:
+    if "fastlora.integrations.peft.linear" not in sys.modules:
         return {}
     from fastlora.integrations import peft
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from fastlora.adapter_files import WEIGHTS_NAME
-from fastlora.checkpoint import adapter_state_dict, load_adapter, save_adapter
-from fastlora.gathering import is_sharded
+from fastlora.adapters.files import WEIGHTS_NAME
+from fastlora.model.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.modules.gathering import is_sharded
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastlora import adapter_files as files
-from fastlora.base_copies import place_of
+from fastlora.adapters import files
+from fastlora.adapters.base_copies import place_of
+from fastlora.adapters.stored import Stored
 from fastlora.config import LoRAConfig, check_number, moves_base
 from fastlora.merge_files import durable
-from fastlora.stored import Stored
 
 _PARTS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_bias"}
 

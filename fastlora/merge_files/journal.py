@@ -10,7 +10,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from fastlora.fidelity import Fidelity
+from fastlora.functional.fidelity import Fidelity
 from fastlora.merge_files import durable
 from fastlora.merge_files.durable import Written
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.bypassed import bypassed
-from fastlora.listing import some
+from fastlora.config.listing import some
+from fastlora.inspection.bypassed import bypassed
+from fastlora.inspection.wrapping import places
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.places import Places
 from fastlora.merge_files.renaming import on_meta
 from fastlora.merge_files.shards import Checkpoint
-from fastlora.wrapping import places
 
 
 def unfit(base: Checkpoint, adapter: AdapterFolder, its_places: Places) -> dict[str, str]:

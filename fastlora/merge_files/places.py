@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fastlora.listing import some
+from fastlora.config.listing import some
 from fastlora.merge_files import renaming
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.renaming import Renaming

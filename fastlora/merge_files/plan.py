@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastlora import functional
-from fastlora.listing import by_reason, some
+from fastlora.config.listing import by_reason, some
+from fastlora.functional.receipt import Adapter
 from fastlora.merge_files import model_code, places, vocabulary
 from fastlora.merge_files.adapters import AdapterFolder, Layer
 from fastlora.merge_files.shards import DTYPES, Checkpoint, Entry, Shard
 from fastlora.merge_files.vocabulary import Vocabulary
-from fastlora.receipt import Adapter
 
 # Models whose layers keep their weights as (K, N), whatever PEFT's fan_in_fan_out says: where there
 # are linears too, it saves what the last of all layers was.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastlora import loaded_names
+from fastlora.merge_files import loaded_names
 from fastlora.merge_files.shards import Checkpoint
 
 _WEIGHT = ".weight"

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch, fidelity
-from fastlora.fidelity import Fidelity, FidelityWarning
-from fastlora.listing import some
+from fastlora.config.listing import some
+from fastlora.functional import fidelity
+from fastlora.functional.fidelity import Fidelity, FidelityWarning
 from fastlora.merge_files import arguments, durable, journal, others, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
 from fastlora.merge_files.arguments import Folder
 from fastlora.merge_files.others import Others
 from fastlora.merge_files.plan import Plan, WeightChange
 from fastlora.merge_files.shards import CONFIG_NAME, INDEX_NAME, Entry, Shard
+from fastlora.ops import dispatch
 
 # The file that is being written, of how many, and how much of it is: 0 to 1.
 Watch = Callable[[str, int, float], None]

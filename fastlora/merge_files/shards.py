@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastlora.adapter_files import read_json
-from fastlora.adapter_hints import check_content
+from fastlora.adapters.files import read_json
+from fastlora.adapters.hints import check_content
 from fastlora.merge_files import durable
 
 CONFIG_NAME = "config.json"

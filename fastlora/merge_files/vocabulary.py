@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from fastlora.base_copies import frozen, of_its_own
+from fastlora.adapters.base_copies import frozen, of_its_own
+from fastlora.adapters.stored import Rows, Stored, agree, differing
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.places import Places
 from fastlora.merge_files.shards import Checkpoint, Entry, Shard
-from fastlora.stored import Rows, Stored, agree, differing
 
 _ANOTHER = "it was trained on another base, merge it into that"
 

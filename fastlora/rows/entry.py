@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.inspection.wrapping import unwrapped
 from fastlora.rows.eagerly import Eagerly
 from fastlora.rows.frame import Frame, Place
 from fastlora.rows.inputs import Inputs, encoder_of
@@ -23,7 +24,6 @@ from fastlora.rows.repeatable import all_trusted, has_foreign_hooks, state_of
 from fastlora.rows.signature import Unseen, loosely, rows_in, signature_of, tensors_of
 from fastlora.rows.statements import Statement, modules_by_name
 from fastlora.rows.tracing import Trace
-from fastlora.wrapping import unwrapped
 
 _KEPT = 256
 

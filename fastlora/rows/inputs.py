@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlora.wrapping import unwrapped
+from fastlora.inspection.wrapping import unwrapped
 
 # Inputs of a model whose first dimension is the batch, by the contract of whoever calls it.
 _BATCH = (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastlora.wrapping import plain_name, unwrapped
+from fastlora.inspection.wrapping import plain_name, unwrapped
 
 
 class Statement(NamedTuple):

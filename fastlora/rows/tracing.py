@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import modes
+from fastlora.inspection import modes
 from fastlora.rows.computing import rule_for
 from fastlora.rows.marks import Marks
 from fastlora.rows.op import Op, Rule, tensors_in

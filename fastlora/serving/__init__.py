@@ -1,12 +1,12 @@
 """Serving many adapters over one base model."""
 
-from fastlora.serving.bank import AdapterBank
-from fastlora.serving.engine import Engine
-from fastlora.serving.entry import BankStats, Lease
-from fastlora.serving.layout import Factors, Layout
+from fastlora.serving.bank.bank import AdapterBank
+from fastlora.serving.bank.entry import BankStats, Lease
+from fastlora.serving.bank.layout import Factors, Layout
+from fastlora.serving.engine.engine import Engine
+from fastlora.serving.engine.request import Event, Request
+from fastlora.serving.engine.stream import Stream
 from fastlora.serving.model import MultiLoRAModel
-from fastlora.serving.request import Event, Request
-from fastlora.serving.stream import Stream
 
 __all__ = [
     "AdapterBank",

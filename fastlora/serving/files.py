@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastlora import adapter_files as files
-from fastlora import adapter_tensors, base_copies
-from fastlora.checkpoint import adapter_shapes
+from fastlora.adapters import base_copies, files
+from fastlora.adapters import tensors as adapter_tensors
+from fastlora.adapters.stored import Held, differing
 from fastlora.config import LoRAConfig
-from fastlora.listing import some
-from fastlora.serving.layout import Factors
-from fastlora.stored import Held, differing
+from fastlora.config.listing import some
+from fastlora.model.checkpoint import adapter_shapes
+from fastlora.serving.bank.layout import Factors
 
 # What to do about an adapter that changes what is not an adapter's.
 _FIXED = (

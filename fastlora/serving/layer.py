@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.routing import Routing
-from fastlora.serving.bank import AdapterBank
-from fastlora.wrapping import SharedWeight
+from fastlora.inspection.wrapping import SharedWeight
+from fastlora.modules.routing import Routing
+from fastlora.serving.bank.bank import AdapterBank
 
 
 class ServedLinear(SharedWeight):

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapter_files as files
-from fastlora import trial
+from fastlora.adapters import files
 from fastlora.config import LoRAConfig, check_number, check_rank
-from fastlora.injection import swap
-from fastlora.routing import Routing
+from fastlora.inspection import trial
+from fastlora.inspection.wrapping import is_linear, matrix_of, unwrapped
+from fastlora.model.report import swap
+from fastlora.model.targets import plan
+from fastlora.modules.routing import Routing
 from fastlora.rows.entry import Watch
 from fastlora.rows.inputs import copies_in
 from fastlora.rows.statements import Statement, check_dims, check_rows
-from fastlora.serving.bank import AdapterBank
-from fastlora.serving.engine import Engine, stream
-from fastlora.serving.entry import Read
+from fastlora.serving.bank.bank import AdapterBank
+from fastlora.serving.bank.entry import Read
+from fastlora.serving.bank.layout import Layout
+from fastlora.serving.engine.engine import Engine, stream
+from fastlora.serving.engine.request import Event, Request
 from fastlora.serving.files import AdapterFiles, AdapterTensors, Reader
 from fastlora.serving.layer import ServedLinear
-from fastlora.serving.layout import Layout
-from fastlora.serving.request import Event, Request
-from fastlora.targets import plan
-from fastlora.wrapping import is_linear, matrix_of, unwrapped
 
 BASE = "__base__"
 _BATCH_INPUTS = ("input_ids", "inputs_embeds", "inputs")

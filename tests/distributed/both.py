@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import parallel
 
 import fastlora
-from fastlora.tensor_parallel import ColwiseParallel, RowwiseParallel
+from fastlora.model.tensor_parallel import ColwiseParallel, RowwiseParallel
 from tests.distributed.nets import (
     assert_same,
     batches,

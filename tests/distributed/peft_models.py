@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
-from fastlora.integrations import peft_linear
+from fastlora.integrations.peft import linear as peft_linear
 from tests.distributed.nets import Net, assert_same, batches, train, trained
-from tests.patched import filled
+from tests.support.patched import filled
 
 
 def patched() -> Any:

@@ -20,7 +20,8 @@ from torch.distributed.tensor import (
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import FastLoRALinear, LoRAConfig, tensor_parallel
+from fastlora import FastLoRALinear, LoRAConfig
+from fastlora.model import tensor_parallel
 from tests.distributed.nets import assert_same, gradients
 
 K, H, N = 17, 24, 9

@@ -18,8 +18,10 @@ from torch.distributed.tensor import (
 )
 
 import fastlora
-from fastlora import LoRAConfig, sharding, tensor_parallel
+from fastlora import LoRAConfig
 from fastlora import functional as F
+from fastlora.model import tensor_parallel
+from fastlora.modules import sharded as sharding
 from tests.distributed.nets import assert_same, gradients, net
 from tests.distributed.tensor_parallel import (
     H,

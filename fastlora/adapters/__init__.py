@@ -1,0 +1,1 @@
+"""Adapters as files and tensors, apart from any model."""

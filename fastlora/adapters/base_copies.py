@@ -1,0 +1,264 @@
+"""Weights of the base in adapter files.
+
+PEFT saves the input and the output embedding along where one of them is a target, and where the
+vocabulary has another size than the base's. Copies of what the base has are of no use; rows that
+were added or trained belong to the adapter, and PEFT's loading puts them into the base.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters import files
+from fastlora.adapters.stored import Rows, Stored, differing, same
+from fastlora.inspection.wrapping import plain_name
+from fastlora.modules import gathering
+from fastlora.modules.saved_modules import Saved
+
+_TRAINED = ".modules_to_save."
+# Where PEFT's wrappers keep the base's module.
+_WRAPPED = (".base_layer.", ".original_module.")
+
+
+class Change(NamedTuple):
+    """Rows for a tensor of the base, or, where it cannot be compared, all of it."""
+
+    tensor: Tensor
+    rows: Rows | Tensor
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Of a file's copies what is not the base's. names: those in the file that are copies."""
+
+    names: frozenset[str]
+    changes: Mapping[str, Change]
+    warning: str | None
+
+    def fill(self) -> None:
+        """Puts it into the base, as PEFT does."""
+        with torch.no_grad():
+            for tensor, rows in self.changes.values():
+                if isinstance(rows, Tensor):
+                    gathering.fill(tensor, rows)
+                else:
+                    tensor[rows.indices.to(tensor.device)] = rows.values.to(tensor)
+
+    def warn(self, stacklevel: int) -> None:
+        """Says what of the base ``fill`` exchanges, beside rows that were added."""
+        if self.warning is not None:
+            warnings.warn(self.warning, stacklevel=stacklevel + 1)
+
+
+def of_its_own(name: str, rows: Rows | None) -> str:
+    """What an adapter's file holds of a base's tensor, for errors and warnings."""
+    if rows is None:
+        return f"it has a {name} of its own"
+    kind = "the last " if rows.added else ""
+    return f"it has {kind}{len(rows.indices)} of {rows.of} rows of {name} of its own"
+
+
+def place_of(name: str) -> str:
+    """The base's name of a tensor that PEFT's wrappers give another."""
+    for wrapper in _WRAPPED:
+        name = name.replace(wrapper, ".")
+    return name
+
+
+def of_embeddings(shapes: Mapping[str, files.Shape], expected: Iterable[str]) -> frozenset[str]:
+    """Names of the embeddings' tensors beside ``expected`` in a file whose model is not known.
+
+    None where they cannot be that: of more than two modules, or of two shapes.
+    """
+    along = {n for n in shapes.keys() - set(expected) if n.endswith((".weight", ".bias"))}
+    owners = {name.rpartition(".")[0] for name in along}
+    weights = {shapes.get(f"{owner}.weight", ()) for owner in owners}
+    fit = len(owners) <= 2 and len(weights) == 1 and all(len(shape) == 2 for shape in weights)
+    lora = any(".lora_" in name for name in along)
+    return frozenset(along if fit and not lora else ())
+
+
+def frozen(name: str) -> bool:
+    """Whether a tensor of an adapter's file is the weight of a layer that has LoRA there."""
+    return ".base_layer." in name
+
+
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """The input and the output embedding by every name that the model has for them."""
+    getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
+    found = [module for getter in getters if callable(getter) for module in (_of(getter),)]
+    ends = {id(module) for module in found if module is not None}
+    named = model.named_modules(remove_duplicate=False) if ends else ()
+    return {plain_name(name): module for name, module in named if name and id(module) in ends}
+
+
+def held(
+    model: nn.Module, adapted: Collection[str], saved: Mapping[str, Saved]
+) -> dict[str, Tensor]:
+    """{name that PEFT's files have for it: tensor} of all of the base that may be in one.
+
+    adapted: layers that get LoRA. saved: modules that are trained whole.
+    """
+    found = {}
+    for name, module in embeddings(model).items():
+        wrapper = ".base_layer" if name in adapted else ""
+        if name in saved:
+            wrapper, module = ".original_module", saved[name].original
+        for kind in ("weight", "bias"):
+            tensor = module._parameters.get(kind)
+            if tensor is not None:
+                found[f"{name}{wrapper}.{kind}"] = tensor
+    return found
+
+
+def read(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    adapted: Collection[str],
+    expected: Iterable[str],
+    saved: Mapping[str, Saved] | None = None,
+    moved: bool = False,
+    merged: bool = False,
+    fixed: str | None = None,
+) -> Copies:
+    """What the adapter in ``directory`` has of the base's own weights, compared with ``model``'s.
+
+    Streamed: no more of the file is held than a few rows, and those that differ. expected: names of
+    the adapter's own tensors. moved: the layers' weights will be others (init_lora_weights).
+    merged: the layers' weights are not the base's. fixed: where the base may not change, what to do
+    instead.
+
+    Raises ValueError, naming the call that resizes, where the model's vocabulary has another size,
+    where copies of one tied weight differ, where the frozen weight of a layer with LoRA is another,
+    or cannot be known, and where anything differs of a base that may not change.
+    """
+    shapes = files.read_shapes(directory)
+    path, expected = Path(directory) / files.WEIGHTS_NAME, frozenset(expected)
+    bases = held(model, adapted, saved or {})
+    # Beside a trained module PEFT saves it once more, by what holds it there.
+    twice = {name: name.replace(_TRAINED, ".") for name in shapes if _TRAINED in name}
+    twice = {name: own for name, own in twice.items() if own in expected and name not in expected}
+    there = {name: base for name, base in bases.items() if name in shapes.keys() - expected}
+    _check_vocabulary(path, shapes, bases, fixed)
+    changes, said = {}, []
+    for name, base in there.items():
+        if shapes[name] != tuple(base.shape):
+            continue  # told by name and shape, with all else that does not fit
+        stored = Stored(path, files.PREFIX + name)
+        if stored.dtype is None or not base.is_floating_point():
+            raise ValueError(
+                f"{path}: {name}: expected floats beside floats, got {stored.dtype} for a base of "
+                f"{base.dtype}"
+            )
+        if frozen(name) and merged:
+            raise ValueError(
+                f"{path}: it has {place_of(name)} along, which is merged here and cannot be "
+                "compared: unmerge_adapter, load_adapter and merge_adapter"
+            )
+        if gathering.is_sharded(base) or base.is_meta or (frozen(name) and moved):
+            changes[name] = Change(base, stored.read())
+            continue
+        rows = differing(stored, lambda start, stop, base=base: base[start:stop])
+        if rows is None:
+            continue
+        changes[name] = Change(base, rows)
+        if not rows.added and not frozen(name):
+            said.append(of_its_own(place_of(name), rows))
+        elif not rows.added:
+            raise ValueError(
+                f"{path}: {of_its_own(place_of(name), rows)}, though PEFT freezes the weight of a "
+                "layer with LoRA: it was trained on another base, load it into that"
+            )
+    if fixed is not None:
+        for name, (_, rows) in changes.items():
+            own = of_its_own(place_of(name), None if isinstance(rows, Tensor) else rows)
+            raise ValueError(f"{path}: {own}, {fixed}")
+    for name, own in twice.items():
+        _check_twice(path, name, own)
+    _check_tied(path, there, changes)
+    lost = _lost(bases, shapes, changes)
+    warning = "; ".join(said)
+    if warning:
+        warning += ": the base's are exchanged for them, and disable_adapter does not undo it"
+    warning = "; ".join(filter(None, (warning, lost)))
+    fit = {name for name in there if shapes[name] == tuple(there[name].shape)}
+    warning = f"{path}: {warning}" if warning else None
+    return Copies(frozenset(fit | twice.keys()), changes, warning)
+
+
+def _of(getter: object) -> nn.Module | None:
+    try:
+        found = getter()  # pyright: ignore[reportCallIssue]
+    except (NotImplementedError, AttributeError, TypeError):  # of models without one
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _check_vocabulary(
+    path: Path,
+    shapes: Mapping[str, files.Shape],
+    bases: Mapping[str, Tensor],
+    fixed: str | None,
+) -> None:
+    """Rows are counted alike in the file and in the model."""
+    for name, base in bases.items():
+        given = shapes.get(name) or shapes.get(place_of(name))
+        if given is None or len(given) != base.dim() or given[1:] != tuple(base.shape)[1:]:
+            continue
+        if given[0] != base.shape[0]:
+            resize = f"call model.resize_token_embeddings({given[0]}) before load_adapter"
+            raise ValueError(
+                f"{path}: {place_of(name)} has {given[0]} rows, {base.shape[0]} in this model: the "
+                f"adapter is for another vocabulary, {fixed or resize}"
+            )
+
+
+def _check_twice(path: Path, name: str, own: str) -> None:
+    parts = zip(*(Stored(path, files.PREFIX + each).chunks() for each in (name, own)), strict=True)
+    for (_, a), (_, b) in parts:
+        if not same(a, b):
+            raise ValueError(f"{path}: {name} and {own} differ: expected the same numbers")
+
+
+def _check_tied(path: Path, there: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
+    """Names of one tensor of the model bring the same to it."""
+    first: dict[int, str] = {}
+    for name, base in there.items():
+        before = first.setdefault(id(base), name)
+        if before != name and not _alike(changes.get(before), changes.get(name)):
+            raise ValueError(
+                f"{path}: {place_of(before)} and {place_of(name)} differ, and in this model they "
+                "are one tied weight: untie it first, with tie_word_embeddings=False"
+            )
+
+
+def _alike(a: Change | None, b: Change | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if isinstance(a.rows, Rows):
+        return isinstance(b.rows, Rows) and a.rows.same(b.rows)
+    return isinstance(b.rows, Tensor) and same(a.rows, b.rows)
+
+
+def _lost(
+    bases: Mapping[str, Tensor], shapes: Mapping[str, files.Shape], changes: Mapping[str, Change]
+) -> str | None:
+    """What an adapter with rows of one embedding does not have of the other."""
+    added = [c.tensor for c in changes.values() if isinstance(c.rows, Rows) and c.rows.added]
+    for name, base in bases.items():
+        plain = place_of(name)
+        known = any(base is c.tensor for c in changes.values()) or {name, plain} & shapes.keys()
+        if added and not known and base.dim() > 1 and len(base) == len(added[0]):
+            return (
+                f"it has rows that were added to the vocabulary, but none for {plain}, which PEFT "
+                "leaves out where only the other embedding is a target: this model's are taken"
+            )
+    return None

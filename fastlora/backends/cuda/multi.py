@@ -1,0 +1,168 @@
+"""Up to 64 rows with an adapter each on the CUDA kernels, packed projections and pages included.
+
+Taken: float16 and bfloat16 with adapters of the same or float32; K, N, R, pages, slices and strides
+multiples of 8, addresses of 16 bytes; lora_A with unit columns, lora_B with unit columns or, as in
+rank-major pages, unit rows. Each row's bits are the same in any batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastlora.backends import native
+from fastlora.backends.cuda.call import (
+    SMALL,
+    Follow,
+    arch_of,
+    chunks,
+    device_of,
+    halves,
+    pointer,
+    stream_of,
+)
+
+MOST_ROWS, MOST_RANKS, MOST_SLICES = 64, 512, 8
+# ids, order, starts, scalings, ranks, row_scales
+_Groups = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    reason = _refused(invariant, x, weight, lora_A, lora_B, None, (weight.shape[0],))
+    if reason is not None:
+        run = follow(reason, x, lora_A)
+        return run(x, weight, bias, lora_A, lora_B, *groups, **_how(invariant))
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, _run(y, x, weight, bias, lora_A, lora_B, None, (weight.shape[0],), groups)
+
+
+def multi_lora_add_(
+    y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
+    *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
+) -> None:  # fmt: skip
+    reason = _refused(invariant, x, None, lora_A, lora_B, None, (y.shape[1],)) or _apart(x, y)
+    if reason is not None:
+        follow(reason, x, lora_A)(y, h, x, lora_A, lora_B, *groups, **_how(invariant))
+        return
+    h.copy_(_run(y, x, None, None, lora_A, lora_B, None, (y.shape[1],), groups))
+    _written(y)
+
+
+def packed_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    table: Tensor | None, ends: Sequence[int], *groups: Any,
+    follow: Follow, path: str | None = None, invariant: bool = False,
+) -> Tensor:  # fmt: skip
+    reason = _refused(invariant, x, weight, lora_A, lora_B, table, ends)
+    if reason is not None:
+        run = follow(reason, x, lora_A)
+        return run(x, weight, bias, lora_A, lora_B, table, ends, *groups, **_how(invariant))
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _run(y, x, weight, bias, lora_A, lora_B, table, ends, groups)
+    return y
+
+
+def packed_lora_add_(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
+    ends: Sequence[int], *groups: Any,
+    follow: Follow, path: str | None = None, invariant: bool = False,
+) -> None:  # fmt: skip
+    reason = _refused(invariant, x, None, lora_A, lora_B, table, ends) or _apart(x, y)
+    if reason is not None:
+        run = follow(reason, x, lora_A)
+        run(y, x, lora_A, lora_B, table, ends, *groups, **_how(invariant))
+        return
+    _run(y, x, None, None, lora_A, lora_B, table, ends, groups)
+    _written(y)
+
+
+def _how(invariant: bool) -> dict[str, bool]:
+    return {"invariant": True} if invariant else {}
+
+
+def _written(y: Tensor) -> None:
+    if not y.is_inference():
+        increment_version([y])
+
+
+def _apart(x: Tensor, y: Tensor) -> str | None:
+    if torch._C._is_alias_of(y, x):  # pyright: ignore[reportAttributeAccessIssue]
+        return "x and y share memory"
+    return chunks("y", y)
+
+
+def _refused(
+    invariant: bool, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    table: Tensor | None, ends: Sequence[int],
+) -> str | None:  # fmt: skip
+    if invariant:
+        # More rows than these kernels take would have other bits.
+        return "a batch-invariant product is asked for"
+    reason = halves(x, lora_A, lora_B) or chunks("x", x)
+    reason = reason or (None if weight is None else chunks("weight", weight))
+    reason = reason or chunks("lora_A", lora_A)
+    # Whole chunks along either dimension; ranks one by one are then any number.
+    if reason is None and chunks("lora_B", lora_B, -1) and chunks("lora_B", lora_B, -2):
+        reason = chunks("lora_B", lora_B, -1)
+    if reason is not None:
+        return reason
+    M, R = x.shape[0], lora_B.shape[2]
+    pages = 1 if table is None else table.shape[1]
+    if M > MOST_ROWS:
+        return f"{M} rows are more than {MOST_ROWS}"
+    if not (x.numel() and ends[-1] and lora_A.numel() and pages):
+        return "there is nothing to multiply"
+    if ends[-1] % 8:
+        return f"{ends[-1]} columns are no multiple of 8"
+    if R % 8 or R * pages > MOST_RANKS:
+        return f"rank {R * pages} is no multiple of 8 up to {MOST_RANKS}"
+    if len(ends) > MOST_SLICES:
+        return f"{len(ends)} slices are more than {MOST_SLICES}"
+    single = lora_A.dtype == torch.float32
+    if weight is not None and (M > 32 or single) and arch_of(x.device) in SMALL:
+        return "more than 32 rows, or float32 adapters, want more shared memory than this GPU has"
+    return None
+
+
+def _run(
+    y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor,
+    lora_B: Tensor, table: Tensor | None, ends: Sequence[int], groups: Sequence[Any],
+) -> Tensor:  # fmt: skip
+    """Fills or adds to y; returns h (M, slices * R)."""
+    ids, _order, _starts, scalings, ranks, row_scales = groups
+    (M, K), N, slices = x.shape, y.shape[1], len(ends)
+    page = lora_B.shape[2]
+    R = page if table is None else page * table.shape[1]
+    S = lora_A.shape[0] if table is None else table.shape[0]
+    h = x.new_empty(M, slices * R)
+    ids, scalings = ids.to(torch.int32).contiguous(), scalings.float().contiguous()
+    ranks, table = (None if t is None else t.to(torch.int32).contiguous() for t in (ranks, table))
+    row_scales = None if row_scales is None else row_scales.float().contiguous()
+    bias = None if bias is None else bias.contiguous()
+    a_slot, a_rank, _ = lora_A.stride()
+    b_slot, b_column, b_rank = lora_B.stride()
+    # Of one column or one rank a stride is not looked at, but one of both must be 1.
+    if b_rank != 1 and b_column != 1:
+        b_rank, b_column = (1, b_column) if page == 1 else (b_rank, 1)
+    with device_of(x):
+        code = native.cuda_functions().fastlora_cuda_multi_lora_decode(
+            y.data_ptr(), y.stride(0) if M > 1 else N, h.data_ptr(),
+            x.data_ptr(), x.stride(0) if M > 1 else K,
+            pointer(weight), 0 if weight is None else weight.stride(0), pointer(bias),
+            lora_A.data_ptr(), a_slot, a_rank * page, a_rank,
+            lora_B.data_ptr(), b_slot, b_rank, b_column,
+            ids.data_ptr(), scalings.data_ptr(), pointer(ranks), pointer(row_scales),
+            pointer(table), 0 if table is None else table.stride(0), lora_A.shape[0], page,
+            (ctypes.c_int64 * slices)(*ends), slices, M, K, N, R, S, arch_of(x.device) >= 90,
+            native.DTYPES[x.dtype], native.DTYPES[lora_A.dtype], stream_of(x),
+        )  # fmt: skip
+    native.check(code, "multi_lora_linear")
+    return h

@@ -1,0 +1,1 @@
+"""Merging any number of weights in one call: all of them or none."""

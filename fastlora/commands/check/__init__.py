@@ -1,0 +1,1 @@
+"""``fastlora check``: the ops against formulas in float64."""

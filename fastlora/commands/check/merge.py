@@ -1,0 +1,154 @@
+"""What ``fastlora check`` judges merging by: the float64 sum rounded once, and every bit back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlora.backends.merge_lists import undo as each
+from fastlora.commands.check.linear import DTYPES, WrongResult, laid_out
+
+Functions = Mapping[str, Callable[..., Any]]
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+class MergeCase(NamedTuple):
+    """Weights (N, K) of every layout in one call, with adapters of ranks R and 3."""
+
+    N: int
+    K: int
+    R: int
+    ratio: float  # |d| / |W|
+    layouts: tuple[str, ...] = ("plain", "strided", "misaligned")
+
+    def __str__(self) -> str:
+        return f"N={self.N} K={self.K} R={self.R}, |d|/|W| {self.ratio:g}"
+
+
+# Less than a tile and several of them, with few ranks and more than one step of a product.
+_CASES = (
+    MergeCase(1, 1, 1, 0.1),
+    MergeCase(65, 431, 4, 1.0),
+    MergeCase(300, 129, 40, 0.01),
+    MergeCase(256, 512, 16, 0.001),
+)
+_LARGE = MergeCase(2312, 1128, 48, 0.05)
+
+
+def merge_cases(quick: bool, gpu: bool) -> list[MergeCase]:
+    if quick:
+        return [MergeCase(20, 72, 6, 0.1)]
+    return [*_CASES, _LARGE] if gpu else list(_CASES)
+
+
+class MergeSubject:
+    """One case's weights with all that floating point has, and their adapters."""
+
+    def __init__(
+        self, case: MergeCase, name: str, device: torch.device, draw: torch.Generator
+    ) -> None:
+        self.case, self.device = case, device
+        dtype, lora = DTYPES[name]
+
+        def random(*shape: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+            return (size * torch.randn(shape, generator=draw)).to(device, dtype)
+
+        N, K, size = case.N, case.K, case.K**-0.5
+        special = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny / 4, math.inf, math.nan])
+        self.weights, self.adapters = [], []
+        for layout in case.layouts:
+            weight = random(N, K, dtype=dtype, size=size)
+            weight.view(-1)[: min(5, N * K)] = special[: N * K].to(device, dtype)
+            self.weights.append(laid_out(weight, layout))
+            self.adapters.append(
+                [
+                    (
+                        random(R, K, dtype=lora),
+                        random(N, R, dtype=lora),
+                        -case.ratio * size / math.sqrt(2 * R),
+                    )
+                    for R in (case.R, 3)
+                ]
+            )
+
+    def verdict(self, op: str, functions: Functions) -> float:
+        """The largest error over the one allowed; WrongResult where it is more, or a bit differs.
+
+        functions: merge_, unmerge_ and swap_ of one backend.
+        """
+        before = [_bits(w) for w in self.weights]
+        weights = [w.clone() for w in self.weights]
+        given = _columns(self.adapters)
+        receipts = [
+            t for some in each.apart(functions["merge_"](weights, *given, True)) for t in some
+        ]
+        merged = [w.clone() for w in weights]
+        if op == "merge_":
+            functions["merge_"](again := [w.clone() for w in self.weights], *given, False)
+            _same(again, [_bits(w) for w in merged], "a merge for good has other bits")
+            return self._worst(merged)
+        if op == "unmerge_":
+            weights[-1].view(-1)[-1] = 1.5
+            _refused(functions["unmerge_"], weights, *given, receipts)
+            merged[-1].view(-1)[-1] = 1.5
+            _same(weights, [_bits(w) for w in merged], "a refused unmerge changed a weight")
+            weights = [w.clone() for w in self.weights]
+            functions["merge_"](weights, *given, False)
+            functions["unmerge_"](weights, *given, receipts)
+            _same(weights, before, "not every bit came back")
+            return 0.0
+        others = _columns([[(A, B, -s) for A, B, s in some[:1]] for some in self.adapters])
+        made = each.apart(functions["swap_"](weights, *given, receipts, *others))
+        functions["merge_"](wanted := [w.clone() for w in self.weights], *others, False)
+        _same(weights, [_bits(w) for w in wanted], "a swap is not an unmerge and a merge")
+        functions["unmerge_"](weights, *others, [t for some in made for t in some])
+        _same(weights, before, "not every bit came back")
+        return 0.0
+
+    def _worst(self, merged: Sequence[Tensor]) -> float:
+        """Half a unit in the last place, and what float32 sums of so many products may err."""
+        worst = 0.0
+        for before, after, adapters in zip(self.weights, merged, self.adapters, strict=True):
+            want, size = before.double(), before.double().abs()
+            for A, B, scaling in adapters:
+                want = want + scaling * (B.double() @ A.double())
+                size = size + abs(scaling) * (B.double().abs() @ A.double().abs())
+            info, terms = torch.finfo(before.dtype), sum(A.shape[0] for A, _, _ in adapters) + 2
+            half = info.eps / 2 * want.abs() + info.smallest_normal * info.eps / 2
+            allowed = half * (1 + 1e-6) + terms * 2**-23 * size
+            finite = before.isfinite()
+            if not bool((after.isfinite() == finite).all()):
+                raise WrongResult("values that are not finite, or were not, in other places")
+            error = ((after.double() - want).abs() / allowed)[finite]
+            worst = max(worst, error.max().item() if error.numel() else 0.0)
+        if not worst <= 1:
+            raise WrongResult(f"{worst:.2f} times the error of one rounding")
+        return worst
+
+
+def _columns(adapters: Sequence[Sequence[tuple[Tensor, Tensor, float]]]) -> tuple[list, ...]:
+    flat = [adapter for some in adapters for adapter in some]
+    return (*([a[i] for a in flat] for i in range(3)), [len(some) for some in adapters])
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(_BITS[weight.itemsize])
+
+
+def _same(weights: Sequence[Tensor], bits: Sequence[Tensor], otherwise: str) -> None:
+    if not all(torch.equal(_bits(w), b) for w, b in zip(weights, bits, strict=True)):
+        raise WrongResult(otherwise)
+
+
+def _refused(unmerge: Callable[..., Any], *args: Any) -> None:
+    try:
+        unmerge(*args)
+    except RuntimeError as error:
+        if hasattr(error, "index"):
+            return
+        raise
+    raise WrongResult("an edited weight was unmerged")

@@ -1,0 +1,226 @@
+"""``fastlora check``: every op, on the user's own device, against ``formula``.
+
+What passes on a GPU, an (op, dtype, path) at a time, becomes a row of ``verified.json``, by which
+``dispatch`` chooses the kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.commands.check.linear import DTYPES, Case, Subject, WrongResult, cases
+from fastlora.commands.check.merge import MergeCase, MergeSubject, merge_cases
+from fastlora.commands.check.multi import MultiCase, MultiSubject, multi_cases
+from fastlora.commands.check.stamps import Stamps, poisoned
+from fastlora.ops import availability, dispatch
+
+OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
+MULTI_OPS = (
+    "multi_lora_linear",
+    "multi_lora_add_",
+    "multi_lora_linear_backward",
+    "packed_lora_linear",
+    "packed_lora_add_",
+)
+MERGE_OPS = ("merge_", "unmerge_", "swap_")
+EVERY_OP = (*OPS, *MULTI_OPS, *MERGE_OPS)
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+# The CUDA kernels' paths to an op; what is not here they leave to others.
+_ONE = ("cuda_one_pass", "cuda_two_pass", "cuda_overlapped")
+_CUDA = {
+    "lora_linear": _ONE,
+    "lora_linear_backward": _ONE,
+    **{op: ("cuda_decode",) for op in MULTI_OPS if not op.endswith("_backward")},
+    **dict.fromkeys(MERGE_OPS, ("cuda_in_place",)),
+}
+# The one path of merging.
+IN_PLACE = "in_place"
+_IN_PLACES = (IN_PLACE, "cuda_in_place")
+
+
+class NotTaken(Exception):
+    """A call that the CUDA kernels hand on: no verdict on them."""
+
+
+def paths_of(backend: str) -> tuple[str | None, ...]:
+    if backend == "cuda":
+        return importlib.import_module("fastlora.backends.cuda").PATHS
+    if backend != "triton":
+        return (None,)
+    return importlib.import_module("fastlora.kernels.choose.choice").EVERY_PATH
+
+
+def possible(
+    op: str, path: str | None, case: Case | MultiCase | MergeCase, name: str, device: torch.device
+) -> bool:
+    """Whether the path can run the case, which is one for this op."""
+    if isinstance(case, MergeCase) or path in _IN_PLACES:
+        return isinstance(case, MergeCase) and path in (None, *_IN_PLACES)
+    backward = op.endswith("_backward")
+    if not backward and not case.weight:
+        return False
+    if (
+        isinstance(case, MultiCase)
+        and not op.startswith("packed")
+        and (case.slices, case.page) != (1, 0)
+    ):
+        return False
+    if path is not None and path.startswith("cuda_"):
+        return path in _CUDA.get(op, ())
+    if path is None:
+        return True
+    choice = importlib.import_module("fastlora.kernels.choose.choice")
+    ledger = importlib.import_module("fastlora.kernels.choose.ledger")
+    launch = importlib.import_module("fastlora.kernels.tile.launch")
+    M, K, N, R = case[:4]
+    dtype = DTYPES[name][0]
+    inner, outer = (N, K) if backward else (K, N)
+    weight = case.weight and not op.endswith("add_")
+    problem = ledger.Problem(M, inner, outer, R, dtype.itemsize, weight)
+    first = dtype == torch.float16
+    if isinstance(case, MultiCase):
+        problem = problem._replace(slots=case.S)
+    elif case.dropout:
+        problem = problem._replace(masked="y" if backward else "x")
+        first = first or backward
+    return choice.possible(path, problem, launch.arch_of(device), first)
+
+
+def check(
+    device: torch.device,
+    backends: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    quick: bool = False,
+    folder: Path | None = None,
+    seed: int | None = None,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Checks the backends and stamps what passed; whether all of it did.
+
+    names, ops: default all of them.
+    """
+    gpu = device.type == "cuda"
+    seed = secrets.randbits(32) if seed is None else seed
+    where = torch.cuda.get_device_name(device) if gpu else "CPU"
+    say(f"fastlora check on {device} ({where}), data of seed {seed}")
+    stamps = Stamps(device, folder, quick) if {"triton", "cuda"} & set(backends) else None
+    say(f"{'backend':<8} {'path':<15} {'dtype':<10} {'checks':>6}  worst error over allowed")
+    passed = True
+    for name in names or [name for name in DTYPES if gpu or name != "tf32"]:
+        with fp32_precision(name):
+            by_op = _subjects(ops or EVERY_OP, name, device, seed, quick)
+            for backend in backends:
+                for path in paths_of(backend):
+                    failures, dead = _line(backend, path, name, device, by_op, stamps, say)
+                    passed = passed and not failures
+                    if dead:
+                        say("CUDA does not recover from this in one process: stopped here")
+                        return False
+    if stamps is not None:
+        say(stamps.summary())
+    say("all passed" if passed else "FAILED")
+    return passed
+
+
+def _subjects(
+    ops: Sequence[str], name: str, device: torch.device, seed: int, quick: bool
+) -> dict[str, Sequence[Any]]:
+    """The data of each op, the same whichever others are checked beside it."""
+    kinds: list[tuple[Sequence[str], Any, Any]] = [
+        (OPS, Subject, cases),
+        (MULTI_OPS, MultiSubject, multi_cases),
+        (MERGE_OPS, MergeSubject, merge_cases),
+    ]
+    by_op: dict[str, Sequence[Any]] = {}
+    for alike, subject, cases_of in kinds:
+        asked = [op for op in alike if op in ops]
+        if asked:
+            draw = torch.Generator().manual_seed(seed)
+            of = cases_of(quick, device.type == "cuda")
+            drawn = [subject(case, name, device, draw) for case in of]
+            by_op.update((op, drawn) for op in asked)
+    return by_op
+
+
+def _line(
+    backend: str, path: str | None, name: str, device: torch.device,
+    by_op: Mapping[str, Sequence[Any]],
+    stamps: Stamps | None, say: Callable[[str], None],
+) -> tuple[list[str], bool]:  # fmt: skip
+    """One line of the table: its failures, and whether the device is lost."""
+    checks, worst, failures, dead = 0, 0.0, [], False
+    for op, subjects in by_op.items():
+        if op not in dispatch.OPS.get(backend, (op,)):
+            continue
+        function = _function(op, backend, path)
+        before, failed, wrong = checks, len(failures), False
+        for subject in subjects:
+            if dead or not possible(op, path, subject.case, name, device):
+                continue
+            checks += 1
+            try:
+                worst = max(worst, subject.verdict(op, function))
+            except NotTaken:
+                checks -= 1
+            except Exception as error:  # whatever a kernel raises, it has failed its check
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                failures.append(f"    {op} ({subject.case}): {reason}")
+                dead = poisoned(device)
+                # Too little memory, say, is no fault of the kernel: it is not held against it.
+                wrong = wrong or dead or isinstance(error, WrongResult)
+        clean = len(failures) == failed
+        if stamps is not None and path is not None and checks > before and (clean or wrong):
+            stamps.note(op, name, path, passed=clean)
+        if dead:
+            break
+    if checks:
+        result = "FAILED" if failures else "passed"
+        say(f"{backend:<8} {path or '-':<15} {name:<10} {checks:>6}  {worst:.2f} {result}")
+        for failure in failures:
+            say(failure)
+    return failures, dead
+
+
+def _function(op: str, backend: str, path: str | None) -> Any:
+    """What a subject's verdict is about; of merging all three, which undo each other."""
+    if op in MERGE_OPS:
+        return {name: dispatch.implementation(name, backend) for name in MERGE_OPS}
+    function = dispatch.implementation(op, backend)
+    if path is not None and path.startswith("cuda_"):
+        return partial(function, path=path, follow=partial(_not_taken, op))
+    return function if path is None else partial(function, path=path)
+
+
+def _not_taken(op: str, reason: str | None, *_: Any) -> Any:
+    """In place of the next backend; what the CUDA kernels always leave to it, torch does."""
+    if reason is not None:
+        raise NotTaken(reason)
+    return dispatch.implementation(op, "torch")
+
+
+@contextmanager
+def fp32_precision(name: str) -> Iterator[None]:
+    """Products of float32 as the dtype's name says; what was chosen for other ones is forgotten."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if name == "tf32" else "ieee"
+    _forget()
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+        _forget()
+
+
+def _forget() -> None:
+    if availability.unusable("triton") is None:
+        importlib.import_module("fastlora.kernels.choose.choice").forget()

@@ -1,0 +1,1 @@
+"""``fastlora tune``: the fastest config of each kernel on this GPU."""

@@ -1,0 +1,1 @@
+"""What can be told of a model and its layers without changing them."""

@@ -1,0 +1,95 @@
+"""Layers whose weight another module reads in its forward, without calling them, or changes.
+
+What an adapter adds there is never computed: it does nothing, and gets no gradient. Or it is not
+what it was, where a forward rescales the weight beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from fastlora.inspection.sources import ANY, Path, Uses, uses_of
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Reader(NamedTuple):
+    """A module above a layer, which computes with its weight in a method.
+
+    called: whether it, or another, also calls the layer, or hands it to who may.
+    """
+
+    module: nn.Module
+    method: str
+    called: bool
+
+
+def bypassed(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Why a layer of ``model``, known under ``names``, would not be called by who reads it."""
+    for name in names:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight and never calls it"
+        if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
+            return "nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
+        found = reader(model, name)
+        if found is not None and not found.called:
+            kind = type(found.module).__qualname__
+            return f"{kind}.{found.method} reads its weight and never calls it"
+    return None
+
+
+def rescaled(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Which forward above a layer of ``model`` changes its weight in place, which an adapter's part
+    of the output does not follow."""
+    for name in names:
+        parts = tuple(name.split("."))
+        for depth, module in enumerate(_above(model, parts)):
+            uses = _uses(module)
+            for changed, method in (uses.changed if uses else {}).items():
+                if _fits(changed, parts[depth:]):
+                    kind = type(module).__qualname__
+                    return f"{kind}.{method} changes its weight in place, and not its adapter"
+    return None
+
+
+def reader(model: nn.Module, name: str) -> Reader | None:
+    """Who computes with the weight of the layer ``name``, as the modules above it are written."""
+    parts = tuple(name.split("."))
+    found, called, above = None, False, _above(model, parts)
+    for depth, module in enumerate(above):
+        uses, path = _uses(module), parts[depth:]
+        if uses is None:
+            continue
+        for read, method in uses.read.items():
+            if found is None and _fits(read, path):
+                found = module, method
+        called = called or any(_fits(one, path) for one in (*uses.called, *uses.handed))
+        if len(path) == 1 or (len(path) == 2 and isinstance(above[-1], _CONTAINERS)):
+            # Who is given all that holds the layer may call it.
+            called = called or any(_fits(one, path[:-1]) for one in uses.handed)
+    return None if found is None else Reader(*found, called)
+
+
+def _above(model: nn.Module, parts: Path) -> list[nn.Module]:
+    """The modules above a layer, from the model to its parent."""
+    found = [model]
+    for part in parts[:-1]:
+        found.append(getattr(found[-1], part))
+    return found
+
+
+def _uses(module: nn.Module) -> Uses | None:
+    # A forward of its own, on the instance, says nothing of the class's; PEFT's only pass calls on.
+    own = "forward" in vars(module) or type(module).__module__.startswith("peft.")
+    return None if own else uses_of(type(module))
+
+
+def _fits(pattern: Path, path: Path) -> bool:
+    return len(pattern) == len(path) and all(
+        wanted in (ANY, part) for wanted, part in zip(pattern, path, strict=True)
+    )

@@ -1,0 +1,281 @@
+"""A model's first forward, watched for layers whose weight is read while they are never called.
+
+For what the source of a model's classes does not say: see ``bypassed``. A mode sees each function
+of torch's that gets a layer's weight; in whose forward that is, the stack says.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastlora.config.listing import some
+from fastlora.inspection import modes
+from fastlora.inspection.bypassed import bypassed, reader
+from fastlora.inspection.sources import LOOKS, METADATA, VIEWS
+from fastlora.inspection.wrapping import is_linear, is_pefts, peft_layers, plain_name, unwrapped
+
+_NOTE = "_fastlora_bypassed"
+# Of its arguments the first is what is computed with.
+_FIRST = frozenset({"to", "type", "type_as"})
+_here = threading.local()
+# Of all threads those that are under way: their hooks must stay until they have ended.
+_under_way: set[int] = set()
+_lock = threading.Lock()
+
+
+def watch(model: nn.Module) -> None:
+    """Has the first forward of ``model``, or of a part of it that is called alone, watched.
+
+    It warns, by name, of layers with adapters that were never called while their weight was
+    computed with; ``noted`` says so afterwards. Nothing is left behind then, except where a layer
+    is called here and read there: the first forward in the other mode, training or eval, is watched
+    too. Compiled or traced ones are not.
+    """
+    root = unwrapped(model)
+    names = dict(_layers(root))
+    found = [reader(root, name) for name in names]
+    twice = any(each is not None and each.called for each in found)
+    for module in (root, *root.children()):
+        if next(_layers(module), None) is not None and not _holds(module):
+            stop(module)
+            module.register_forward_pre_hook(_Before(twice))
+            module.register_forward_hook(_After(), always_call=True)
+
+
+def refuse(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """RuntimeError where merging would put an adapter to work that has had no part so far."""
+    names = {layer: name for name, layer in model.named_modules()}
+    for name, layer in layers.items():
+        who = noted(layer)
+        reason = bypassed(model, [names[layer]]) if who is None else f"{who} reads its weight"
+        if reason is not None:
+            error = RuntimeError(
+                f"{name}: {reason}, so its adapter has had no part in what the model computes, "
+                "which merging would change: exclude the layer"
+            )
+            error.named = True  # pyright: ignore[reportAttributeAccessIssue]
+            raise error
+
+
+def stop_all(model: nn.Module) -> None:
+    """Takes back what ``watch`` has put on a model."""
+    for module in (model, *model.children()):
+        stop(module)
+
+
+def stop(model: nn.Module) -> None:
+    """Takes back what ``watch`` has put on one module."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, (_Before, _After)):
+                hooks.pop(key, None)
+                model._forward_hooks_always_called.pop(key, None)
+
+
+def noted(layer: nn.Module) -> str | None:
+    """Whose forward was seen to read the layer's weight, without calling it."""
+    return vars(layer).get(_NOTE)
+
+
+class _Before:
+    def __init__(self, twice: bool) -> None:
+        self.twice = twice
+        self.seen: set[bool] = set()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
+            return
+        if module.training not in self.seen:
+            _begin(module)
+
+
+class _After:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        _end(module)
+
+
+class _Trial(TorchFunctionMode):
+    def __init__(self, root: nn.Module, frame: FrameType | None) -> None:
+        super().__init__()
+        self.root, self.frame, self.depth, self.over = root, frame, 0, False
+        self.handled = sys.exc_info()[1]
+        self.layers = dict(_layers(root))
+        self.called: set[str] = set()
+        self.read: dict[str, nn.Module] = {}
+        # By identity, which holds as long as they are kept.
+        self.weights: dict[int, tuple[Tensor, list[str]]] = {}
+        for name, layer in self.layers.items():
+            weight = _weight(layer)
+            if weight is not None:
+                self.weights.setdefault(id(weight), (weight, []))[1].append(name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling() and not self.over and not self.interrupted():
+            for place, value in enumerate((*args, *kwargs.values())):
+                for one in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(one, Tensor) and id(one) in self.weights:
+                        self._see(one, _computes(func, place))
+        return func(*args, **kwargs)
+
+    def interrupted(self) -> bool:
+        """Whether its forward was left without a word, by Ctrl-C: hooks hear of errors alone."""
+        try:
+            if self.frame is not None:
+                self.frame.clear()
+        except RuntimeError:
+            return False  # one that runs cannot be cleared
+        self.layers, self.weights = {}, {}
+        return True
+
+    def _see(self, weight: Tensor, computed: bool) -> None:
+        names = [name for name in self.weights[id(weight)][1] if name not in self.called]
+        inside = _inside(self.root) if names else []
+        for name in names:
+            layer = self.layers[name]
+            if any(module is layer for module in inside):
+                self.called.add(name)
+            elif computed and inside and not self._is_tied(weight, inside[0], layer):
+                self.read.setdefault(name, inside[0])
+
+    def _is_tied(self, weight: Tensor, module: nn.Module, layer: nn.Module) -> bool:
+        """Whether a module of the model's uses its own weight, which a layer has as well.
+
+        A linear that was replaced, and that something still calls, is none of the model's.
+        """
+        own = any(weight is parameter for parameter in module._parameters.values())
+        parts = {id(part) for part in self.root.modules()} - {id(part) for part in layer.modules()}
+        return own and id(module) in parts
+
+
+def _begin(module: nn.Module) -> None:
+    trial: _Trial | None = getattr(_here, "trial", None)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    if trial is not None and trial.interrupted():
+        _leave(trial)
+        trial = None
+    if trial is None:
+        with _lock:
+            if not any(isinstance(hook, _Before) for hook in module._forward_pre_hooks.values()):
+                return  # taken away meanwhile, by another thread's end
+            _here.trial = trial = _Trial(module, frame)
+            _under_way.add(id(trial))
+        trial.__enter__()
+    elif trial.root is module:
+        trial.depth += 1
+
+
+def _end(module: nn.Module) -> None:
+    trial: _Trial | None = getattr(_here, "trial", None)
+    if trial is None or trial.root is not module:
+        return
+    if trial.depth:
+        trial.depth -= 1
+        return
+    _leave(trial)
+    if sys.exc_info()[1] is not trial.handled:
+        return  # it raised: the next one is the first
+    _settle(module)
+    found = {name: who for name, who in trial.read.items() if name not in trial.called}
+    for name, who in found.items():
+        vars(trial.layers[name])[_NOTE] = type(who).__qualname__
+    if found:
+        names = {part: plain_name(name) or "the model" for name, part in module.named_modules()}
+        gone = "something that is not in the model"
+        said = [
+            f"{plain_name(name)} (by {names.get(who, gone)}, a {type(who).__qualname__})"
+            for name, who in found.items()
+        ]
+        warnings.warn(
+            "layers with adapters were never called in this forward, while their weight was read: "
+            f"{some(said)}. What their adapters add is not computed, nor trained: leave "
+            "them out (exclude_modules)",
+            stacklevel=2,
+        )
+
+
+def _leave(trial: _Trial) -> None:
+    trial.over, trial.frame = True, None
+    _here.trial = None
+    _under_way.discard(id(trial))
+    modes.leave(trial)
+
+
+def _settle(module: nn.Module) -> None:
+    """No more hooks on what was watched, but for the other mode where that may differ."""
+    with _lock:
+        for part in (module, *module.children()):
+            hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _Before)]
+            for hook in hooks:
+                hook.seen = {*hook.seen, module.training} if hook.twice else {True, False}
+                if len(hook.seen) > 1 and not _under_way and not _has_graphs():
+                    stop(part)
+
+
+def _has_graphs() -> bool:
+    """Whether anything was compiled: guarded by hooks, it would be again once they are gone."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and getattr(dynamo, "FRAME_COUNTER", 1) > 0
+
+
+def _inside(root: nn.Module) -> list[nn.Module]:
+    """The modules in whose forwards this thread is, the innermost first."""
+    found: list[nn.Module] = []
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and not (found and found[-1] is root):
+        if frame.f_code.co_name in ("forward", "_call_impl"):
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                found.append(module)
+        frame = frame.f_back
+    return found
+
+
+def _computes(func: Any, place: int) -> bool:
+    """Whether a function wants the numbers of the tensor that is its argument number ``place``."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in VIEWS
+    if name in _FIRST:
+        return place == 0
+    return name not in METADATA | LOOKS and name not in ("__set__", "__repr__", "__format__")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linears with adapters; not those within a layer of PEFT's, which knows how to use them."""
+    around = tuple(f"{name}." for name in peft_layers(model))
+    for name, module in model.named_modules():
+        if _holds(module) and not name.startswith(around):
+            yield name, module
+
+
+def _holds(module: nn.Module) -> bool:
+    """Whether it is a linear with adapters, of ours or PEFT's."""
+    if getattr(module, "holds_lora", False):
+        return True
+    return is_pefts(module) and is_linear(_base(module))
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    while isinstance(layer._modules.get("base_layer"), nn.Module):
+        layer = layer._modules["base_layer"]  # pyright: ignore[reportAssignmentType]
+    return layer
+
+
+def _weight(layer: nn.Module) -> Tensor | None:
+    return _base(layer)._parameters.get("weight")

@@ -1,0 +1,232 @@
+"""A PEFT model on fastlora's kernels: its LoRA linears get another class, and PEFT's back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+from peft.tuners.lora import layer as lora
+from torch import nn
+
+from fastlora.config.listing import by_reason, some
+from fastlora.inspection import trial
+from fastlora.inspection.bypassed import bypassed
+from fastlora.inspection.wrapping import unwrapped
+from fastlora.integrations.peft import bypassed as peft_bypassed
+from fastlora.integrations.peft import rows as peft_rows
+from fastlora.integrations.peft import tied as peft_tied
+from fastlora.integrations.peft.linear import Linear
+from fastlora.integrations.peft.merging import warn_of_lost_merges
+from fastlora.integrations.peft.packing import keep_unpacked, let_pack
+from fastlora.integrations.peft.parts import obstacle, product
+from fastlora.integrations.peft.quantized import QUANTIZED
+from fastlora.integrations.peft.running import misstated, rank, warn_before_saving
+from fastlora.model.report import Report, report
+
+# {PEFT's class: ours}
+PATCHED: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: Linear, **QUANTIZED}
+OURS = {ours: theirs for theirs, ours in PATCHED.items()}
+
+
+class LoraModel(peft.LoraModel):
+    """``peft.LoraModel`` whose new layers are patched as they come, and which says what it runs."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # PEFT saves what this gives, beside configs that hot-swapping leaves behind.
+        warn_before_saving(self, _patched(self))
+        return super().state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Not by PEFT's hooks: they are every thread's, and stay if an error passes through them.
+        names = kwargs.pop("adapter_names", None)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            if names is None:
+                yield
+            else:
+                with peft_rows.named(self, names, args, kwargs):
+                    yield
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(new_module, lora.LoraLayer) and _left_alone(new_module) is None:
+            _patch_layer(new_module)
+            keep_unpacked(new_module)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_merging(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merging(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(
+            merge=merge,
+            progressbar=progressbar,
+            safe_merge=safe_merge,
+            adapter_names=adapter_names,
+        )
+        let_pack(model)
+        return model
+
+    def _check_merging(self, adapter_names: list[str] | None) -> None:
+        """Before anything is merged, what PEFT merges without a word."""
+        model: Any = self.model
+        peft_tied.refuse(model, adapter_names)
+        peft_bypassed.refuse(model, adapter_names)
+        warn_of_lost_merges(_lora_layers(model))
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        trial.watch(model)
+
+
+def patch(model: nn.Module, strict: bool) -> Report:
+    """``fastlora.patch_peft``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"peft_model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = _lora_layers(model)
+    if not layers:
+        raise ValueError(
+            "peft_model: expected a model with LoRA layers of PEFT's, found none in "
+            f"{type(unwrapped(model)).__name__}: patch what peft.get_peft_model returns (a model "
+            "of fastlora.replace_linear needs no patch)"
+        )
+    reasons = _reasons(model, layers)
+    if len(reasons) == len(layers) or (strict and reasons):
+        raise ValueError(
+            f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
+            f"{some(by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT computes it"
+        )
+    for name, layer in layers.items():
+        if name not in reasons:
+            _patch_layer(layer)
+    for module in unwrapped(model).modules():
+        if type(module) is peft.LoraModel:
+            module.__class__ = LoraModel
+            peft_rows.watch(module)
+    keep_unpacked(unwrapped(model), stacklevel=3)
+    _warn_of_virtual_tokens(unwrapped(model))
+    peft_bypassed.warn(unwrapped(model), layers, stacklevel=4)
+    trial.watch(_innermost(model))
+    return report(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """``fastlora.unpatch_peft``."""
+    back = OURS | {LoraModel: peft.LoraModel}
+    modules = [module for module in unwrapped(model).modules() if type(module) in back]
+    if not modules:
+        raise ValueError(
+            f"peft_model: expected one that patch_peft has patched, got {type(model).__name__}"
+        )
+    for module in modules:
+        vars(module).pop("_receipts", None)
+        peft_rows.unwatch(module)
+        module.__class__ = back[type(module)]
+    let_pack(unwrapped(model))
+    trial.stop_all(_innermost(model))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What ``fastlora.report`` says of PEFT's layers, where some are patched."""
+    layers, patched = _lora_layers(model), _patched(model)
+    if not patched:
+        return {}
+    new = [name for name in layers if name not in patched]
+    skipped = dict.fromkeys(new, "not patched: call patch_peft again")
+    skipped |= _reasons(model, layers)
+    bases = {name: product(layer.base_layer) for name, layer in patched.items()}
+    return {
+        "replaced": {name: rank(layer) for name, layer in patched.items() if name not in skipped},
+        "skipped": skipped,
+        "around": {
+            name: base
+            for name, base in bases.items()
+            if isinstance(base, str) and name not in skipped
+        },
+        "merged": tuple(name for name, layer in patched.items() if layer.merged),
+        "misstated": misstated(model, patched),
+    }
+
+
+def _warn_of_virtual_tokens(model: nn.Module) -> None:
+    """Of prompt learning around the layers, beside a transformers that wants a newer PEFT.
+
+    5.24 calls a forward's earlier keys and values ``cache``, and PEFT 0.21 looks for
+    ``past_key_values``: ``generate`` writes other texts, without an error.
+    """
+    settings: list[Any] = (
+        list(model.peft_config.values()) if isinstance(model, peft.PeftModel) else []
+    )
+    kinds = [each.peft_type.value for each in settings if each.is_prompt_learning]
+    if not kinds:
+        return
+    import transformers
+    from transformers.integrations import peft as theirs
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
+    except ValueError as error:
+        warnings.warn(
+            f"peft_model: generate of transformers {transformers.__version__} may get wrong its "
+            f"{kinds[0]} of PEFT {peft.__version__}: {error}; "
+            "the LoRA layers are patched all the same",
+            stacklevel=4,
+        )
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The base model within PEFT's, which is what PEFT calls, to generate too."""
+    inner = unwrapped(model)
+    return unwrapped(inner.get_base_model()) if isinstance(inner, peft.PeftModel) else inner
+
+
+def _patch_layer(layer: nn.Module) -> None:
+    if type(layer) in PATCHED:
+        layer.__class__ = PATCHED[type(layer)]
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    modules = unwrapped(model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, lora.LoraLayer)}
+
+
+def _patched(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in _lora_layers(model).items() if type(layer) in OURS}
+
+
+def _reasons(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
+    """{layer: why PEFT computes it}, of those that it does compute."""
+    found = {
+        name: bypassed(unwrapped(model), [name]) or _left_alone(layer)
+        for name, layer in layers.items()
+    }
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _left_alone(layer: Any) -> str | None:
+    kind = type(layer)
+    if kind not in PATCHED and kind not in OURS:
+        return f"it is a {kind.__module__}.{kind.__qualname__}, not a peft.tuners.lora.Linear"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance"
+    # Those that are active now; others are looked at when their turn comes.
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return obstacle(layer, active or list(layer.lora_A))

@@ -1,0 +1,1 @@
+"""LoRA in a whole model: put in, trained, saved, merged."""

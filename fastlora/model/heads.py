@@ -1,0 +1,40 @@
+"""Heads of a classifier that its adapter's files would not hold, though no checkpoint has them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.config import LoRAConfig
+from fastlora.model.targets import Plan
+
+# What PEFT trains whole for the task types of classifiers, and what such classes are called.
+_TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("score", "classifier")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
+
+
+def unsaved(model: nn.Module, config: LoRAConfig, chosen: Plan) -> str | None:
+    """Why a transformers classifier's head is lost when only the adapter is saved, or None.
+
+    It is new where the checkpoint was of another class, as its config tells, or there was none:
+    then the whole model is new, which matters only to who adapts the head unaware.
+    """
+    kind = type(model).__name__
+    ending = next((each for each in _TASKS if kind.endswith(each)), None)
+    if ending is None or not type(model).__module__.startswith("transformers."):
+        return None
+    task, names = _TASKS[ending]
+    name = next((n for n in names if isinstance(getattr(model, n, None), nn.Module)), None)
+    of = getattr(getattr(model, "config", None), "architectures", None)
+    if name is None or kind in (of or ()) or not (of or config.all_linear):
+        return None
+    if any(f"{name}.".startswith(f"{saved}.") for saved in chosen.saved):
+        return None
+    was = f"the checkpoint was a {of[0]}" if of else "there was no checkpoint"
+    return (
+        f"task_type={config.task_type!r}: the {name} of {kind} is new ({was}), but neither trained "
+        f"whole nor saved with the adapter, which is of no use without it: give "
+        f'task_type="{task}", or modules_to_save=["{name}"]'
+    )

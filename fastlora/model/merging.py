@@ -1,0 +1,289 @@
+"""A model's adapter into its weights and out again, on and off: every layer or none."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import functional as F
+from fastlora.backends.merge_lists import undo as each
+from fastlora.config.listing import some
+from fastlora.functional.fidelity import LOW_GAIN, FidelityWarning
+from fastlora.functional.merge import foreach_remerge_
+from fastlora.functional.receipt import MergeReceipt
+from fastlora.inspection import trial
+from fastlora.inspection.wrapping import unwrapped
+from fastlora.model import checkpoint, tied
+from fastlora.model.report import forget, missing, saved, swap
+from fastlora.modules.linear import LoRALayer, lora_layers
+from fastlora.modules.several import trained_layers
+
+_SETTINGS = ("lora_alpha", "use_rslora", "scaling", "lora_dropout", "_fidelity")
+
+
+def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = False) -> nn.Module:
+    """Merges every FastLoRALinear in place; ``unmerge_adapter`` undoes it. Returns ``model``.
+
+    untie: a layer whose weight another module reads too (tied) gets a copy of its own, and keeps it
+    when it is unmerged; ``report(model).untied`` names them. snapshot: keeps copies of the weights
+    instead of receipts, which are good on any machine and in any version.
+    ``report(model).fidelity`` says how much of the adapter has arrived in each layer; below a gain
+    of 0.9 a ``FidelityWarning`` says so too.
+
+    Raises RuntimeError when a layer is merged already, tied, or never called by who reads its
+    weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value
+    would not be finite. Every byte of the model is as before then, and after an interruption.
+    """
+    _merge(model, _layers(model, merged=False), untie, snapshot)
+    return model
+
+
+def unmerge_adapter(model: nn.Module) -> nn.Module:
+    """Undoes ``merge_adapter``, bit for bit; returns ``model``.
+
+    Raises RuntimeError when a layer is not merged, or its weight was edited since; every layer is
+    as before then.
+    """
+    _unmerge(_layers(model, merged=True))
+    return model
+
+
+def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
+    """Merges for good: plain ``nn.Linear`` (``Conv1D``) layers with the merged weights.
+
+    Returns ``model``. What was trained whole (modules_to_save) stays in its place. Layers merged
+    before stay so, once they were seen to be what their merge left. untie, errors and their
+    guarantee as in ``merge_adapter``.
+    """
+    inner = unwrapped(model)
+    layers = dict(lora_layers(inner))
+    if not layers:
+        raise missing(model)
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    fresh = {name: layer for name, layer in layers.items() if not layer.merged}
+    names: dict[nn.Module, list[str]] = {layer: [] for layer in layers.values()}
+    for name, module in inner.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayer):
+            names[module].append(name)
+    with each.all_or_none() as done:
+        # An edited weight would be taken for the merged one: unmerging refuses it.
+        _remerge(merged, _unmerge(merged))
+        _merge(model, fresh, untie, done=done)
+        plain = {layer: layer.to_linear() for layer in layers.values()}
+        for layer, linear in plain.items():
+            done.append(lambda layer=layer: swap(inner, names[layer], layer))
+            swap(inner, names[layer], linear)
+        if saved(inner):
+            done.append(tied.note_untied(inner))
+        forget(inner)
+    trial.stop_all(inner)
+    return model
+
+
+def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Of a merged model: the adapter in ``directory`` instead of the one that is merged.
+
+    For adapters that train no modules whole (modules_to_save). The weights have the bits of
+    unmerging, loading and merging. The layers' own tensors are the new adapter's afterwards, so
+    that ``unmerge_adapter`` gives the base back and leaves it loaded. Its ranks and layers must be
+    those of the model (else: unmerge, load_adapter, merge_adapter). Returns ``model``; errors as in
+    ``load_adapter`` and ``merge_adapter``, every byte as before.
+    """
+    layers = _layers(model, merged=True)
+    if saved(model):
+        raise ValueError(
+            f"modules_to_save: the adapter trains {some(saved(model))} whole, which is not "
+            "swapped: unmerge_adapter, load_adapter and merge_adapter"
+        )
+    loaded = checkpoint.read_adapter(model, directory, merged=True)
+    adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]
+    with each.all_or_none() as done, _by_name(layers):
+        before = [(layer, layer.needed_receipt()) for layer in layers.values()]
+        old = [list(receipt.adapters) for _, receipt in before]
+        weights = [layer.matrix for layer in layers.values()]
+        rows = [layer.sampled() for layer in layers.values()]
+        receipts = F.foreach_swap_(weights, [r for _, r in before], [[a] for a in adapters])
+        done.append(lambda: _set(layers, F.foreach_swap_(weights, receipts, old)))
+        _set(layers, receipts)
+        done += [_way_back(layer) for layer in layers.values()]
+        loaded.fill(model)
+        for layer, sample, adapter in zip(layers.values(), rows, adapters, strict=True):
+            layer.measure(sample, adapter)
+        _warn(layers, stacklevel=3)
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block ``model`` computes what its base would; merged layers are unmerged in it.
+
+    Modules that are trained whole are the original ones in it. A base whose weights were split
+    (init_lora_weights "pissa", "olora") stays what that left. What was merged is merged again at
+    the end, whatever became of the adapter in between.
+    """
+    layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
+    if not layers and not trained:
+        raise missing(model)
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    receipts = _unmerge(merged)
+    before = {layer: layer.adapter_disabled for layer in (*layers.values(), *trained.values())}
+    try:
+        for layer in before:
+            layer.adapter_disabled = True
+        with _originals_in_place(unwrapped(model)):
+            yield model
+    finally:
+        for layer, state in before.items():
+            layer.adapter_disabled = state
+        _remerge(merged, receipts)
+
+
+@contextmanager
+def _originals_in_place(model: nn.Module) -> Iterator[None]:
+    there = {name: model.get_submodule(name) for name in saved(model)}
+    try:
+        for name, module in saved(model).items():
+            swap(model, [name], module.follow())
+        yield
+    finally:
+        for name, module in there.items():
+            swap(model, [name], module)
+
+
+def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise missing(model)
+    wrong = [name for name, layer in layers.items() if layer.merged != merged]
+    if wrong:
+        state = "not merged" if merged else "merged already"
+        raise RuntimeError(
+            f"model: {len(wrong)} layers are {state} ({wrong[0]}, …); nothing was changed"
+        )
+    return layers
+
+
+def _merge(
+    model: nn.Module,
+    layers: dict[str, LoRALayer],
+    untie: bool,
+    snapshot: bool = False,
+    done: list[Callable[[], Any]] | None = None,
+) -> None:
+    """done: gets the way back, which what comes after may still want."""
+    inner = unwrapped(model)
+    with each.all_or_none() as own, _by_name(layers):
+        done = own if done is None else done
+        for name, layer in layers.items():
+            with _by_name({name: layer}):
+                layer.check_mergeable()
+        adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
+        trial.refuse(inner, adding)
+        if untie:
+            done.append(tied.untie(inner, layers))
+        else:
+            tied.refuse(inner, layers)
+        before = [layer.sampled() for layer in layers.values()]
+        adapters = [layer.adapter for layer in layers.values()]
+        weights = [layer.matrix for layer in layers.values()]
+        receipts = F.foreach_merge_(weights, [[a] for a in adapters], snapshot=snapshot)
+        done.append(lambda: _take_out(layers, weights, receipts))
+        _set(layers, receipts)
+        for layer, rows, adapter in zip(layers.values(), before, adapters, strict=True):
+            layer.measure(rows, adapter)
+        # In here: where warnings are errors this one takes the merge back.
+        _warn(layers, stacklevel=4)
+
+
+def _unmerge(layers: dict[str, LoRALayer]) -> list[MergeReceipt]:
+    """Unmerges every layer or none; returns what says how each was merged."""
+    receipts = []
+    for name, layer in layers.items():
+        with _by_name({name: layer}):
+            receipts.append(layer.needed_receipt())
+    with each.all_or_none() as done, _by_name(layers):
+        F.foreach_unmerge_([layer.matrix for layer in layers.values()], receipts)
+        done.append(lambda: _remerge(layers, receipts))
+        _set(layers, [None] * len(receipts))
+    return receipts
+
+
+def _remerge(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt]) -> None:
+    """Merges what the receipts say was merged once, whatever the adapters are by now.
+
+    An interrupt is heard when all is merged: who asked for this wants the layers as they were.
+    """
+    try:
+        _remerge_once(layers, receipts)
+    except BaseException:
+        _remerge_once(layers, receipts)
+        raise
+
+
+def _remerge_once(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt]) -> None:
+    with each.all_or_none() as done, _by_name(layers):
+        weights = [layer.matrix for layer in layers.values()]
+        made = foreach_remerge_(weights, receipts)
+        done.append(lambda: _take_out(layers, weights, made))
+        _set(layers, made)
+
+
+def _take_out(layers: dict[str, LoRALayer], weights: list, receipts: list) -> None:
+    F.foreach_unmerge_(weights, receipts)
+    _set(layers, [None] * len(receipts))
+
+
+def _set(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt | None]) -> None:
+    for layer, receipt in zip(layers.values(), receipts, strict=True):
+        layer._receipt = receipt
+
+
+def _way_back(layer: LoRALayer) -> Callable[[], None]:
+    """What gives ``layer`` its adapter and settings back, its weight left alone."""
+    kept = {name: getattr(layer, name) for name in _SETTINGS}
+    tensors = [
+        (p, p.detach().clone(), p.requires_grad) for p in layer.adapter_parameters().values()
+    ]
+
+    def back() -> None:
+        vars(layer).update(kept)
+        with torch.no_grad():
+            for parameter, before, trained in tensors:
+                parameter.copy_(before).requires_grad_(trained)
+
+    return back
+
+
+@contextmanager
+def _by_name(layers: dict[str, LoRALayer]) -> Iterator[None]:
+    """An error about one of several weights begins with its layer's name."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        index = getattr(error, "index", 0 if len(layers) == 1 else None)
+        if index is None or getattr(error, "named", False):
+            raise
+        cause = error.__cause__ if len(layers) > 1 else error
+        raised = type(error)(f"{list(layers)[index]}: {cause}")
+        raised.named = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise raised from error
+
+
+def _warn(layers: dict[str, LoRALayer], stacklevel: int) -> None:
+    low = {n: layer.fidelity.gain for n, layer in layers.items() if layer.fidelity is not None}
+    low = {name: gain for name, gain in low.items() if gain < LOW_GAIN}
+    if low:
+        worst = min(low, key=low.__getitem__)
+        warnings.warn(
+            f"rounding has lost part of the adapter in {len(low)} of {len(layers)} merged layers: "
+            f"{worst} has {low[worst]:.0%} of it, report(model).fidelity has all; merge into a "
+            "wider dtype, or keep the adapter unmerged",
+            FidelityWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,188 @@
+"""Putting LoRA into a whole model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastlora.adapters.files import check_name
+from fastlora.backends.merge_lists import undo as each
+from fastlora.config import LoRAConfig, moves_base
+from fastlora.config.listing import some
+from fastlora.inspection import trial
+from fastlora.inspection.wrapping import is_conv1d, unwrapped
+from fastlora.model.heads import unsaved
+from fastlora.model.report import Injection, forget, remember, swap
+from fastlora.model.targets import Plan, plan, unused
+from fastlora.model.tied import tied
+from fastlora.modules import init as initial
+from fastlora.modules import saved_modules
+from fastlora.modules.conv1d import FastLoRAConv1D
+from fastlora.modules.linear import FastLoRALinear, lora_layers
+from fastlora.modules.several import TrainableMultiLoRALinear, TrainingRows, trained_layers
+from fastlora.rows.entry import Watch
+
+
+def replace_linear(
+    model: nn.Module,
+    config: object,
+    *,
+    freeze_base: bool = True,
+    adapter_names: Sequence[str] | None = None,
+) -> nn.Module:
+    """Replaces in place the linears that ``config`` names by ``FastLoRALinear``; returns ``model``.
+
+    config: ``LoRAConfig`` or ``peft.LoraConfig``. transformers' ``Conv1D`` becomes
+    ``FastLoRAConv1D``; what modules_to_save names, and the head that PEFT adds for task_type, a
+    copy of itself that trains. Where init_lora_weights splits the weights, they change (until all
+    are ready, they take their memory twice). freeze_base: everything but the adapters (and the
+    biases that ``config.bias`` asks for) stops requiring gradients. adapter_names: several adapters
+    on the one base instead, trained together: ``use_adapters`` says whose each row of a batch is,
+    ``save_adapter(..., adapter_name=)`` saves one. ``report(model)`` says what was replaced and
+    what was skipped and why.
+
+    Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
+    layer that was named cannot be replaced, or the model has LoRA layers already, PEFT's among
+    them; for several adapters also when ``config`` asks for biases, whole modules or split weights,
+    which belong to no single one. Warns where a name in target_modules, rank_pattern or
+    alpha_pattern is no layer's, as a mistyped one, and where no layer lies as fan_in_fan_out says;
+    their own kind decides.
+    """
+    given = LoRAConfig.of(config)
+    model, settings = _checked(model), given.with_heads()
+    rows = None if adapter_names is None else _rows_for(adapter_names, given)
+    chosen = plan(model, settings)
+    if rows is not None and chosen.saved:
+        raise ValueError(
+            "modules_to_save: of adapters trained together none trains modules whole, got "
+            f"{some(chosen.saved)} (task_type={given.task_type!r})"
+        )
+    saved_modules.check_found(settings, chosen.saved)
+    present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]
+    if present:
+        raise ValueError(
+            f"model: {len(present)} layers have LoRA already ({present[0]}, …) and one config must "
+            "speak for all: name all layers at once, rank_pattern and alpha_pattern tell them apart"
+        )
+    inject(model, settings, chosen, rows, freeze_base)
+    if idle := unused(settings, chosen):
+        warnings.warn("; ".join(idle), stacklevel=2)
+    if lost := unsaved(unwrapped(model), settings, chosen):
+        warnings.warn(lost, stacklevel=2)
+    for name, places in chosen.elsewhere.items():
+        warnings.warn(
+            f"{name}: the same layer is also at {some(places)}, and has its adapter at {name} "
+            "alone, as in PEFT: exclude it, or give each place a layer of its own, to mean another",
+            stacklevel=2,
+        )
+    lies = {is_conv1d(linear) for linear, _ in chosen.linears.values()}
+    if given.fan_in_fan_out not in lies:
+        warnings.warn(
+            f"fan_in_fan_out={given.fan_in_fan_out} holds for none of the layers that were "
+            f"replaced ({next(iter(chosen.linears))}, …): taken as {not given.fan_in_fan_out}",
+            stacklevel=2,
+        )
+    return model
+
+
+def inject(
+    model: nn.Module,
+    config: LoRAConfig,
+    chosen: Plan,
+    rows: TrainingRows | None = None,
+    freeze_base: bool = True,
+) -> None:
+    """Does what was ``chosen``, all of it or, on an error, nothing."""
+    inner = unwrapped(model)
+    layers = {
+        name: _layer(name, linear, config, rows) for name, (linear, _) in chosen.linears.items()
+    }
+    saved = saved_modules.copied(chosen.saved)
+    with each.all_or_none() as done:
+        if moves_base(config.init_lora_weights):
+            _refuse_tied(inner, chosen, config)
+            initial.split_bases(layers, str(config.init_lora_weights), done)
+        for name, (linear, names) in chosen.linears.items():
+            done.append(lambda names=names, linear=linear: swap(inner, names, linear))
+            swap(inner, names, layers[name])
+        for name, module in saved.items():
+            done.append(lambda name=name, module=module: swap(inner, [name], module.original))
+            swap(inner, [name], module.trained)
+        done.append(lambda: forget(inner))
+        watch = None if rows is None else Watch(inner, rows, layers.values())
+        remember(inner, Injection(config, chosen.skipped, rows, saved, watch=watch))
+    if freeze_base:
+        _freeze(inner, config, saved)
+    trial.watch(inner)
+
+
+def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+        raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
+    names = [check_name(name) for name in adapter_names]
+    if not names or len(set(names)) < len(names) or "__base__" in names:
+        raise ValueError(f'adapter_names: expected different names, none "__base__", got {names!r}')
+    config.check_plain("of adapters trained together none")
+    return TrainingRows(names)
+
+
+def _layer(name: str, linear: nn.Module, config: LoRAConfig, rows: TrainingRows | None) -> Any:
+    options = {
+        "lora_alpha": config.alpha_of(name),
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": config.init_lora_weights,
+    }
+    r = config.rank_of(name)
+    if rows is not None:
+        return TrainableMultiLoRALinear.from_linear(linear, rows, r, **options)
+    kind = FastLoRAConv1D if is_conv1d(linear) else FastLoRALinear
+    return kind._sharing(linear, r, lora_bias=config.lora_bias, **options)
+
+
+def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
+    """A weight that is split must be nobody else's."""
+    found = tied(model, [linear for linear, _ in chosen.linears.values()])
+    for name, (linear, _) in chosen.linears.items():
+        if linear in found:
+            raise ValueError(
+                f"{name}: its weight is tied with {some(found[linear])}, which "
+                f"init_lora_weights={config.init_lora_weights!r} would change too: exclude the "
+                "layer, or untie it first"
+            )
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(unwrapped(model), nn.Linear):
+        raise ValueError(
+            "model: expected a module that contains linears, got a linear itself: use "
+            "FastLoRALinear.from_linear"
+        )
+    return model
+
+
+def _freeze(
+    model: nn.Module,
+    config: LoRAConfig,
+    saved: Mapping[str, saved_modules.Saved],
+) -> None:
+    layers = list(lora_layers(model))
+    adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
+    for _, layer in trained_layers(model):
+        adapters |= {id(p) for p in (*layer.lora_A.values(), *layer.lora_B.values())}
+    for module in saved.values():
+        adapters |= {id(p) for p in module.trained.parameters()}
+        module.original.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        is_bias = name.rpartition(".")[2] == "bias"
+        trained = id(parameter) in adapters or (config.bias == "all" and is_bias)
+        parameter.requires_grad_(trained)
+    if config.bias == "lora_only":
+        for _, layer in layers:
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)

@@ -1,0 +1,135 @@
+"""Which layers of a model a config means: all of it checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fastlora.config import LoRAConfig, matching
+from fastlora.config.listing import by_reason, some
+from fastlora.inspection.bypassed import bypassed, rescaled
+from fastlora.inspection.wrapping import is_linear, peft_layers, places, unsupported, unwrapped
+from fastlora.modules import saved_modules
+
+_SHOWN = 20  # names in an error: all of a usual model's kinds of layers
+_REASONS = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Linears to replace, {first full name: (module, its names)}, and others skipped, why.
+
+    Names are of one place: an attribute of one parent. saved: {full name: module} of those to train
+    whole, as copies. elsewhere: {name: other places of the same module, which keep it as it is}.
+    """
+
+    linears: dict[str, tuple[nn.Module, list[str]]]
+    skipped: dict[str, str]
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    elsewhere: dict[str, list[str]] = field(default_factory=dict)
+
+
+def plan(model: nn.Module, config: LoRAConfig) -> Plan:
+    """Which linears and whole modules of ``model`` ``config`` names; nothing is changed."""
+    if config.target_modules is None:
+        raise ValueError(
+            "target_modules: expected a list of names, a regular expression or "
+            '"all-linear", got None'
+        )
+    inner = unwrapped(model)
+    if theirs := peft_layers(inner):
+        # Their parts are linears too, lora_A and lora_B among them.
+        raise ValueError(
+            f"model: PEFT has put adapters into {len(theirs)} of its layers ({theirs[0]}, …): give "
+            "the base model instead (peft_model.unload() returns it), or keep PEFT's layers and "
+            "call fastlora.patch_peft"
+        )
+    linears: dict[str, tuple[nn.Module, list[str]]] = {}
+    skipped: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    elsewhere: dict[str, list[str]] = {}
+    head = _output_embedding(inner)
+    for module, (known_as, others) in places(inner).items():
+        # As in PEFT: a layer goes by its first name, and gets its adapter in that place.
+        first = known_as[0]
+        named = config.targets(first)
+        if not named and not (config.all_linear and is_linear(module)):
+            for name in filter(config.targets, (*known_as[1:], *others)):
+                skipped[name] = f"it is the same layer as {first}, whose name the config must mean"
+            continue
+        reason = bypassed(inner, known_as) or rescaled(inner, known_as) or unsupported(module)
+        if config.excludes(first):
+            whole = matching.is_within(config.modules_to_save or (), first)
+            skipped[first] = (
+                "modules_to_save trains it whole" if whole else "excluded by exclude_modules"
+            )
+        elif getattr(module, "holds_lora", False):
+            refused[first] = str(reason)
+        elif not named and module is head:
+            skipped[first] = 'the output embedding, which "all-linear" leaves out'
+        elif reason is not None:
+            (refused if named else skipped)[first] = reason
+        else:
+            linears[first] = (module, known_as)
+            if others:
+                elsewhere[first] = others
+    if refused:
+        listed = some(by_reason(refused), _REASONS, "; ")
+        raise ValueError(
+            f"target_modules: cannot replace {listed} (name other layers, or use exclude_modules)"
+        )
+    if not linears:
+        raise ValueError(_no_match(inner, config, skipped))
+    saved = saved_modules.find(inner, config)
+    saved_modules.check_apart(saved, [name for _, names in linears.values() for name in names])
+    return Plan(linears, skipped, saved, elsewhere)
+
+
+def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
+    """Of names in the config that no layer goes by, as mistyped ones: a sentence a field."""
+    replaced = [name for _, names in chosen.linears.values() for name in names]
+    wanted = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    known = [*replaced, *chosen.skipped]
+    found = {
+        "target_modules": [n for n in wanted if not any(matching.matches((n,), k) for k in known)]
+    }
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, field_name) or {}
+        found[field_name] = [
+            key
+            for key in keys
+            if not any(matching.overridden({key: True}, name, False) for name in replaced)
+        ]
+    return [
+        f"{name}: no layer that was replaced is called {some(map(repr, of), _SHOWN)}"
+        for name, of in found.items()
+        if of
+    ]
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> str:
+    linears = [n for n, m in model.named_modules() if is_linear(m)]
+    asked = config.target_modules
+    many = isinstance(asked, tuple) and len(asked) > _SHOWN
+    shown = f"({some(map(repr, asked or ()), _SHOWN)})" if many else repr(asked)
+    message = f"target_modules: no linear layer matches {shown}"
+    if config.layers_to_transform is not None:
+        pattern = f" of {config.layers_pattern!r}" if config.layers_pattern else ""
+        message += f" within layers_to_transform={config.layers_to_transform!r}{pattern}"
+    if skipped:
+        message += f" ({len(skipped)} skipped: {some(by_reason(skipped), _REASONS, '; ')})"
+    if not linears:
+        return message + "; the model has no nn.Linear"
+    suffixes = sorted({name.rpartition(".")[2] for name in linears})
+    wanted = [asked] if isinstance(asked, str) else (asked or ())[:_SHOWN]
+    near = [m for w in wanted for m in difflib.get_close_matches(w, suffixes + linears, cutoff=0.5)]
+    hint = f"; near names: {some(dict.fromkeys(near), _SHOWN)}" if near else ""
+    return f"{message}{hint}; its linears end in {some(suffixes, _SHOWN)}"

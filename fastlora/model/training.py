@@ -1,0 +1,60 @@
+"""Training several adapters on one base: whose each row of a batch is, and what is each one's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from fastlora.model.report import injection, training_rows
+from fastlora.modules import gathering
+from fastlora.modules.several import trained_layers
+from fastlora.rows.statements import check_dims, check_rows
+
+
+@contextmanager
+def use_adapters(
+    model: nn.Module,
+    adapter_names: Sequence[str | None],
+    *,
+    adapter_rows: Mapping[str, Sequence[int]] | None = None,
+    batch_dims: Mapping[str, int] | None = None,
+) -> Iterator[nn.Module]:
+    """Inside the block row i of the batch goes through ``adapter_names[i]``; None is the base.
+
+    For models of ``replace_linear(..., adapter_names=)``. Each adapter gets the gradients that its
+    rows alone would give it; one without rows gets none (DistributedDataParallel then needs
+    ``find_unused_parameters=True``; under ``fully_shard`` every process must enter, and an adapter
+    with rows in another one gets zeros from here). The batch is the first dimension of what the
+    model is called with; whose the rows are that a layer sees is followed from there, or stated, as
+    in ``MultiLoRAModel``: adapter_rows, the batch row of each row of a module, by its name;
+    batch_dims, the dimension along which its inputs have the batch. Where activations are
+    checkpointed, layers run once more in backward, which belongs into its forward's block: of two
+    batches that share their layers, each into its own. Of a compiled model the first block runs as
+    it was written, not compiled.
+
+    Raises TypeError when the names are no list, ValueError for one that the model does not have,
+    and for what is stated of no module or no row; RuntimeError for other models, for a layer whose
+    rows' owners are not known, and while another thread is in such a block of this model.
+    """
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+        raise TypeError(f"adapter_names: expected a list with a name a row, got {adapter_names!r}")
+    dims = check_dims(model, batch_dims)
+    stated = dims | check_rows(model, adapter_rows, len(adapter_names), dims)
+    rows, watch = training_rows(model), injection(model).watch
+    assert watch is not None
+    named = rows.named(adapter_names, gathering.anywhere(model), watch.state(stated))
+    with named, watch.eagerly_at_first():
+        yield model
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one of several adapters, for an optimizer or a gradient norm of its own.
+
+    lora_A (R, K) and lora_B (N, R) of every layer, in the model's order. Raises ValueError for a
+    name that the model does not have, RuntimeError for a model without several adapters.
+    """
+    training_rows(model).index(adapter_name)
+    layers = [layer for _, layer in trained_layers(model)]
+    return [p for layer in layers for p in layer.adapter_parameters(adapter_name).values()]

@@ -1,0 +1,289 @@
+"""The only place that chooses a backend.
+
+A backend is a module with one function per op of ``fastlora/ops/table.py`` that it implements, under the
+op's name. ``choose`` names the backend for a call, ``implementation`` finds its function. The
+choice travels as an argument of the op, so that a backward runs on its forward's backend and a
+compiled graph keeps the one it was traced with.
+
+Unasked, kernels run on a GPU only where they were verified: rows of (op, dtype, arch, path), which
+ship with the library or were made by ``fastlora check``. Asking for a backend by name overrides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastlora.ops import availability
+from fastlora.ops.availability import BACKENDS, capability, constant, known
+
+_MODULES = {
+    "cuda": "fastlora.backends.cuda",
+    "triton": "fastlora.backends.triton",
+    "cpu": "fastlora.backends.cpu",
+    "torch": "fastlora.backends.torch.linear",
+}
+# Which ops a backend has, if not all; what it lacks the next one runs.
+OPS = {
+    "cuda": (
+        "lora_linear",
+        "lora_linear_backward",
+        "multi_lora_linear",
+        "multi_lora_add_",
+        "packed_lora_linear",
+        "packed_lora_add_",
+        "merge_",
+        "unmerge_",
+        "swap_",
+    ),
+    "triton": (
+        "lora_linear",
+        "lora_add_",
+        "lora_linear_backward",
+        "multi_lora_linear",
+        "multi_lora_add_",
+        "multi_lora_linear_backward",
+        "packed_lora_linear",
+        "packed_lora_add_",
+        "merge_",
+        "unmerge_",
+        "swap_",
+    ),
+}
+# Without which an op is not used: what runs forward must run backward.
+_BACKWARD = {
+    "lora_linear": "lora_linear_backward",
+    "lora_add_": "lora_linear_backward",
+    "multi_lora_linear": "multi_lora_linear_backward",
+    "multi_lora_add_": "multi_lora_linear_backward",
+}
+# Ops of which some calls are the next backend's, whatever was asked for.
+_HANDED_ON = ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_add_",
+              "packed_lora_linear", "packed_lora_add_")  # fmt: skip
+
+_log = logging.getLogger("fastlora")
+
+
+class _Asked(threading.local):
+    # What use_backend asked for in this thread, else FASTLORA_BACKEND as the process started.
+    name: str | None = os.environ.get("FASTLORA_BACKEND") or None
+
+
+_asked = _Asked()
+# The last name any thread asked for: what torch.compile traces with, since it guards on globals
+# but, in torch 2.10, reads a thread-local's class instead.
+_latest = _Asked.name
+_loaded: dict[str, ModuleType] = {}
+_on_cpu: dict[tuple[Any, ...], str] = {}
+_said: set[str] = set()
+# For every thread: backward runs in one of autograd's.
+_hand_on = True
+
+
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+    rank: int = 0,
+) -> str:
+    """The backend that runs such a call of ``op``: the one asked for, else the best verified one.
+
+    Raises RuntimeError when the one asked for has the op but cannot run the call.
+    """
+    compiling = torch.compiler.is_compiling()
+    asked = _latest if compiling else _asked.name
+    if compiling or asked is not None or device.type != "cpu":
+        return _choose(op, asked, device, dtype, lora_dtype, rank)
+    # Where nothing but these decides, once: small layers would feel it.
+    call = op, dtype, lora_dtype
+    found = _on_cpu.get(call)
+    if found is None:
+        found = _on_cpu[call] = _choose(op, None, device, dtype, lora_dtype, rank)
+    return found
+
+
+def _choose(
+    op: str,
+    asked: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    rank: int,
+) -> str:
+    if asked is not None and op in OPS.get(known(asked), (op,)):
+        reason = availability.cannot(asked, device, dtype, lora_dtype, rank)
+        if reason is not None:
+            raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
+        return asked
+    if asked is not None:
+        _say(f"backend {asked!r} was asked for but has no {op}, which another one runs")
+    for name in BACKENDS:
+        if op in OPS.get(name, (op,)) and _best(name, op, device, dtype, lora_dtype, rank):
+            return name
+    raise RuntimeError(f"no backend can run {op} on {device}")
+
+
+def _best(
+    backend: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    rank: int,
+) -> bool:
+    """Whether ``backend`` may run the call unasked."""
+    if backend not in ("cuda", "triton"):
+        return availability.cannot(backend, device, dtype, lora_dtype, rank) is None
+    if device.type != "cuda":
+        return False
+    if availability.unusable(backend) is not None or availability.no_gpu() is not None:
+        return False
+    reason = availability.cannot(backend, device, dtype, lora_dtype, rank)
+    if reason is None and backend == "cuda":
+        return _verified_cuda(op, device, dtype, lora_dtype)
+    if reason is None:
+        return bool(verified_paths(op, device, dtype, lora_dtype))
+    if backend == "triton" and verified_paths(op, device):
+        _say(f"{op} runs unfused: {reason}")
+    return False
+
+
+@constant
+def _verified_cuda(
+    op: str, device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
+) -> bool:
+    """Whether the CUDA kernels of ``op`` passed their tests on this GPU, as did its backward's."""
+    verified, named = (implementation(name, "cuda") for name in ("verified", "dtype_name"))
+    name = None if dtype is None else named(dtype, lora_dtype)
+    major, minor = capability(device)
+    backward = _BACKWARD.get(op, op) if _BACKWARD.get(op) in OPS["cuda"] else op
+    return all(verified(each, name, 10 * major + minor) for each in {op, backward})
+
+
+@constant
+def verified_paths(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    lora_dtype: torch.dtype | None = None,
+) -> tuple[str, ...]:
+    """The Triton paths of ``op`` that passed their tests on this GPU, as did the op's backward.
+
+    Without a dtype: of any.
+    """
+    choice = importlib.import_module("fastlora.kernels.choose.choice")
+    arch = importlib.import_module("fastlora.kernels.tile.launch").arch_of(device)
+    name = None if dtype is None else choice.dtype_name(dtype, lora_dtype or dtype)
+    backward = choice.verified(_BACKWARD.get(op, op), name, arch)
+    return choice.verified(op, name, arch) if backward else ()
+
+
+def implementation(op: str, backend: str) -> Any:
+    """The function that runs ``op`` on ``backend``."""
+    module = _loaded.get(backend)
+    if module is None:
+        module = _loaded[backend] = importlib.import_module(_MODULES[known(backend)])
+    function = getattr(module, op)
+    return partial(function, follow=partial(_following, op)) if _hands_on(op, backend) else function
+
+
+def _hands_on(op: str, backend: str) -> bool:
+    return backend == "cuda" and op in _HANDED_ON
+
+
+class HandedOn(RuntimeError):
+    """A call that the CUDA kernels do not take, where no other backend may."""
+
+
+@contextmanager
+def not_handed_on() -> Iterator[None]:
+    """Calls that the CUDA kernels do not take raise ``HandedOn``: to measure them alone."""
+    global _hand_on
+    before, _hand_on = _hand_on, False
+    try:
+        yield
+    finally:
+        _hand_on = before
+
+
+def _following(op: str, reason: str | None, x: torch.Tensor, lora_A: torch.Tensor) -> Any:
+    """The function of the backend after the CUDA kernels, which do not take a call.
+
+    reason: None where they never do.
+    """
+    if reason is not None and not _hand_on:
+        raise HandedOn(f"the CUDA kernels do not take {op}: {reason}")
+    if reason is not None:
+        _say(f"{op} runs on another backend than the CUDA kernels: {reason}")
+    call = (op, x.device, x.dtype, lora_A.dtype, lora_A.shape[-2])
+    rest = (name for name in BACKENDS if name != "cuda")
+    return implementation(op, next(n for n in rest if op in OPS.get(n, (op,)) and _best(n, *call)))
+
+
+def merge_kernel(backend: str, device: torch.device) -> str:
+    """The name of the arithmetic that ``merge_`` has on ``backend``, which its receipts bear."""
+    return implementation("merge_kernel", backend)(device)
+
+
+def backend(op: str | None = None, device: torch.device | str | None = None) -> str:
+    """The name of the backend that runs ``op`` (default: lora_linear) on ``device`` (default: CPU).
+
+    One of ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"``. Raises RuntimeError when a backend was
+    asked for by name and cannot run here.
+    """
+    return choose(op or "lora_linear", torch.device(device or "cpu"))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run this thread's ops on the backend ``name``; ``FASTLORA_BACKEND`` does so for a process.
+
+    Compiled functions are traced again for another choice, and follow the last one of any thread.
+
+    Raises ValueError for an unknown name, RuntimeError with the reason for one that cannot run.
+    """
+    reason = availability.unusable(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
+    global _latest
+    before, _asked.name = _asked.name, name
+    _latest = name
+    try:
+        yield
+    finally:
+        _asked.name = _latest = before
+
+
+def asked() -> str | None:
+    """The backend that this thread has asked for by name."""
+    return _asked.name
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing is logged in here: what is asked is not run."""
+    before = _log.disabled
+    _log.disabled = True
+    try:
+        yield
+    finally:
+        _log.disabled = before
+
+
+def _say(what: str) -> None:
+    if torch.compiler.is_compiling() or _log.disabled:
+        return
+    if what not in _said:
+        _said.add(what)
+        _log.warning(what)

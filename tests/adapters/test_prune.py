@@ -1,0 +1,92 @@
+"""What TIES, DARE and magnitude pruning do, seen on a few numbers."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from fastlora.adapters.combine import combine
+from fastlora.adapters.prune import METHODS, Method, at_random, by_magnitude, elected_mean, merged
+from tests.support.combined import some
+from tests.support.helpers import same_bits, unchanged
+
+GRID = torch.tensor([[1.0, -4.0, 0.5], [3.0, -2.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "density, kept",
+    [
+        (0.0, [[0, 0, 0], [0, 0, 0]]),
+        (0.17, [[0, -4, 0], [0, 0, 0]]),
+        (0.3, [[0, -4, 0], [0, 0, 0]]),
+        (0.5, [[0, -4, 0], [3, -2, 0]]),
+        (0.99, [[1, -4, 0.5], [3, -2, 0]]),
+    ],
+)
+def test_magnitudes(density, kept):
+    with unchanged(GRID):
+        assert torch.equal(by_magnitude(GRID, density), torch.tensor(kept, dtype=torch.float32))
+
+
+def test_random_entries_keep_their_expectation():
+    t = torch.full((100, 100), 2.0)
+    got = at_random(t, 0.25)
+    assert set(got.unique().tolist()) == {0.0, 8.0}
+    assert got.mean().item() == pytest.approx(2.0, abs=0.2)
+
+
+def test_a_seed_fixes_what_is_kept():
+    seeds = []
+    adapters = some(2, 2)
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        seeds.append(combine(adapters, [1.0, 1.0], "dare_linear", density=0.5)[0])
+    assert same_bits(seeds[0], seeds[1])
+    assert not torch.equal(seeds[0], seeds[2])
+
+
+@pytest.mark.parametrize("vote, elected", [("total", -3.0), ("frequency", 1.0)])
+def test_the_two_majorities(vote, elected):
+    """Of -3, 1, 1 the sum is negative and most are positive; the mean is over those that agree."""
+    tensors = [torch.tensor([value]) for value in (-3.0, 1.0, 1.0)]
+    assert elected_mean(tensors, [1.0, 1.0, 1.0], vote).item() == elected
+
+
+def test_weights_have_no_vote_and_balance_is_plus():
+    tensors = [torch.tensor([-3.0, 2.0, 0.0]), torch.tensor([1.0, -2.0, 0.0])]
+    got = elected_mean(tensors, [0.5, 100.0], "total")
+    assert torch.equal(got, torch.tensor([-1.5, 1.0, 0.0]))
+
+
+def test_density_one_is_no_pruning():
+    tensors, weights = [torch.randn(3, 4) for _ in range(2)], [0.7, -0.4]
+    want = merged(METHODS["linear"], tensors, weights, 1.0, "total")
+    for name in ("magnitude_prune", "dare_linear"):
+        state = torch.get_rng_state()
+        assert same_bits(merged(METHODS[name], tensors, weights, 1.0, "total"), want)
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_plain_sum_holds_one_pruned_tensor_at_a_time():
+    pruned: list[weakref.ref] = []
+    alive = []
+
+    def prune(t: torch.Tensor, density: float) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in pruned))
+        kept = t * density
+        pruned.append(weakref.ref(kept))
+        return kept
+
+    tensors = (torch.ones(3) for _ in range(5))
+    got = merged(Method(prune, elects=False), tensors, [1.0] * 5, 0.5, "total")
+    assert torch.equal(got, torch.full((3,), 2.5))
+    assert max(alive) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tensors_stay_as_they_are(name):
+    tensors = [torch.randn(3, 4) for _ in range(3)]
+    with unchanged(tensors):
+        merged(METHODS[name], tensors, [1.0, 0.0, -1.0], 0.5, "total").fill_(9)

@@ -1,0 +1,151 @@
+"""What `make gpu` runs: parts, checks, benchmarks and commands that there are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cases, cli
+from benchmarks.__main__ import main as bench
+from benchmarks.gpu import __main__ as gpu
+from fastlora.commands import main as fastlora_cli
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    """The command takes them out of its environment; other tests want them back."""
+    for name in ("TRITON_INTERPRET", "FASTLORA_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def commands(module: str) -> list[tuple[str, list[str]]]:
+    """Of the real parts, those of ``python -m module``: name and arguments."""
+    found = []
+    for part in (*gpu.full(), *gpu.quick()):
+        words = [word.replace("{deadline}", "50") for word in part.command]
+        if sys.executable in words[:-1] and words[words.index(sys.executable) + 2] == module:
+            found.append((part.name, words[words.index(sys.executable) + 3 :]))
+    return found
+
+
+def test_every_check_is_one_that_there_is(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fastlora_cli, "check", lambda options: asked.append(options) or 0)
+    for name, words in commands("fastlora"):
+        assert fastlora_cli.main(words) == 0, name
+    assert all(options.device.type == "cuda" for options in asked)
+    full = [options for options in asked if not options.quick and options.save is not None]
+    assert all(options.save == Path("kernels/tuning") for options in full)
+    triton = [
+        (op, dtype)
+        for options in full if options.backend == "triton"
+        for op in options.op for dtype in options.dtype
+    ]  # fmt: skip
+    # Each op in each dtype is verified by one process, and by no more.
+    every = {(op, d) for op in fastlora_cli.selftest.EVERY_OP for d in fastlora_cli.DTYPES}
+    assert sorted(triton) == sorted(every)
+    native = [dtype for options in full if options.backend == "cuda" for dtype in options.dtype]
+    assert sorted(native) == sorted(fastlora_cli.DTYPES)
+
+
+def test_every_benchmark_has_cases(monkeypatch, capsys):
+    ours = commands("benchmarks")
+    assert {"bench-forward", "bench-rest", "bench-quick"} <= {name for name, _ in ours}
+    for name, words in ours:
+        assert bench([*words, "--list"]) == 0
+        assert capsys.readouterr().out.count("\n") > 0, name
+    # What they ask for is what a run looks at.
+    seen = []
+    monkeypatch.setattr(cli, "_run", lambda args, chosen: seen.append(args) or 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [bench(words) for _, words in ours] == [0] * len(ours)
+    assert all(args.resume and args.deadline == 50 and args.device == "cuda" for args in seen)
+
+
+def test_every_other_command_is_one_that_there_is():
+    from benchmarks.gpu import warm
+
+    for _, words in commands("benchmarks.gpu.warm"):
+        assert warm.parser().parse_args(words).device == "cuda"
+    for name in ("model_merge", "serving"):
+        assert commands(f"benchmarks.tables.{name}") == [(name, [])]
+        assert (ROOT / "benchmarks" / "tables" / f"{name}.py").exists()
+    ((_, words),) = commands("pytest")
+    collect = [*words[:-1], "tests/functional/test_row_groups.py", "--collect-only"]
+    command = [sys.executable, "-m", "pytest", *collect]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, words[-1]) == (0, "tests"), done.stdout + done.stderr
+
+
+def test_names_of_parts_are_unique_and_what_they_wait_for_comes_before():
+    for chosen in (gpu.full(), gpu.quick()):
+        names = [part.name for part in chosen]
+        assert len(set(names)) == len(names)
+        for i, part in enumerate(chosen):
+            assert set(part.after) <= set(names[:i])
+            assert part.least <= part.seconds + part.grace
+
+
+def test_a_stale_cuda_library_is_built_where_there_is_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "libfastlora_cuda.so")
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        assert gpu.unbuilt() == "there is no nvcc"
+    monkeypatch.setenv("NVCC", f"{shutil.which('sh')} -c")
+    versions = {"setuptools": "77.0.1"}
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: versions[name])
+    assert gpu.unbuilt() is None
+    gpu.LIBRARY.touch()
+    assert gpu.unbuilt() == "the CUDA library is newer than its sources"
+    os.utime(gpu.LIBRARY, (0, 0))
+    assert gpu.unbuilt() is None
+    versions["setuptools"] = "68.2"
+    assert gpu.unbuilt() == "setuptools 77 or newer is needed, this is 68.2"
+
+
+def test_without_a_gpu_parts_are_listed_and_not_run(capsys, monkeypatch):
+    assert gpu.main(["--list"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(gpu.full())
+    if torch.cuda.is_available():
+        return
+    assert gpu.main(["--quick"]) == 2
+    assert "finds no usable CUDA GPU here" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "_PROBE", "raise ImportError('no torch')")
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.endswith("cannot be used: ImportError: no torch\n")
+    monkeypatch.setattr(gpu, "_PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(gpu, "_PROBE_SECONDS", 1)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "benchmarks.gpu: torch found no GPU within 1 s\n"
+
+
+def test_the_probe_says_where_and_with_what(monkeypatch):
+    """As on a GPU, with the CPU's names."""
+    as_gpu = (
+        "import torch; from benchmarks.harness import machine\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "machine.device_name = lambda device: 'NVIDIA H100 80GB HBM3'\n"
+    )
+    monkeypatch.setattr(gpu, "_PROBE", as_gpu + gpu._PROBE)
+    found = gpu.probe()
+    assert found["folder"] == "nvidia-h100-80gb-hbm3"
+    assert found["about"]["torch"] == torch.__version__
+    assert set(found["about"]) == {"gpu", "torch", "triton", "python", "commit", "tests"}
+
+
+def test_the_first_cases_are_those_that_targets_are_decided_by():
+    first = next(part for part in gpu.full() if part.name.startswith("bench-"))
+    chosen = cases.select("cuda", name=first.command[first.command.index("--case") + 1])
+    assert {case.name for case in chosen} == {
+        f"linear-{kind}-bf16-M8192-K4096-N4096-R{R}"
+        for kind in ("forward", "train")
+        for R in (16, 64)
+    }

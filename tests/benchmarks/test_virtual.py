@@ -1,0 +1,103 @@
+"""PEFT's prefix and prompt tuning beside a transformers that keeps what they add, or loses it."""
+
+import warnings
+
+import pytest
+
+pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from benchmarks.harness import gate, one
+from benchmarks.harness.work import Absent, Case
+from benchmarks.peers import virtual
+from benchmarks.suites.generate import Generate
+from tests.benchmarks.virtual_tuning import fresh, kept, lost_from
+from tests.support.models import llama, tokens
+
+SHAPE = {"B": 2, "L": 4, "new": 2, "H": 64, "I": 64, "layers": 1, "R": 4, "S": 1}
+KINDS = ["prefix", "prompt"]
+
+
+class Old(nn.Module):
+    def forward(self, input_ids, past_key_values=None):
+        return past_key_values
+
+
+class New(nn.Module):
+    def forward(self, input_ids, cache=None, **others):
+        return cache
+
+
+@pytest.mark.parametrize("kind, name", [(Old, "past_key_values"), (New, "cache")])
+def test_a_cache_is_called_as_the_model_calls_it(kind, name):
+    assert virtual.cache_argument(kind()) == name
+    assert kind()(None, **{name: "earlier"}) == "earlier"
+
+
+def test_the_installed_transformers_takes_the_name_without_a_warning():
+    model, ids = llama(), tokens(1, 5)
+    past = transformers.DynamicCache()
+    name = virtual.cache_argument(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = model(input_ids=ids[:, :3], **{name: past}).logits
+        rest = model(input_ids=ids[:, 3:], **{name: past}).logits
+    torch.testing.assert_close(torch.cat([first, rest], 1), model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_that_keeps_it_is_measured(kind, monkeypatch):
+    kept(monkeypatch)
+    assert virtual.lost(kind) is None
+    assert virtual.tuning(kind, 7).num_virtual_tokens == 7
+
+
+@pytest.mark.parametrize("token", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_that_loses_it_is_absent_and_says_why(kind, token, monkeypatch):
+    lost_from(token, monkeypatch)
+    reason = virtual.lost(kind)
+    assert f"PEFT {peft.__version__}'s {kind} tuning" in reason
+    assert f"transformers {transformers.__version__}" in reason
+    assert f"from token {token} on its logits are not forward's" in reason
+    with pytest.raises(Absent, match="generate gets it wrong"):
+        virtual.tuning(kind, 4)
+    case = Case(Generate(one=True), "cpu", "fp32", SHAPE)
+    chosen = ("base", "torch", f"peft-{kind}")
+    case.work.providers = {name: case.work.providers[name] for name in chosen}
+    verdicts = gate.check(case, one.SEED)
+    assert verdicts.pop(f"peft-{kind}") == gate.Verdict("absent", reason)
+    assert {verdict.status for verdict in verdicts.values()} == {"ok"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_that_ignores_it_is_no_measure(kind, monkeypatch):
+    fresh(monkeypatch)
+    monkeypatch.setattr(
+        peft.PeftModelForCausalLM,
+        "forward",
+        lambda self, *args, **kwargs: self.base_model(*args, **kwargs),
+    )
+    assert "forward ignores it" in virtual.lost(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_the_pair_raises_is_the_reason(kind, monkeypatch):
+    def refuse(*_, **__):
+        raise KeyError("cache_position")
+
+    fresh(monkeypatch)
+    monkeypatch.setattr(peft.PeftModelForCausalLM, "generate", refuse)
+    assert "KeyError: 'cache_position'" in virtual.lost(kind)
+
+
+def test_the_check_draws_nothing_of_the_caller_s(monkeypatch):
+    fresh(monkeypatch)
+    before = torch.get_rng_state()
+    virtual.lost("prompt")
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,98 @@
+"""What `fastlora check` judges merging by finds every kind of fault."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.torch import linear as reference
+from fastlora.commands.check.linear import WrongResult
+from fastlora.commands.check.merge import MergeSubject, merge_cases
+from fastlora.commands.check.run import MERGE_OPS
+
+CPU = torch.device("cpu")
+RIGHT = {op: getattr(reference, op) for op in MERGE_OPS}
+
+
+def subject(dtype: str = "bf16") -> MergeSubject:
+    draw = torch.Generator().manual_seed(3)
+    return MergeSubject(merge_cases(quick=True, gpu=False)[0], dtype, CPU, draw)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "bf16+fp32"])
+@pytest.mark.parametrize("op", MERGE_OPS)
+def test_the_reference_passes(op, dtype):
+    assert 0 <= subject(dtype).verdict(op, RIGHT) <= 1
+
+
+def too_much(weights, A, B, scalings, *rest):
+    return reference.merge_(weights, A, B, [1.01 * s for s in scalings], *rest)
+
+
+def not_the_last(weights, A, B, scalings, counts, receipt):
+    before = weights[-1].clone()
+    made = reference.merge_(weights, A, B, scalings, counts, receipt)
+    weights[-1][-1] = before[-1]
+    return made
+
+
+def other_bits_for_good(weights, *args):
+    made = reference.merge_(weights, *args)
+    if not args[-1]:
+        weights[0].view(-1)[-1] *= 1.01
+    return made
+
+
+def one_infinite(weights, *args):
+    made = reference.merge_(weights, *args)
+    weights[1].view(-1)[-1] = torch.inf
+    return made
+
+
+def one_bit_less(weights, *args):
+    reference.unmerge_(weights, *args)
+    raw = weights[0].view(torch.int16)
+    raw[0, -1] ^= 1
+
+
+def never_refusing(weights, *args):
+    try:
+        reference.unmerge_(weights, *args)
+    except RuntimeError:
+        return
+
+
+def refusing_too_late(weights, *args):
+    try:
+        reference.unmerge_(weights, *args)
+    except RuntimeError:
+        weights[0].view(-1)[-1] += 1
+        raise
+
+
+def no_swap(weights, *args):
+    made = reference.swap_(weights, *args)
+    flat = [t for some in each.apart(made) for t in some]
+    reference.unmerge_(weights, *args[5:], flat)
+    reference.merge_(weights, *args[:4], False)
+    return made
+
+
+@pytest.mark.parametrize(
+    "op, wrong, says",
+    [
+        ("merge_", too_much, "times the error of one rounding"),
+        ("merge_", not_the_last, "times the error of one rounding"),
+        ("merge_", other_bits_for_good, "has other bits"),
+        ("merge_", one_infinite, "not finite"),
+        ("unmerge_", one_bit_less, "not every bit"),
+        ("unmerge_", never_refusing, "an edited weight was unmerged"),
+        ("unmerge_", refusing_too_late, "a refused unmerge changed"),
+        ("swap_", no_swap, "a swap is not"),
+    ],
+)
+def test_what_is_wrong_is_found(op, wrong, says):
+    functions = RIGHT | {op: wrong}
+    with pytest.raises(WrongResult, match=says):
+        subject().verdict(op, functions)

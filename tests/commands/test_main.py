@@ -1,0 +1,186 @@
+"""The command line: what it prints, and the exit codes that scripts read."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.commands import main as cli
+from fastlora.kernels.choose import records
+from fastlora.ops import availability, dispatch
+from fastlora.ops import table as ops
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastlora", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def section(text: str, title: str) -> list[str]:
+    """The indented lines under a title."""
+    lines = text.splitlines()
+    rest = lines[lines.index(title) + 1 :]
+    return [line for line in rest[: rest.index("") if "" in rest else None] if line[:2] == "  "]
+
+
+def test_info_says_what_runs_and_why_not():
+    text = cli.info()
+    lines = text.splitlines()
+    assert lines[0].startswith(f"fastlora {fastlora.__version__} at ")
+    versions = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:8]}
+    # Which build it is, not every distribution says of itself.
+    assert versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
+    assert set(versions) >= {"python", "triton", "numpy", "safetensors", "peft", "transformers"}
+    devices = section(text, "devices")
+    assert f"{torch.get_num_threads()} threads" in devices[0]
+    assert any("cuda" in line for line in devices[1:])
+    backends = {line.split()[0]: line for line in section(text, "backends")}
+    assert set(backends) >= set(dispatch.BACKENDS)
+    for name in dispatch.BACKENDS:
+        reason = availability.unusable(name)
+        assert ("not usable" in backends[name]) == (reason is not None)
+        assert (reason or "usable") in backends[name]
+    kernels = section(text, "kernels")
+    assert kernels[0] == f"  cpu    runs lora_linear on {dispatch.backend('lora_linear')}"
+    assert len([line for line in kernels if " runs lora_linear on " in line]) == len(devices) - (
+        not torch.cuda.is_available()
+    )
+    assert kernels[-1].endswith(f": {records.cache_folder()}")
+    chosen = {line.split()[0]: line.split()[1] for line in section(text, "ops on CPU tensors")}
+    assert chosen == {op: dispatch.choose(op, torch.device("cpu")) for op in ops.SCHEMAS}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a machine with a GPU, of which the arguments are verified: (op, dtype) to paths."""
+    choice = pytest.importorskip("fastlora.kernels.choose.choice")
+    launch = importlib.import_module("fastlora.kernels.tile.launch")
+
+    def install(rows: dict[tuple[str, str], tuple[str, ...]]) -> list[str]:
+        def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
+            assert arch == 90
+            return tuple(
+                p for (o, d), ps in rows.items() if o == op and dtype in (d, None) for p in ps
+            )
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        monkeypatch.setattr(availability, "no_gpu", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+        monkeypatch.setattr(launch, "arch_of", lambda device: 90)
+        monkeypatch.setattr(choice, "verified", verified)
+        return section(cli.info(), "kernels")[1:-1]
+
+    return install
+
+
+def test_info_says_what_is_verified(gpu):
+    linear, backward = "lora_linear", "lora_linear_backward"
+    both = ("one_pass", "library")
+    rows = {(op, dtype): both for op in (linear, backward) for dtype in ("bf16", "bf16+fp32")}
+    assert gpu(rows | {(linear, "fp16"): ("one_pass",)}) == [
+        "  cuda:0 runs lora_linear on torch (fp32, fp16, fp16+fp32), triton (bf16, bf16+fp32)",
+        "         verified lora_linear: one_pass (fp16); one_pass, library (bf16, bf16+fp32)",
+        "         verified lora_linear_backward: one_pass, library (bf16, bf16+fp32)",
+    ]
+
+
+def test_info_says_that_nothing_is_verified(gpu):
+    first, second = gpu({})
+    assert first.startswith("  cuda:0 runs lora_linear on torch (fp32, fp16, bf16")
+    assert "plain torch runs" in second
+    assert "`fastlora check`" in second
+
+
+def test_info_tells_an_absent_package(monkeypatch):
+    absent = {"peft", "triton"}
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+    )
+    lines = cli.info().splitlines()
+    assert {line.split()[0] for line in lines if line.endswith("not installed")} == absent
+
+
+def test_a_backend_that_was_asked_for_shows():
+    """In a process of its own: the variable is read once."""
+    asked = run("info", FASTLORA_BACKEND="triton", TRITON_INTERPRET="0")
+    assert asked.returncode == 0
+    assert "FASTLORA_BACKEND=triton" in asked.stdout
+    found = {
+        line.split()[0]: "cannot run" in line
+        for line in section(asked.stdout, "ops on CPU tensors")
+    }
+    assert found == {op: op in dispatch.OPS["triton"] for op in ops.SCHEMAS}
+    assert "'nonsense'" in run("info", FASTLORA_BACKEND="nonsense").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, code, says",
+    [
+        ("info", 0, "backends"),
+        ("--version", 0, f"fastlora {fastlora.__version__}"),
+        ("--help", 0, "info"),
+        ("demo --help", 0, "--model"),
+        ("", 2, "COMMAND"),
+        ("nonsense", 2, "nonsense"),
+        ("info --loud", 2, "--loud"),
+        ("demo --seed x", 2, "--seed"),
+        ("check --help", 0, "--quick"),
+        ("check --device gpu", 2, "expected cpu or cuda[:N], got 'gpu'"),
+        ("check --backend gpu", 2, "--backend"),
+        ("tune --help", 0, "--shapes"),
+        ("merge --help", 0, "--allow-partial"),
+        ("tune --shapes 1,2,3", 2, "expected M,K,N,R of 1 or more, got '1,2,3'"),
+        ("tune --shapes 1,2,3,4 1,2,3,0", 2, "got '1,2,3,0'"),
+        ("tune --kernel conv", 2, "--kernel"),
+        ("tune --dtype bf16+fp32", 2, "--dtype"),
+        ("tune --device cpu", 2, "expected a CUDA device to time on, got cpu"),
+        ("check --device meta", 2, "expected cpu or cuda[:N], got meta"),
+        ("check --device cpu:3", 2, "expected cpu or cuda[:N], got cpu:3"),
+    ],
+)
+def test_exit_codes(capsys, arguments, code, says):
+    try:
+        found = cli.main(arguments.split())
+    except SystemExit as stop:  # argparse's way out
+        found = stop.code
+    assert found == code
+    streams = capsys.readouterr()
+    assert says in (streams.err if code else streams.out)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_demo_passes_its_options_and_its_code_on(monkeypatch, code):
+    seen = []
+
+    class Demo:
+        @staticmethod
+        def run(*args: object, **kwargs: object) -> int:
+            seen.append((args, kwargs))
+            return code
+
+    monkeypatch.setitem(sys.modules, "fastlora.demo", Demo)
+    assert cli.main(["demo", "--model", "m", "--data", "d", "--quick", "--seed", "3"]) == code
+    assert seen == [(("m", "d"), {"quick": True, "seed": 3})]
+
+
+def test_the_module_runs_as_a_command():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"fastlora {fastlora.__version__}\n")
+    assert run("nonsense").returncode == 2

@@ -1,0 +1,290 @@
+"""The first forward: it warns of layers whose weight was read while they were never called."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import LoRAConfig
+from fastlora.modules.linear import lora_layers
+from tests.support.models import llama, quiet, randomise_lora, tokens
+from tests.support.readers import AUDIO, Handing, built, mamba, watched, wavlm
+
+pytestmark = quiet
+ALL = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+X = torch.randn(2, 4)
+
+
+def adapted(model=None, **options):
+    return fastlora.replace_linear(model or Handing(), ALL, **options)
+
+
+def said(call, *args, **kwargs):
+    """What it warns of, of layers that were not called."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(*args, **kwargs)
+    return [str(w.message) for w in caught if "were never called" in str(w.message)]
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs():
+    """Beside compiled ones, of whatever model, hooks stay."""
+    torch.compiler.reset()
+
+
+def test_a_layer_that_is_read_by_a_function_is_named_once():
+    model = randomise_lora(adapted())
+    (text,) = said(model, X)
+    assert "read: inner (by the model, a Handing). What their adapters add is not" in text
+    assert "unused" not in text
+    assert (watched(model), torch._C._len_torch_function_stack()) == (0, 0)
+    assert said(model, X) == []
+    found = fastlora.report(model)
+    assert (found.bypassed, len(found.replaced)) == ({"inner": "Handing"}, 3)
+    assert "without effect: inner: never called, but read by Handing" in str(fastlora.report(model))
+    # It is so: the adapter changes nothing.
+    before = model(X)
+    model.inner.lora_B.data.zero_()
+    assert torch.equal(model(X), before)
+
+
+def test_what_is_called_or_left_alone_is_not_warned_of():
+    model = adapted(Handing(read=False))
+    assert said(model, X) == []
+    assert fastlora.report(model).bypassed == {}
+
+
+def jamba():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    places = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1}
+    experts = {"num_experts": 4, "use_mamba_kernels": False}
+    return built("Jamba", "ForCausalLM", **sizes, **heads, **places, **experts)
+
+
+def switch():
+    """Experts that are linears, most of which see no token."""
+    sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    more = {"num_experts": 8, "decoder_start_token_id": 0, "pad_token_id": 0}
+    layers = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1}
+    return built("SwitchTransformers", "ForConditionalGeneration", **sizes, **more, **layers)
+
+
+def whisper():
+    """Of whose encoder layers half are dropped in training."""
+    sizes = {"vocab_size": 97, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 20}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 4, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    drop = {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5, "max_target_positions": 32}
+    return built("Whisper", "ForConditionalGeneration", **sizes, **ids, **drop)
+
+
+IDS = {"input_ids": tokens(1, 3), "labels": tokens(1, 3)}
+SPEECH = {"input_features": torch.randn(1, 8, 40), "decoder_input_ids": tokens(1, 3)}
+# name: model, inputs, the ends of layers that are warned of
+REAL = {
+    "Llama": (llama, IDS, set()),
+    "experts without tokens": (switch, IDS, set()),
+    "layers that are dropped": (whisper, SPEECH, set()),
+    "WavLM, of which all that is read is skipped": (lambda: wavlm(layerdrop=0.9), AUDIO, set()),
+    "Mamba": (mamba, IDS, set()),
+    "FalconMamba": (lambda: mamba("FalconMamba"), IDS, {"dt_proj"}),
+    "Jamba": (jamba, IDS, {"dt_proj"}),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_of_real_models_those_that_are_read(name):
+    build, inputs, wanted = REAL[name]
+    model = adapted(build().train())
+    seen = set()
+    for n, layer in lora_layers(model):
+        layer.register_forward_pre_hook(lambda *_, n=n: seen.add(n))
+    torch.manual_seed(0)
+    assert len(said(model, **inputs)) == bool(wanted)
+    found = fastlora.report(model).bypassed
+    assert {n.rpartition(".")[2] for n in found} == wanted
+    left = {n for n, _ in lora_layers(model)} - seen
+    assert bool(left) == (bool(wanted) or " " in name)
+    # Where the source reads what it also calls, the other mode's forward is watched too.
+    assert (watched(model) > 0) == ("mba" in name)
+
+
+class Keeping(nn.Module):
+    """Calls a layer that it has kept aside, whatever takes the layer's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.bound, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.aside, self.call = [self.inner], self.bound.forward
+        self.words = nn.Embedding(4, 4)
+        self.words.weight = self.head.weight  # of the model's own: tied
+
+    def forward(self, x):
+        return self.call(self.aside[0](x)) + self.words(x.long() % 4).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["fastlora", "PEFT"])
+def test_a_layer_that_is_kept_aside_is_called_without_its_adapter(kind):
+    peft = pytest.importorskip("peft")
+    model = Keeping()
+    if kind == "PEFT":
+        targets = ["inner", "bound", "head"]
+        theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
+        fastlora.patch_peft(theirs)
+    else:
+        adapted(model)
+    (text,) = said(model, X.abs())
+    # What reads the tied weight does nothing wrong, and a head may be unused.
+    assert set(fastlora.report(model).bypassed) == {"inner", "bound"}
+    assert ("not in the model" in text) == (kind == "fastlora")
+
+
+class Fast(nn.Module):
+    """Reads its layer in eval mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x) if self.training else x @ self.inner.weight.T + self.inner.bias
+
+
+def test_a_path_of_one_mode_is_watched_in_it():
+    model = adapted(nn.Sequential(Fast(), nn.ReLU()))
+    assert said(model.train(), X) == []
+    assert said(model, X) == []
+    assert len(said(model.eval(), X)) == 1
+    assert watched(model) == 0
+
+
+def test_no_grad_parts_copies_threads_errors_and_interrupts():
+    model = adapted(nn.Sequential(Handing(), nn.ReLU()))
+    twin, other = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        (text,) = said(model[0], X)  # a part that is called alone
+        assert "by the model" in text
+    assert len(said(model, X)) == 1
+    assert len(said(twin, X)) == 1
+
+    def failing():
+        with pytest.raises(RuntimeError, match="size of tensor a"):
+            other(torch.randn(2, 5))
+
+    assert said(failing) == []
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    handle = other[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other(X)
+    handle.remove()
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(said(other, X)))
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+    assert torch.add(X, X).shape == X.shape
+    with torch.inference_mode():
+        assert said(adapted(Handing(read=False)), X) == []
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_first_forwards_of_several_threads_at_once():
+    """One ends within the other, and leaves it what ends it."""
+    model, inner = adapted(nn.Sequential(Handing(), nn.Identity())), []
+    entered, go = threading.Event(), threading.Event()
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            go.wait(60)
+
+    model[1].register_forward_hook(wait)
+
+    def first():
+        model(X)
+        inner.append(torch._C._len_torch_function_stack())
+
+    # Warnings are caught for the whole process.
+    thread = threading.Thread(target=first)
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        thread.start()
+        assert entered.wait(60)
+        model(X)
+        assert watched(model) > 0
+        go.set()
+        thread.join()
+    assert len([w for w in others if "were never called" in str(w.message)]) == 2
+    assert (inner, watched(model)) == ([0], 0)
+
+
+def test_checkpointing_generating_and_the_transforms_of_torch():
+    model = adapted(llama()).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert said(lambda: model(**IDS).loss.backward()) == []
+    assert watched(model) == 0
+    model = adapted(llama())
+    assert said(model.generate, tokens(1, 3), max_new_tokens=2) == []
+    assert watched(model) == 0
+    model = adapted()
+    arguments = (model, dict(model.named_parameters()), (X,))
+    assert len(said(torch.func.functional_call, *arguments)) == 1
+    assert len(said(torch.func.vmap(adapted()), X)) == 1
+
+
+def test_what_is_compiled_is_not_watched_until_it_runs_eagerly():
+    torch.compiler.reset()
+    model = adapted()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert said(compiled, X) == []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert len(said(model, X)) == 1
+        assert said(compiled, X) == []
+    # A part that is compiled is called all the same.
+    model = adapted()
+    model.called = torch.compile(model.called, backend="eager", fullgraph=True)
+    assert len(said(model, X)) == 1
+    torch.compiler.reset()
+
+
+def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
+    model = adapted()
+    said(model, X)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for merge in (fastlora.merge_adapter, fastlora.merge_and_unload):
+        with pytest.raises(RuntimeError, match="inner: Handing reads its weight, so its adapter"):
+            merge(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model.inner.lora_B.data.zero_()  # which adds nothing
+    fastlora.unmerge_adapter(fastlora.merge_adapter(model))
+    model = adapted(Handing(read=False))
+    fastlora.merge_and_unload(model)
+    assert watched(model) == 0
+    # One that was put there by hand.
+    model = wavlm()
+    attention = model.wavlm.encoder.layers[0].attention
+    attention.q_proj = randomise_lora(fastlora.FastLoRALinear.from_linear(attention.q_proj, r=2))
+    with pytest.raises(RuntimeError, match=r"q_proj: WavLMAttention.* reads its weight and never"):
+        fastlora.merge_adapter(model)
+
+
+def test_served_and_several_in_training():
+    server = fastlora.MultiLoRAModel(Handing(), max_adapters=1, max_rank=2)
+    (text,) = said(server, X, adapter_names=[None, None])
+    assert "read: inner (by the model, a Handing)" in text
+    model = adapted(adapter_names=["a", "b"])
+    with fastlora.use_adapters(model, ["a", "b"]):
+        assert len(said(model, X)) == 1

@@ -1,0 +1,157 @@
+"""A patched PEFT model under torch.compile: one graph, the same numbers, no recompiling."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft.utils import hotswap  # noqa: E402
+
+import fastlora  # noqa: E402
+from tests.support.models import assert_agree, quiet  # noqa: E402
+from tests.support.patched import config, filled, inputs, pair, peft_model, run  # noqa: E402
+
+pytestmark = [quiet, pytest.mark.filterwarnings("ignore:.*isinstance.*:DeprecationWarning")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model, backend="aot_eager", **options):
+    return torch.compile(model, backend=backend, fullgraph=True, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, backend",
+    [(kind, "aot_eager") for kind in ("mlp", "llama", "gpt2", "bert")] + [("mlp", "inductor")],
+)
+def test_one_graph(kind, backend):
+    plain, patched = pair(kind)
+    given = inputs(kind)
+    found, wanted = run(compiled(patched, backend), given), run(plain, given)
+    assert_agree(found, wanted)
+    for out in (found, wanted):
+        out.square().mean().backward()
+    for p, q in zip(patched.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if q.grad is not None:
+            assert_agree(p.grad, q.grad)
+
+
+def test_another_batch_is_no_new_graph():
+    patched = pair("llama")[1]
+    with torch.no_grad():
+        one = compiled(patched, dynamic=True)
+        run(one, inputs("llama", rows=3))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for rows in (2, 5, 9):
+                given = inputs("llama", rows=rows)
+                assert_agree(run(one, given), run(patched, given))
+
+
+def test_whatever_is_done_shows():
+    given = inputs("mlp")
+    plain, patched = pair("mlp")
+    one = compiled(patched)
+
+    def assert_alike():
+        with torch.no_grad():
+            assert_agree(run(one, given), run(plain, given))
+
+    assert_alike()
+    for model in (plain, patched):
+        model.add_adapter("other", config("mlp", r=3, target_modules=["lin1", "head"]))
+        filled(model).eval()
+        model.set_adapter("other")
+    assert_alike()
+    for model in (plain, patched):
+        model.base_model.set_adapter(["default", "other"])
+    assert_alike()
+    for model in (plain, patched):
+        model.base_model.disable_adapter_layers()
+    assert_alike()
+    for model in (plain, patched):
+        model.base_model.enable_adapter_layers()
+        model.merge_adapter()
+    assert_alike()
+    for model in (plain, patched):
+        model.unmerge_adapter()
+        model.delete_adapter("other")
+    assert_alike()
+    fastlora.unpatch_peft(patched)
+    assert_alike()
+
+
+def test_hot_swapped_without_recompiling(tmp_path):
+    given = inputs("mlp")
+    for name, r in (("smaller", 3), ("larger", 8)):
+        peft_model("mlp", r=r, lora_alpha=r * 3).save_pretrained(tmp_path / name)
+    plain, patched = pair("mlp")
+    for model in (plain, patched):
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    one = compiled(patched)
+    with torch.no_grad():
+        before = run(one, given)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name in ("smaller", "larger"):
+                for model in (plain, patched):
+                    hotswap.hotswap_adapter(model, tmp_path / name, adapter_name="default")
+                after = run(one, given)
+                assert_agree(after, run(plain, given), before)
+
+
+def test_an_adapter_a_row():
+    """PEFT passes the names on by hooks that it sets around the call: compile what is inside."""
+    given = inputs("mlp", rows=3)
+    plain, patched = pair("mlp")
+    for model in (plain, patched):
+        model.add_adapter("other", config("mlp", r=3))
+        filled(model).eval()
+    layer, own = patched.base_model.model.lin0, plain.base_model.model.lin0
+    rows = ["other", "__base__", "default"]
+    with torch.no_grad():
+        one = compiled(layer)
+        assert_agree(one(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
+        assert_agree(layer(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
+
+
+def test_exported():
+    given = inputs("mlp", rows=3)
+    patched = pair("mlp")[1]
+    batch = torch.export.Dim("batch", min=2)
+    shapes = ({0: batch},)
+    program = torch.export.export(patched.base_model.model, (given["x"],), dynamic_shapes=shapes)
+    assert "fastlora.differentiable_lora_linear" in str(program.graph)
+    for rows in (2, 7):
+        x = inputs("mlp", rows=rows)["x"]
+        assert_agree(program.module()(x), patched.base_model.model(x))
+
+
+def test_per_sample_gradients():
+    """vmap of grad through functional_call, against a loop."""
+    plain, patched = pair("mlp")
+    x = inputs("mlp", rows=4)["x"]
+
+    def gradients(model):
+        inner = copy.deepcopy(model).base_model.model
+        trained = {n: p.detach() for n, p in inner.named_parameters() if "lora_" in n}
+
+        def loss(parameters, row):
+            return torch.func.functional_call(inner, parameters, (row[None],)).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, x)
+
+    found, wanted = gradients(patched), gradients(plain)
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        assert_agree(found[name], want)

@@ -1,0 +1,318 @@
+"""Whatever is done to a PEFT model, it gives the same numbers patched as unpatched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale  # noqa: E402
+from peft.utils import hotswap  # noqa: E402
+
+import fastlora  # noqa: E402
+from tests.support.models import assert_agree, error, quiet  # noqa: E402
+from tests.support.patched import (  # noqa: E402
+    KINDS,
+    assert_same,
+    both,
+    config,
+    counted,
+    filled,
+    inputs,
+    pair,
+    peft_model,
+    run,
+    trained,
+)
+
+pytestmark = quiet
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_training(kind, monkeypatch):
+    given = inputs(kind)
+    plain, patched = pair(kind)
+    with counted(monkeypatch) as counts:
+        assert_same(plain, patched, lambda m: [run(m, given), *trained(m, given), run(m, given)])
+    layers = len(fastlora.report(patched).replaced)
+    assert counts == {"one": 5 * layers, "many": 0, "peft": 5 * layers}  # PEFT's own model's
+
+
+OPTIONS = {
+    "rslora": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "patterns": {"rank_pattern": {"lin0": 3}, "alpha_pattern": {"lin1": 11}},
+    "modules_to_save": {"modules_to_save": ["head"]},
+    "rank above the sizes": {"r": 40},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option(options, monkeypatch):
+    given = inputs("mlp")
+    plain, patched = pair("mlp", **OPTIONS[options])
+    with counted(monkeypatch) as counts:
+        assert_same(plain, patched, lambda m: [run(m, given), *trained(m, given), run(m, given)])
+    assert counts["one"] == 10
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32 adapters", "the base's"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype, adapters, monkeypatch):
+    given = inputs("mlp", dtype=dtype)
+    plain, patched = pair("mlp", dtype, get={"autocast_adapter_dtype": adapters is not None})
+    with counted(monkeypatch) as counts, torch.no_grad():
+        got, want = run(patched, given), run(plain, given)
+    # float64 has no tolerance of its own in tests.support.models.
+    wide = dtype == torch.float64
+    assert_agree(got.float() if wide else got, want.float() if wide else want)
+    assert counts["one"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast(dtype, base, monkeypatch):
+    given = inputs("mlp", dtype=base)
+    plain, patched = pair("mlp", base)
+    with counted(monkeypatch) as counts, torch.autocast("cpu", dtype):
+        got, want = run(patched, given), run(plain, given)
+    assert_agree(got, want)
+    assert counts["one"] == 2
+    for out in (got, want):
+        out.float().square().sum().backward()
+    for (name, p), q in zip(patched.named_parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            assert p.grad is not None
+            assert p.grad.dtype == q.grad.dtype, name
+            assert_agree(p.grad.to(dtype), q.grad.to(dtype))
+
+
+def test_the_input_gets_its_gradient_and_backward_may_be_repeated():
+    plain, patched = pair("mlp")
+    x = torch.randn(4, 11)
+
+    def act(model):
+        own = x.clone().requires_grad_()
+        loss = run(model, {"x": own}).square().sum()
+        loss.backward(retain_graph=True)
+        once = own.grad.clone()
+        loss.backward()
+        assert_agree(own.grad, 2 * once)
+        return [own.grad]
+
+    assert_same(plain, patched, act)
+
+
+def test_checkpointed_activations():
+    given = inputs("llama")
+    plain, patched = pair("llama")
+    without = trained(copy.deepcopy(patched), given)
+    for reentrant in (True, False):
+        models = copy.deepcopy(plain), copy.deepcopy(patched)
+        for model in models:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_same(*models, lambda m: trained(m, given))
+        assert_agree(trained(models[1], given, steps=1)[0], trained(models[0], given, steps=1)[0])
+    assert len(without) == 3
+
+
+def test_adapters_added_chosen_deleted():
+    given = inputs("mlp")
+
+    def act(model):
+        found = [run(both(model), given)]
+        model.set_adapter("other")
+        found += [run(model, given), *trained(model, given)]
+        model.base_model.set_adapter(["default", "other"])
+        found += [run(model, given), *trained(model, given)]
+        model.delete_adapter("default")
+        return [*found, run(model, given)]
+
+    plain, patched = pair("mlp")
+    assert_same(plain, patched, act)
+    assert fastlora.report(patched).replaced.keys() == {
+        "base_model.model.lin0",
+        "base_model.model.lin1",
+        "base_model.model.head",
+    }
+
+
+def test_a_layer_without_the_active_adapter_is_the_base():
+    plain, patched = pair("mlp", target_modules=["lin0"])
+    for model in (plain, patched):
+        model.add_adapter("other", config("mlp", target_modules=["lin1"]))
+        filled(model).set_adapter("other")
+    assert_same(plain, patched, lambda m: [run(m, {"x": torch.ones(3, 11)})])
+
+
+def test_disabled():
+    given = inputs("llama")
+
+    def act(model):
+        found = [run(model, given)]
+        with model.disable_adapter():
+            found.append(run(model, given))
+        return [*found, run(model, given)]
+
+    assert_same(*pair("llama"), act)
+
+
+def test_merged_and_unmerged():
+    given = inputs("mlp")
+
+    def act(model):
+        both(model)
+        model.base_model.set_adapter(["default", "other"])
+        model.merge_adapter()
+        found = [run(model, given)]
+        model.unmerge_adapter()
+        found.append(run(model, given))
+        model.merge_adapter(["other"])
+        with model.disable_adapter():
+            found.append(run(model, given))
+        return [*found, run(model, given)]
+
+    assert_same(*pair("mlp"), act)
+
+
+def test_scales():
+    given = inputs("mlp")
+
+    def act(model):
+        layer = model.base_model.model.lin0
+        layer.set_scale("default", 3)
+        found = [run(model, given)]
+        layer.scale_layer(0.5)
+        found.append(run(model, given))
+        with rescale_adapter_scale(model, 2.5):
+            found.append(run(model, given))
+        layer.unscale_layer()
+        return [*found, run(model, given)]
+
+    assert_same(*pair("mlp"), act)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gpt2"])
+def test_hot_swapped(kind, tmp_path):
+    """In place, into scalings that are tensors and ranks that are padded."""
+    given = inputs(kind)
+    for name, r in (("same", 5), ("smaller", 3), ("larger", 8)):
+        other = peft_model(kind, r=r, lora_alpha=3)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(1.5)
+        other.save_pretrained(tmp_path / name)
+
+    def act(model):
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+        found = [run(model, given)]
+        for name in ("same", "smaller", "larger"):
+            hotswap.hotswap_adapter(model, tmp_path / name, adapter_name="default")
+            found.append(run(model, given))
+        return found
+
+    plain, patched = pair(kind)
+    assert_same(plain, patched, act)
+    scalings = [m.scaling["default"] for m in patched.modules() if hasattr(m, "lora_A")]
+    assert all(isinstance(scaling, torch.Tensor) for scaling in scalings)
+    plain, patched = pair(kind)
+    for model in (plain, patched):
+        hotswap.hotswap_adapter(model, tmp_path / "same", adapter_name="default")
+    assert_same(plain, patched, lambda m: [run(m, given)])
+
+
+def test_a_scaling_tensor_trains_what_it_scales():
+    given = inputs("mlp")
+    plain, patched = pair("mlp", lora_bias=True)
+    for model in (plain, patched):
+        hotswap.prepare_model_for_compiled_hotswap(model)
+    assert_same(plain, patched, lambda m: trained(m, given))
+
+
+def test_adapters_that_cancel_are_rounded_once():
+    """As PEFT, which sums in float32: rounded one by one, large parts would leave much behind."""
+    plain, patched = pair("mlp", torch.bfloat16)
+    exact = peft_model("mlp", torch.float64)
+    for model in (plain, patched, exact):
+        model.add_adapter("other", config("mlp"))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B.default" in name:
+                    p.mul_(100)
+                    other = model.get_parameter(name.replace("default", "other"))
+                    other.copy_(-p)
+                    A = name.replace("lora_B", "lora_A")
+                    model.get_parameter(A.replace("default", "other")).copy_(model.get_parameter(A))
+        model.base_model.set_adapter(["default", "other"])
+        model.eval()
+    x = torch.randn(5, 11).bfloat16()
+    with torch.no_grad():
+        want = run(exact, {"x": x.double()})
+        errors = [error(run(m, {"x": x}), want) for m in (patched, plain)]
+    assert errors[0] <= 2 * errors[1] + 2e-3  # the house's bound for bfloat16
+
+
+@pytest.mark.parametrize("how", ["linear", "cat", "svd"])
+def test_weighted(how):
+    given = inputs("mlp")
+
+    def act(model):
+        model.add_adapter("other", config("mlp", r=5, lora_alpha=3))
+        filled(model).eval()
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "sum", combination_type=how)
+        model.set_adapter("sum")
+        return [run(model, given)]
+
+    assert_same(*pair("mlp"), act)
+
+
+def test_casting_of_inputs_disabled(monkeypatch):
+    given = inputs("mlp")
+    plain, patched = pair("mlp")
+    with counted(monkeypatch) as counts, disable_input_dtype_casting(patched):
+        assert_agree(run(patched, given), run(plain, given))
+    assert counts["one"] == 2
+    plain, patched = pair("mlp", torch.bfloat16)  # float32 adapters, whose input PEFT casts
+    for model in (plain, patched):
+        with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
+            run(model, inputs("mlp", dtype=torch.bfloat16))
+
+
+def test_dropout_drops_where_peft_drops(monkeypatch):
+    """Masks are drawn otherwise: as many zeros, as large a mean, none in eval mode."""
+    plain, patched = pair("mlp", lora_dropout=0.4, target_modules=["lin0"])
+    x = torch.randn(1, 11).expand(4000, 11).contiguous()
+    base, want = plain.base_model.model.lin0.base_layer(x), plain.base_model.model.lin0(x)
+    found = {}
+    with counted(monkeypatch) as counts, torch.no_grad():
+        for name, model in (("plain", plain), ("patched", patched)):
+            layer = model.base_model.model.lin0
+            assert_agree(layer(x), want)
+            found[name] = layer.train()(x) - base
+            assert len(found[name].unique(dim=0)) > 1000
+    assert counts["one"] == 2
+    spread = found["plain"].std(0) / len(x) ** 0.5
+    assert bool(((found["plain"].mean(0) - found["patched"].mean(0)).abs() < 6 * spread).all())
+    ratio = found["patched"].std(0) / found["plain"].std(0)
+    assert bool(((ratio - 1).abs() < 0.1).all())
+
+
+def test_dropout_that_somebody_changes():
+    plain, patched = pair("mlp", lora_dropout=0.1)
+    given = inputs("mlp")
+    for model in (plain, patched):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 1.0
+        model.train()
+    assert_same(plain, patched, lambda m: [run(m, given)])  # nothing of the adapters is left

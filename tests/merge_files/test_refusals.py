@@ -1,0 +1,324 @@
+"""What is not merged into a model's files: refused by name, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fastlora
+from fastlora.merge_files import run
+from tests.support.checkpoints import (
+    CONFIG,
+    INDEX,
+    PREFIX,
+    SINGLE,
+    Q,
+    contents,
+    edit_adapter,
+    edit_json,
+    edit_settings,
+    edit_tensors,
+    merge,
+    save_adapter,
+    save_base,
+    tensors,
+)
+from tests.support.models import bert, llama, quiet
+from tests.support.readers import wavlm
+
+pytestmark = quiet
+
+
+def one_file(at: Path) -> Path:
+    """The base's first file that holds a linear layer's weight."""
+    index = json.loads((at / "base" / INDEX).read_text())["weight_map"]
+    return at / "base" / index[f"{Q}.weight"]
+
+
+def poison(t: dict[str, Tensor], value: float = float("nan")) -> None:
+    t[f"{PREFIX}{Q}.lora_B.weight"][1, 2] = value
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def tie(at: Path, said: bool | None = None, twice: bool = False, apart: float = 0.0) -> None:
+    """The base's output layer as its embedding, or near; said: what the config has about it."""
+    save_adapter(at / "adapter", target_modules=["lm_head"])
+    edit_adapter(at, lambda t: {n: v for n, v in t.items() if "lora" in n})
+    both = tensors(at / "base")
+    both["lm_head.weight"] = both["model.embed_tokens.weight"] + apart
+    if not twice:
+        del both["lm_head.weight"]
+    for path in [*(at / "base").glob("*.safetensors"), at / "base" / INDEX]:
+        path.unlink()
+    save_file(both, at / "base" / SINGLE, metadata={"format": "pt"})
+    values = json.loads((at / "base" / CONFIG).read_text())
+    del values["tie_word_embeddings"]
+    values |= {} if said is None else {"tie_word_embeddings": said}
+    (at / "base" / CONFIG).write_text(json.dumps(values))
+
+
+def only_pickles(at: Path) -> None:
+    for path in (at / "base").glob("model*"):
+        path.unlink()
+    (at / "base" / "pytorch_model.bin").write_bytes(b"PK")
+
+
+def stray(at: Path, file: str) -> None:
+    index = json.loads((at / "base" / INDEX).read_text())
+    index["weight_map"][f"{Q}.weight"] = file
+    (at / "base" / INDEX).write_text(json.dumps(index))
+
+
+def swapped(t: dict[str, Tensor]) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    if name in t:
+        t[name] = t[name].T.contiguous()
+
+
+def swap_up(at: Path) -> None:
+    for path in (at / "base").glob("*.safetensors"):
+        edit_tensors(path, swapped)
+
+
+def to_int8(at: Path) -> None:
+    edit_tensors(one_file(at), lambda t: {n: t[n].to(torch.int8) for n in t})
+
+
+BAD = {
+    "no base": (lambda at: (at / "base").rename(at / "b"), "base: expected a folder with a model"),
+    "no config": (lambda at: (at / "base" / CONFIG).unlink(), "base: expected config.json"),
+    "pickles": (only_pickles, r"pytorch_model.bin is a pickle, .*\.save_pretrained"),
+    "missing file": (lambda at: one_file(at).unlink(), "base: expected model-"),
+    "truncated file": (lambda at: shorten(one_file(at)), "truncated or not a safetensors file"),
+    "index without": (lambda at: edit_json(at / "base" / INDEX, weight_map={}), "weight_map that"),
+    "index elsewhere": (lambda at: stray(at, "../x.safetensors"), "file beside, got '../x.saf"),
+    "index astray": (lambda at: stray(at, "model-00001-of-00012.safetensors"), "is not in model-"),
+    "damaged index": (lambda at: (at / "base" / INDEX).write_text("{"), "expected JSON"),
+    "damaged config": (lambda at: (at / "base" / CONFIG).write_text("[]"), "a JSON object"),
+    "quantised": (
+        lambda at: edit_json(at / "base" / CONFIG, quantization_config={"quant_method": "awq"}),
+        r"is quantised \(awq\)",
+    ),
+    "int8": (to_int8, "expected a dtype of F64, F32, F16, BF16, got I8: merge into the model it"),
+    "no adapter": (lambda at: (at / "adapter").rename(at / "a"), "adapter: expected a folder"),
+    "no weights": (
+        lambda at: (at / "adapter" / "adapter_model.safetensors").unlink(),
+        "expected adapter_model.safetensors",
+    ),
+    "rank": (lambda at: edit_settings(at, r=3), r"expected lora_A \(3, K\) and lora_B \(N, 3\)"),
+    "modules to save": (lambda at: edit_settings(at, modules_to_save=["x"]), "modules_to_save"),
+    "dora": (lambda at: edit_settings(at, use_dora=True), "does not support use_dora=True"),
+    "untargeted": (
+        lambda at: edit_settings(at, target_modules=["k_proj"]),
+        "does not name this layer",
+    ),
+    "nan": (lambda at: edit_adapter(at, poison), f"{Q}.lora_B.weight: expected finite numbers"),
+    "half an adapter": (
+        lambda at: edit_adapter(at, lambda t: [t.pop(f"{PREFIX}{Q}.lora_B.weight")]),
+        "expected lora_A, lora_B, got lora_A",
+    ),
+    "saved along": (
+        lambda at: edit_adapter(at, lambda t: t.update({f"{PREFIX}x.weight": torch.ones(2)})),
+        "it has x.weight along, which is not in .*: merge it into the model that it was trained on",
+    ),
+    "shape": (
+        lambda at: save_adapter(at / "adapter", llama(intermediate_size=40)),
+        r"down_proj: the adapter fits a weight of shape \(32, 40\), in .* it has shape \(32, 48\)",
+    ),
+    "transposed": (swap_up, r"shape \(32, 48\) \(transposed it would: fan_in_fan_out\)"),
+    "square": (lambda at: edit_settings(at, fan_in_fan_out=True), "fan_in_fan_out: .* is square"),
+    "fan": (
+        lambda at: edit_settings(at, fan_in_fan_out=1),
+        "fan_in_fan_out: expected a bool, got 1",
+    ),
+    "no layer": (
+        lambda at: edit_adapter(at, lambda t: {n.replace("_proj", ".x_proj"): t[n] for n in t})
+        or edit_settings(at, target_modules=["x_proj"]),
+        "14 of its 14 layers are not in",
+    ),
+    "no bias": (
+        lambda at: save_adapter(at / "adapter", lora_bias=True, target_modules=["q_proj"]),
+        f"it has a bias for {Q}, where .* has none",
+    ),
+    "tied, absent": (tie, "tied to the embedding has no weight of its own: untie"),
+    "tied, said": (lambda at: tie(at, True, True), "lm_head is tied to the embedding, which"),
+    "tied, swapped": (
+        lambda at: tie(at, True, True) or edit_tensors(
+            at / "base" / SINGLE, lambda t: [t.pop("model.embed_tokens.weight")]
+        ),
+        "lm_head is tied to the embedding, which",
+    ),
+    "tied, wider": (
+        lambda at: tie(at, None, True) or edit_tensors(
+            at / "base" / SINGLE, lambda t: {
+                n: v.bfloat16().float() if n == "lm_head.weight" else v.bfloat16()
+                for n, v in t.items()
+            },
+        ),
+        "lm_head is tied to the embedding, which",
+    ),
+    "tied, twice": (lambda at: tie(at, None, True), "lm_head is tied to the embedding, which"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_by_name(at, what):
+    spoil, says = BAD[what]
+    spoil(at)
+    before = contents(at)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        merge(at)
+    assert contents(at) == before
+    assert not (at / "out").exists()
+
+
+def test_bad_arguments(at):
+    with pytest.raises(
+        ValueError, match=r"dtype: expected one of torch.float64, .* got torch\.int8"
+    ):
+        merge(at, dtype=torch.int8)
+    with pytest.raises(ValueError, match="adapters: expected one or more, got none"):
+        fastlora.merge_checkpoint(at / "base", [], at / "out")
+    with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
+        merge(at, ("adapter", float("nan")))
+    with pytest.raises(ValueError, match="expected a finite scaling"):
+        merge(at, ("adapter", 1.5e308))
+    with pytest.raises(ValueError, match="out: expected a folder outside of base"):
+        fastlora.merge_checkpoint(at / "base", at / "adapter", at / "base" / "merged")
+    assert sorted(p.name for p in at.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize(
+    "adapters, error, says",
+    [
+        ({"a": 0.5}, TypeError, "adapters: expected a folder, or a list"),
+        (["a", 0.5], TypeError, r"adapters\[1\]: expected a folder or a pair"),
+        ([("a", 0.5, 1)], TypeError, r"adapters\[0\]: expected a folder or a pair"),
+        ([], ValueError, "adapters: expected one or more"),
+    ],
+)
+def test_adapters_of_another_form(at, adapters, error, says):
+    with pytest.raises(error, match=says):
+        fastlora.merge_checkpoint(at / "base", adapters, at / "out")
+    assert not (at / "out").exists()
+
+
+@pytest.mark.parametrize("weight, others", [(0.5, ()), (1.0, ("plain",))])
+def test_trained_biases_have_no_sum(tmp_path, weight, others):
+    save_base(tmp_path / "base", bert())
+    save_adapter(tmp_path / "adapter", bert(), target_modules=["query"], bias="all")
+    save_adapter(tmp_path / "plain", bert(), target_modules=["query"])
+    with pytest.raises(
+        ValueError, match=r"bias='all'\): expected to merge it alone and with weight"
+    ):
+        merge(tmp_path, ("adapter", weight), *others)
+
+
+@pytest.mark.parametrize("what", ["merged", "converted", "bias"])
+def test_numbers_too_large_for_the_dtype(tmp_path, what):
+    """Found when the tensor's turn comes; nothing that loads is left."""
+    base = save_base(tmp_path / "base", llama(attention_bias=True), "1GB")
+    save_adapter(tmp_path / "adapter", llama(attention_bias=True), target_modules=["q_proj"])
+    name = {"merged": f"{Q}.weight", "converted": "model.norm.weight", "bias": f"{Q}.bias"}[what]
+
+    def spoil(t: dict[str, Tensor]) -> None:
+        t[name].view(-1)[3] = 1e6
+
+    edit_tensors(base / SINGLE, spoil)
+    with pytest.raises(ValueError, match=f"{name}: .*not finite"):
+        merge(tmp_path, dtype=torch.float16)
+    assert not (tmp_path / "out" / CONFIG).exists()
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_a_base_that_changes_meanwhile_is_noticed(at, monkeypatch):
+    merged, path = run._merged, one_file(at)
+
+    def change(*args: Any) -> Tensor:
+        os.utime(path, ns=(1, 1))
+        return merged(*args)
+
+    monkeypatch.setattr(run, "_merged", change)
+    with pytest.raises(RuntimeError, match="was changed meanwhile"):
+        merge(at)
+    assert not (at / "out" / path.name).exists()
+
+
+def test_names_that_fit_two_towers_are_refused(tmp_path):
+    base = save_base(tmp_path / "base", size="1GB")
+    edit_tensors(
+        base / SINGLE, lambda t: {f"{p}.{n}": v.clone() for n, v in t.items() for p in "ab"}
+    )
+    save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"fit several parts of .*, with 'a\.' and 'b\.'"):
+        merge(tmp_path)
+
+
+def test_layers_without_a_counterpart(at):
+    """Named, and left out where that is asked for."""
+
+    def change(t: dict[str, Tensor]) -> None:
+        for part in "AB":
+            t.pop(f"{PREFIX}model.layers.1.mlp.up_proj.lora_{part}.weight")
+            moved = t.pop(f"{PREFIX}{Q}.lora_{part}.weight")
+            t[f"{PREFIX}model.layers.7.self_attn.q_proj.lora_{part}.weight"] = moved
+
+    edit_adapter(at, change)
+    edit_settings(at, target_modules=r".*\d\.\w+\.[a-z]+_proj")
+    with pytest.raises(ValueError) as refused:
+        merge(at)
+    absent = f"1 of its 13 layers are not in {at / 'base'}: model.layers.7.self_attn.q_proj; "
+    unfilled = f"2 layers that its file lacks: {Q}, model.layers.1.mlp.up_proj; "
+    assert f"{absent}its config names {unfilled}the others" in str(refused.value)
+    assert "--allow-partial" in str(refused.value)
+    assert not (at / "out").exists()
+    with pytest.warns(UserWarning, match="3 layers were left out: model.layers.7"):
+        found = merge(at, allow_partial=True)
+    assert len(found) == 12
+
+
+def test_layers_that_the_model_s_code_never_calls(tmp_path):
+    """Merged they would come to work for the first time."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    wavlm().save_pretrained(base)
+    save_adapter(adapter, wavlm(), target_modules=["q_proj", "intermediate_dense"])
+    says = r"q_proj and 1 more: WavLMAttention\.torch_multi_head_self_attention reads its weight"
+    with pytest.raises(ValueError, match=says):
+        fastlora.merge_checkpoint(base, adapter, out)
+    assert not out.exists()
+    with pytest.warns(UserWarning, match="2 layers were left out: .*q_proj of .*has had no part"):
+        merged = fastlora.merge_checkpoint(base, adapter, out, allow_partial=True)
+    assert {name.rpartition(".")[2] for name in merged} == {"intermediate_dense"}
+    # What adds nothing may be merged, and of a class that transformers lacks nothing is known.
+    idle = tmp_path / "idle"
+    save_adapter(idle, wavlm(), std=0.0, target_modules=["q_proj"])
+    fastlora.merge_checkpoint(base, idle, tmp_path / "second")
+    edit_json(base / CONFIG, architectures=["SomebodysWavLM"])
+    fastlora.merge_checkpoint(base, adapter, tmp_path / "third")
+
+
+def test_a_weight_that_the_model_has_at_several_places_and_the_files_once(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    config = transformers.GroundingDinoConfig(architectures=["GroundingDinoForObjectDetection"])
+    config.save_pretrained(base)
+    layer, size = "bbox_embed.0.layers.0", config.d_model
+    save_file({f"{layer}.weight": torch.randn(size, size)}, base / SINGLE)
+    adapter.mkdir()
+    A, B = torch.randn(2, size), torch.randn(size, 2)
+    factors = {f"{PREFIX}{layer}.lora_A.weight": A, f"{PREFIX}{layer}.lora_B.weight": B}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [layer]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"{layer}: its weight is also that of bbox_embed\.1\."):
+        fastlora.merge_checkpoint(base, adapter, tmp_path / "out")

@@ -1,0 +1,329 @@
+"""A merge that is stopped, wherever: what is there is whole, the same call finishes the rest."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from fastlora.merge_files import durable, journal, merge_folder, plan
+from fastlora.merge_files.journal import JOURNAL, LOCK
+from tests.support.checkpoints import CONFIG, INDEX, contents
+from tests.support.models import quiet
+
+pytestmark = [
+    quiet,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of its own"),
+]
+FIRST, SECOND = "model-00001-of-00012.safetensors", "model-00002-of-00012.safetensors"
+
+
+def merge(given: Path, out: Path, *, adapter: str = "adapter", weight: float = 1.0, **options: Any):
+    return merge_folder(given / "base", [(given / adapter, weight)], out, **options)
+
+
+@contextmanager
+def counted(at: Callable[[int, str], None]) -> Iterator[None]:
+    """Calls ``at`` with 0, 1, 2, … and what is next: a sync, rename, removal or merged weight."""
+    count = iter(range(1 << 30))
+
+    def before(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            at(next(count), function.__name__)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with (
+        mock.patch.object(os, "fsync", before(os.fsync)),
+        mock.patch.object(os, "replace", before(os.replace)),
+        mock.patch.object(Path, "unlink", before(Path.unlink)),
+        mock.patch.object(plan.WeightChange, "apply", before(plan.WeightChange.apply)),
+    ):
+        yield
+
+
+def killed(moment: int, call: Callable[[], Any]) -> bool:
+    """Whether a fork that makes the call came to the moment at which it was killed, as by -9."""
+
+    def kill(n: int, _: str) -> None:
+        if n == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with counted(kill):
+                call()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(given, tmp_path):
+    """At moments spread over the run, some within a file, and as the last ones are put in place."""
+    whole = contents(given / "whole")
+    moments: dict[int, str] = {}
+    with counted(moments.__setitem__):
+        merge(given, tmp_path / "counted")
+    last = len(moments)
+    assert last > 100
+    within = [moment for moment, what in moments.items() if what == "apply"]
+    assert len(within) == 14
+    for moment in sorted({*range(0, last, 11), *within[::4], *range(last - 8, last)}):
+        out = tmp_path / str(moment)
+        assert killed(moment, lambda out=out: merge(given, out))
+        found = contents(out)
+        if CONFIG in found:
+            assert found | whole == found
+        names = {n for n in found if n in whole and n.endswith("safetensors")}
+        assert all(found[name] == whole[name] for name in names)
+        noted = json.loads(found[JOURNAL])["finished"] if JOURNAL in found else {}
+        assert noted.keys() <= names
+        if found.keys() - {LOCK} == whole.keys():
+            # Killed as the notes were gone: all is done, and nothing may be done to it.
+            continue
+        merged = merge(given, out)
+        assert merged.kept == sorted(noted)
+        assert contents(out) == whole
+        shutil.rmtree(out)
+
+
+def test_killed_again_and_again(given, tmp_path):
+    """Each run comes a little further than the last; what it kept is not written again."""
+    out, kept = tmp_path / "out", {}
+    runs = 0
+    while killed(25, lambda: merge(given, out)):
+        runs += 1
+        written = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+        noted = json.loads((out / JOURNAL).read_bytes())["finished"]
+        assert all(written[path] == when for path, when in kept.items())
+        kept = {path: when for path, when in written.items() if path.name in noted}
+    assert runs > 3
+    assert contents(out) == contents(given / "whole")
+
+
+def test_the_fidelity_of_a_resumed_merge_is_whole(given, tmp_path):
+    uninterrupted = merge(given, tmp_path / "one").fidelity
+    assert killed(60, lambda: merge(given, tmp_path / "two"))
+    assert merge(given, tmp_path / "two").fidelity == uninterrupted
+
+
+@pytest.fixture
+def half(given, tmp_path) -> Path:
+    """Where a merge was killed that had finished a few files."""
+    assert killed(60, lambda: merge(given, tmp_path / "half"))
+    finished = json.loads((tmp_path / "half" / JOURNAL).read_bytes())["finished"]
+    assert {FIRST, SECOND} <= finished.keys()
+    return tmp_path / "half"
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """One bit of the last tensor: the size is right."""
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [truncate, flip, Path.unlink])
+def test_a_file_that_is_not_whole_is_written_again(given, half, spoil):
+    first, second = (next(half.glob(f"*{n}-of-*.safetensors")) for n in ("00001", "00002"))
+    spoil(first)
+    merged = merge(given, half)
+    assert first.name not in merged.kept
+    assert second.name in merged.kept
+    assert contents(half) == contents(given / "whole")
+
+
+def test_what_was_written_aside_is_not_taken(given, half):
+    """Though it be as long as the file is to be."""
+    last = max(given.glob("base/*.safetensors"))
+    (half / (last.name + durable.PARTIAL)).write_bytes(last.read_bytes())
+    merge(given, half)
+    assert contents(half) == contents(given / "whole")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"adapter": "lr=0.1"}, "not the same adapters, layers"),
+        ({"weight": 0.5}, "not the same adapters"),
+        ({"dtype": torch.float32}, "not the same dtype"),
+    ],
+)
+def test_another_merge_into_the_folder_is_refused(given, half, change, says):
+    before = contents(half)
+    with pytest.raises(FileExistsError, match=f"unfinished merge of another kind .{says}"):
+        merge(given, half, **change)
+    assert contents(half) == before
+    merge(given, half)
+
+
+@pytest.mark.parametrize("file", [FIRST, CONFIG, INDEX, "tokenizer.json"])
+def test_another_base_is_refused(given, half, tmp_path, file):
+    shutil.copytree(given / "base", tmp_path / "base")
+    shutil.copytree(given / "adapter", tmp_path / "adapter")
+    file = (
+        next((p.name for p in (tmp_path / "base").glob("*00001-of*")), file)
+        if file == FIRST
+        else file
+    )
+    (tmp_path / "base" / file).touch()
+    with pytest.raises(FileExistsError, match="not the same base"):
+        merge(tmp_path, half)
+
+
+def test_base_and_adapter_may_have_moved(given, half, tmp_path):
+    """What they are counts, not where."""
+    shutil.copytree(given / "base", tmp_path / "moved" / "base")
+    shutil.copytree(given / "adapter", tmp_path / "moved" / "adapter")
+    assert merge(tmp_path / "moved", half).kept
+    assert contents(half) == contents(given / "whole")
+
+
+def test_damaged_notes(given, half):
+    (half / JOURNAL).write_text("{")
+    with pytest.raises(FileExistsError, match="is damaged: delete"):
+        merge(given, half)
+
+
+@pytest.mark.parametrize("what", ["merged", "strange", "file", "dangling"])
+def test_a_folder_that_exists_is_refused(given, tmp_path, what):
+    out = tmp_path / "out"
+    if what == "merged":
+        merge(given, out)
+    elif what == "strange":
+        out.mkdir()
+        (out / "thesis.tex").write_text("…")
+    elif what == "file":
+        out.write_text("…")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="out: expected a new folder"):
+        merge(given, out)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_empty_folder_will_do(given, tmp_path):
+    """As a run leaves it that is killed at once."""
+    (tmp_path / "out").mkdir()
+    merge(given, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(given / "whole")
+
+
+def test_a_folder_that_cannot_be_made(given, tmp_path):
+    (tmp_path / "file").write_text("…")
+    with pytest.raises(OSError, match=r"out: .*file/out cannot be made: Not a directory"):
+        merge(given, tmp_path / "file" / "out")
+
+
+def test_one_process_at_a_time(given, half):
+    before = contents(half)
+    with durable.locked(half / LOCK):
+        with pytest.raises(BlockingIOError, match="another process is merging into"):
+            merge(given, half)
+        assert contents(half) == before
+    merge(given, half)
+
+
+def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatch):
+    """Seen unfinished, found finished: it is left as it is, without a lock file."""
+    merge(given, tmp_path / "out")
+    monkeypatch.setattr(journal.os.path, "lexists", lambda path: False)
+    with pytest.raises(FileExistsError, match="holds a model already"):
+        merge(given, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(given / "whole")
+
+
+def test_no_room_is_said_before_anything_is_written(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
+    with pytest.raises(
+        OSError, match=r"out: .* needs \d+,\d+ bytes, 30,000 are free at"
+    ) as refused:
+        merge(given, tmp_path / "some" / "out")
+    assert refused.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_needs_no_room(given, tmp_path, monkeypatch):
+    """Whole or aside: the rest must fit, no more."""
+    needed = sum(map(len, contents(given / "whole").values()))
+    assert killed(60, lambda: merge(given, tmp_path / "out"))
+    weights = (tmp_path / "out").glob("*.safetensors*")
+    left = needed - sum(path.stat().st_size for path in weights)
+    assert left < needed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
+    merge(given, tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing_half(given, tmp_path, monkeypatch):
+    """As the sixth file comes; with room again the same call goes on."""
+    out, count, fsync = tmp_path / "out", iter(range(1 << 30)), os.fsync
+
+    def full(handle: int) -> None:
+        if next(count) == 25:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"no room to write it \(No space left"):
+            merge(given, out)
+    assert not list(out.glob("*" + durable.PARTIAL))
+    assert not (out / CONFIG).exists()
+    assert merge(given, out).kept
+    assert contents(out) == contents(given / "whole")
+
+
+def test_a_limit_of_file_sizes(given, tmp_path):
+    """A real error of a real write: within a tensor, not between."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match=r"safetensors: no room to write it \(File too large\)"):
+            merge(given, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "out").glob("*" + durable.PARTIAL))
+    merge(given, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(given / "whole")
+
+
+def test_another_error_while_writing_is_passed_on(tmp_path):
+    def chunks() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyError("x")
+
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(KeyError):
+        durable.write(tmp_path / "file", chunks())
+    assert contents(tmp_path) == {"file": b"before"}
+
+
+def test_reading_past_the_end_is_noticed(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert b"".join(durable.chunks_of(tmp_path / "file", 1, 3)) == b"234"
+    with pytest.raises(RuntimeError, match="it ends 2 bytes early"):
+        list(durable.chunks_of(tmp_path / "file", 3, 4))

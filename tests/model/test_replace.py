@@ -1,0 +1,397 @@
+"""replace_linear: the layers that were asked for, all of them, or an error and no change."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fastlora
+from fastlora import FastLoRALinear, LoRAConfig
+from fastlora.modules.linear import lora_layers
+from tests.support.helpers import same_bits
+from tests.support.models import (
+    TOLERANCE,
+    assert_agree,
+    bert,
+    error,
+    gpt2,
+    llama,
+    logits,
+    quiet,
+    randomise_lora,
+    t5,
+    tokens,
+    untouched,
+)
+
+ALL = LoRAConfig(r=4, target_modules="all-linear")
+QV = ["q_proj", "v_proj"]
+pytestmark = quiet
+
+
+def replaced(model: nn.Module) -> set[str]:
+    return {name for name, _ in lora_layers(model)}
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_it_replaces_in_place_and_says_what_it_did():
+    model = llama()
+    weights = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert fastlora.replace_linear(model, LoRAConfig(r=4, target_modules=QV)) is model
+    assert {n: p.data_ptr() for n, p in model.named_parameters() if "lora" not in n} == weights
+    found = fastlora.report(model)
+    names = [f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in QV]
+    assert found.replaced == dict.fromkeys(names, 4)
+    assert (found.skipped, found.merged) == ({}, ())
+    assert found.trainable == sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
+    assert found.total == sum(p.numel() for p in model.parameters())
+    assert "4 layers replaced (r=4)" in str(found)
+    assert trainable(model) == {f"{n}.{k}" for n in names for k in ("lora_A", "lora_B")}
+    fastlora.merge_adapter(model)
+    assert fastlora.report(model).merged == tuple(names)
+
+
+@fastlora.use_backend("torch")  # whose base product is nn.Linear's, bit for bit
+def test_nothing_changes_until_something_is_trained():
+    model, x = llama(), tokens(2, 6)
+    want = logits(model, x)
+    assert same_bits(logits(fastlora.replace_linear(model, ALL), x), want)
+    assert error(logits(randomise_lora(model), x), want) > 0.1
+
+
+def test_a_model_without_lora_reports_so():
+    found = fastlora.report(nn.Linear(4, 4))  # a layer is a model too
+    assert (found.replaced, found.skipped, found.trainable, found.total) == ({}, {}, 20, 20)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_leaves_the_head_out(tied):
+    model = fastlora.replace_linear(llama(tie_word_embeddings=tied), ALL)
+    assert replaced(model) == set(fastlora.report(model).replaced)
+    assert len(replaced(model)) == 14
+    assert type(model.lm_head) is nn.Linear
+    assert set(fastlora.report(model).skipped) == {"lm_head"}
+    assert "lm_head" in str(fastlora.report(model))
+    named, config = llama(tie_word_embeddings=tied), LoRAConfig(target_modules=["lm_head"])
+    assert replaced(fastlora.replace_linear(named, config)) == {"lm_head"}
+
+
+@pytest.mark.parametrize("build", [llama, bert, t5, gpt2])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out=False holds for none")
+def test_all_linear_is_pefts(build):
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), build())
+    wanted = {n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert replaced(fastlora.replace_linear(build(), ALL)) == wanted
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_what_trains_is_what_trains_in_peft(bias, lora_bias):
+    config = peft.LoraConfig(target_modules=["query", "dense"], bias=bias, lora_bias=lora_bias)
+    ours = fastlora.replace_linear(bert(), config)
+    theirs = peft.get_peft_model(bert(), config)
+    renamed = {
+        n.removeprefix("base_model.model.")
+        .replace("lora_B.default.bias", "lora_bias")
+        .replace(".default.weight", "")
+        .replace(".base_layer", "")
+        for n in trainable(theirs)
+    }
+    assert trainable(ours) == renamed
+    assert any(n.endswith(".bias") for n in renamed) == (bias != "none")
+
+
+def test_the_base_trains_too_when_asked():
+    model = llama()
+    model.model.embed_tokens.requires_grad_(False)
+    before = trainable(model)
+    fastlora.replace_linear(model, ALL, freeze_base=False)
+    assert {n for n in trainable(model) if "lora" not in n} == before
+    model(input_ids=tokens(2, 5)).logits.sum().backward()
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.grad is not None
+    assert layer.lora_B.grad is not None
+
+
+def test_training_a_model_follows_peft():
+    """Ten AdamW steps from the same start: losses agree, and the loss has moved."""
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(), config)
+    ours = fastlora.replace_linear(llama(), config)
+    adapter = peft.get_peft_model_state_dict(theirs)
+    for name, tensor in fastlora.adapter_state_dict(ours).items():
+        tensor.data.copy_(adapter[name])
+    x, losses = tokens(4, 8), []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(10):
+            loss = model(input_ids=x, labels=x).loss
+            losses[-1].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    # Adam divides by gradients' own size, which lets rounding grow a hundredfold in ten steps.
+    assert losses[0] == pytest.approx(losses[1], rel=100 * TOLERANCE[torch.float32])
+    assert losses[0][-1] < 0.9 * losses[0][0]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_gradient_checkpointing_of_a_whole_model():
+    model = fastlora.replace_linear(
+        llama(), LoRAConfig(target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)
+    ).train()
+    x, grads = tokens(2, 6), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(1)
+        model(input_ids=x, labels=x).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_compiled_model_is_replaced_inside():
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(3, 6)
+    before = compiled(x).detach()
+    assert fastlora.replace_linear(compiled, ALL) is compiled
+    randomise_lora(model)
+    assert replaced(model) == replaced(compiled) == {"0", "2"}
+    assert_agree(compiled(x), model(x), before)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.other = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.other(self.again(self.first(x)))
+
+
+def test_a_layer_at_two_places_has_its_adapter_at_the_first_as_in_peft(tmp_path):
+    settings = {"r": 2, "target_modules": ["first", "other"], "init_lora_weights": False}
+    base, x = Shared(), torch.randn(3, 6)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match="first: the same layer is also at again, and has its"):
+        fastlora.replace_linear(ours, LoRAConfig(**settings))
+    assert (type(ours.first), type(ours.again)) == (FastLoRALinear, nn.Linear)
+    assert ours.again.weight is ours.first.weight
+    # Each other's files mean the same function, served too.
+    fastlora.load_adapter(ours, tmp_path / "theirs")
+    assert_agree(ours(x), theirs(x).detach(), base(x).detach())
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours"))
+    assert_agree(again(x), theirs(x).detach())
+    server = fastlora.MultiLoRAModel(copy.deepcopy(base), target_modules=["first", "other"])
+    server.load_adapter(tmp_path / "theirs", "a")
+    assert_agree(server(x, adapter_names=["a"] * 3), theirs(x).detach())
+    # A merge, or a split of the weight, would change the other place.
+    with untouched(ours), pytest.raises(RuntimeError, match=r"first: .* tied with again\.weight"):
+        fastlora.merge_adapter(ours)
+    fastlora.merge_and_unload(ours, untie=True)
+    assert_agree(ours(x), theirs(x).detach())
+    with untouched(base), pytest.raises(ValueError, match=r"first: .* tied with again\.weight"):
+        fastlora.replace_linear(base, LoRAConfig(**settings | {"init_lora_weights": "pissa"}))
+
+
+def test_a_layer_goes_by_its_first_name_as_in_peft():
+    model, config = Shared(), LoRAConfig(target_modules=["again"])
+    with untouched(model), pytest.raises(ValueError, match="again: it is the same layer as first"):
+        fastlora.replace_linear(model, config)
+    with pytest.raises(ValueError, match="not found"):
+        peft.get_peft_model(Shared(), peft.LoraConfig(target_modules=["again"]))
+    # One parent of two names is one place.
+    model = nn.ModuleDict({"a": nn.ModuleDict({"lin": nn.Linear(4, 4)})})
+    model["b"] = model["a"]
+    fastlora.replace_linear(model, LoRAConfig(target_modules=["lin"]))
+    assert isinstance(model["b"]["lin"], FastLoRALinear)
+    assert fastlora.report(model).replaced == {"a.lin": 8}
+
+
+@pytest.mark.parametrize(
+    "options, hint",
+    [
+        ({"target_modules": ["q_prj"]}, "near names: q_proj"),
+        ({"target_modules": ["c_attn"]}, "its linears end in down_proj, gate_proj, k_proj"),
+        ({"target_modules": "q_proj"}, "no linear layer matches"),  # a regex must match in full
+        ({"target_modules": []}, "no linear layer matches"),
+        ({}, "target_modules: expected a list of names"),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*q_proj"}, "2 skipped: .*excluded"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [2, -1]},
+            r"no linear layer matches \('q_proj',\) within layers_to_transform=\(2, -1\)",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},
+            "within layers_to_transform=0 of 'h'",
+        ),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
+            "2 skipped: .*modules_to_save trains it whole",
+        ),
+    ],
+)
+def test_nothing_matched(options, hint):
+    model = llama()
+    with untouched(model), pytest.raises(ValueError, match=hint):
+        fastlora.replace_linear(model, LoRAConfig(**options))
+    assert fastlora.report(model).replaced == {}
+
+
+@pytest.mark.parametrize("again", ["all-linear", ["q_proj"], ["v_proj"], ["up_proj"]])
+def test_a_model_is_replaced_once(again):
+    """Also where no layer is named twice: one adapter file has one config."""
+    model = fastlora.replace_linear(llama(), LoRAConfig(target_modules=QV))
+    with untouched(model), pytest.raises(ValueError, match="already"):
+        fastlora.replace_linear(model, LoRAConfig(target_modules=again))
+    fastlora.replace_linear(fastlora.merge_and_unload(model), LoRAConfig(target_modules=again))
+
+
+class Odd(nn.Linear):
+    pass
+
+
+class Own(transformers.pytorch_utils.Conv1D):
+    pass
+
+
+class Zoo(nn.Module):
+    """Two linears that can have LoRA, and company that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Linear(8, 8)
+        self.table = nn.Embedding(8, 8)
+        self.conv = nn.Conv1d(8, 8, 1)
+        self.gpt = transformers.pytorch_utils.Conv1D(8, 8)
+        self.own = Own(8, 8)
+        self.mha = nn.MultiheadAttention(8, 2)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.odd = Odd(8, 8)
+        self.fp8 = nn.Linear(8, 8).to(torch.float8_e4m3fn)
+        self.shaped = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+
+BYPASSED = "reads its weight and"
+CANNOT = {
+    "table": "not an nn.Linear",
+    "conv": "not an nn.Linear",
+    "own": "a subclass of Conv1D with behaviour of its own",
+    "mha": "not an nn.Linear",
+    "mha.out_proj": BYPASSED,
+    "encoder.self_attn.out_proj": BYPASSED,
+    "encoder.linear1": BYPASSED,
+    "encoder.linear2": BYPASSED,
+    "odd": "behaviour of its own",
+    "fp8": "float8",
+    "shaped": "behaviour of its own",
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_what_cannot_have_lora_is_refused_when_named(name):
+    model = Zoo()
+    with untouched(model), pytest.raises(ValueError, match=f"{name}: .*{CANNOT[name]}"):
+        fastlora.replace_linear(model, LoRAConfig(target_modules=["good", name]))
+
+
+def test_what_cannot_have_lora_is_skipped_and_reported_by_all_linear():
+    model = fastlora.replace_linear(Zoo(), ALL)
+    assert replaced(model) == {"good", "gpt"}
+    skipped = fastlora.report(model).skipped
+    assert set(skipped) == {n for n in CANNOT if n not in ("table", "conv", "mha")}
+    assert all(CANNOT[name] in reason for name, reason in skipped.items())
+
+
+def test_the_encoder_fast_path_would_indeed_bypass():
+    """Why its linears are refused: the fast path computes as if they had no LoRA."""
+    encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval().requires_grad_(False)
+    bypassed, x = copy.deepcopy(encoder), torch.randn(2, 3, 8)
+    layer = randomise_lora(FastLoRALinear.from_linear(bypassed.linear1)).requires_grad_(False)
+    bypassed.linear1 = layer
+    with torch.no_grad():
+        assert same_bits(bypassed(x), encoder(x))
+
+
+@pytest.mark.parametrize("failing", [1, 5, 14])
+def test_a_failing_construction_changes_nothing(monkeypatch, failing):
+    model, calls = llama(), []
+    build = FastLoRALinear._sharing.__func__
+
+    def sharing(cls, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == failing:
+            raise MemoryError("no room")
+        return build(cls, *args, **kwargs)
+
+    monkeypatch.setattr(FastLoRALinear, "_sharing", classmethod(sharing))
+    with untouched(model), pytest.raises(MemoryError):
+        fastlora.replace_linear(model, ALL)
+
+
+@pytest.mark.parametrize("model", [None, "llama", 3])
+def test_what_is_no_model(model):
+    with pytest.raises(TypeError, match="model: expected"):
+        fastlora.replace_linear(model, ALL)
+    with pytest.raises(ValueError, match="from_linear"):
+        fastlora.replace_linear(nn.Linear(4, 4), ALL)
+
+
+def test_a_report_gives_each_reason_once():
+    skipped = {"a": "too large", "b": "excluded", "c": "too large", "d": "too large"}
+    said = str(fastlora.Report(skipped=skipped))
+    assert said.splitlines()[3:] == ["skipped a and 2 more: too large", "skipped b: excluded"]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"target_modules": ["q_proj", "w_proj"]}, "target_modules: .* is called 'w_proj'$"),
+        ({"rank_pattern": {"q_prj": 2}}, "rank_pattern: .* is called 'q_prj'$"),
+        ({"alpha_pattern": {r"layers\.9\..*": 2}}, "alpha_pattern: .* is called 'layers"),
+    ],
+)
+def test_a_name_that_is_no_layer_s_is_said(options, says):
+    config = LoRAConfig(**{"target_modules": ["q_proj"], **options})
+    with pytest.warns(UserWarning, match=says):
+        fastlora.replace_linear(llama(), config)
+
+
+def test_names_that_are_layers_are_not_warned_of(recwarn):
+    names = ["q_proj", "layers.1.mlp.up_proj", "k_proj"]
+    pattern = {"q_proj": 2, r"layers\.1\..*": 3}
+    fastlora.replace_linear(
+        llama(),
+        LoRAConfig(target_modules=names, rank_pattern=pattern, exclude_modules=["k_proj"]),
+    )
+    assert not [w for w in recwarn if "is called" in str(w.message)]
+
+
+@pytest.mark.parametrize("targets", [".*", [f"{n}.x" for n in range(500)], r".*(q|norm).*|lm_.*"])
+def test_an_error_about_many_modules_is_short(targets):
+    model = llama(num_hidden_layers=12)
+    with untouched(model), pytest.raises(ValueError, match="target_modules: ") as caught:
+        fastlora.replace_linear(model, LoRAConfig(target_modules=targets))
+    assert len(str(caught.value)) < 1500
+
+
+def test_names_that_are_no_layer_s_are_listed_up_to_a_number():
+    names = ["q_proj", *(f"none_{n}" for n in range(300))]
+    with pytest.warns(UserWarning, match="'none_0', .* and 280 more$"):
+        fastlora.replace_linear(llama(), LoRAConfig(target_modules=names))

@@ -1,0 +1,199 @@
+"""transformers' Trainer: killed and resumed, in small batches, recomputing; what it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import peft
+import torch
+from transformers import Trainer
+
+import fastlora
+from fastlora import LoRAConfig
+from tests.model.trainer_runs import (
+    KILLED_AFTER,
+    KINDS,
+    STEPS,
+    arguments,
+    data,
+    finished,
+    losses,
+    model,
+    trainer,
+)
+from tests.support.models import assert_agree, error, llama, logits, tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of runs of every kind, each killed with SIGKILL after its fifth step."""
+    folder = tmp_path_factory.mktemp("killed")
+    said = _run("-m", "tests.model.trainer_runs", str(folder))
+    for kind in KINDS:
+        assert f"{kind} {int(signal.SIGKILL)}" in said
+    return folder
+
+
+def _run(*arguments: str) -> list[str]:
+    """The lines that python prints with these arguments."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command, environment = [sys.executable, *arguments], os.environ | own
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_and_resumed(kind, killed, tmp_path):
+    unbroken = trainer(tmp_path, kind)
+    unbroken.train()
+    assert (killed / kind / "checkpoint-4").is_dir()
+    assert not (killed / kind / "checkpoint-6").exists()
+    resumed = trainer(killed / kind, kind)
+    resumed.train(resume_from_checkpoint=True)
+    want = losses(unbroken)
+    assert len(want) == STEPS > KILLED_AFTER
+    # To the last bit, dropout masks and the optimizer's moments included.
+    assert losses(resumed) == want
+    for (name, got), expected in zip(
+        resumed.model.named_parameters(), unbroken.model.parameters(), strict=True
+    ):
+        assert torch.equal(got, expected), name
+
+
+def test_losses_are_peft_s(tmp_path):
+    models = {kind: model(kind, lora_dropout=0.0) for kind in ("whole", "peft")}
+    peft.set_peft_model_state_dict(models["peft"], fastlora.adapter_state_dict(models["whole"]))
+    ours, theirs = (finished(tmp_path / kind, kind, model=m) for kind, m in models.items())
+    # Adam divides by what may be tiny, so that differences of rounding grow from step to step.
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
+
+
+def test_checkpoints_hold_the_adapter_in_peft_s_files(tmp_path):
+    for kind in ("whole", "adapter"):
+        run = trainer(tmp_path / kind, kind)
+        run.train()
+        last = tmp_path / kind / f"checkpoint-{STEPS}"
+        assert (last / "model.safetensors").exists() == (kind == "whole")
+        run.model.eval()
+        ids = tokens(2, 9)
+        theirs = peft.PeftModel.from_pretrained(llama(), last).eval()
+        assert_agree(logits(theirs, ids), logits(run.model, ids), logits(llama(), ids))
+        first = fastlora.load_adapter(llama(), tmp_path / kind / "checkpoint-2")
+        assert error(logits(first, ids), logits(run.model, ids)) > 1e-3
+    sizes = [
+        sum(file.stat().st_size for file in (tmp_path / kind / "checkpoint-2").glob("*model*"))
+        for kind in ("whole", "adapter")
+    ]
+    assert sizes[1] < sizes[0] / 2
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_the_best_checkpoint_is_loaded_at_the_end(kind, tmp_path):
+    run = trainer(
+        tmp_path, kind, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True, eval_dataset=data(8),
+    )  # fmt: skip
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name != f"checkpoint-{STEPS}"
+    loaded = fastlora.load_adapter(llama(), best)
+    for key, want in fastlora.adapter_state_dict(loaded).items():
+        got = fastlora.adapter_state_dict(run.model)[key]
+        assert torch.equal(got, want)
+        assert got.requires_grad
+
+
+def test_adapter_checkpoints_refuse_what_they_would_lose(tmp_path):
+    thawed = model()
+    thawed.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 parameters are trained .* \(lm_head.weight, …\)"):
+        trainer(tmp_path, "adapter", model=thawed)
+    with pytest.raises(RuntimeError, match="found none"):
+        trainer(tmp_path, "adapter", model=llama())
+
+
+def test_small_batches_are_one_big_one(tmp_path):
+    runs = [
+        trainer(
+            tmp_path, model=model(lora_dropout=0.0), per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size, save_strategy="no",
+        )
+        for size in (8, 2)
+    ]  # fmt: skip
+    for run in runs:
+        run.train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-3)
+
+
+@pytest.mark.full  # tests/distributed/test_distributed.py trains in two processes
+def test_two_processes_are_one(tmp_path):
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    said = _run("-m", *torchrun, "-m", "tests.model.trainer_runs", str(tmp_path))
+    runs = [json.loads(line) for line in said if line.startswith('["')]
+    one = finished(tmp_path / "one", model=model(lora_dropout=0.0))
+    want = list(losses(one).values())
+    assert [kind for kind, *_ in runs] == ["whole", "whole", "adapter", "adapter"]
+    for _, *got in runs:
+        assert got == pytest.approx(want, rel=1e-3)
+    # A resumed run goes on as if it had never stopped.
+    assert runs[0] == runs[1]
+    assert runs[2] == runs[3]
+    for kind in ("whole", "adapter"):
+        loaded = fastlora.load_adapter(llama(), tmp_path / kind / f"checkpoint-{STEPS}")
+        mine, others = (fastlora.adapter_state_dict(m) for m in (one.model, loaded))
+        assert max(error(others[key], mine[key]) for key in mine) < 1e-2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activations_recomputed_in_backward(reentrant, tmp_path):
+    """Embeddings are frozen, so that what enters the first block must be made to need gradients."""
+    runs = [
+        finished(tmp_path, save_strategy="no", **options)
+        for options in (
+            {},
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+            },
+        )
+    ]
+    # Dropout masks come back in the recomputation, or gradients would be another loss's.
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
+
+
+def test_biases_are_trained_and_resumed(tmp_path):
+    config = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all")
+    base = llama(attention_bias=True)
+    run = trainer(tmp_path, "adapter", model=fastlora.replace_linear(base, config))
+    run.train()
+    model = fastlora.replace_linear(llama(attention_bias=True), config)
+    again = trainer(tmp_path, "adapter", model=model)
+    again._load_from_checkpoint(str(tmp_path / f"checkpoint-{STEPS}"))
+    for (name, got), want in zip(model.named_parameters(), base.parameters(), strict=True):
+        assert torch.equal(got, want), name
+
+
+def test_trainer_takes_a_model_as_it_is(tmp_path):
+    """Labels by name, no columns lost, nothing that a merged model could be trained by."""
+    run = Trainer(model=model(), args=arguments(tmp_path), train_dataset=data())
+    assert run.label_names == ["labels"]
+    assert run.get_num_trainable_parameters() == fastlora.report(run.model).trainable
+    fastlora.merge_adapter(run.model)
+    with pytest.raises(RuntimeError, match="merged, so its adapter would not be trained"):
+        run.train()

@@ -1,0 +1,360 @@
+"""FastLoRAConv1D stands where transformers' Conv1D stood, with PEFT's numbers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fastlora
+from fastlora import FastLoRAConv1D, FastLoRALinear, LoRAConfig
+from tests.support.helpers import Spy, same_bits
+from tests.support.models import (
+    TOLERANCE,
+    assert_agree,
+    error,
+    gpt2,
+    logits,
+    quiet,
+    randomise_lora,
+    tokens,
+    untouched,
+)
+from tests.support.trained_models import together
+
+pytestmark = quiet
+CONV = LoRAConfig(r=4, target_modules="all-linear", fan_in_fan_out=True)
+
+
+def base(dtype: torch.dtype = torch.float32) -> Conv1D:
+    """12 to 20, with a weight and a bias that matter."""
+    conv = Conv1D(20, 12)
+    nn.init.normal_(conv.weight)
+    nn.init.normal_(conv.bias)
+    return conv.to(dtype)
+
+
+def layer(dtype: torch.dtype = torch.float32, **options) -> FastLoRAConv1D:
+    return randomise_lora(FastLoRAConv1D.from_conv1d(base(dtype), r=4, **options), 2.0)
+
+
+def peft_twin(ours: FastLoRAConv1D) -> PeftLinear:
+    config = peft.LoraConfig(
+        r=4,
+        fan_in_fan_out=True,
+        lora_alpha=ours.lora_alpha,
+        use_rslora=ours.use_rslora,
+        lora_bias=ours.lora_bias is not None,
+    )
+    conv = base(ours.weight.dtype).requires_grad_(False)
+    conv.load_state_dict({k: ours.state_dict()[k] for k in ("weight", "bias")})
+    twin = PeftLinear(conv, "default", config, r=4, lora_alpha=ours.lora_alpha)
+    with torch.no_grad():
+        twin.lora_A["default"].weight.copy_(ours.lora_A)
+        twin.lora_B["default"].weight.copy_(ours.lora_B)
+        if ours.lora_bias is not None:
+            twin.lora_B["default"].bias.copy_(ours.lora_bias)
+    return twin.eval()
+
+
+def test_it_has_the_attributes_and_the_state_of_a_conv1d():
+    conv = base()
+    ours = FastLoRAConv1D.from_conv1d(conv, r=4, lora_bias=True)
+    shapes = {name: tuple(t.shape) for name, t in ours.state_dict().items()}
+    assert shapes == {
+        "weight": (12, 20),
+        "bias": (20,),
+        "lora_A": (4, 12),
+        "lora_B": (20, 4),
+        "lora_bias": (20,),
+    }
+    assert (ours.nf, ours.nx) == (conv.nf, conv.nx) == (20, 12)
+    assert "nf=20, nx=12, r=4" in repr(ours)
+    other = FastLoRAConv1D(20, 12, r=4, dtype=torch.bfloat16)
+    assert (other.weight.shape, other.lora_A.dtype) == ((12, 20), torch.float32)
+    adapter = ours.lora_B.detach().clone()
+    ours.load_state_dict(base().state_dict(), strict=True)
+    assert same_bits(ours.lora_B, adapter)
+
+
+def test_the_weight_is_shared_and_frozen_and_the_rest_comes_along():
+    conv, seen = base().eval(), []
+    conv.register_forward_hook(lambda *_: seen.append(1))
+    conv.note = "kept"
+    ours = FastLoRAConv1D.from_conv1d(conv)
+    assert ours.weight is conv.weight
+    assert not any((ours.weight.requires_grad, ours.bias.requires_grad, ours.training))
+    ours(torch.randn(2, 12))
+    assert (seen, ours.note) == ([1], "kept")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_alpha": 3, "use_rslora": True}, {"lora_bias": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_outputs_and_gradients_are_pefts(dtype, options):
+    ours = layer(dtype, **options)
+    theirs = peft_twin(ours)
+    x, upstream = torch.randn(2, 7, 12, dtype=dtype), torch.randn(2, 7, 20, dtype=dtype)
+    xs = [x.clone().requires_grad_() for _ in range(2)]
+    got, want = ours(xs[0]), theirs(xs[1])
+    tolerance = 1e-12 if dtype == torch.float64 else TOLERANCE[dtype]
+    assert error(got, want) <= tolerance
+    assert error(x.flatten(0, 1) @ ours.weight + ours.bias, want.flatten(0, 1)) >= 5 * tolerance
+    for y in (got, want):
+        y.backward(upstream)
+    lora_A, lora_B = (getattr(theirs, f"lora_{part}")["default"].weight for part in "AB")
+    pairs = [(xs[0], xs[1]), (ours.lora_A, lora_A), (ours.lora_B, lora_B)]
+    if ours.lora_bias is not None:
+        pairs.append((ours.lora_bias, theirs.lora_B["default"].bias))
+    for one, other in pairs:
+        assert error(one.grad, other.grad) <= tolerance
+    assert ours.weight.grad is None
+
+
+def test_an_unfrozen_weight_gets_its_gradient_where_it_lies():
+    ours = layer()
+    ours.weight.requires_grad_(True)
+    x = torch.randn(5, 12)
+    ours(x).sum().backward()
+    assert error(ours.weight.grad, x.T @ torch.ones(5, 20)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_the_weight_is_read_where_it_lies(rows):
+    """No tensor of its size is made, forward or backward; (384, 512) against 300 * 512."""
+    ours = FastLoRAConv1D.from_conv1d(Conv1D(512, 384), r=4)
+    x = torch.randn(rows, 384, requires_grad=True)
+    with Spy() as spy:
+        ours(x).sum().backward()
+    assert spy.sizes()[0] < 384 * 512
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_merging_gives_every_bit_back(dtype, frozen):
+    ours = layer(dtype, lora_bias=True).eval()
+    ours.weight.requires_grad_(not frozen)
+    before, at = ours.weight.detach().clone(), ours.weight.data_ptr()
+    x = torch.randn(3, 12, dtype=dtype)
+    want = ours(x)
+    with torch.no_grad():
+        wanted = before.double() + (ours.scaling * ours.lora_B @ ours.lora_A).T.double()
+    ours.merge()
+    assert error(ours(x), want) <= 2 * TOLERANCE.get(dtype, 1e-5)
+    assert error(ours.weight, wanted) <= torch.finfo(dtype).eps
+    assert ours.fidelity.gain > 0.99
+    with pytest.raises(RuntimeError, match="applied twice"):
+        ours.state_dict()
+    ours.unmerge()
+    assert same_bits(ours.weight, before)
+    assert ours.weight.data_ptr() == at
+
+
+class Own(Conv1D):
+    pass
+
+
+def test_what_is_no_conv1d_is_refused():
+    for module, says in [
+        (nn.Linear(4, 4), "it is for FastLoRALinear.from_linear"),
+        (Own(4, 4), "a subclass of Conv1D with behaviour of its own"),
+        (nn.Conv1d(4, 4, 1), "not an nn.Linear"),
+        (layer(), "already"),
+    ]:
+        with untouched(module), pytest.raises(TypeError, match=f"linear: .*{says}"):
+            FastLoRAConv1D.from_conv1d(module)
+    with pytest.raises(TypeError, match=r"linear: it is for FastLoRAConv1D.from_conv1d"):
+        FastLoRALinear.from_linear(base())
+    with pytest.raises(ValueError, match="r: expected"):
+        FastLoRAConv1D(4, 4, r=0)
+    with pytest.raises(ValueError, match="init_lora_weights: 'pissa' splits a weight"):
+        FastLoRAConv1D(4, 4, init_lora_weights="pissa")
+
+
+def test_copies_and_pickles():
+    ours, x = layer(), torch.randn(3, 12)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(twin) is FastLoRAConv1D
+        assert same_bits(twin(x), ours(x))
+
+
+def test_compiled_in_one_graph():
+    torch.compiler.reset()
+    ours, x = layer(), torch.randn(3, 12)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    want = ours(x)
+    want.sum().backward()
+    grad, ours.lora_A.grad = ours.lora_A.grad, None
+    got = compiled(x)
+    got.sum().backward()
+    assert_agree(got, want, x @ ours.weight + ours.bias)
+    assert error(ours.lora_A.grad, grad) <= TOLERANCE[torch.float32]
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch():
+    ours, x = layer(), torch.randn(9, 12)
+    with fastlora.batch_invariant():
+        assert same_bits(ours(x)[4:5], ours(x[4:5]))
+
+
+def test_it_needs_no_transformers():
+    code = (
+        "import sys, torch, fastlora\n"
+        "layer = fastlora.FastLoRAConv1D(6, 4, r=2)\n"
+        "assert layer(torch.randn(3, 4)).shape == (3, 6)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    root = Path(fastlora.__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_all_linear_is_pefts():
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), gpt2())
+    wanted = {n for n, m in theirs.named_modules() if isinstance(m, PeftLinear)}
+    model = fastlora.replace_linear(gpt2(), CONV)
+    assert set(fastlora.report(model).replaced) == wanted
+    assert {type(model.get_submodule(name)) for name in wanted} == {FastLoRAConv1D}
+    assert fastlora.report(model).skipped.keys() == {"lm_head"}
+
+
+CASES = {
+    "all": {"target_modules": "all-linear"},
+    "biases": {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "lora_bias": True},
+    "all biases": {"target_modules": ["c_proj"], "bias": "all"},
+    "layer": {"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "h"},
+    "head": {"target_modules": ["c_attn", "lm_head"], "r": 3},
+    "ranks": {"target_modules": "all-linear", "rank_pattern": {"c_proj": 2}, "use_rslora": True},
+}
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and name.endswith(".bias") and "lora_" not in name:
+                p.add_(torch.randn(p.shape) * 0.1)
+    return randomise_lora(model).eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_go_both_ways(tmp_path, name):
+    options, ids = CASES[name], tokens(2, 9)
+    theirs = randomised(peft.get_peft_model(gpt2(), peft.LoraConfig(**options)))
+    theirs.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    ours = fastlora.load_adapter(gpt2(), tmp_path / "peft")
+    assert_agree(logits(ours, ids), logits(theirs, ids), logits(gpt2(), ids))
+    fastlora.save_adapter(ours, tmp_path / "ours")
+    files = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("peft", "ours")]
+    assert files[0].keys() == files[1].keys()
+    assert all(same_bits(files[0][key], files[1][key]) for key in files[0])
+    saved = [peft.LoraConfig.from_pretrained(str(tmp_path / n)) for n in ("peft", "ours")]
+    assert saved[0].fan_in_fan_out == saved[1].fan_in_fan_out
+    again = peft.PeftModel.from_pretrained(gpt2(), str(tmp_path / "ours")).eval()
+    assert_agree(logits(again, ids), logits(theirs, ids))
+
+
+def test_a_model_merges_and_becomes_what_it_was(tmp_path):
+    theirs = randomised(peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules="all-linear")))
+    theirs.save_pretrained(str(tmp_path))
+    ours, plain, ids = fastlora.load_adapter(gpt2(), tmp_path), gpt2(), tokens(2, 9)
+    fastlora.merge_adapter(ours)
+    assert len(fastlora.report(ours).merged) == 8
+    assert_agree(logits(ours, ids), logits(theirs, ids), logits(plain, ids))
+    with fastlora.disable_adapter(ours):
+        assert_agree(logits(ours, ids), logits(plain, ids))
+    fastlora.unmerge_adapter(ours)
+    for (_, a), (_, b) in zip(
+        plain.named_parameters(),
+        ((n, p) for n, p in ours.named_parameters() if "lora" not in n),
+        strict=True,
+    ):
+        assert same_bits(a, b)
+    fastlora.merge_and_unload(ours)
+    assert_agree(logits(ours, ids), logits(theirs.merge_and_unload(), ids))
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    for name, module in plain.named_modules():
+        other = ours.get_submodule(name)
+        assert (type(other), vars(other).keys()) == (type(module), vars(module).keys())
+
+
+def test_adapters_are_swapped_in_merged_weights(tmp_path):
+    ids, folders = tokens(2, 5), [tmp_path / name for name in "ab"]
+    for folder in folders:
+        fastlora.save_adapter(randomise_lora(fastlora.replace_linear(gpt2(), CONV)), folder)
+    model = fastlora.merge_adapter(fastlora.load_adapter(gpt2(), folders[0]))
+    before = logits(model, ids)
+    fastlora.swap_adapter(model, folders[1])
+    want = fastlora.merge_adapter(fastlora.load_adapter(gpt2(), folders[1]))
+    assert same_bits(logits(model, ids), logits(want, ids))
+    assert error(before, logits(model, ids)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "given, targets, warned",
+    [
+        (False, "all-linear", True),
+        (True, "all-linear", False),
+        (True, ["lm_head"], True),
+        (False, ["lm_head"], False),
+        (False, ["lm_head", "c_fc"], False),  # it holds for one of them
+        (True, ["lm_head", "c_fc"], False),
+    ],
+)
+def test_fan_in_fan_out_is_the_layers_own_and_said_to_be_so(tmp_path, given, targets, warned):
+    """PEFT warns and corrects, too; what it saves is how the last of its layers lies."""
+    config = LoRAConfig(target_modules=targets, fan_in_fan_out=given)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = fastlora.replace_linear(gpt2(), config)
+    assert [w.filename for w in caught if "fan_in_fan_out" in str(w.message)] == [__file__] * warned
+    fastlora.save_adapter(model, tmp_path)
+    theirs = peft.get_peft_model(
+        gpt2(), peft.LoraConfig(target_modules=targets, fan_in_fan_out=given)
+    )
+    saved = peft.LoraConfig.from_pretrained(str(tmp_path)).fan_in_fan_out
+    assert saved == theirs.peft_config["default"].fan_in_fan_out
+
+
+def test_many_adapters_are_served(tmp_path):
+    ids, want = tokens(3, 7), []
+    server = fastlora.MultiLoRAModel(gpt2(), max_adapters=2, max_rank=4)
+    for name in "ab":
+        model = randomise_lora(fastlora.replace_linear(gpt2(), CONV))
+        fastlora.save_adapter(model, tmp_path / name)
+        server.load_adapter(tmp_path / name, name)
+        want.append(logits(model, ids))
+    got = server(ids, adapter_names=["b", None, "a"]).logits
+    for row, wanted in enumerate((want[1], logits(gpt2(), ids), want[0])):
+        assert error(got[row], wanted[row]) <= TOLERANCE[torch.float32]
+    assert server.model.state_dict().keys() == gpt2().state_dict().keys()
+
+
+def test_several_adapters_are_trained(tmp_path):
+    model, ids = together(gpt2(), CONV), tokens(2, 5)
+    fastlora.save_adapter(model, tmp_path, adapter_name="ben")
+    single = fastlora.load_adapter(gpt2(), tmp_path, is_trainable=True)
+
+    def loss(of: nn.Module) -> Tensor:
+        return of(input_ids=ids, labels=ids).loss
+
+    with fastlora.use_adapters(model, ["ben", "ben"]):
+        loss(model).backward()
+    loss(single).backward()
+    for one, other in zip(
+        fastlora.adapter_parameters(model, "ben"),
+        (p for p in single.parameters() if p.requires_grad),
+        strict=True,
+    ):
+        assert error(one.grad, other.grad) <= 10 * TOLERANCE[torch.float32]

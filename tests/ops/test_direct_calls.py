@@ -1,0 +1,131 @@
+"""Ops that skip torch's dispatcher: only where nobody would notice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlora import functional as F
+from fastlora.ops import table as ops
+from tests.support.helpers import same_bits
+
+
+def operands():
+    return torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2)
+
+
+def call(x, weight, lora_A, lora_B):
+    return F.lora_linear(x, weight, lora_A, lora_B, 0.5)
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """The names of the ops that went through torch's dispatcher, as a list that grows."""
+    seen = []
+
+    class Namespace:
+        def __getattr__(self, name):
+            seen.append(name)
+            return getattr(real, name)
+
+    real = torch.ops.fastlora
+    monkeypatch.setattr(torch.ops, "fastlora", Namespace())
+    return seen
+
+
+def test_plain_tensors_pass_the_dispatcher_by(dispatched):
+    given = operands()
+    expected = torch.ops.fastlora.lora_linear(
+        given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, "torch"
+    )[0]
+    dispatched.clear()
+    torch.testing.assert_close(call(*given), expected)
+    parameter = torch.nn.Parameter(given[1])
+    with torch.no_grad():
+        call(given[0], parameter, *given[2:])
+    assert dispatched == []
+
+
+def test_autograd_s_functions_pass_it_by_as_well(dispatched):
+    x, weight, lora_A, lora_B = operands()
+    call(x, weight, lora_A.requires_grad_(), lora_B).sum().backward()
+    assert lora_A.grad is not None
+    assert dispatched == []
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunction(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Seen, SeenFunction])
+def test_modes_see_the_op(mode):
+    seen = mode()
+    seen.names = []
+    with seen:
+        call(*operands())
+    assert any("fastlora.lora_linear" in name for name in seen.names)
+
+
+def test_the_profiler_sees_the_op():
+    with torch.profiler.profile() as profile:
+        call(*operands())
+    assert "fastlora::lora_linear" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_op():
+    given = operands()
+    traced = torch.jit.trace(lambda x: call(x, *given[1:]), given[0])
+    assert "fastlora::differentiable_lora_linear" in str(traced.graph)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(traced(x), call(x, *given[1:]))
+
+
+class Own(torch.Tensor):
+    pass
+
+
+def test_subclasses_go_through_the_dispatcher(dispatched):
+    x, *rest = operands()
+    y = call(x.as_subclass(Own), *rest)
+    assert type(y) is Own
+    assert "lora_linear" in dispatched
+
+
+def test_tensors_that_are_not_there(dispatched):
+    meta = [t.to("meta") for t in operands()]
+    assert call(*meta).is_meta
+    _, *rest = operands()
+    zero = torch._efficientzerotensor((3, 8))
+    assert not call(zero, *rest).any()
+    assert "lora_linear" in dispatched
+
+
+def test_a_negation_still_to_be_done_is_done(dispatched):
+    x, *rest = operands()
+    late = torch._neg_view(x)
+    assert late.is_neg()
+    assert same_bits(call(late, *rest), call(-x, *rest))
+    assert "lora_linear" in dispatched
+
+
+def test_fake_tensors_get_a_fake(dispatched):
+    with torch._subclasses.FakeTensorMode() as mode:
+        given = [mode.from_tensor(t) for t in operands()]
+    # Outside of its mode as well.
+    y = ops.call(
+        "lora_linear", given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, "torch"
+    )[0]
+    assert type(y).__name__ == "FakeTensor"
+    assert "lora_linear" in dispatched

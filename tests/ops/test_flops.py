@@ -1,0 +1,76 @@
+"""FLOPs of the ops are those of the products that the reference makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastlora.ops import dispatch, flops
+from fastlora.ops import table as ops
+from tests.ops.test_table import raw_calls
+from tests.support.blocks import batch, block, unfused
+from tests.support.calls import M, S
+
+# A product that torch's counter does not know.
+ADDED = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False, custom_mapping=ADDED) as mode:
+        run()
+    return mode.get_total_flops()
+
+
+def given(call: str) -> list:
+    """The op's operands; every row has an adapter, of all ranks, and all pages are in use."""
+    args = list(raw_calls()[call])
+    if call.startswith(("multi", "packed")):
+        at = next(i for i, a in enumerate(args) if isinstance(a, Tensor) and a.shape == (M,))
+        ids = torch.tensor([0, 1, 1, 0, 1])
+        args[at : at + 3] = torch.ops.fastlora.group_rows(ids, S, "torch")
+        args[at + 4] = None
+        if "packed" in call and args[at - 2] is not None:
+            args[at - 2] = torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)
+    return args
+
+
+def test_every_op_has_a_formula():
+    assert set(flops.FLOPS) == set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("call", [c for c in raw_calls() if "lora_" in c])
+def test_as_many_as_the_reference_has(call):
+    name, args = call.split()[0], given(call)
+    flops.register()
+    function, op = dispatch.implementation(name, "torch"), getattr(torch.ops.fastlora, name)
+    want = counted(lambda: function(*args))
+    assert counted(lambda: op(*args, "torch")) == want > 0
+
+
+@pytest.mark.parametrize("call", [c for c in raw_calls() if "lora_" not in c])
+def test_merges_have_those_of_their_deltas(call):
+    name, args = call.split()[0], given(call)
+    flops.register()
+    factors = {"merge_": [1], "unmerge_": [1], "swap_": [1, 6], "group_rows": []}[name]
+    pairs = [pair for i in factors for pair in zip(args[i], args[i + 1], strict=True)]
+    want = sum(2 * B.shape[0] * A.numel() for A, B in pairs)
+    assert counted(lambda: getattr(torch.ops.fastlora, name)(*args, "torch")) == want
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_model_s_forward_and_backward(tracked):
+    ours, x = block(lora_bias=True), batch().requires_grad_(tracked)
+    both = [counted(lambda m=m: m(x).sum().backward()) for m in (ours, unfused(ours))]
+    assert both[0] == both[1]
+
+
+def test_a_counter_that_counts_before_the_formulas_are_there(monkeypatch):
+    """As where torch's module is imported after fastlora, and its counter is on already."""
+    for name in flops.FLOPS:
+        del flop_counter.flop_registry[getattr(torch.ops.fastlora, name)]
+    monkeypatch.setattr(flops, "_registered", False)
+    ours, x = block(), batch()
+    assert counted(lambda: ours(x)) == counted(lambda: unfused(ours)(x))

@@ -1,0 +1,132 @@
+"""The floor plan: folders import downwards only, and optional packages stay optional."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Top to bottom: a folder imports from itself and from the lines below its own.
+FLOORS = """
+    __main__
+    commands
+    demo
+    __init__ combining fidelity tensor_parallel
+    serving integrations
+    model merge_files
+    adapters
+    modules
+    functional rows
+    ops
+    backends
+    kernels/aot inspection
+    kernels/multi config
+    kernels/linear kernels/merge kernels/choose
+    kernels/tile
+"""
+FLOOR = {room: n for n, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+# What a folder's files may import besides the standard library and fastlora. Inside functions
+# anything goes, except in kernels/: that is how optional packages are used.
+PACKAGES = {
+    "integrations": {"torch", "peft", "transformers"},
+    "demo": {"torch", "peft", "transformers", "psutil", "rich", "tokenizers"},
+    "backends": {"torch", "triton"},
+    "kernels": {"torch", "numpy", "triton"},
+}
+
+
+def name_of(path: Path) -> str:
+    """The module that a file is installed as; kernels/ lies in fastlora then."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(("fastlora", *parts) if parts[0] == "kernels" else parts)
+    return name.removesuffix(".__init__")
+
+
+FILES = [*ROOT.glob("fastlora/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+MODULES = {name_of(path): path.read_text() for path in sorted(FILES)}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")[1:] or ["__init__"]
+    return "/".join(parts[:2]) if parts[0] == "kernels" else parts[0]
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """(module, whether inside a function) of every import but those only for type checkers."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide the folder"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((n if n in MODULES else str(node.module), lazy) for n in names)
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            for child in ast.iter_child_nodes(node):
+                yield from walk(child, lazy)
+
+    yield from walk(ast.parse(source), False)
+
+
+def faults(module: str, source: str) -> list[str]:
+    """What a file imports against the rules."""
+    own, found = room(module), []
+    top = own.split("/")[0]
+    allowed = PACKAGES.get(top, {"torch", "numpy", "safetensors"}) | set(sys.stdlib_module_names)
+    for target, lazy in imports(source):
+        package = target.split(".")[0]
+        if package == "fastlora":
+            if room(target) != own and FLOOR[room(target)] <= FLOOR[own]:
+                found.append(f"{module} imports {target}, which is not below it")
+        elif (top == "kernels" or not lazy) and package not in allowed:
+            found.append(f"{module} imports {package}, allowed here: {sorted(allowed)}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    assert not faults(module, MODULES[module])
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("fastlora.ops.table", "from fastlora.functional import linear"),
+        ("fastlora.ops.table", "def f():\n    import fastlora"),
+        ("fastlora.rows.entry", "from fastlora import functional"),
+        ("fastlora.modules.linear", "if True:\n    import peft"),
+        ("fastlora.kernels.tile.rank", "def f():\n    import peft"),
+        ("fastlora.kernels.linear.gemm", "from fastlora.kernels.choose import choice"),
+        ("fastlora.kernels.linear.gemm", "from fastlora.ops import invariance"),
+    ],
+)
+def test_a_fault_is_found(module: str, source: str) -> None:
+    assert faults(module, source)
+
+
+def test_modules_need_no_circle_to_be_imported() -> None:
+    needs = {m: {t for t, lazy in imports(s) if not lazy and t in MODULES} - {m}
+             for m, s in MODULES.items()}  # fmt: skip
+    while free := [m for m, others in needs.items() if not others & needs.keys()]:
+        for module in free:
+            del needs[module]
+    assert not needs
+
+
+@pytest.mark.parametrize("module", ["fastlora", "fastlora.commands.main"])
+def test_optional_packages_are_not_imported(module: str) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"triton", "peft", "transformers", "accelerate", "rich", "matplotlib"}
+
+
+def test_kernels_is_no_package() -> None:
+    """A kernels/__init__.py would shadow Hugging Face's `kernels` for transformers."""
+    assert not list(ROOT.glob("kernels/**/__init__.py"))
