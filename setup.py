@@ -3,11 +3,11 @@
 kernels/ has no __init__.py on purpose: a root package of that name would shadow Hugging Face's
 `kernels`, which transformers imports. Its Triton files install as fastlora.kernels.
 
-csrc/ becomes up to two libraries in fastlora/, which backends/native.py loads with ctypes. They know
-neither Python's nor torch's version, so one py3-none-<platform> wheel serves all. FASTLORA_BUILD
-says which: `cpu`, `cuda` (both; either way it is an error when that fails), `none`, or `auto`, the
-default: what this machine has a compiler for. CXX and NVCC name the compilers, FASTLORA_CXXFLAGS
-adds flags.
+csrc/ becomes up to two libraries in fastlora/, which backends/native.py loads with ctypes. They
+know neither Python's nor torch's version, so one py3-none-<platform> wheel serves all.
+FASTLORA_BUILD says which: `cpu`, `cuda` (both; either way it is an error when that fails), `none`,
+or `auto`, the default: what this machine has a compiler for. CXX and NVCC name the compilers,
+FASTLORA_CXXFLAGS adds flags.
 """
 
 from __future__ import annotations

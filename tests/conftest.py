@@ -88,7 +88,8 @@ def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-# tests/support/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without it.
+# tests/support/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without
+# it.
 @pytest.fixture
 def at(tmp_path: Path) -> Path:
     """A folder with a base of a dozen files and an adapter for all its linears."""

@@ -1,6 +1,7 @@
 """What is true, in float64: ``oracle`` a token at a time, ``gradients`` of many tokens at once.
 
-``oracle`` is tests/support/oracle.py, by its path, as anybody may have installed a package ``tests``.
+``oracle`` is tests/support/oracle.py, by its path, as anybody may have installed a package
+``tests``.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from fastlora import functional as F
 
 _MIXED_SEQUENCES = 4
 _PAGE = 8
-# Of the Triton kernels; kernels/choose/ledger.py has the list, but importing it needs triton. "library" is
-# how others serve: the library's product, then a launch to shrink and one to expand.
+# Of the Triton kernels; kernels/choose/ledger.py has the list, but importing it needs triton.
+# "library" is how others serve: the library's product, then a launch to shrink and one to expand.
 PATHS = ("decode", "decode_beside", "prefill", "prefill_beside", "library")
 # What slots have in turn where ranks are mixed, as far as R goes.
 _RANKS = (8, 16, 32, 64, 128)

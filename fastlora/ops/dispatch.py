@@ -1,8 +1,8 @@
 """The only place that chooses a backend.
 
-A backend is a module with one function per op of ``fastlora/ops/table.py`` that it implements, under the
-op's name. ``choose`` names the backend for a call, ``implementation`` finds its function. The
-choice travels as an argument of the op, so that a backward runs on its forward's backend and a
+A backend is a module with one function per op of ``fastlora/ops/table.py`` that it implements,
+under the op's name. ``choose`` names the backend for a call, ``implementation`` finds its function.
+The choice travels as an argument of the op, so that a backward runs on its forward's backend and a
 compiled graph keeps the one it was traced with.
 
 Unasked, kernels run on a GPU only where they were verified: rows of (op, dtype, arch, path), which

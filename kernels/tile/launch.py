@@ -52,7 +52,8 @@ def rows_of_ones(h: Tensor) -> bool:
 def by_columns(t: Tensor) -> Tensor:
     """t for a product of the library's; off a GPU, where kernels are interpreted, column by column.
 
-    Of rows a CPU with AMX takes in what lies behind them: see ``fastlora/backends/torch/products.py``.
+    Of rows a CPU with AMX takes in what lies behind them: see
+    ``fastlora/backends/torch/products.py``.
     """
     return t if t.is_cuda else t.T.contiguous().T
 

@@ -1,4 +1,4 @@
-"""The LoRA branch's dropout mask in Triton: the twin of ``fastlora/backends/dropout.py``, bit for bit.
+"""The dropout mask in Triton: the twin of ``fastlora/backends/dropout.py``, bit for bit.
 
 Computes which elements of a tile survive, from (seed, row, column) alone: Philox4x32-7 with key =
 seed and counter = (column // 8, row, 0, 0); lane i of eight 16-bit lanes belongs to column 8 *

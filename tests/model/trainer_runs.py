@@ -1,7 +1,7 @@
 """Runs of transformers' Trainer: whole, or in a process that is killed in the middle.
 
-`python -m tests.model.trainer_runs FOLDER` starts one of each kind and kills it, as a machine would;
-under torchrun all processes train together.
+`python -m tests.model.trainer_runs FOLDER` starts one of each kind and kills it, as a machine
+would; under torchrun all processes train together.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ PROBE = """
 def run(*command: object, cwd: Path, **environment: str) -> str:
     """The command's output; its failure fails the test with all that it said.
 
-    Unless the test says otherwise nothing is compiled, which takes long: tests/project/test_build.py does.
+    Unless the test says otherwise nothing is compiled, which takes long:
+    tests/project/test_build.py does.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "FASTLORA_"))}
     clean["FASTLORA_BUILD"] = "none"

@@ -1,4 +1,4 @@
-"""Merging and its undoing on the native kernels; ``fastlora/backends/torch/merge.py`` is their twin in torch.
+"""Merging and its undoing on the native kernels: the bits of ``backends/torch/merge.py``.
 
 The receipts have the same parts; the delta is summed another way, so one's receipt is not good for
 the other.

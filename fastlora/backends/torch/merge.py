@@ -4,8 +4,8 @@
 Given the same d again, ``round(M - d)`` is W except where W + d crossed a binade; the receipt keeps
 just those elements (position in their tile, raw bits) and checksums of M and W.
 
-d has the same bits every time (``fastlora/backends/torch/delta.py``). A tile is at most 65536 elements, so that a
-position fits 16 bits; beside the tile nothing of the weight's size is held.
+d has the same bits every time (``fastlora/backends/torch/delta.py``). A tile is at most 65536
+elements, so that a position fits 16 bits; beside the tile nothing of the weight's size is held.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The multi-adapter ops in plain torch; ``fastlora/backends/torch/linear.py`` has their conventions.
+"""The multi-adapter ops in plain torch; ``backends/torch/linear.py`` has their conventions.
 
 A row's adapter part comes from products of its own adapter's rows alone: neighbouring rows (a
 sequence) are worked on in place, scattered ones (a decode batch) gathered. Gathering all adapters'

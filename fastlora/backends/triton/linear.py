@@ -1,11 +1,11 @@
 """The backend ``"triton"``: the ops of one adapter, composed of the kernels beside this file.
 
-Operands as ``fastlora/backends/torch/linear.py`` has them: matrices of any strides and alignment, float16,
-bfloat16 or float32 (as torch's tf32 setting says), adapters of the same dtype or float32, R up to
-512. Forward is one ``Product``; backward is another, for x, whose h is ``g = dy @ lora_B``, and two
-``gradient`` sums, lora_A's of g and x, lora_B's of what forward kept and dy. h is kept because it
-costs R / K of x's bytes, and computing it again would read all of x. The gradients of weight and
-biases, which LoRA freezes, are the library's.
+Operands as ``fastlora/backends/torch/linear.py`` has them: matrices of any strides and alignment,
+float16, bfloat16 or float32 (as torch's tf32 setting says), adapters of the same dtype or float32,
+R up to 512. Forward is one ``Product``; backward is another, for x, whose h is ``g = dy @ lora_B``,
+and two ``gradient`` sums, lora_A's of g and x, lora_B's of what forward kept and dy. h is kept
+because it costs R / K of x's bytes, and computing it again would read all of x. The gradients of
+weight and biases, which LoRA freezes, are the library's.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A layer's shape M,K,N,R is two products, x (M, K) by (K, N) forward and dy (M, N) by (N, K)
 backward; each kernel is timed for both, and then each op along every path with the configs that
-won. What is wrong is never timed. Rows go to ``<gpu>.json``, which ``kernels/choose/choice.py`` reads:
-``base_us`` is what torch takes for the product alone, of ``gradient`` for ``h.T @ x``, of
+won. What is wrong is never timed. Rows go to ``<gpu>.json``, which ``kernels/choose/choice.py``
+reads: ``base_us`` is what torch takes for the product alone, of ``gradient`` for ``h.T @ x``, of
 ``shrink`` for ``x @ a.T``, of ``expand`` for ``h @ b``. ``shrink_beside`` is timed with the product
 that it runs beside.
 """

@@ -38,7 +38,8 @@ def pair():
     torch.manual_seed(1)
     plain = filled(peft.get_peft_model(Quantized().to("cpu"), settings))
     patched = copy.deepcopy(plain)
-    # Packed, as in eval forwards on some CPUs, it rounds its numbers: see tests/integrations/peft/test_packing.py.
+    # Packed, as in eval forwards on some CPUs, it rounds its numbers: see
+    # tests/integrations/peft/test_packing.py.
     plain.base_model.model.four.base_layer.support_avx512bf16_for_cpu = False
     found = fastlora.patch_peft(patched, strict=True)
     assert len(found.replaced) == 3
