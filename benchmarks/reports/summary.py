@@ -1,7 +1,7 @@
 """``python -m benchmarks.reports.summary DIR [DIR ...]``: every case in a line, for the docs.
 
 Ratios of medians, smaller is better; with several folders (as of one thread and two) each cell has
-a figure of every one. ``--headlines`` prints the README's table instead: a few cases of each suite,
+a figure of every one. ``--headlines`` prints the short table instead: a few cases of each suite,
 losses among them, as fastlora's time over the others'; bold where the intervals do not touch.
 """
 
@@ -110,7 +110,7 @@ def _joined(cells: Iterable[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path)
-    parser.add_argument("--headlines", action="store_true", help="the README's table")
+    parser.add_argument("--headlines", action="store_true", help="the short table")
     options = parser.parse_args(argv)
     found = [read(folder) for folder in options.folders]
     empty = [folder for folder, each in zip(options.folders, found, strict=True) if not each]

@@ -49,3 +49,10 @@ def test_every_linked_file_exists(page):
 def test_links_are_found():
     found = {page.name for page in PAGES if re.search(r"\]\([^)]+\.md", page.read_text("utf-8"))}
     assert {"README.md", "merging.md", "index.md"} <= found
+
+
+def test_support_has_no_table_cell_over_120_characters():
+    lines = (ROOT / "docs" / "support.md").read_text("utf-8").splitlines()
+    cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.split("|")]
+    assert cells
+    assert [cell for cell in cells if len(cell) > 120] == []
