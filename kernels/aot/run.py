@@ -174,7 +174,8 @@ def compile_case(case: Case) -> list[aot_checks.Row]:
     for kernel in compiled:
         needs = wanted(case) if kernel.name != "_add_parts" else ()
         row = aot_checks.examine(kernel, case.arch, needs, case.variant.odd, parked)
-        rows.append(replace(row, kernel=kernel.name.lstrip("_"), seconds=seconds, **names))
+        name = kernel.name.lstrip("_") + "_tma" * case.kernel.endswith("_tma")
+        rows.append(replace(row, kernel=name, seconds=seconds, **names))
     return rows
 
 
