@@ -2,8 +2,9 @@
  *
  * Raw pointers, sizes, strides in elements, a dtype code and a thread count; the result is a code
  * of the list below. Nothing is retained after a call, nothing but outputs is written, and nothing
- * is written at all when the code is not FASTLORA_OK. fastlora/backends/native.py binds these functions in
- * one table, which a test compares with this file. Change anything here: raise the version.
+ * is written at all when the code is not FASTLORA_OK. fastlora/backends/native.py binds these
+ * functions in one table, which a test compares with this file. Change anything here: raise the
+ * version.
  *
  * Shapes: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), y (M, N), h (M, R); columns have
  * stride 1 and ld* is the distance of two rows. Sizes may be 0; a pointer to nothing may be null.
@@ -65,13 +66,13 @@ FASTLORA_API int32_t fastlora_lora_linear(
 /* Rows order[starts[s]] ... order[starts[s + 1] - 1] of x have adapter s of S: as above for each,
  * lora_A (S, R, K) and lora_B (S, N, R) with distances lda_slot and ldb_slot of two slots, scaled
  * by scalings[s] * row_scales[row]. ranks (null: all R) says how many of a slot's R ranks count;
- * others are never read into a result. order names each of the M rows once (null: 0, 1, 2, ...), starts[S]
- * is M, and the first starts[0] of them have no adapter. h is zeroed where no rank counts.
+ * others are never read into a result. order names each of the M rows once (null: 0, 1, 2, ...),
+ * starts[S] is M, and the first starts[0] have no adapter. h is zeroed where no rank counts.
  *
  * Unless page is 0, adapters lie in pages of `page` ranks: lora_A (pages, page, K), lora_B (pages,
- * page, N), distances those of two pages and of two ranks. table (S, R / page): slot s has rank i in
- * row i % page of page table[s, i / page]; one out of range holds nothing. Pages may overlap; only
- * those of slots with rows are read. h is not written then and may be null. */
+ * page, N), distances those of two pages and of two ranks. table (S, R / page): slot s has rank i
+ * in row i % page of page table[s, i / page]; one out of range holds nothing. Pages may overlap;
+ * only those of slots with rows are read. h is not written then and may be null. */
 FASTLORA_API int32_t fastlora_multi_lora_linear(
     void *y, int64_t ldy, void *h, int64_t ldh, const void *x, int64_t ldx, const void *weight,
     int64_t ldw, const void *bias, const void *lora_A, int64_t lda_slot, int64_t lda,
@@ -88,7 +89,8 @@ FASTLORA_API int32_t fastlora_gradient(
     int32_t dtype, int32_t out_dtype, int32_t threads);
 
 /* out (M, K) = scale * keep * x, or with add out += it, both of dtype. keep is the mask of rows
- * first_row, ... for the seed: see fastlora/backends/dropout.py. threshold: lanes of 16 bits below it drop. */
+ * first_row, ... for the seed: see fastlora/backends/dropout.py. threshold: lanes of 16 bits below
+ * it drop. */
 FASTLORA_API int32_t fastlora_dropout(
     void *out, int64_t ldo, const void *x, int64_t ldx, int64_t M, int64_t K, int64_t first_row,
     int64_t seed, int32_t threshold, float scale, int32_t add, int32_t dtype, int32_t threads);
@@ -104,8 +106,8 @@ FASTLORA_API int32_t fastlora_merge(
 /* Of a receipt: the number of elements it holds. */
 FASTLORA_API int64_t fastlora_receipt_size(const void *receipt);
 
-/* Of a receipt, which is empty afterwards: positions (each in its tile of 65536 elements), their raw
- * bits, how many each tile has, and two checksums, of the merged weight and of everything else. */
+/* Of a receipt, which is empty afterwards: positions (each in its tile of 65536 elements), their
+ * raw bits, how many each tile has, and two checksums, of the merged weight and of all else. */
 FASTLORA_API int32_t fastlora_receipt_read(
     void *receipt, uint16_t *positions, void *bits, int32_t *counts, int64_t *checksums);
 
@@ -134,18 +136,19 @@ FASTLORA_API const char *fastlora_cuda_last_error(void);
  * and wait for nothing, so that a CUDA graph can capture them. Pointers are multiples of 16 bytes;
  * K, N, R and all ld* multiples of 8; h and scaled (M, R) are contiguous. */
 
-/* Which kernels run a product: one for few rows, or a shrink and a product with tiles of so many rows. */
+/* Which kernels run a product: one for few rows, or a shrink and a product whose tiles have so many
+ * rows. */
 #define FASTLORA_ONE_PASS 0 /* R up to 64, adapters of x_dtype, no dropout */
 #define FASTLORA_TILE_64 1
 #define FASTLORA_TILE_128 2
 #define FASTLORA_TILE_256 3
 
-/* y = x w + scaling * keep * (h b + lora_bias) + bias and h = dropout(x) a. x_dtype is half, that of
- * lora_A, lora_B and lora_bias the same or float32. w is weight (N, K), a lora_A (R, K) and b lora_B
- * (N, R), transposed; or with `transposed`, as the gradient for x has them, w is weight (K, N), a
- * lora_A (K, R) and b lora_B (R, N). seed (one number on the device, or null), threshold and
- * keep_scale as in fastlora_dropout: of x with drops_x, else of the LoRA term. scaled: room for
- * scaling * h where the rank step is to come last, or null. overlap: the two kernels side by side. */
+/* y = x w + scaling * keep * (h b + lora_bias) + bias and h = dropout(x) a. x_dtype is half, that
+ * of lora_A, lora_B and lora_bias the same or float32. w is weight (N, K), a lora_A (R, K) and b
+ * lora_B (N, R), transposed; or with `transposed`, as the gradient for x has them, w is weight
+ * (K, N), a lora_A (K, R) and b lora_B (R, N). seed (one number on the device, or null), threshold
+ * and keep_scale as in fastlora_dropout: of x with drops_x, else of the LoRA term. scaled: room for
+ * scaling * h where the rank step is to come last, or null. overlap: the kernels side by side. */
 FASTLORA_API int32_t fastlora_cuda_lora_linear(
     void *y, int64_t ldy, void *h, void *scaled, const void *x, int64_t ldx, const void *weight,
     int64_t ldw, const void *bias, const void *lora_A, int64_t lda, const void *lora_B, int64_t ldb,
@@ -179,9 +182,9 @@ FASTLORA_API int32_t fastlora_cuda_multi_lora_decode(
 #define FASTLORA_POOLED 16
 #define FASTLORA_ALIGNED 32
 
-/* Tiles of 64 x 64 of many weights of dtype, those in state `wanted`: see csrc/cuda/merge/merge.h for the
- * tables, states and sums. Adapters to take out are of old_dtype, those to put in of new_dtype, with
- * unit columns. No tile is written whose new state is not 1. */
+/* Tiles of 64 x 64 of many weights of dtype, those in state `wanted`: see csrc/cuda/merge/merge.h
+ * for the tables, states and sums. Adapters to take out are of old_dtype, those to put in of
+ * new_dtype, with unit columns. No tile is written whose new state is not 1. */
 FASTLORA_API int32_t fastlora_cuda_swap(
     const int64_t *weights, const int64_t *adapters, const float *scales, const int32_t *weight_of,
     int32_t *states, const int64_t *old_sums, const int32_t *old_counts, const int64_t *old_offsets,

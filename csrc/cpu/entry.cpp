@@ -155,9 +155,11 @@ int32_t fastlora_lora_linear(
     // One adapter, which every row has.
     const int64_t starts[2] = {0, M};
     return guarded([&] {
-        return checked({y, h, x, weight, bias, lora_A, lora_B, lora_bias, ldy, ldh, ldx, ldw, 0, lda,
-                        lda_column, 0, ldb, ldb_column, nullptr, starts, nullptr, &scaling, nullptr,
-                        M, K, N, R, 1, x_dtype, lora_dtype, threads});
+        // clang-format off
+        return checked({y, h, x, weight, bias, lora_A, lora_B, lora_bias, ldy, ldh, ldx, ldw,
+                        0, lda, lda_column, 0, ldb, ldb_column, nullptr, starts, nullptr, &scaling,
+                        nullptr, M, K, N, R, 1, x_dtype, lora_dtype, threads});
+        // clang-format on
     });
 }
 
@@ -171,9 +173,12 @@ int32_t fastlora_multi_lora_linear(
     for (int64_t s = 0; scalings && starts && s < S; ++s)
         if (starts[s] < starts[s + 1] && !std::isfinite(scalings[s])) return FASTLORA_NOT_FINITE;
     return guarded([&] {
-        return checked({y, h, x, weight, bias, lora_A, lora_B, nullptr, ldy, ldh, ldx, ldw, lda_slot,
-                        lda, 1, ldb_slot, ldb, 1, order, starts, ranks, scalings, row_scales, M, K, N, R,
-                        S, x_dtype, lora_dtype, threads, table, table_ld, pages, page});
+        // clang-format off
+        return checked({y, h, x, weight, bias, lora_A, lora_B, nullptr, ldy, ldh, ldx, ldw,
+                        lda_slot, lda, 1, ldb_slot, ldb, 1, order, starts, ranks, scalings,
+                        row_scales, M, K, N, R, S, x_dtype, lora_dtype, threads,
+                        table, table_ld, pages, page});
+        // clang-format on
     });
 }
 
@@ -209,7 +214,7 @@ int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* l
     if (!merge_arguments(args) || dtype < FASTLORA_FLOAT32 || dtype > FASTLORA_FLOAT16)
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
-        if (!receipt && current.load()->merge_for_good(args)) return FASTLORA_OK;
+        if (!receipt && current.load()->merge_without_receipt(args)) return FASTLORA_OK;
         std::unique_ptr<Receipt> made(new Receipt);
         made->factors = factors(args);
         const int32_t code = current.load()->merge(args, *made);

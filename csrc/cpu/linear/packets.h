@@ -1,7 +1,7 @@
 // How numbers of one type enter products: the same few words for every type and instruction set.
 //
-// Kind<X>, X the type of x: a Packet is STEP neighbours of a row, for dot products along K. A column
-// is one vector of W neighbouring outputs for PER ranks, for h B^T; H is how h enters it.
+// Packets<X>, X the type of x: a Packet is STEP neighbours of a row, for dot products along K. A
+// column is one vector of W neighbouring outputs for PER ranks, for h B^T; H is how h enters it.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -10,7 +10,7 @@ namespace fastlora::FL_ISA {
 
 // Everything is widened to float32.
 template <class X>
-struct Kind {
+struct Packets {
     static constexpr int STEP = 2 * W, PER = 1;
     using H = float;
 
@@ -50,7 +50,7 @@ struct Kind {
 // Pairs of bfloat16 are multiplied and summed in float32 by one instruction; h and float32 adapters
 // are rounded to enter it.
 template <>
-struct Kind<bf16> {
+struct Packets<bf16> {
     static constexpr int STEP = 32, PER = 2;
     using H = bf16;
     using Packet = __m512bh;

@@ -75,7 +75,7 @@ struct Rows {
     }
 };
 
-// Rows up to which a task of the second phase takes them all, without W and with it; beyond, groups.
+// Up to so many rows, without W and with it, a task of the second phase takes all; beyond, groups.
 constexpr int64_t FEW = 64, FEW_WITH_W = 128, GROUP = 32;
 // Outputs a task: float32 sums of FEW rows stay in a core's cache.
 constexpr int64_t OUTPUTS = 256;
@@ -105,7 +105,7 @@ class LoRARows {
         scales = Buffer<float>(a.threads * group);
         sums = Buffer<float>(a.weight ? a.threads * group * outputs : 0);
         const int64_t matrices = a.pages ? a.pages->total : group;
-        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? matrices : 0);
+        for (int i = 0; i < a.threads; ++i) prefetches.emplace_back(a.weight ? matrices : 0);
     }
 
     void run() {
@@ -131,8 +131,8 @@ class LoRARows {
     }
 
   private:
-    using kind = Kind<X>;
-    using H = typename kind::H;
+    using packets = Packets<X>;
+    using H = typename packets::H;
 
     Rows<X, T> a;
     int64_t M, K, blocks, parts, ranks, group, outputs;
@@ -144,7 +144,7 @@ class LoRARows {
     Buffer<X*> y_rows;      // [threads, group]
     Buffer<float> scales;   // [threads, group]
     Buffer<float> sums;  // [threads, group, outputs]
-    std::vector<Ahead<T>> ahead;  // [threads]
+    std::vector<Prefetch<T>> prefetches;  // [threads]
 
     int64_t columns_size() const { return panel_size<X>(a.shape.R); }
 
@@ -209,7 +209,7 @@ class LoRARows {
         if (a.weight) {
             sum = sums.get() + omp_get_thread_num() * group * outputs;
             // Products of many rows take longer than W's bytes: B comes meanwhile.
-            Ahead<T>& coming = next_B(first, rows, n, count);
+            Prefetch<T>& coming = next_B(first, rows, n, count);
             const int64_t lines = coming.lines() * NB / (rows * count) + 1;
             dots<X, X>(
                 packed.get() + first / MB * packed_size<X>(K), 0, rows, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
@@ -253,18 +253,18 @@ class LoRARows {
             }
             store_some(y, width, fma(delta, splat(scale[i]), before));
         };
-        if (a.pages)
-            return ExpandPages<X, T, decltype(h_row), decltype(finish)>{
-                slot, next, n, count, rows, h_row, finish}
-                .run();
+        using Row = decltype(h_row);
+        using Finish = decltype(finish);
+        if (a.pages) {
+            using Paged = ExpandPages<X, T, Row, Finish>;
+            return Paged{slot, next, n, count, rows, h_row, finish}.run();
+        }
         if (slot.B) slot.B += n * a.ldb;
         if (slot.bias) slot.bias += n;
-        Expand<X, T, decltype(h_row), decltype(finish)>{
-            slot,  next.B ? next.B + n * a.ldb : nullptr,
-            a.ldb, count,
-            rows,  h_row,
-            finish, columns.get() + omp_get_thread_num() * columns_size()}
-            .run();
+        const T* next_B = next.B ? next.B + n * a.ldb : nullptr;
+        F* scratch = columns.get() + omp_get_thread_num() * columns_size();
+        using Dense = Expand<X, T, Row, Finish>;
+        Dense{slot, next_B, a.ldb, count, rows, h_row, finish, scratch}.run();
     }
 
     void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {
@@ -282,8 +282,8 @@ class LoRARows {
     }
 
     // Every slot's B for outputs n ... n + count - 1 of `rows` rows.
-    Ahead<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
-        Ahead<T>& all = ahead[omp_get_thread_num()];
+    Prefetch<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
+        Prefetch<T>& all = prefetches[omp_get_thread_num()];
         all.clear(a.pages ? 1 : a.ldb, count);
         a.segments(first, first + rows, [&](int64_t s, int64_t, int64_t) {
             const Slot<T> slot = a.slot(s);

@@ -119,8 +119,8 @@ inline void put(bf16* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
 
-// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns how
-// many. Room for W of them.
+// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns
+// how many. Room for W of them.
 template <class T>
 inline int note(uint16_t* positions, T* bits, uint32_t mask, int base, const T* raw) {
     const __m512i lanes =
