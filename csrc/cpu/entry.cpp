@@ -25,9 +25,9 @@ std::unique_ptr<const Table*[]> usable() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
-    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef FL_HAS_AVX512_BF16
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::table;
 #endif
@@ -100,8 +100,8 @@ uint64_t factors(const MergeArgs& a) {
 }
 
 // Of all that a receipt holds beside the checksum of the weight.
-uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts,
-                  int64_t size, int64_t element_size, int64_t tiles) {
+uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts, int64_t size,
+                  int64_t element_size, int64_t tiles) {
     const auto digest = current.load()->digest;
     return digest(positions, size * 2, 1) + 3 * digest(bits, size * element_size, 2) +
            5 * digest(counts, tiles * 4, 3);
@@ -146,12 +146,12 @@ int32_t fastlora_cpu_use(const char* name) {
     return FASTLORA_BAD_ARGUMENT;
 }
 
-int32_t fastlora_lora_linear(
-    void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx, const void* weight,
-    int64_t ldw, const void* bias, const void* lora_A, int64_t lda, int64_t lda_column,
-    const void* lora_B, int64_t ldb, int64_t ldb_column, const void* lora_bias, int64_t M,
-    int64_t K, int64_t N, int64_t R, float scaling, int32_t x_dtype, int32_t lora_dtype,
-    int32_t threads) {
+int32_t fastlora_lora_linear(void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx,
+                             const void* weight, int64_t ldw, const void* bias, const void* lora_A,
+                             int64_t lda, int64_t lda_column, const void* lora_B, int64_t ldb,
+                             int64_t ldb_column, const void* lora_bias, int64_t M, int64_t K,
+                             int64_t N, int64_t R, float scaling, int32_t x_dtype,
+                             int32_t lora_dtype, int32_t threads) {
     // One adapter, which every row has.
     const int64_t starts[2] = {0, M};
     return guarded([&] {
@@ -190,16 +190,16 @@ int32_t fastlora_gradient(void* out, int64_t out_row, int64_t out_column, const 
         !readable(right, M, C))
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
-        return current.load()->gradient({out, left, right, out_row, out_column, ld_left, ld_right, M,
-                                         R, C, scaling, dtype, out_dtype, threads});
+        return current.load()->gradient({out, left, right, out_row, out_column, ld_left, ld_right,
+                                         M, R, C, scaling, dtype, out_dtype, threads});
     });
 }
 
 int32_t fastlora_dropout(void* out, int64_t ldo, const void* x, int64_t ldx, int64_t M, int64_t K,
                          int64_t first_row, int64_t seed, int32_t threshold, float scale,
                          int32_t add, int32_t dtype, int32_t threads) {
-    if (!sizes({M, K, first_row}) || !count(threads) || !readable(out, M, K) || !readable(x, M, K) ||
-        threshold < 0 || threshold > 65536)
+    if (!sizes({M, K, first_row}) || !count(threads) || !readable(out, M, K) ||
+        !readable(x, M, K) || threshold < 0 || threshold > 65536)
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
         return current.load()->dropout({out, x, ldo, ldx, M, K, first_row, uint64_t(seed),
@@ -226,8 +226,7 @@ int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* l
 int64_t fastlora_receipt_size(const void* receipt) {
     int64_t size = 0;
     if (receipt)
-        for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles)
-            size += tile.size;
+        for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles) size += tile.size;
     return size;
 }
 
@@ -261,8 +260,8 @@ int32_t fastlora_receipt_read(void* receipt, uint16_t* positions, void* bits, in
         if (i % 128 == 0) trim();
     }
     checksums[0] = int64_t(merged);
-    checksums[1] = int64_t(
-        held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
+    checksums[1] =
+        int64_t(held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
     return FASTLORA_OK;
 }
 

@@ -152,7 +152,8 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
     return with_type(a.dtype, [&](auto t) {
         using T = decltype(t);
         return Merge<T>(weight_of<T>(a), delta, a.threads)
-            .unmerge(receipt.positions, as<T>(receipt.bits), receipt.counts, receipt.merged, receipt.whole);
+            .unmerge(receipt.positions, as<T>(receipt.bits), receipt.counts, receipt.merged,
+                     receipt.whole);
     });
 }
 
@@ -160,7 +161,7 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
 
 #define FL_TEXT(name) FL_TEXT_(name)
 #define FL_TEXT_(name) #name
-extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, dropout, merge, merge_without_receipt, undo,
-                            unmerge, digest};
+extern const Table table = {FL_TEXT(FL_ISA),       linear, gradient, dropout, merge,
+                            merge_without_receipt, undo,   unmerge,  digest};
 
 }  // namespace fastlora::FL_ISA

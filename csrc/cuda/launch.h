@@ -9,7 +9,7 @@
 namespace fastlora {
 
 struct Launch {
-    int64_t x, y, z;  // blocks
+    int64_t x, y, z;      // blocks
     int threads, shared;  // of a block; bytes
     void* stream;
     // Of two launches the first, or the second, which from Hopper on may begin while the first one

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastlora.kernels.merge.batch import PACK, RAW, Batch, How, Kind, State, Tables
 from fastlora.kernels.merge.tile import (
-    TILE_N,
     INFINITE,
-    WEIGHT,
     TILE_K,
+    TILE_N,
+    WEIGHT,
     checksum,
     delta,
     differs,

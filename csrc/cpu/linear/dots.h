@@ -79,11 +79,13 @@ inline void dot_tile(float* out, const X* x, const T* const* w, const T* const* 
 // The tile for as many rows that fetches as many of the next: 0, 1, 2 or all.
 template <class X, class T, int COLUMNS>
 inline auto tile_for(int rows, int fetched) {
-    if (rows == 1) return fetched ? dot_tile<X, T, 1, COLUMNS, COLUMNS> : dot_tile<X, T, 1, COLUMNS, 0>;
+    if (rows == 1)
+        return fetched ? dot_tile<X, T, 1, COLUMNS, COLUMNS> : dot_tile<X, T, 1, COLUMNS, 0>;
     if constexpr (COLUMNS == NB) {
         if (rows == MB && MB == 4 && fetched == 1) return dot_tile<X, T, MB, NB, 1>;
         if (rows == MB && MB == 4 && fetched == 2) return dot_tile<X, T, MB, NB, 2>;
-        if (rows == 3 && MB == 4) return fetched ? dot_tile<X, T, 3, NB, NB> : dot_tile<X, T, 3, NB, 0>;
+        if (rows == 3 && MB == 4)
+            return fetched ? dot_tile<X, T, 3, NB, NB> : dot_tile<X, T, 3, NB, 0>;
         if (rows == MB) return fetched ? dot_tile<X, T, MB, NB, NB> : dot_tile<X, T, MB, NB, 0>;
     }
     return fetched ? dot_tile<X, T, 2, COLUMNS, COLUMNS> : dot_tile<X, T, 2, COLUMNS, 0>;

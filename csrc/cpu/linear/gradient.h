@@ -44,7 +44,8 @@ struct Gradient {
             packets::rows(x, row);
             const auto* factor = left + (m * R + r * PER);
             for (int i = 0; i < RANKS; ++i)
-                for (int v = 0; v < 2; ++v) sum[i][v] = packets::step(sum[i][v], x[v], factor + i * PER);
+                for (int v = 0; v < 2; ++v)
+                    sum[i][v] = packets::step(sum[i][v], x[v], factor + i * PER);
         }
         for (int i = 0; i < RANKS; ++i)
             for (int v = 0; v < 2; ++v) store(sums + (r + i) * STRIP + at + v * W, sum[i][v]);

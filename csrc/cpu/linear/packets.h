@@ -81,7 +81,8 @@ struct Packets<bf16> {
     }
     // The halves' neighbours: element i of the lower one beside element i of the upper one.
     static F paired(__m512i halves) {
-        const __m512i lower = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i lower =
+            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(W));
         const __m512i from = _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16));
         return _mm512_castsi512_ps(_mm512_permutexvar_epi16(from, halves));

@@ -45,7 +45,7 @@ class Pages {
     int64_t total = 0, most = 0;
 
   private:
-    Buffer<const T*> A, B;        // [total]
+    Buffer<const T*> A, B;         // [total]
     Buffer<int64_t> begin, count;  // [S]
 
     void add(const LinearArgs& a, int64_t page, int64_t ranks) {
@@ -100,7 +100,8 @@ struct ExpandPages {
                 const int64_t at = first + n + v * W;
                 const F column = r < whole ? packets::column(rank, at)
                                            : part_column<X>(rank, slot.r - r, at, width);
-                for (int m = 0; m < ROWS; ++m) sum[m][v] = packets::step(sum[m][v], column, h[m] + r);
+                for (int m = 0; m < ROWS; ++m)
+                    sum[m][v] = packets::step(sum[m][v], column, h[m] + r);
             }
         for (int m = 0; m < ROWS; ++m)
             for (int v = 0; v < COUNT; ++v) finish(i + m, n + v * W, width, sum[m][v]);

@@ -137,21 +137,22 @@ class LoRARows {
     Rows<X, T> a;
     int64_t M, K, blocks, parts, ranks, group, outputs;
     bool few;
-    std::vector<H> h;       // [M, ranks], grouped rows, zeros past a slot's rank
-    Buffer<X> packed;  // [blocks] where x is needed twice, else [threads]
-    Buffer<float> wide;     // [threads, MB, ranks] of h
-    Buffer<F> columns;      // [threads] panels of B
-    Buffer<X*> y_rows;      // [threads, group]
-    Buffer<float> scales;   // [threads, group]
-    Buffer<float> sums;  // [threads, group, outputs]
+    std::vector<H> h;                     // [M, ranks], grouped rows, zeros past a slot's rank
+    Buffer<X> packed;                     // [blocks] where x is needed twice, else [threads]
+    Buffer<float> wide;                   // [threads, MB, ranks] of h
+    Buffer<F> columns;                    // [threads] panels of B
+    Buffer<X*> y_rows;                    // [threads, group]
+    Buffer<float> scales;                 // [threads, group]
+    Buffer<float> sums;                   // [threads, group, outputs]
     std::vector<Prefetch<T>> prefetches;  // [threads]
 
     int64_t columns_size() const { return panel_size<X>(a.shape.R); }
 
     void pack_block(int64_t block, int64_t to) {
         const int64_t first = block * MB;
-        pack<X>(packed.get() + to * packed_size<X>(K), std::min<int64_t>(MB, M - first),
-                [&](int64_t i) { return a.x + a.row(first + i) * a.ldx; }, K);
+        pack<X>(
+            packed.get() + to * packed_size<X>(K), std::min<int64_t>(MB, M - first),
+            [&](int64_t i) { return a.x + a.row(first + i) * a.ldx; }, K);
     }
 
     // h of a block's rows, the part'th share of the ranks.
@@ -212,7 +213,8 @@ class LoRARows {
             Prefetch<T>& coming = next_B(first, rows, n, count);
             const int64_t lines = coming.lines() * NB / (rows * count) + 1;
             dots<X, X>(
-                packed.get() + first / MB * packed_size<X>(K), 0, rows, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
+                packed.get() + first / MB * packed_size<X>(K), 0, rows, count,
+                [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
                 [&](int64_t i) {
                     return n + count + i < a.shape.N ? a.weight + (n + count + i) * a.ldw : nullptr;
                 },
@@ -261,10 +263,10 @@ class LoRARows {
         }
         if (slot.B) slot.B += n * a.ldb;
         if (slot.bias) slot.bias += n;
-        const T* next_B = next.B ? next.B + n * a.ldb : nullptr;
+        const T* after = next.B ? next.B + n * a.ldb : nullptr;
         F* scratch = columns.get() + omp_get_thread_num() * columns_size();
         using Dense = Expand<X, T, Row, Finish>;
-        Dense{slot, next_B, a.ldb, count, rows, h_row, finish, scratch}.run();
+        Dense{slot, after, a.ldb, count, rows, h_row, finish, scratch}.run();
     }
 
     void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {

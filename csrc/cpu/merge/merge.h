@@ -52,8 +52,8 @@ class Merge {
         }
     }
 
-    int unmerge(const uint16_t* positions, const T* bits, const int32_t* counts,
-                uint64_t merged, bool whole) const {
+    int unmerge(const uint16_t* positions, const T* bits, const int32_t* counts, uint64_t merged,
+                bool whole) const {
         std::vector<int64_t> first(tiles.count + 1);
         for (int64_t i = 0; i < tiles.count; ++i) first[i + 1] = first[i] + counts[i];
         uint64_t found = 0;
@@ -100,38 +100,39 @@ class Merge {
     bool merge_tile(int64_t tile, Receipt::Tile& noted) const {
         const int64_t width = tiles.columns(tile);
         Sum sum{};
-        const bool good = blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count,
-                                           int64_t first) {
-            alignas(64) float d[BLOCK_N][LINE];
-            alignas(64) T merged[BLOCK_N][LINE], copy[BLOCK_K];
-            delta(d, n, k);
-            make_room(noted);
-            uint16_t* positions = noted.positions.data() + noted.size;
-            T* bits = reinterpret_cast<T*>(noted.bits.data()) + noted.size;
-            int64_t size = 0;
-            for (int64_t i = 0; i < rows; ++i) {
-                const T* before = w.read(copy, n + i, k, count);
-                Exponents seen{};
-                for (int v = 0; v < BLOCK_K; v += W) {
-                    const F old = load(before + v), change = load(d[i] + v);
-                    const F exact = add(old, change), fresh = rounded<T>(exact);
-                    // Of bfloat16 rounded() may make a number of a NaN.
-                    seen = largest(largest(seen, exact), fresh);
-                    put(merged[i] + v, fresh);
-                    const uint32_t differ = differs(rounded<T>(subtract(fresh, change)), old);
-                    size += note(positions + size, bits + size, differ,
-                                 int(first + i * width + v), before + v);
+        const bool good =
+            blocks(tile, [&](int64_t n, int64_t k, int64_t rows, int64_t count, int64_t first) {
+                alignas(64) float d[BLOCK_N][LINE];
+                alignas(64) T merged[BLOCK_N][LINE], copy[BLOCK_K];
+                delta(d, n, k);
+                make_room(noted);
+                uint16_t* positions = noted.positions.data() + noted.size;
+                T* bits = reinterpret_cast<T*>(noted.bits.data()) + noted.size;
+                int64_t size = 0;
+                for (int64_t i = 0; i < rows; ++i) {
+                    const T* before = w.read(copy, n + i, k, count);
+                    Exponents seen{};
+                    for (int v = 0; v < BLOCK_K; v += W) {
+                        const F old = load(before + v), change = load(d[i] + v);
+                        const F exact = add(old, change), fresh = rounded<T>(exact);
+                        // Of bfloat16 rounded() may make a number of a NaN.
+                        seen = largest(largest(seen, exact), fresh);
+                        put(merged[i] + v, fresh);
+                        const uint32_t differ = differs(rounded<T>(subtract(fresh, change)), old);
+                        size += note(positions + size, bits + size, differ,
+                                     int(first + i * width + v), before + v);
+                    }
+                    if (!finite(seen))
+                        return odd_block(noted, n, k, rows, count, first, width, d, sum);
                 }
-                if (!finite(seen)) return odd_block(noted, n, k, rows, count, first, width, d, sum);
-            }
-            for (int64_t i = 0; i < rows; ++i) {
-                sum = checksum(sum, merged[i], n + i, k);
-                w.write(merged[i], n + i, k, count);
-            }
-            noted.size += size;
-            ++noted.done;
-            return true;
-        });
+                for (int64_t i = 0; i < rows; ++i) {
+                    sum = checksum(sum, merged[i], n + i, k);
+                    w.write(merged[i], n + i, k, count);
+                }
+                noted.size += size;
+                ++noted.done;
+                return true;
+            });
         noted.checksum = total(sum);
         return good;
     }

@@ -38,8 +38,8 @@ bool visit_blocks(const Tiles& tiles, int64_t tile, Visit visit) {
     const int64_t height = tiles.rows(tile), width = tiles.columns(tile);
     for (int64_t n = 0; n < height; n += BLOCK_N)
         for (int64_t k = 0; k < width; k += BLOCK_K)
-            if (!visit(top + n, left + k, std::min(BLOCK_N, height - n), std::min(BLOCK_K, width - k),
-                       n * width + k))
+            if (!visit(top + n, left + k, std::min(BLOCK_N, height - n),
+                       std::min(BLOCK_K, width - k), n * width + k))
                 return false;
     return true;
 }

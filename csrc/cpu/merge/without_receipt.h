@@ -22,7 +22,8 @@ class MergeWithoutReceipt {
     // False, nothing done, where a value might not be finite.
     bool merge() const {
         uint32_t bits = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : bits) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) \
+    reduction(max : bits) if (threads > 1)
         for (int64_t i = 0; i < tiles.count; ++i) bits = std::max(bits, largest_of(i));
         // Half of the largest number leaves room for every rounding on the way.
         if (!(bit_cast<float>(bits) + delta.bound() < widen(largest_finite(T{})) / 2)) return false;
@@ -50,7 +51,8 @@ class MergeWithoutReceipt {
         for (int64_t i = 0; i < BLOCK_N; i += Delta::ROWS) {
             T* const at = w.at(n + i, k);
             // Two blocks on: what is near is on its way.
-            for (int64_t j = 0; j < Delta::ROWS; ++j) prefetch(at + j * w.row + 2 * BLOCK_K, BLOCK_K);
+            for (int64_t j = 0; j < Delta::ROWS; ++j)
+                prefetch(at + j * w.row + 2 * BLOCK_K, BLOCK_K);
             delta.tile(n + i, k, [&](int64_t j, int64_t v, const F(&d)[Delta::VECTORS]) {
                 T* const to = at + j * w.row + v;
                 F sum[Delta::VECTORS];

@@ -80,8 +80,7 @@ FL_KERNEL(SHRINK_THREADS, 1) row_shrink(FL_PARAMETERS Decode<T> p) {
     sync_block();
     if (thread() < SHRINK_RANKS) {
         float sum = 0.0f;
-        for (int w = 0; w < SHRINK_THREADS / 32; ++w)
-            sum += of_warps[w * SHRINK_RANKS + thread()];
+        for (int w = 0; w < SHRINK_THREADS / 32; ++w) sum += of_warps[w * SHRINK_RANKS + thread()];
         p.h[(row * own.slices + slice) * own.R + rank + thread()] = rounded<T>(sum);
     }
 }
@@ -164,7 +163,8 @@ struct DecodeTile {
                 const E* b = static_cast<const E*>(own.b);
                 if (there)
                     b += holder * own.b_slot + within * own.b_rank + (column + n) * own.b_column;
-                const int at = by_rank(p) ? place<N_CHUNKS>(r, c % N_CHUNKS) : place<RANK_CHUNKS>(n, c % RANK_CHUNKS);
+                const int at = by_rank(p) ? place<N_CHUNKS>(r, c % N_CHUNKS)
+                                          : place<RANK_CHUNKS>(n, c % RANK_CHUNKS);
                 copy_async(item + at, b, there);
             }
         }
