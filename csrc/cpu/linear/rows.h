@@ -263,10 +263,11 @@ class LoRARows {
         }
         if (slot.B) slot.B += n * a.ldb;
         if (slot.bias) slot.bias += n;
-        const T* after = next.B ? next.B + n * a.ldb : nullptr;
-        F* scratch = columns.get() + omp_get_thread_num() * columns_size();
         using Dense = Expand<X, T, Row, Finish>;
-        Dense{slot, after, a.ldb, count, rows, h_row, finish, scratch}.run();
+        // clang-format off
+        Dense{slot, next.B ? next.B + n * a.ldb : nullptr, a.ldb, count, rows, h_row, finish,
+              columns.get() + omp_get_thread_num() * columns_size()}.run();
+        // clang-format on
     }
 
     void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {
