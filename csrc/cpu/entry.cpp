@@ -19,7 +19,7 @@ using namespace fastlora;
 
 // Best first, as far as this build has them and this machine runs them.
 std::unique_ptr<const Table*[]> usable() {
-    std::unique_ptr<const Table*[]> found(new const Table*[5]());
+    std::unique_ptr<const Table*[]> tables(new const Table*[5]());
     int count = 0;
 #ifdef FL_HAS_AVX2
     __builtin_cpu_init();
@@ -29,15 +29,15 @@ std::unique_ptr<const Table*[]> usable() {
         avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef FL_HAS_AVX512_BF16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::table;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16::table;
 #endif
 #ifdef FL_HAS_AVX512
-    if (avx512) found[count++] = &avx512::table;
+    if (avx512) tables[count++] = &avx512::table;
 #endif
-    if (avx2) found[count++] = &avx2::table;
+    if (avx2) tables[count++] = &avx2::table;
 #endif
-    found[count++] = &portable::table;
-    return found;
+    tables[count++] = &portable::table;
+    return tables;
 }
 
 const std::unique_ptr<const Table*[]> tables = usable();
@@ -49,7 +49,7 @@ bool sizes(std::initializer_list<int64_t> values) {
     return true;
 }
 
-// Of threads: more than any machine has cores are a mistake.
+// A number of threads; more than any machine has cores is a mistake.
 bool count(int32_t threads) { return threads >= 1 && threads <= 4096; }
 
 // A matrix of `rows` rows whose distance is `stride`, `columns` wide.
@@ -99,7 +99,7 @@ uint64_t factors(const MergeArgs& a) {
     return digest(a.A, a.R * a.K * 4, shape) + digest(a.B, a.N * a.R * 4, ~shape);
 }
 
-// Of all that a receipt holds beside the checksum of the weight.
+// The checksum of all that a receipt holds beside the checksum of the weight.
 uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts, int64_t size,
                   int64_t element_size, int64_t tiles) {
     const auto digest = current.load()->digest;

@@ -1,4 +1,4 @@
-// What one instruction set offers: filled by kernels.cpp, once for each.
+// The kernels of one instruction set as a table of functions; kernels.cpp fills one for each set.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// How a kernel is launched, and what is said when it cannot be.
+// Launches a kernel, and notes why when it cannot be launched.
 #pragma once
 
 #include <cstdint>

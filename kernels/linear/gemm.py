@@ -129,7 +129,10 @@ def gemm(
 def descriptors(
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, config: Gemm
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor, bool]:
-    """Of x, w and y, in the config's tiles, and whether w's is of w.T, whose rows lie together."""
+    """Makes those of x, w and y in the config's tiles, w's of w.T where that one's rows are whole.
+
+    The last value says whether they are.
+    """
     turned = w.stride(0) == 1
     rows, tile = (w.T, [config.BN, config.BK]) if turned else (w, [config.BK, config.BN])
     d_x = TensorDescriptor.from_tensor(x, [config.BM, config.BK])

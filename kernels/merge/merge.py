@@ -199,5 +199,5 @@ class TritonKernels:
 
 
 def _precision(lora: torch.dtype) -> str:
-    """Of float32 factors: three tensor-core products, as accurate as one of float32."""
+    """Says how factors enter tensor cores: float32 ones in three products, as accurate as one."""
     return "tf32x3" if lora == torch.float32 else "ieee"

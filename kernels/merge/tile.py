@@ -143,7 +143,7 @@ def delta(
 
 @triton.jit
 def checksum(raw):
-    """Of a tile of bits, 0 where it ends: one changed element or two swapped ones change it.
+    """Sums a tile of bits, 0 where it ends: one changed element or two swapped ones change it.
 
     Rows modulo 2^32, by keys that are odd so that no difference vanishes; rows together modulo
     2^64.
@@ -164,7 +164,7 @@ def checksum(raw):
 
 @triton.jit
 def magnitude(t):
-    """Of float32 numbers, their bits without the sign: in order as they are, NaN last."""
+    """Takes float32 numbers' bits without the sign: in order as they are, NaN last."""
     return t.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 

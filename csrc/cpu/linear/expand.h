@@ -41,8 +41,8 @@ inline void part_quad(F out[4], const T* B, int64_t ldb, int64_t rows, int64_t r
     columns(out, q);
 }
 
-// Of one slot: how many ranks count, its factors, and lora_bias (or null). Of a slot in pages, in
-// place of the factors: where each rank's row of A and of B lies.
+// A slot: how many ranks count, its factors, and lora_bias (or null). In pages, in place of the
+// factors: where each rank's row of A and of B lies.
 template <class T>
 struct Slot {
     int64_t r = 0;

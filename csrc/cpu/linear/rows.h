@@ -197,11 +197,11 @@ class LoRARows {
         return slot.A_ranks ? slot.A_ranks[r] : slot.A + r * a.lda;
     }
 
-    // Of grouped row i, which may be past the last one.
+    // The slot of grouped row i, which may be past the last one.
     Slot<T> next_slot(int64_t i) const {
-        Slot<T> found;
-        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s); });
-        return found;
+        Slot<T> slot;
+        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { slot = a.slot(s); });
+        return slot;
     }
 
     // Outputs n ... n + count - 1 of grouped rows first ... first + rows - 1.

@@ -56,10 +56,10 @@ class Merge {
                 bool whole) const {
         std::vector<int64_t> first(tiles.count + 1);
         for (int64_t i = 0; i < tiles.count; ++i) first[i + 1] = first[i] + counts[i];
-        uint64_t found = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found) if (threads > 1)
-        for (int64_t i = 0; i < tiles.count; ++i) found += checksum_of(i);
-        if (found != merged) return FASTLORA_NOT_MERGED;
+        uint64_t sum = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : sum) if (threads > 1)
+        for (int64_t i = 0; i < tiles.count; ++i) sum += checksum_of(i);
+        if (sum != merged) return FASTLORA_NOT_MERGED;
         if (!whole) return FASTLORA_NOT_RESTORED;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < tiles.count; ++i) {

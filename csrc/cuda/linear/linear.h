@@ -1,4 +1,5 @@
-// What the kernels of one adapter share: their operands, which tile is whose, and what is stored.
+// What the kernels of one adapter share: their operands, which block has which tile, and how sums
+// become y.
 #pragma once
 
 #include "cuda/tile/philox.h"

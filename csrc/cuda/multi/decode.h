@@ -151,15 +151,15 @@ struct DecodeTile {
         for (int i = 0; i < FOUR; ++i) {
             const int number = half * FOUR + i;
             if (number >= *lists.total) break;
-            const Item wanted = lists.items[number];
+            const Item entry = lists.items[number];
             Chunk* item = items + (half % 2 * FOUR + i) * ITEM;
             for (int c = thread(); c < ITEM; c += THREADS) {
                 const int r = by_rank(p) ? c / N_CHUNKS : c % RANK_CHUNKS * EACH;
                 const int n = by_rank(p) ? c % N_CHUNKS * EACH : c / RANK_CHUNKS;
                 int64_t holder = 0;
                 int within = 0;
-                const bool there = r < wanted.ranks && column + n < p.N &&
-                                   find(own, wanted.slot, wanted.first + r, holder, within);
+                const bool there = r < entry.ranks && column + n < p.N &&
+                                   find(own, entry.slot, entry.first + r, holder, within);
                 const E* b = static_cast<const E*>(own.b);
                 if (there)
                     b += holder * own.b_slot + within * own.b_rank + (column + n) * own.b_column;
@@ -227,11 +227,11 @@ struct DecodeTile {
         float delta[ROWS] = {};
         for (int half = 0; half * FOUR < *lists.total; ++half) {
             for (int i = 0; i < FOUR && half * FOUR + i < *lists.total; ++i) {
-                const Item wanted = lists.items[half * FOUR + i];
+                const Item entry = lists.items[half * FOUR + i];
                 const Chunk* item = items + (half % 2 * FOUR + i) * ITEM;
-                const uint32_t mine = uint32_t(wanted.rows >> (warp() * ROWS)) & ((1u << ROWS) - 1);
+                const uint32_t mine = uint32_t(entry.rows >> (warp() * ROWS)) & ((1u << ROWS) - 1);
                 if (!mine) continue;
-                for (int r = 0; r < wanted.ranks; r += 8) {
+                for (int r = 0; r < entry.ranks; r += 8) {
                     float b_b[8];
                     read(b_b, p, item, r);
 #pragma unroll
@@ -239,13 +239,13 @@ struct DecodeTile {
                         if (!(mine >> m & 1)) continue;
                         const int t = warp() * ROWS + m;
                         const Chunk b_h = *reinterpret_cast<const Chunk*>(
-                            h + (row + t) * own.slices * own.R + wanted.first + r);
+                            h + (row + t) * own.slices * own.R + entry.first + r);
 #pragma unroll
                         for (int j = 0; j < 8; ++j) {
                             const uint32_t word = b_h.word[j / 2];
                             const float value = j % 2 ? high<T>(word) : low<T>(word);
                             // Past the slot's ranks there may be anything.
-                            if (r + j < wanted.ranks) delta[m] = fused(value, b_b[j], delta[m]);
+                            if (r + j < entry.ranks) delta[m] = fused(value, b_b[j], delta[m]);
                         }
                     }
                 }
