@@ -15,6 +15,7 @@ TRITONS ?= 3.9.0 3.6.0
 
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
+C_SOURCES := $(filter csrc/%,$(SOURCES))
 LATEST := $(VENV)-latest
 
 .DEFAULT_GOAL := help
@@ -133,10 +134,12 @@ sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and wr
 lint: setup ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: setup ## fix what can be fixed of both
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
 
 types: setup ## check the types
 	$(BIN)/basedpyright --pythonpath $(BIN)/python

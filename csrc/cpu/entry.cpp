@@ -19,25 +19,25 @@ using namespace fastlora;
 
 // Best first, as far as this build has them and this machine runs them.
 std::unique_ptr<const Table*[]> usable() {
-    std::unique_ptr<const Table*[]> found(new const Table*[5]());
+    std::unique_ptr<const Table*[]> tables(new const Table*[5]());
     int count = 0;
 #ifdef FL_HAS_AVX2
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
-    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #ifdef FL_HAS_AVX512_BF16
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &avx512_bf16::table;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16::table;
 #endif
 #ifdef FL_HAS_AVX512
-    if (avx512) found[count++] = &avx512::table;
+    if (avx512) tables[count++] = &avx512::table;
 #endif
-    if (avx2) found[count++] = &avx2::table;
+    if (avx2) tables[count++] = &avx2::table;
 #endif
-    found[count++] = &portable::table;
-    return found;
+    tables[count++] = &portable::table;
+    return tables;
 }
 
 const std::unique_ptr<const Table*[]> tables = usable();
@@ -49,7 +49,7 @@ bool sizes(std::initializer_list<int64_t> values) {
     return true;
 }
 
-// Of threads: more than any machine has cores are a mistake.
+// A number of threads; more than any machine has cores is a mistake.
 bool count(int32_t threads) { return threads >= 1 && threads <= 4096; }
 
 // A matrix of `rows` rows whose distance is `stride`, `columns` wide.
@@ -99,9 +99,9 @@ uint64_t factors(const MergeArgs& a) {
     return digest(a.A, a.R * a.K * 4, shape) + digest(a.B, a.N * a.R * 4, ~shape);
 }
 
-// Of all that a receipt holds beside the checksum of the weight.
-uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts,
-                  int64_t size, int64_t element_size, int64_t tiles) {
+// The checksum of all that a receipt holds beside the checksum of the weight.
+uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts, int64_t size,
+                  int64_t element_size, int64_t tiles) {
     const auto digest = current.load()->digest;
     return digest(positions, size * 2, 1) + 3 * digest(bits, size * element_size, 2) +
            5 * digest(counts, tiles * 4, 3);
@@ -146,18 +146,20 @@ int32_t fastlora_cpu_use(const char* name) {
     return FASTLORA_BAD_ARGUMENT;
 }
 
-int32_t fastlora_lora_linear(
-    void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx, const void* weight,
-    int64_t ldw, const void* bias, const void* lora_A, int64_t lda, int64_t lda_column,
-    const void* lora_B, int64_t ldb, int64_t ldb_column, const void* lora_bias, int64_t M,
-    int64_t K, int64_t N, int64_t R, float scaling, int32_t x_dtype, int32_t lora_dtype,
-    int32_t threads) {
+int32_t fastlora_lora_linear(void* y, int64_t ldy, void* h, int64_t ldh, const void* x, int64_t ldx,
+                             const void* weight, int64_t ldw, const void* bias, const void* lora_A,
+                             int64_t lda, int64_t lda_column, const void* lora_B, int64_t ldb,
+                             int64_t ldb_column, const void* lora_bias, int64_t M, int64_t K,
+                             int64_t N, int64_t R, float scaling, int32_t x_dtype,
+                             int32_t lora_dtype, int32_t threads) {
     // One adapter, which every row has.
     const int64_t starts[2] = {0, M};
     return guarded([&] {
-        return checked({y, h, x, weight, bias, lora_A, lora_B, lora_bias, ldy, ldh, ldx, ldw, 0, lda,
-                        lda_column, 0, ldb, ldb_column, nullptr, starts, nullptr, &scaling, nullptr,
-                        M, K, N, R, 1, x_dtype, lora_dtype, threads});
+        // clang-format off
+        return checked({y, h, x, weight, bias, lora_A, lora_B, lora_bias, ldy, ldh, ldx, ldw,
+                        0, lda, lda_column, 0, ldb, ldb_column, nullptr, starts, nullptr, &scaling,
+                        nullptr, M, K, N, R, 1, x_dtype, lora_dtype, threads});
+        // clang-format on
     });
 }
 
@@ -171,9 +173,12 @@ int32_t fastlora_multi_lora_linear(
     for (int64_t s = 0; scalings && starts && s < S; ++s)
         if (starts[s] < starts[s + 1] && !std::isfinite(scalings[s])) return FASTLORA_NOT_FINITE;
     return guarded([&] {
-        return checked({y, h, x, weight, bias, lora_A, lora_B, nullptr, ldy, ldh, ldx, ldw, lda_slot,
-                        lda, 1, ldb_slot, ldb, 1, order, starts, ranks, scalings, row_scales, M, K, N, R,
-                        S, x_dtype, lora_dtype, threads, table, table_ld, pages, page});
+        // clang-format off
+        return checked({y, h, x, weight, bias, lora_A, lora_B, nullptr, ldy, ldh, ldx, ldw,
+                        lda_slot, lda, 1, ldb_slot, ldb, 1, order, starts, ranks, scalings,
+                        row_scales, M, K, N, R, S, x_dtype, lora_dtype, threads,
+                        table, table_ld, pages, page});
+        // clang-format on
     });
 }
 
@@ -185,16 +190,16 @@ int32_t fastlora_gradient(void* out, int64_t out_row, int64_t out_column, const 
         !readable(right, M, C))
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
-        return current.load()->gradient({out, left, right, out_row, out_column, ld_left, ld_right, M,
-                                         R, C, scaling, dtype, out_dtype, threads});
+        return current.load()->gradient({out, left, right, out_row, out_column, ld_left, ld_right,
+                                         M, R, C, scaling, dtype, out_dtype, threads});
     });
 }
 
 int32_t fastlora_dropout(void* out, int64_t ldo, const void* x, int64_t ldx, int64_t M, int64_t K,
                          int64_t first_row, int64_t seed, int32_t threshold, float scale,
                          int32_t add, int32_t dtype, int32_t threads) {
-    if (!sizes({M, K, first_row}) || !count(threads) || !readable(out, M, K) || !readable(x, M, K) ||
-        threshold < 0 || threshold > 65536)
+    if (!sizes({M, K, first_row}) || !count(threads) || !readable(out, M, K) ||
+        !readable(x, M, K) || threshold < 0 || threshold > 65536)
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
         return current.load()->dropout({out, x, ldo, ldx, M, K, first_row, uint64_t(seed),
@@ -209,7 +214,7 @@ int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* l
     if (!merge_arguments(args) || dtype < FASTLORA_FLOAT32 || dtype > FASTLORA_FLOAT16)
         return FASTLORA_BAD_ARGUMENT;
     return guarded([&] {
-        if (!receipt && current.load()->merge_for_good(args)) return FASTLORA_OK;
+        if (!receipt && current.load()->merge_without_receipt(args)) return FASTLORA_OK;
         std::unique_ptr<Receipt> made(new Receipt);
         made->factors = factors(args);
         const int32_t code = current.load()->merge(args, *made);
@@ -221,8 +226,7 @@ int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* l
 int64_t fastlora_receipt_size(const void* receipt) {
     int64_t size = 0;
     if (receipt)
-        for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles)
-            size += tile.size;
+        for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles) size += tile.size;
     return size;
 }
 
@@ -256,8 +260,8 @@ int32_t fastlora_receipt_read(void* receipt, uint16_t* positions, void* bits, in
         if (i % 128 == 0) trim();
     }
     checksums[0] = int64_t(merged);
-    checksums[1] = int64_t(
-        held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
+    checksums[1] =
+        int64_t(held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
     return FASTLORA_OK;
 }
 

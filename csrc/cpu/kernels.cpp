@@ -56,10 +56,13 @@ Buffer<To> copied(const From* from, int64_t rows, int64_t columns, int64_t row, 
 template <class X, class T>
 void linear_of(const LinearArgs& a, const T* A, int64_t lda, const T* B, int64_t ldb,
                const float* lora_bias, const Pages<T>* pages = nullptr) {
+    // clang-format off
     const Rows<X, T> rows{
-        {a.M, a.K, a.N, pages ? pages->most : a.R, a.S}, as<X>(a.y), a.ldy, as<X>(a.h), a.ldh, as<X>(a.x), a.ldx,
-        as<X>(a.weight), a.ldw, as<X>(a.bias), A, a.lda_slot, lda, B, a.ldb_slot, ldb, lora_bias,
-        a.order, a.starts, a.scalings, a.ranks, a.row_scales, a.threads, pages};
+        {a.M, a.K, a.N, pages ? pages->most : a.R, a.S}, as<X>(a.y), a.ldy, as<X>(a.h), a.ldh,
+        as<X>(a.x), a.ldx, as<X>(a.weight), a.ldw, as<X>(a.bias), A, a.lda_slot, lda,
+        B, a.ldb_slot, ldb, lora_bias, a.order, a.starts, a.scalings, a.ranks, a.row_scales,
+        a.threads, pages};
+    // clang-format on
     LoRARows<X, T>(rows).run();
 }
 
@@ -85,7 +88,7 @@ int32_t linear(const LinearArgs& a) {
             const auto right = copied<To>(B, a.N, a.R, a.ldb, a.ldb_column);
             linear_of<X, To>(a, left.get(), a.K, right.get(), a.R, lora_bias);
         };
-        if (!std::is_same_v<X, T> && Kind<X>::PER == 2 && a.S == 1 && a.M > MANY)
+        if (!std::is_same_v<X, T> && Packets<X>::PER == 2 && a.S == 1 && a.M > MANY)
             with(X{});
         else if (a.lda_column != 1 || a.ldb_column != 1)
             with(T{});
@@ -126,12 +129,13 @@ int32_t merge(const MergeArgs& a, Receipt& receipt) {
     });
 }
 
-bool merge_for_good(const MergeArgs& a) {
+bool merge_without_receipt(const MergeArgs& a) {
     const Delta delta(a.A, a.B, a.N, a.K, a.R);
-    return with_type(a.dtype, [&](auto t) -> int32_t {
+    const int32_t done = with_type(a.dtype, [&](auto t) -> int32_t {
         using T = decltype(t);
-        return ForGood<T>(weight_of<T>(a), delta, a.threads).merge();
-    }) == 1;
+        return MergeWithoutReceipt<T>(weight_of<T>(a), delta, a.threads).merge();
+    });
+    return done == 1;
 }
 
 int32_t undo(const MergeArgs& a, const Receipt& receipt) {
@@ -148,7 +152,8 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
     return with_type(a.dtype, [&](auto t) {
         using T = decltype(t);
         return Merge<T>(weight_of<T>(a), delta, a.threads)
-            .unmerge(receipt.positions, as<T>(receipt.bits), receipt.counts, receipt.merged, receipt.whole);
+            .unmerge(receipt.positions, as<T>(receipt.bits), receipt.counts, receipt.merged,
+                     receipt.whole);
     });
 }
 
@@ -156,7 +161,7 @@ int32_t unmerge(const MergeArgs& a, const ReceiptArgs& receipt) {
 
 #define FL_TEXT(name) FL_TEXT_(name)
 #define FL_TEXT_(name) #name
-extern const Table table = {FL_TEXT(FL_ISA), linear, gradient, dropout, merge, merge_for_good, undo,
-                            unmerge, digest};
+extern const Table table = {FL_TEXT(FL_ISA),       linear, gradient, dropout, merge,
+                            merge_without_receipt, undo,   unmerge,  digest};
 
 }  // namespace fastlora::FL_ISA

@@ -1,4 +1,4 @@
-// What one instruction set offers: filled by kernels.cpp, once for each.
+// The kernels of one instruction set as a table of functions; kernels.cpp fills one for each set.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +63,7 @@ struct Table {
     int32_t (*dropout)(const DropoutArgs&);
     int32_t (*merge)(const MergeArgs&, Receipt&);
     // False, nothing done, where a value might not be finite.
-    bool (*merge_for_good)(const MergeArgs&);
+    bool (*merge_without_receipt)(const MergeArgs&);
     int32_t (*undo)(const MergeArgs&, const Receipt&);
     int32_t (*unmerge)(const MergeArgs&, const ReceiptArgs&);
     // A checksum of bytes whose first word has the number `first`.

@@ -1,4 +1,4 @@
-// How a kernel is launched, and what is said when it cannot be.
+// Launches a kernel, and notes why when it cannot be launched.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace fastlora {
 
 struct Launch {
-    int64_t x, y, z;  // blocks
+    int64_t x, y, z;      // blocks
     int threads, shared;  // of a block; bytes
     void* stream;
     // Of two launches the first, or the second, which from Hopper on may begin while the first one

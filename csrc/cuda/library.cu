@@ -16,7 +16,7 @@ const char* fastlora_cuda_last_error(void) { return fastlora::last_failure().c_s
 const char* fastlora_cuda_architectures(void) { return "host"; }
 const char* fastlora_cuda_compiler(void) { return "g++-" __VERSION__; }
 
-// Of the host twin alone: 0 lets blocks and threads take turns in order, else the seed of an order.
+// For the host twin alone: 0 lets blocks and threads take turns in order, else the seed of an order.
 FASTLORA_API void fastlora_cuda_host_order(uint64_t seed) { fastlora::host::machine.order = seed; }
 
 #else

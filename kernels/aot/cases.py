@@ -95,7 +95,7 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
         every, main = _forms_of(kernel, arch, sample)
         forms = [(config, form) for config in defaults for form in every]
         forms += [(config, form) for config in shipped for form in main(config)]
-        found = []
+        chosen = []
         for config, form in forms:
             if dtype == "fp16" and kernel.removeprefix("multi_").startswith("gemm"):
                 if form.overlap:
@@ -106,8 +106,8 @@ def cases(arch: int, kernel: str, sample: bool) -> Iterator[Case]:
             if kernel == "one_pass" and not choice.possible(kernel, asked, arch, False):
                 continue
             fitted = fitting.fitted(config, choice.need(kernel, asked, dtype, arch))
-            found.append(Case(kernel, dtype, fitted, arch, form))
-        yield from dict.fromkeys(found)
+            chosen.append(Case(kernel, dtype, fitted, arch, form))
+        yield from dict.fromkeys(chosen)
 
 
 def _forms_of(kernel: str, arch: int, sample: bool):

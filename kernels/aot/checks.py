@@ -52,9 +52,9 @@ class Row:
 
 
 def examine(
-    kernel, arch: int, wanted: Iterable[str] = (), odd: bool = False, parked: int | None = None
+    kernel, arch: int, needs: Iterable[str] = (), odd: bool = False, parked: int | None = None
 ) -> Row:
-    """Figures and faults of a compiled kernel, which needs ``wanted`` in its PTX.
+    """Figures and faults of a compiled kernel, which needs ``needs`` in its PTX.
 
     parked: bytes of stack that are no fault of it, whatever its registers.
     """
@@ -75,7 +75,7 @@ def examine(
         faults.append(f"{columns} columns of tensor memory, sm_{arch} has {TENSOR_MEMORY}")
     if target is None or target[1] != TARGETS[arch]:
         faults.append(f"compiled for {target and target[1]}, expected {TARGETS[arch]}")
-    faults += [f"no {instruction} in its PTX" for instruction in wanted if instruction not in ptx]
+    faults += [f"no {instruction} in its PTX" for instruction in needs if instruction not in ptx]
     faults += narrow_offsets(kernel.asm["ttir"])
     return Row(
         registers=used["REG"], stack=stack, shared=shared,
@@ -101,7 +101,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     that are not constants. Coordinates, which fit, pass; so does a stride as a plain step of a
     pointer, and what is meant modulo 2**32 (a value modulo_…).
     """
-    found = []
+    faults = []
     for line in ttir.splitlines():
         code = line.split(" loc(")[0].strip()
         match = re.match(r"%\S+ = arith\.(\w+) (.+) : (\S+)$", code)
@@ -114,8 +114,8 @@ def narrow_offsets(ttir: str) -> list[str]:
         meant = any(name.startswith("modulo_") for name in names)
         product = operation == "muli" and "x" in kind and not constant and not meant
         if (stride and operation != "extsi") or product:
-            found.append(f"a 32-bit offset: {code}")
-    return found
+            faults.append(f"a 32-bit offset: {code}")
+    return faults
 
 
 def table(rows: Iterable[Row]) -> list[str]:

@@ -40,7 +40,7 @@ def launch_merge(case: Case, dtype: torch.dtype, lora_dtype: torch.dtype) -> Non
     adapters = as_read(
         [(torch.empty(rank, k, dtype=lora_dtype), torch.empty(n, rank, dtype=lora_dtype), 1.0)]
     )
-    old, new = (adapters if wanted else [] for wanted in (v.takes, v.puts))
+    old, new = (adapters if used else [] for used in (v.takes, v.puts))
     job = Job(0, weight, old, new, _receipt(weight) if v.takes else ())
     how = How(v.takes, bool(v.puts), v.puts != "for good")
     batch = Batch(TritonKernels(), kind_of(job), [job], how)

@@ -34,8 +34,8 @@ def launch_multi(case: Case, dtype: torch.dtype, lora_dtype: torch.dtype) -> Non
 
     x, y = empty(t, k), empty(t, n)
     w = empty(k, n) if v.backward else empty(n, k).T
-    kept = empty(t, len(ends) * rank)
-    h = torch.empty(4, *kept.shape) if v.split else kept
+    h_out = empty(t, len(ends) * rank)
+    h = torch.empty(4, *h_out.shape) if v.split else h_out
     if v.paged:
         # Slots of as many pages as the rank needs.
         table = torch.empty(SLOTS, -(-rank // PAGE), dtype=torch.int32)
@@ -52,22 +52,22 @@ def launch_multi(case: Case, dtype: torch.dtype, lora_dtype: torch.dtype) -> Non
     rows = Rows.of(ids, order, counts(torch.float32, SLOTS), *optional)
     bias = empty(n) if v.biases else None
     if case.kernel == "multi_shrink":
-        scaled = None if v.split or v.first else torch.empty_like(kept)
+        scaled = None if v.split or v.first else torch.empty_like(h_out)
         multi_shrink(
             x, adapters, rows, h, config, slices=len(ends), scaled=scaled, overlap=v.overlap
         )
     elif case.kernel == "multi_expand":
-        multi_expand(y, h, adapters, rows, ends, config, out=kept)
+        multi_expand(y, h, adapters, rows, ends, config, out=h_out)
     elif case.kernel == "multi_decode":
         multi_decode(
-            x, w, y, h, adapters, rows, ends, config, out=kept, bias=bias, overlap=v.overlap
+            x, w, y, h, adapters, rows, ends, config, out=h_out, bias=bias, overlap=v.overlap
         )
     elif case.kernel == "multi_gradient":
         out = empty(SLOTS, rank, k, dtype=lora_dtype)
-        multi_gradient(x, kept, out, rows, counts(torch.int64, SLOTS + 1), config)
+        multi_gradient(x, h_out, out, rows, counts(torch.int64, SLOTS + 1), config)
     else:
         multi_gemm(
-            x, w, y, kept, adapters, rows, ends, config, tma=case.kernel.endswith("_tma"),
+            x, w, y, h_out, adapters, rows, ends, config, tma=case.kernel.endswith("_tma"),
             programs=132, first=v.first, bias=bias, overlap=v.overlap,
         )  # fmt: skip
 
@@ -85,13 +85,13 @@ def forms(kernel: str, arch: int, sample: bool) -> tuple[Variant, ...]:
         paged = Variant(64)
     if sample:
         return every, paged
-    found = [every, paged, Variant(), Variant(512, biases=True)]
+    variants = [every, paged, Variant(), Variant(512, biases=True)]
     if kernel in ("multi_shrink", "multi_decode") or kernel.startswith("multi_gemm"):
-        found += [Variant(overlap=True), Variant(64, overlap=True)] if arch >= 90 else []
+        variants += [Variant(overlap=True), Variant(64, overlap=True)] if arch >= 90 else []
     if kernel != "multi_gradient":
-        found += [Variant(packed=True), Variant(paged=True)]
+        variants += [Variant(packed=True), Variant(paged=True)]
     if kernel.startswith("multi_gemm"):
-        found += [Variant(first=True), Variant(64, biases=True, paged=True, first=True)]
+        variants += [Variant(first=True), Variant(64, biases=True, paged=True, first=True)]
     if kernel != "multi_gemm_tma":
-        found += [Variant(odd=True), Variant(odd=True, paged=True), Variant(one=True)]
-    return tuple(found)
+        variants += [Variant(odd=True), Variant(odd=True, paged=True), Variant(one=True)]
+    return tuple(variants)

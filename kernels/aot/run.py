@@ -172,29 +172,30 @@ def compile_case(case: Case) -> list[aot_checks.Row]:
     seconds = (time.perf_counter() - start) / len(compiled)
     rows, parked = [], spare(case) if case.kernel == "merge" else None
     for kernel in compiled:
-        needs = wanted(case) if kernel.name != "_add_parts" else ()
+        needs = needed_instructions(case) if kernel.name != "_add_parts" else ()
         row = aot_checks.examine(kernel, case.arch, needs, case.variant.odd, parked)
-        rows.append(replace(row, kernel=kernel.name.lstrip("_"), seconds=seconds, **names))
+        name = kernel.name.lstrip("_") + "_tma" * case.kernel.endswith("_tma")
+        rows.append(replace(row, kernel=name, seconds=seconds, **names))
     return rows
 
 
-def wanted(case: Case) -> tuple[str, ...]:
+def needed_instructions(case: Case) -> tuple[str, ...]:
     """Instructions without which the kernel would be slow: they must be in its PTX."""
-    found = []
+    instructions = []
     kernel = case.kernel.removeprefix("multi_")
     if kernel == "gemm_tma":
-        found += ["cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global"]
+        instructions += ["cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global"]
     if case.variant.overlap:
         waits = "launch_dependents" if "shrink" in kernel else "wait"
-        found.append(f"griddepcontrol.{waits}")
+        instructions.append(f"griddepcontrol.{waits}")
     # A group of four warps multiplies 64 rows at a time.
     if kernel == "merge":
         # All of them: what is taken out must be multiplied as it was when it was put in.
-        found.append(MERGE_PRODUCTS.get(case.arch, "mma.sync"))
+        instructions.append(MERGE_PRODUCTS.get(case.arch, "mma.sync"))
     rows = {"gemm": 64, "gemm_tma": 64, "one_pass": 128}.get(kernel)
     if rows and rows <= case.config.BM and case.dtype != "fp32" and not case.variant.no_weight:
-        found.append({90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(case.arch, "mma.sync"))
-    return tuple(found)
+        instructions.append({90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(case.arch, "mma.sync"))
+    return tuple(instructions)
 
 
 def compile_all(chosen: Iterable[Case], jobs: int) -> Iterator[aot_checks.Row]:

@@ -37,7 +37,7 @@ _FAR = 2.0
 
 
 def dtype_name(dtype: torch.dtype, lora_dtype: torch.dtype) -> str:
-    """As rows name it: bf16, or bf16+fp32 with float32 adapters; fp32 as it enters the product."""
+    """Names it as rows do: bf16, or bf16+fp32 with float32 adapters; fp32 as it enters products."""
     name = DTYPES[dtype]
     if dtype == torch.float32 and precision(dtype) == "tf32":
         name = "tf32"
@@ -185,11 +185,11 @@ def forget() -> None:
 @lru_cache
 def _tuned(gpu: str) -> dict[tuple[str, str], list[records.Row]]:
     """The GPU's rows that can be understood, by kernel and dtype."""
-    found: dict[tuple[str, str], list[records.Row]] = {}
+    rows_by_kernel: dict[tuple[str, str], list[records.Row]] = {}
     for row in records.read(records.file_of(gpu), versions()):
         if _understood(row):
-            found.setdefault((row["kernel"], row["dtype"]), []).append(row)
-    return found
+            rows_by_kernel.setdefault((row["kernel"], row["dtype"]), []).append(row)
+    return rows_by_kernel
 
 
 def _understood(row: records.Row) -> bool:

@@ -54,11 +54,11 @@ def read(name: str, versions: Row) -> list[Row]:
 def verified(
     op: str, dtype: str | None, arch: int, paths: tuple[str, ...], versions: Row
 ) -> tuple[str, ...]:
-    """Those of ``paths`` of op that passed on such a GPU, in this dtype or, if None, in any."""
-    wanted = {"op": op, "arch": arch} | ({"dtype": dtype} if dtype else {})
+    """Lists the ``paths`` of op that passed on such a GPU, in this dtype or, if None, in any."""
+    columns = {"op": op, "arch": arch} | ({"dtype": dtype} if dtype else {})
     passed: dict[tuple[Any, Any], bool] = {}
     for row in read(VERIFIED, versions):
-        if wanted.items() <= row.items():
+        if columns.items() <= row.items():
             # The user's own rows come first, and say more of this machine than those that ship.
             passed.setdefault((row.get("dtype"), row.get("path")), row.get("passed", True))
     good = dict.fromkeys(path for (_, path), well in passed.items() if well and path in paths)
@@ -83,8 +83,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _write(name: str, rows: list[Row], keys: tuple[str, ...], folder: Path) -> Path:
-    kept = {tuple(row.get(key) for key in keys): row for row in [*_rows(folder / name), *rows]}
-    lines = [json.dumps(kept[key]) for key in sorted(kept, key=str)]
+    by_keys = {tuple(row.get(key) for key in keys): row for row in [*_rows(folder / name), *rows]}
+    lines = [json.dumps(by_keys[key]) for key in sorted(by_keys, key=str)]
     # Whoever reads meanwhile sees the old file or the new one.
     handle, new = tempfile.mkstemp(dir=folder, suffix=".new")
     try:

@@ -9,8 +9,8 @@ steps of a tile. It comes last, by when a shrink kernel that runs beside this on
 dependent launch) has h ready, and takes h scaled already; under dropout it comes first, so that the
 mask and the factor meet the LoRA term alone, and in float16 too, whose range a scaled h may exceed.
 
-``_gemm`` reads through pointers of any stride and alignment. ``_gemm_tma`` is its twin on tensor
-descriptors, from Hopper on, in a persistent grid: aligned rows, unit column strides.
+x, w and y are pointers of any stride and alignment, or, with ``TMA``, tensor descriptors: from
+Hopper on, in a persistent grid, of aligned rows and unit column strides.
 """
 
 import torch
@@ -27,68 +27,48 @@ from fastlora.kernels.tile.steps import base_steps, base_steps_tma
 
 @triton.jit
 def _gemm(
-    p_x, p_w, p_y, p_h, p_b, p_bias, p_lora_bias, p_seed,
+    x, w, y, p_h, p_b, p_bias, p_lora_bias, p_seed,
     M, N, K, R, scaling, factor, threshold,
     s_x_m, s_x_k, s_w_k, s_w_n, s_y_m, s_y_n, s_h_m, s_b_r, s_b_n,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, W_TRANSPOSED: tl.constexpr,
     FIRST: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, LORA_BIAS: tl.constexpr,
     OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
         row, column = tile_of(tile, M, N, BM, BN, GROUP)
         rows, columns = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
+        rank_operands = (p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n)
         acc = tl.zeros([BM, BN], tl.float32)
         if FIRST:
-            if OVERLAP:
-                tl.extra.cuda.gdc_wait()
-            acc = rank_step(
-                acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
-            )
+            acc = _rank_step(acc, *rank_operands, BR, OVERLAP, PRECISION)
             acc = scaled(acc, factor, p_seed, threshold, rows, column * BN, BM, BN, DROPOUT)
-        acc = base_steps(
-            acc, p_x, p_w, rows, columns, M, N, K, s_x_m, s_x_k, s_w_k, s_w_n, BK, PRECISION
-        )
-        if not FIRST:
-            if OVERLAP:
-                tl.extra.cuda.gdc_wait()
-            acc = rank_step(
-                acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
+        if TMA:
+            acc = base_steps_tma(acc, x, w, row * BM, column * BN, K, BK, W_TRANSPOSED, PRECISION)
+        else:
+            acc = base_steps(
+                acc, x, w, rows, columns, M, N, K, s_x_m, s_x_k, s_w_k, s_w_n, BK, PRECISION
             )
+        if not FIRST:
+            acc = _rank_step(acc, *rank_operands, BR, OVERLAP, PRECISION)
         acc = add_biases(acc, p_bias, p_lora_bias, columns, N, scaling, BIAS, LORA_BIAS)
-        o_y = rows.to(tl.int64)[:, None] * s_y_m + columns.to(tl.int64)[None, :] * s_y_n
-        m_y = (rows[:, None] < M) & (columns[None, :] < N)
-        tl.store(p_y + o_y, narrow(acc, p_y.dtype.element_ty), mask=m_y)
+        if TMA:
+            y.store([row * BM, column * BN], narrow(acc, y.dtype))
+        else:
+            o_y = rows.to(tl.int64)[:, None] * s_y_m + columns.to(tl.int64)[None, :] * s_y_n
+            m_y = (rows[:, None] < M) & (columns[None, :] < N)
+            tl.store(y + o_y, narrow(acc, y.dtype.element_ty), mask=m_y)
 
 
 @triton.jit
-def _gemm_tma(
-    d_x, d_w, d_y, p_h, p_b, p_bias, p_lora_bias, p_seed,
-    M, N, K, R, scaling, factor, threshold, s_h_m, s_b_r, s_b_n,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    W_TRANSPOSED: tl.constexpr,
-    FIRST: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, LORA_BIAS: tl.constexpr,
-    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+def _rank_step(
+    acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n,
+    BR: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
-        row, column = tile_of(tile, M, N, BM, BN, GROUP)
-        rows, columns = row * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN)
-        acc = tl.zeros([BM, BN], tl.float32)
-        if FIRST:
-            if OVERLAP:
-                tl.extra.cuda.gdc_wait()
-            acc = rank_step(
-                acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
-            )
-            acc = scaled(acc, factor, p_seed, threshold, rows, column * BN, BM, BN, DROPOUT)
-        acc = base_steps_tma(acc, d_x, d_w, row * BM, column * BN, K, BK, W_TRANSPOSED, PRECISION)
-        if not FIRST:
-            if OVERLAP:
-                tl.extra.cuda.gdc_wait()
-            acc = rank_step(
-                acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION
-            )
-        acc = add_biases(acc, p_bias, p_lora_bias, columns, N, scaling, BIAS, LORA_BIAS)
-        d_y.store([row * BM, column * BN], narrow(acc, d_y.dtype))
+    """The rank step, once a shrink that runs beside this kernel has written h."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    return rank_step(acc, p_h, p_b, rows, columns, M, N, R, s_h_m, s_b_r, s_b_n, BR, PRECISION)
 
 
 def gemm(
@@ -134,23 +114,25 @@ def gemm(
         options["launch_pdl"] = True
     with device_of(x):
         if tma:
-            d_x, d_w, d_y, turned = descriptors(x, w, y, config)
-            _gemm_tma[(min(tiles, programs),)](
-                d_x, d_w, d_y, h, b, *vectors, seed, *numbers, *rank,
-                W_TRANSPOSED=turned, **options,
-            )  # fmt: skip
+            *matrices, turned = descriptors(x, w, y, config)
+            grid, strides = (min(tiles, programs),), (None,) * 6
         else:
             # Not persistent: its tiles are small enough for several programs an SM.
-            _gemm[(tiles,)](
-                x, w, y, h, b, *vectors, seed, *numbers,
-                *x.stride(), *w.stride(), *y.stride(), *rank, **options,
-            )  # fmt: skip
+            matrices, turned = (x, w, y), False
+            grid, strides = (tiles,), (*x.stride(), *w.stride(), *y.stride())
+        _gemm[grid](
+            *matrices, h, b, *vectors, seed, *numbers, *strides, *rank,
+            TMA=tma, W_TRANSPOSED=turned, **options,
+        )  # fmt: skip
 
 
 def descriptors(
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, config: Gemm
 ) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor, bool]:
-    """Of x, w and y, in the config's tiles, and whether w's is of w.T, whose rows lie together."""
+    """Makes those of x, w and y in the config's tiles, w's of w.T where that one's rows are whole.
+
+    The last value says whether they are.
+    """
     turned = w.stride(0) == 1
     rows, tile = (w.T, [config.BN, config.BK]) if turned else (w, [config.BK, config.BN])
     d_x = TensorDescriptor.from_tensor(x, [config.BM, config.BK])

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastlora.kernels.merge.batch import PACK, RAW, Batch, How, Kind, State, Tables
 from fastlora.kernels.merge.tile import (
-    HIGH,
     INFINITE,
+    TILE_K,
+    TILE_N,
     WEIGHT,
-    WIDE,
     checksum,
     delta,
     differs,
@@ -78,11 +78,11 @@ def _swap(
     if ALIGNED:
         N, K = N // 8 * 8, K // 8 * 8
     place, across = tile - tl.load(p + 5), tl.load(p + 6)
-    first_n, first_k = place // across * HIGH, place % across * WIDE
-    o_n, o_k = tl.arange(0, HIGH), tl.arange(0, WIDE)
+    first_n, first_k = place // across * TILE_N, place % across * TILE_K
+    o_n, o_k = tl.arange(0, TILE_N), tl.arange(0, TILE_K)
     n, k = first_n + o_n, first_k + o_k
     m_w = (n < N)[:, None] & (k < K)[None, :]
-    found = tl.load(pointers(p, n, k, RAW, INNER, ALIGNED), mask=m_w, other=0)  # [HIGH, WIDE]
+    found = tl.load(pointers(p, n, k, RAW, INNER, ALIGNED), mask=m_w, other=0)  # [TILE_N, TILE_K]
 
     b_w = found
     state = tl.full([], DONE, tl.int32)
@@ -126,7 +126,7 @@ def _swap(
                 lost = differs(rounded(merged - d, DTYPE), b_w, DTYPE, RAW)
                 m_lost = lost.to(tl.int32)
                 inside_row = tl.cumsum(m_lost, 1)
-                of_row = tl.sum(m_lost, 1)  # [HIGH]
+                of_row = tl.sum(m_lost, 1)  # [TILE_N]
                 before_row = tl.cumsum(of_row, 0) - of_row
                 count = tl.sum(of_row, 0)
                 tl.store(counts + tile, count)
@@ -137,7 +137,7 @@ def _swap(
                     else:
                         tl.store(offsets + tile, at)
                         o_e = inside_row + (before_row - 1)[:, None]
-                        position = (o_n[:, None] * WIDE + o_k[None, :]).to(PACK)
+                        position = (o_n[:, None] * TILE_K + o_k[None, :]).to(PACK)
                         tl.store(pool + at + o_e, packed(position, b_w, PACK, RAW), mask=lost)
             b_m = raw_of(merged, DTYPE, RAW)
             if SUMS:
@@ -167,7 +167,7 @@ def _gather(positions, bits, pool, starts, offsets, counts, RAW: tl.constexpr, B
 class TritonKernels:
     """These kernels, as a batch calls them."""
 
-    tile = (HIGH.value, WIDE.value)
+    tile = (TILE_N.value, TILE_K.value)
 
     def swap(
         self, batch: Batch, tables: Tables, wanted: int, before: tuple[Tensor, Tensor, Tensor],
@@ -199,5 +199,5 @@ class TritonKernels:
 
 
 def _precision(lora: torch.dtype) -> str:
-    """Of float32 factors: three tensor-core products, as accurate as one of float32."""
+    """Says how factors enter tensor cores: float32 ones in three products, as accurate as one."""
     return "tf32x3" if lora == torch.float32 else "ieee"

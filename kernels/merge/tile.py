@@ -10,7 +10,7 @@ import triton.language as tl
 from fastlora.kernels.tile.numerics import INTERPRETED, dot, narrow
 
 # Rows and columns of a tile: a position in it fits 16 bits.
-HIGH, WIDE = tl.constexpr(128), tl.constexpr(64)
+TILE_N, TILE_K = tl.constexpr(128), tl.constexpr(64)
 # Bits, without the sign, from which on a float32 is no finite number.
 INFINITE = tl.constexpr(0x7F800000)
 # Ranks of a step of the product.
@@ -103,13 +103,13 @@ def delta(
     adapters, scales, first, count, n, k, N, K,
     LORA: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """d = sum of scale * B @ A of ``count`` adapters for rows n [HIGH] and columns k [WIDE].
+    """d = sum of scale * B @ A of ``count`` adapters for rows n [TILE_N] and columns k [TILE_K].
 
     float32, in bits that the same kernel always gives: fixed steps in the order of the ranks, no
     contraction. Half-precision factors enter tensor cores as they are, float32 ones in three
     products of tf32 numbers.
     """
-    total = tl.zeros([HIGH, WIDE], tl.float32)
+    total = tl.zeros([TILE_N, TILE_K], tl.float32)
     o_r = tl.arange(0, STEP)
     m_n, m_k = n < N, k < K
     for i in range(first, first + count):
@@ -121,11 +121,11 @@ def delta(
         R = tl.load(p + 4).to(tl.int32)
         if ALIGNED:
             lda, ldb, R = lda // 8 * 8, ldb // 8 * 8, R // 8 * 8
-        acc = tl.zeros([HIGH, WIDE], tl.float32)
+        acc = tl.zeros([TILE_N, TILE_K], tl.float32)
         if R <= FEW:
             for r in range(R):
-                b_a = tl.load(p_a + r * lda + k, mask=m_k, other=0.0).to(tl.float32)  # [WIDE]
-                b_b = tl.load(p_b + n * ldb + r, mask=m_n, other=0.0).to(tl.float32)  # [HIGH]
+                b_a = tl.load(p_a + r * lda + k, mask=m_k, other=0.0).to(tl.float32)  # [TILE_K]
+                b_b = tl.load(p_b + n * ldb + r, mask=m_n, other=0.0).to(tl.float32)  # [TILE_N]
                 acc += b_b[:, None] * b_a[None, :]
         else:
             for r in range(0, R, STEP):
@@ -134,8 +134,8 @@ def delta(
                 p_rb = p_b + n[:, None] * ldb + (r + o_r)[None, :]
                 if ALIGNED:
                     p_ra, p_rb = tl.multiple_of(p_ra, (1, 16)), tl.multiple_of(p_rb, (1, 16))
-                b_a = tl.load(p_ra, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [STEP, WIDE]
-                b_b = tl.load(p_rb, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [HIGH, STEP]
+                b_a = tl.load(p_ra, mask=m_r[:, None] & m_k[None, :], other=0.0)  # [STEP, TILE_K]
+                b_b = tl.load(p_rb, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [TILE_N, STEP]
                 acc = dot(b_b, b_a, acc, PRECISION)
         total += tl.load(scales + i) * acc
     return total
@@ -143,7 +143,7 @@ def delta(
 
 @triton.jit
 def checksum(raw):
-    """Of a tile of bits, 0 where it ends: one changed element or two swapped ones change it.
+    """Sums a tile of bits, 0 where it ends: one changed element or two swapped ones change it.
 
     Rows modulo 2^32, by keys that are odd so that no difference vanishes; rows together modulo
     2^64.
@@ -155,16 +155,16 @@ def checksum(raw):
         words = raw.to(tl.uint32, bitcast=True) * 0x9E3779B1
         words = words ^ (words >> 15)
     # 2^32 over the golden ratio.
-    keys = (tl.arange(0, WIDE).to(tl.uint32) * 2 + 1) * 0x9E3779B1
-    modulo_keys = tl.broadcast_to(keys[None, :], [HIGH, WIDE])
-    rows = tl.sum(words * modulo_keys, 1).to(tl.uint32)  # [HIGH]
-    places = tl.arange(0, HIGH).to(tl.int64) * 2 + 1
+    keys = (tl.arange(0, TILE_K).to(tl.uint32) * 2 + 1) * 0x9E3779B1
+    modulo_keys = tl.broadcast_to(keys[None, :], [TILE_N, TILE_K])
+    rows = tl.sum(words * modulo_keys, 1).to(tl.uint32)  # [TILE_N]
+    places = tl.arange(0, TILE_N).to(tl.int64) * 2 + 1
     return tl.sum(rows.to(tl.int64) * places, 0)
 
 
 @triton.jit
 def magnitude(t):
-    """Of float32 numbers, their bits without the sign: in order as they are, NaN last."""
+    """Takes float32 numbers' bits without the sign: in order as they are, NaN last."""
     return t.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -199,6 +199,6 @@ def put_back(
             p_bits = tl.load(weight + 12).to(tl.pointer_type(RAW)) + at
             position = tl.load(p_positions + o_e, mask=m_e, other=0).to(tl.int32) & 0xFFFF
             b_e = tl.load(p_bits + o_e, mask=m_e, other=0)
-        n, k = first_n + position // WIDE, first_k + position % WIDE
-        m_e = m_e & (position < HIGH * WIDE) & (n < N) & (k < K)
+        n, k = first_n + position // TILE_K, first_k + position % TILE_K
+        m_e = m_e & (position < TILE_N * TILE_K) & (n < N) & (k < K)
         tl.store(p_w + n * s_n + k * s_k, b_e, mask=m_e)

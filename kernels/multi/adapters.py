@@ -34,7 +34,7 @@ def ranks_of(p_ranks, slots, R, RANKS: tl.constexpr):
 
 @triton.jit
 def factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES: tl.constexpr):
-    """By what a row's adapter part is multiplied [BM]; 0 for rows of none and of no ranks."""
+    """Finds a row's factor of its adapter part [BM]; 0 for rows of none and of no ranks."""
     used = tl.where(b_ranks > 0, slots, -1) >= 0
     b_factors = tl.load(p_scalings + slots, mask=used, other=0.0).to(tl.float32)
     if ROW_SCALES:
@@ -69,25 +69,25 @@ def sorted_tile(p_order, p_ids, tile, T, S, BM: tl.constexpr):
 
 
 @triton.jit
-def numbered(slots, number, wanted, S):
-    """The slot of the tile's adapter number ``wanted``, S if there are fewer."""
-    return tl.min(tl.where(number == wanted, slots, S))
+def numbered(slots, number, turn, S):
+    """The slot of the tile's adapter number ``turn``, S if there are fewer."""
+    return tl.min(tl.where(number == turn, slots, S))
 
 
 @triton.jit
 def places(
-    p_table, slots, ranks, wanted, pages, s_table, s_slot, s_rank,
+    p_table, slots, ranks, mask, pages, s_table, s_slot, s_rank,
     TABLE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Where rows of A or B begin, and which of those wanted there are; slots or ranks a scalar."""
+    """Where rows of A or B begin, and which of those in mask there are; slots or ranks a scalar."""
     if TABLE:
         o_table = slots.to(tl.int64) * s_table + ranks // PAGE
-        b_pages = tl.load(p_table + o_table, mask=wanted, other=-1)
-        wanted = wanted & (b_pages >= 0) & (b_pages < pages)
+        b_pages = tl.load(p_table + o_table, mask=mask, other=-1)
+        mask = mask & (b_pages >= 0) & (b_pages < pages)
         o_rows = b_pages.to(tl.int64) * s_slot + (ranks % PAGE).to(tl.int64) * s_rank
     else:
         o_rows = slots.to(tl.int64) * s_slot + ranks.to(tl.int64) * s_rank
-    return o_rows, wanted
+    return o_rows, mask
 
 
 @triton.jit

@@ -53,8 +53,8 @@ def _multi_decode(
     o_rows = rows.to(tl.int64)[:, None]
     o_columns = columns.to(tl.int64)[None, :]
     # Of an h that comes in parts, one program writes the sum, ranks that a row has not too.
-    kept = tl.where(first_column == begin, R, 0)
-    last = tl.maximum(tl.max(b_ranks), kept) if PARTS > 1 else tl.max(b_ranks)
+    ranks_out = tl.where(first_column == begin, R, 0)
+    last = tl.maximum(tl.max(b_ranks), ranks_out) if PARTS > 1 else tl.max(b_ranks)
     # Apart from acc, which lies as tensor cores have it: moving sums there takes barriers.
     b_delta = tl.zeros([BM, BN], tl.float32)
     if OVERLAP:
@@ -68,7 +68,7 @@ def _multi_decode(
         b_h = narrow(load_h(p_h, o_h, m_h, s_h_part, PARTS), p_out.dtype.element_ty)  # [BR, BM]
         if PARTS > 1:
             o_out = rows.to(tl.int64)[None, :] * s_out + (which * R + ranks)[:, None]
-            m_out = (rows < T)[None, :] & (ranks < kept)[:, None]
+            m_out = (rows < T)[None, :] & (ranks < ranks_out)[:, None]
             tl.store(p_out + o_out, b_h, mask=m_out)
         o_rank, m_rank = places(
             p_table, slots[None, :], ranks[:, None], ranks[:, None] < b_ranks[None, :], pages,
@@ -126,7 +126,7 @@ def multi_decode(
 
 
 def ranks_at_a_time(config: Decode, R: int, size: int) -> int:
-    """As many as fit the registers, and not more than there are."""
+    """Counts the ranks that fit the registers, at most those there are."""
     elements = (_FEW_ROWS if config.BM <= 32 else _MORE_ROWS) // (2 if size == 4 else 1)
     a_rank = config.BM * config.BN // (32 * config.warps)
     return max(1, min(elements // max(1, a_rank), rank_tile(R)))

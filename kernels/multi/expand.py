@@ -46,9 +46,9 @@ def _multi_expand(
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     o_y = rows[:, None] * s_y_t + columns.to(tl.int64)[None, :] * s_y_n
     # Of an h that comes in parts, one program writes the sum, ranks that the adapter has not too.
-    kept = tl.where(first_column == begin, R, 0)
-    wanted = tl.program_id(1)
-    slot = numbered(slots, number, wanted, S)
+    ranks_out = tl.where(first_column == begin, R, 0)
+    turn = tl.program_id(1)
+    slot = numbered(slots, number, turn, S)
     while slot < S:
         mine = slots == slot
         r = ranks_of(p_ranks, slot, R, RANKS)
@@ -56,7 +56,7 @@ def _multi_expand(
         m_y = mine[:, None] & (columns < tl.where(r > 0, end, 0))[None, :]
         b_y = tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)  # [BM, BN]
         acc = tl.zeros([BM, BN], tl.float32)
-        for first in range(0, tl.maximum(r, kept) if PARTS > 1 else r, BR):
+        for first in range(0, tl.maximum(r, ranks_out) if PARTS > 1 else r, BR):
             ranks = first + tl.arange(0, BR)
             o_h = rows[:, None] * s_h_t + (which * R + ranks)[None, :]
             # Up to R, whose steps the compiler knows: past r the shrink has written zeros.
@@ -64,7 +64,7 @@ def _multi_expand(
             b_h = narrow(load_h(p_h, o_h, m_h, s_h_part, PARTS), DTYPE)  # [BM, BR]
             if PARTS > 1:
                 o_out = rows[:, None] * s_out + (which * R + ranks)[None, :]
-                tl.store(p_out + o_out, b_h, mask=mine[:, None] & (ranks < kept)[None, :])
+                tl.store(p_out + o_out, b_h, mask=mine[:, None] & (ranks < ranks_out)[None, :])
             o_rank, m_rank = places(
                 p_table, slot, ranks, ranks < r, pages, s_table, s_b_slot, s_b_r, TABLE, PAGE
             )
@@ -75,8 +75,8 @@ def _multi_expand(
         own = tl.where(mine, slot, -1)
         b_factors = factors_of(p_scalings, p_row_scales, own, r, rows, ROW_SCALES)
         tl.store(p_y + o_y, narrow(acc * b_factors[:, None] + b_y, DTYPE), mask=m_y)
-        wanted += tl.num_programs(1)
-        slot = numbered(slots, number, wanted, S)
+        turn += tl.num_programs(1)
+        slot = numbered(slots, number, turn, S)
 
 
 def multi_expand(

@@ -10,6 +10,9 @@ scaled already; in float16, whose range a scaled h may exceed, the steps come fi
 are applied to their sum. Moves e * (KN + T (K + N)) and e * R (T + n N) bytes, n the adapters, as
 the product alone but for h and b. Computes 2 T N K flops and 2 BM BN R more for every adapter of a
 tile.
+
+x, w and y are pointers of any stride and alignment, or, with ``TMA``, tensor descriptors in a
+persistent grid, as in ``gemm``.
 """
 
 from __future__ import annotations
@@ -31,83 +34,65 @@ from fastlora.kernels.tile.steps import base_steps, base_steps_tma
 
 @triton.jit
 def _multi_gemm(
-    p_x, p_w, p_y, p_h, p_b, p_bias, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
+    x, w, y, p_h, p_b, p_bias, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
     T, K, R, S, pages, across, ends,
     s_x_t, s_x_k, s_w_k, s_w_n, s_y_t, s_y_n, s_h_t, s_b_slot, s_b_r, s_b_n, s_table,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    TMA: tl.constexpr, W_TRANSPOSED: tl.constexpr,
     RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
     FIRST: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, column = tile_among(tl.program_id(0), tl.cdiv(T, BM), across, GROUP)
-    rows = row * BM + tl.arange(0, BM)
-    which, _, end, first_column = slice_of(column, ends, BN)
-    columns = first_column + tl.arange(0, BN)
-    p_h += which.to(tl.int64) * R
-    slots = slots_of(p_ids, rows, rows < T, S)
-    b_ranks = ranks_of(p_ranks, slots, R, RANKS)
-    acc = tl.zeros([BM, BN], tl.float32)
-    if FIRST:
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        acc = adapter_steps(
-            acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
-            s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
-        )  # fmt: skip
-        acc *= factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES)[:, None]
-    acc = base_steps(
-        acc, p_x, p_w, rows, columns, T, end, K, s_x_t, s_x_k, s_w_k, s_w_n, BK, PRECISION
-    )
-    if not FIRST:
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        acc = adapter_steps(
-            acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
-            s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
-        )  # fmt: skip
-    if BIAS:
-        acc += tl.load(p_bias + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]
-    o_y = rows.to(tl.int64)[:, None] * s_y_t + columns.to(tl.int64)[None, :] * s_y_n
-    m_y = (rows < T)[:, None] & (columns < end)[None, :]
-    tl.store(p_y + o_y, narrow(acc, p_y.dtype.element_ty), mask=m_y)
-
-
-@triton.jit
-def _multi_gemm_tma(
-    d_x, d_w, d_y, p_h, p_b, p_bias, p_ids, p_scalings, p_ranks, p_row_scales, p_table,
-    T, K, R, S, pages, across, ends, s_h_t, s_b_slot, s_b_r, s_b_n, s_table,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    W_TRANSPOSED: tl.constexpr,
-    RANKS: tl.constexpr, ROW_SCALES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-    FIRST: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * across, tl.num_programs(0)):
-        row, column = tile_among(tile, tl.cdiv(T, BM), across, GROUP)
+    program, down = tl.program_id(0), tl.cdiv(T, BM)
+    # With pointers a program has one tile: a loop of one round, which the compiler takes away.
+    begin, stop, step = (program, down * across, tl.num_programs(0)) if TMA else (0, 1, 1)
+    for index in tl.range(begin, stop, step):
+        row, column = tile_among(index if TMA else program, down, across, GROUP)
         rows = row * BM + tl.arange(0, BM)
         which, _, end, first_column = slice_of(column, ends, BN)
         columns = first_column + tl.arange(0, BN)
         p_h_slice = p_h + which.to(tl.int64) * R
         slots = slots_of(p_ids, rows, rows < T, S)
         b_ranks = ranks_of(p_ranks, slots, R, RANKS)
+        rank_operands = (
+            p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
+            s_h_t, s_b_slot, s_b_r, s_b_n, s_table,
+        )  # fmt: skip
         acc = tl.zeros([BM, BN], tl.float32)
         if FIRST:
-            if OVERLAP:
-                tl.extra.cuda.gdc_wait()
-            acc = adapter_steps(
-                acc, p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
-                s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
-            )  # fmt: skip
+            acc = _adapter_steps(acc, *rank_operands, BR, TABLE, PAGE, OVERLAP, PRECISION)
             acc *= factors_of(p_scalings, p_row_scales, slots, b_ranks, rows, ROW_SCALES)[:, None]
-        acc = base_steps_tma(acc, d_x, d_w, row * BM, first_column, K, BK, W_TRANSPOSED, PRECISION)
+        if TMA:
+            acc = base_steps_tma(acc, x, w, row * BM, first_column, K, BK, W_TRANSPOSED, PRECISION)
+        else:
+            acc = base_steps(
+                acc, x, w, rows, columns, T, end, K, s_x_t, s_x_k, s_w_k, s_w_n, BK, PRECISION
+            )
         if not FIRST:
-            if OVERLAP:
-                tl.extra.cuda.gdc_wait()
-            acc = adapter_steps(
-                acc, p_h_slice, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
-                s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
-            )  # fmt: skip
+            acc = _adapter_steps(acc, *rank_operands, BR, TABLE, PAGE, OVERLAP, PRECISION)
         if BIAS:
             acc += tl.load(p_bias + columns, mask=columns < end, other=0.0).to(tl.float32)[None, :]
-        d_y.store([row * BM, first_column], narrow(acc, d_y.dtype))
+        if TMA:
+            y.store([row * BM, first_column], narrow(acc, y.dtype))
+        else:
+            o_y = rows.to(tl.int64)[:, None] * s_y_t + columns.to(tl.int64)[None, :] * s_y_n
+            m_y = (rows < T)[:, None] & (columns < end)[None, :]
+            tl.store(y + o_y, narrow(acc, y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def _adapter_steps(
+    acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
+    s_h_t, s_b_slot, s_b_r, s_b_n, s_table,
+    BR: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The adapters' steps, once a shrink that runs beside this kernel has written h."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    return adapter_steps(
+        acc, p_h, p_b, p_table, slots, b_ranks, rows, columns, end, R, S, pages,
+        s_h_t, s_b_slot, s_b_r, s_b_n, s_table, BR, TABLE, PAGE, PRECISION,
+    )  # fmt: skip
 
 
 def multi_gemm(
@@ -150,15 +135,15 @@ def multi_gemm(
         options["launch_pdl"] = True
     with device_of(x):
         if tma:
-            d_x, d_w, d_y, turned = descriptors(x, w, y, config)
-            _multi_gemm_tma[(min(tiles, programs),)](
-                d_x, d_w, d_y, *operands, *numbers, *strides, W_TRANSPOSED=turned, **options
-            )
+            *matrices, turned = descriptors(x, w, y, config)
+            grid, of_matrices = (min(tiles, programs),), (None,) * 6
         else:
-            _multi_gemm[(tiles,)](
-                x, w, y, *operands, *numbers,
-                *x.stride(), *w.stride(), *y.stride(), *strides, **options,
-            )  # fmt: skip
+            matrices, turned = (x, w, y), False
+            grid, of_matrices = (tiles,), (*x.stride(), *w.stride(), *y.stride())
+        _multi_gemm[grid](
+            *matrices, *operands, *numbers, *of_matrices, *strides,
+            TMA=tma, W_TRANSPOSED=turned, **options,
+        )  # fmt: skip
 
 
 def ends_fit(ends: tuple[int, ...], BN: int) -> bool:

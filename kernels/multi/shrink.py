@@ -48,8 +48,8 @@ def _multi_shrink(
     o_x = rows[:, None] * s_x_t
     columns = which * R + ranks
     o_h = part.to(tl.int64) * s_h_part + rows[:, None] * s_h_t + columns[None, :]
-    wanted = tl.program_id(1)
-    slot = numbered(slots, number, wanted, S)
+    turn = tl.program_id(1)
+    slot = numbered(slots, number, turn, S)
     while slot < S:
         mine = slots == slot
         r = ranks_of(p_ranks, slot, R, RANKS)
@@ -78,8 +78,8 @@ def _multi_shrink(
             b_factors = factors_of(p_scalings, p_row_scales, own, r, rows, ROW_SCALES)
             b_scaled = narrow(b_sum * b_factors[:, None], p_h.dtype.element_ty)
             tl.store(p_scaled + o_h, b_scaled, mask=m_h)
-        wanted += tl.num_programs(1)
-        slot = numbered(slots, number, wanted, S)
+        turn += tl.num_programs(1)
+        slot = numbered(slots, number, turn, S)
 
 
 def multi_shrink(

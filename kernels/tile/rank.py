@@ -65,7 +65,7 @@ def tile_of(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr
 
 @triton.jit
 def tile_among(index, down, across, GROUP: tl.constexpr):
-    """The same of ``down`` rows of tiles and ``across`` columns."""
+    """Finds the tile as ``tile_of`` does, of ``down`` rows of tiles and ``across`` columns."""
     first = index // (GROUP * across) * GROUP
     height = tl.minimum(down - first, GROUP)
     within = index % (GROUP * across)

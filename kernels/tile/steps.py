@@ -33,7 +33,7 @@ def base_steps_tma(
     acc, d_x, d_w, first_row, first_column, K,
     BK: tl.constexpr, W_TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same through descriptors of x and of w, or w.T where it is turned."""
+    """Takes the same steps through descriptors of x and of w, or of w.T where it is turned."""
     for first in range(0, K, BK):
         b_x = d_x.load([first_row, first])  # [BM, BK]
         if W_TRANSPOSED:

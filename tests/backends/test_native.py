@@ -45,12 +45,12 @@ def declared() -> dict[str, tuple[str, list[str]]]:
         "int64_t": "c_long",
         "float": "c_float",
         "void": "None",
-        "const char *": "c_char_p",
+        "const char*": "c_char_p",
     }
 
     def kind(text: str) -> str:
         text = re.sub(r"\w+$", "", text.strip()).strip() if text.strip() != "void" else text
-        if text == "const char *":
+        if text == "const char*":
             return kinds[text]
         return "c_void_p" if "*" in text else kinds[text]
 

@@ -89,7 +89,7 @@ def test_a_missing_instruction_fails(tmp_path) -> None:
         from fastlora.kernels.aot import run as aot, cases as aot_cases
         from fastlora.kernels.tile.configs import Gemm
 
-        aot.wanted = lambda case: ("tcgen05.mma",)
+        aot.needed_instructions = lambda case: ("tcgen05.mma",)
         case = aot_cases.Case("gemm", "bf16", Gemm(64, 64, 64, 8, 4, 4), 90, aot_cases.Variant())
         print(*aot.compile_case(case)[0].faults)
         """,

@@ -17,13 +17,13 @@ constexpr int MB = W == 16 ? 4 : 2;
 
 template <class X>
 constexpr int64_t packed_size(int64_t K) {
-    return (K + Kind<X>::STEP - 1) / Kind<X>::STEP * Kind<X>::STEP * MB;
+    return (K + Packets<X>::STEP - 1) / Packets<X>::STEP * Packets<X>::STEP * MB;
 }
 
 // out [K / STEP, MB, STEP], zeros past K: row i is row(i).
 template <class X, class Row>
 inline void pack(X* out, int64_t rows, Row row, int64_t K) {
-    constexpr int64_t step = Kind<X>::STEP;
+    constexpr int64_t step = Packets<X>::STEP;
     for (int64_t i = 0; i < rows; ++i) {
         const X* from = row(i);
         X* to = out + i * step;
@@ -43,32 +43,32 @@ inline void prefetch(const T* p) {
         __builtin_prefetch(reinterpret_cast<const char*>(p) + b, 0, 2);
 }
 
-// out[m][n] = x[m] . w[n], x packed. Meanwhile AHEAD rows from next[0] on come closer: hardware
+// out[m][n] = x[m] . w[n], x packed. Meanwhile FETCHED rows from next[0] on come closer: hardware
 // alone fetches a third less.
-template <class X, class T, int ROWS, int COLUMNS, int AHEAD>
+template <class X, class T, int ROWS, int COLUMNS, int FETCHED>
 inline void dot_tile(float* out, const X* x, const T* const* w, const T* const* next, int64_t K) {
-    using kind = Kind<X>;
-    constexpr int step = kind::STEP;
+    using packets = Packets<X>;
+    constexpr int step = packets::STEP;
     F sum[ROWS][COLUMNS];
     for (auto& row : sum)
         for (F& s : row) s = zero();
     int64_t k = 0;
     for (; k + step <= K; k += step, x += MB * step) {
-        for (int n = 0; n < AHEAD; ++n) prefetch<T, step * int(sizeof(T))>(next[n] + k);
-        typename kind::Packet b[COLUMNS];
-        for (int n = 0; n < COLUMNS; ++n) b[n] = kind::packet(w[n] + k);
+        for (int n = 0; n < FETCHED; ++n) prefetch<T, int(sizeof(T)) * step>(next[n] + k);
+        typename packets::Packet b[COLUMNS];
+        for (int n = 0; n < COLUMNS; ++n) b[n] = packets::packet(w[n] + k);
         for (int m = 0; m < ROWS; ++m) {
-            const auto a = kind::packet(x + m * step);
-            for (int n = 0; n < COLUMNS; ++n) sum[m][n] = kind::dot(sum[m][n], a, b[n]);
+            const auto a = packets::packet(x + m * step);
+            for (int n = 0; n < COLUMNS; ++n) sum[m][n] = packets::dot(sum[m][n], a, b[n]);
         }
     }
     if (k < K) {
         for (int n = 0; n < COLUMNS; ++n) {
             T padded[step] = {};
             std::memcpy(padded, w[n] + k, (K - k) * sizeof(T));
-            const auto b = kind::packet(padded);
+            const auto b = packets::packet(padded);
             for (int m = 0; m < ROWS; ++m)
-                sum[m][n] = kind::dot(sum[m][n], kind::packet(x + m * step), b);
+                sum[m][n] = packets::dot(sum[m][n], packets::packet(x + m * step), b);
         }
     }
     for (int m = 0; m < ROWS; ++m)
@@ -76,17 +76,19 @@ inline void dot_tile(float* out, const X* x, const T* const* w, const T* const* 
             sums(out + m * COLUMNS + n, sum[m][n], sum[m][n + 1], sum[m][n + 2], sum[m][n + 3]);
 }
 
-// The tile for as many rows, and for as many rows ahead: 0, 1, 2 or all.
+// The tile for as many rows that fetches as many of the next: 0, 1, 2 or all.
 template <class X, class T, int COLUMNS>
-inline auto tile_for(int rows, int ahead) {
-    if (rows == 1) return ahead ? dot_tile<X, T, 1, COLUMNS, COLUMNS> : dot_tile<X, T, 1, COLUMNS, 0>;
+inline auto tile_for(int rows, int fetched) {
+    if (rows == 1)
+        return fetched ? dot_tile<X, T, 1, COLUMNS, COLUMNS> : dot_tile<X, T, 1, COLUMNS, 0>;
     if constexpr (COLUMNS == NB) {
-        if (rows == MB && MB == 4 && ahead == 1) return dot_tile<X, T, MB, NB, 1>;
-        if (rows == MB && MB == 4 && ahead == 2) return dot_tile<X, T, MB, NB, 2>;
-        if (rows == 3 && MB == 4) return ahead ? dot_tile<X, T, 3, NB, NB> : dot_tile<X, T, 3, NB, 0>;
-        if (rows == MB) return ahead ? dot_tile<X, T, MB, NB, NB> : dot_tile<X, T, MB, NB, 0>;
+        if (rows == MB && MB == 4 && fetched == 1) return dot_tile<X, T, MB, NB, 1>;
+        if (rows == MB && MB == 4 && fetched == 2) return dot_tile<X, T, MB, NB, 2>;
+        if (rows == 3 && MB == 4)
+            return fetched ? dot_tile<X, T, 3, NB, NB> : dot_tile<X, T, 3, NB, 0>;
+        if (rows == MB) return fetched ? dot_tile<X, T, MB, NB, NB> : dot_tile<X, T, MB, NB, 0>;
     }
-    return ahead ? dot_tile<X, T, 2, COLUMNS, COLUMNS> : dot_tile<X, T, 2, COLUMNS, 0>;
+    return fetched ? dot_tile<X, T, 2, COLUMNS, COLUMNS> : dot_tile<X, T, 2, COLUMNS, 0>;
 }
 
 template <class X, class T, int COLUMNS, class WRow, class After, class Emit>
@@ -94,7 +96,7 @@ inline void dots_by(const X* x, int64_t first, int64_t rows, int64_t columns, WR
                     After after, int64_t K, Emit emit) {
     const int64_t blocks = (first + rows + MB - 1) / MB;
     // Among the first blocks of x, so that each step of a tile fetches little.
-    const int ahead = MB < NB || blocks < 2 ? COLUMNS : blocks < 4 ? 2 : 1;
+    const int fetched = MB < NB || blocks < 2 ? COLUMNS : blocks < 4 ? 2 : 1;
     const T *w[COLUMNS], *next[COLUMNS];
     for (int64_t n = 0; n < columns; n += COLUMNS) {
         const int64_t ns = std::min<int64_t>(COLUMNS, columns - n);
@@ -108,11 +110,11 @@ inline void dots_by(const X* x, int64_t first, int64_t rows, int64_t columns, WR
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t from = block ? 0 : first;
             const int64_t to = std::min<int64_t>(MB, first + rows - block * MB);
-            const bool fetching = block * ahead < COLUMNS && (to - from == MB || blocks == 1);
+            const bool fetching = block * fetched < COLUMNS && (to - from == MB || blocks == 1);
             float out[MB * COLUMNS];
-            tile_for<X, T, COLUMNS>(int(to - from), fetching ? ahead : 0)(
-                out, x + block * packed_size<X>(K) + from * Kind<X>::STEP, w,
-                next + (fetching ? block * ahead : 0), K);
+            tile_for<X, T, COLUMNS>(int(to - from), fetching ? fetched : 0)(
+                out, x + block * packed_size<X>(K) + from * Packets<X>::STEP, w,
+                next + (fetching ? block * fetched : 0), K);
             for (int64_t i = from; i < to; ++i)
                 emit(block * MB + i, n, out + (i - from) * COLUMNS, ns);
         }

@@ -1,4 +1,4 @@
-// out = scale * keep * x, or out += it: the dropout mask of fastlora/backends/dropout.py, bit for bit.
+// out = scale * keep * x, or out += it; keep, to the bit, as in fastlora/backends/dropout.py.
 //
 // Reads x, writes out; the mask is made from (seed, row, column) in registers and never stored.
 // Philox4x32-7 (Salmon et al. 2011): key = seed, counter = (column / 8, row, 0, 0); eight 16-bit

@@ -12,7 +12,7 @@ namespace fastlora::FL_ISA {
 
 // Ranks that one transposition takes.
 template <class X>
-constexpr int QUAD = 4 * Kind<X>::PER;
+constexpr int QUAD = 4 * Packets<X>::PER;
 
 template <class X>
 constexpr int64_t quads(int64_t r) {
@@ -23,7 +23,7 @@ constexpr int64_t quads(int64_t r) {
 template <class X, class T>
 inline void whole_quad(F out[4], const T* B, int64_t ldb) {
     Q q[W];
-    for (int n = 0; n < W; ++n) q[n] = Kind<X>::quad(B + n * ldb);
+    for (int n = 0; n < W; ++n) q[n] = Packets<X>::quad(B + n * ldb);
     columns(out, q);
 }
 
@@ -36,13 +36,13 @@ inline void part_quad(F out[4], const T* B, int64_t ldb, int64_t rows, int64_t r
         T padded[QUAD<X>] = {};
         std::memcpy(padded, B + std::min<int64_t>(n, rows - 1) * ldb,
                     std::min<int64_t>(QUAD<X>, ranks) * sizeof(T));
-        q[n] = Kind<X>::quad(padded);
+        q[n] = Packets<X>::quad(padded);
     }
     columns(out, q);
 }
 
-// Of one slot: how many ranks count, its factors, and lora_bias (or null). Of a slot in pages, in
-// place of the factors: where each rank's row of A and of B lies.
+// A slot: how many ranks count, its factors, and lora_bias (or null). In pages, in place of the
+// factors: where each rank's row of A and of B lies.
 template <class T>
 struct Slot {
     int64_t r = 0;
@@ -51,8 +51,8 @@ struct Slot {
     const T *const *A_ranks = nullptr, *const *B_ranks = nullptr;
 };
 
-// What a slot adds to `rows` rows: h_row(i) is a row of h, finish(i, n, width, sum) takes the sums of
-// row i for outputs n ... n + width - 1 of [0, N).
+// What a slot adds to `rows` rows: h_row(i) is a row of h, finish(i, n, width, sum) takes the sums
+// of row i for outputs n ... n + width - 1 of [0, N).
 template <class X, class T, class Row, class Finish>
 struct Expand {
     Slot<T> slot;
@@ -92,7 +92,7 @@ struct Expand {
                 for (int v = 0; v < COUNT; ++v) sum[v] = first[v];
                 for (int c = 0; c < QUADS * 4; ++c)
                     for (int v = 0; v < COUNT; ++v)
-                        sum[v] = Kind<X>::step(sum[v], column[v][c], h + c * Kind<X>::PER);
+                        sum[v] = Packets<X>::step(sum[v], column[v][c], h + c * Packets<X>::PER);
                 for (int v = 0; v < COUNT; ++v) finish(i, n + v * W, W, sum[v]);
             }
         }
@@ -105,7 +105,7 @@ struct Expand {
             const int64_t width = std::min<int64_t>(W, N - n), count = quads<X>(slot.r) * 4;
             come_closer(n, width);
             for (int64_t r = 0; r < slot.r; r += QUAD<X>) {
-                F* out = scratch + r / Kind<X>::PER;
+                F* out = scratch + r / Packets<X>::PER;
                 const T* B = slot.B + n * ldb + r;
                 if (width == W && r + QUAD<X> <= slot.r)
                     whole_quad<X>(out, B, ldb);
@@ -116,7 +116,7 @@ struct Expand {
                 const auto* h = h_row(i);
                 F sum = start(n, width);
                 for (int64_t c = 0; c < count; ++c)
-                    sum = Kind<X>::step(sum, scratch[c], h + c * Kind<X>::PER);
+                    sum = Packets<X>::step(sum, scratch[c], h + c * Packets<X>::PER);
                 finish(i, n, width, sum);
             }
         }

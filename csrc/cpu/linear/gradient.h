@@ -19,13 +19,13 @@ constexpr int CB = 2 * W;
 
 template <class X>
 struct Gradient {
-    using kind = Kind<X>;
-    static constexpr int PER = kind::PER;  // rows a step
+    using packets = Packets<X>;
+    static constexpr int PER = packets::PER;  // rows a step
 
-    const typename kind::H* left;  // [M / PER, R, PER], zeros past M
+    const typename packets::H* left;  // [M / PER, R, PER], zeros past M
     const X* right;
     int64_t ld_right, M, R;
-    float* sums;  // [R, STRIP], columns of a tile where kind::lane puts them
+    float* sums;  // [R, STRIP], columns of a tile where packets::lane puts them
 
     // Rows first ... last - 1 onto ranks r ... r + RANKS - 1 of the columns that begin at `columns`
     // and have their sums at `at`.
@@ -41,10 +41,11 @@ struct Gradient {
             for (int i = 0; i < PER; ++i)
                 row[i] = m + i < last ? columns + (m + i - first) * ld : nothing;
             F x[2];
-            kind::rows(x, row);
+            packets::rows(x, row);
             const auto* factor = left + (m * R + r * PER);
             for (int i = 0; i < RANKS; ++i)
-                for (int v = 0; v < 2; ++v) sum[i][v] = kind::step(sum[i][v], x[v], factor + i * PER);
+                for (int v = 0; v < 2; ++v)
+                    sum[i][v] = packets::step(sum[i][v], x[v], factor + i * PER);
         }
         for (int i = 0; i < RANKS; ++i)
             for (int v = 0; v < 2; ++v) store(sums + (r + i) * STRIP + at + v * W, sum[i][v]);
@@ -79,13 +80,13 @@ template <class X, class T>
 void gradient(T* out, int64_t out_row, int64_t out_column, const X* left, int64_t ld_left,
               const X* right, int64_t ld_right, int64_t M, int64_t R, int64_t C, float scaling,
               int threads) {
-    using kind = Kind<X>;
-    constexpr int PER = kind::PER;
-    std::vector<typename kind::H> factors((M + PER - 1) / PER * PER * R);
+    using packets = Packets<X>;
+    constexpr int PER = packets::PER;
+    std::vector<typename packets::H> factors((M + PER - 1) / PER * PER * R);
     for (int64_t m = 0; m < M; ++m)
         for (int64_t r = 0; r < R; ++r)
             factors[(m / PER * R + r) * PER + m % PER] =
-                narrow<typename kind::H>(widen(left[m * ld_left + r]));
+                narrow<typename packets::H>(widen(left[m * ld_left + r]));
     std::vector<float> sums(threads * R * STRIP);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t begin = 0; begin < C; begin += STRIP) {
@@ -93,7 +94,7 @@ void gradient(T* out, int64_t out_row, int64_t out_column, const X* left, int64_
         float* own = sums.data() + omp_get_thread_num() * R * STRIP;
         Gradient<X>{factors.data(), right, ld_right, M, R, own}.strip(begin, end);
         for (int64_t c = begin; c < end; ++c) {
-            const int64_t at = c - begin, place = at / CB * CB + kind::lane(int(at % CB));
+            const int64_t at = c - begin, place = at / CB * CB + packets::lane(int(at % CB));
             for (int64_t r = 0; r < R; ++r)
                 out[r * out_row + c * out_column] = narrow<T>(scaling * own[r * STRIP + place]);
         }

@@ -1,7 +1,7 @@
 // How numbers of one type enter products: the same few words for every type and instruction set.
 //
-// Kind<X>, X the type of x: a Packet is STEP neighbours of a row, for dot products along K. A column
-// is one vector of W neighbouring outputs for PER ranks, for h B^T; H is how h enters it.
+// Packets<X>, X the type of x: a Packet is STEP neighbours of a row, for dot products along K. A
+// column is one vector of W neighbouring outputs for PER ranks, for h B^T; H is how h enters it.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -10,7 +10,7 @@ namespace fastlora::FL_ISA {
 
 // Everything is widened to float32.
 template <class X>
-struct Kind {
+struct Packets {
     static constexpr int STEP = 2 * W, PER = 1;
     using H = float;
 
@@ -50,7 +50,7 @@ struct Kind {
 // Pairs of bfloat16 are multiplied and summed in float32 by one instruction; h and float32 adapters
 // are rounded to enter it.
 template <>
-struct Kind<bf16> {
+struct Packets<bf16> {
     static constexpr int STEP = 32, PER = 2;
     using H = bf16;
     using Packet = __m512bh;
@@ -81,7 +81,8 @@ struct Kind<bf16> {
     }
     // The halves' neighbours: element i of the lower one beside element i of the upper one.
     static F paired(__m512i halves) {
-        const __m512i lower = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i lower =
+            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(W));
         const __m512i from = _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16));
         return _mm512_castsi512_ps(_mm512_permutexvar_epi16(from, halves));

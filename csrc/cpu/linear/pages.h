@@ -45,7 +45,7 @@ class Pages {
     int64_t total = 0, most = 0;
 
   private:
-    Buffer<const T*> A, B;        // [total]
+    Buffer<const T*> A, B;         // [total]
     Buffer<int64_t> begin, count;  // [S]
 
     void add(const LinearArgs& a, int64_t page, int64_t ranks) {
@@ -57,17 +57,17 @@ class Pages {
     }
 };
 
-// The column of outputs n ... n + width - 1 for some of PER ranks, or of fewer outputs than a vector.
+// The column of outputs n ... n + width - 1, at most a vector's, for some of PER ranks.
 template <class X, class T>
 inline F part_column(const T* const* rank, int64_t ranks, int64_t n, int64_t width) {
-    constexpr int PER = Kind<X>::PER;
+    constexpr int PER = Packets<X>::PER;
     T padded[PER][W] = {};
     const T* rows[PER];
     for (int i = 0; i < PER; ++i) {
         if (i < ranks) std::memcpy(padded[i], rank[i] + n, width * sizeof(T));
         rows[i] = padded[i];
     }
-    return Kind<X>::column(rows, 0);
+    return Packets<X>::column(rows, 0);
 }
 
 // As Expand, for outputs first + n, n in [0, N), of a slot in pages.
@@ -87,20 +87,21 @@ struct ExpandPages {
     // A column is loaded once for ROWS rows, whose sums stay in registers.
     template <int ROWS, int COUNT>
     void tile(int64_t i, int64_t n, int64_t width) const {
-        using kind = Kind<X>;
-        const typename kind::H* h[ROWS];
+        using packets = Packets<X>;
+        const typename packets::H* h[ROWS];
         for (int m = 0; m < ROWS; ++m) h[m] = h_row(i + m);
         F sum[ROWS][COUNT];
         for (auto& row : sum)
             for (F& s : row) s = zero();
-        const int64_t whole = width == W ? slot.r / kind::PER * kind::PER : 0;
-        for (int64_t r = 0; r < slot.r; r += kind::PER)
+        const int64_t whole = width == W ? slot.r / packets::PER * packets::PER : 0;
+        for (int64_t r = 0; r < slot.r; r += packets::PER)
             for (int v = 0; v < COUNT; ++v) {
                 const T* const* rank = slot.B_ranks + r;
                 const int64_t at = first + n + v * W;
-                const F column = r < whole ? kind::column(rank, at)
+                const F column = r < whole ? packets::column(rank, at)
                                            : part_column<X>(rank, slot.r - r, at, width);
-                for (int m = 0; m < ROWS; ++m) sum[m][v] = kind::step(sum[m][v], column, h[m] + r);
+                for (int m = 0; m < ROWS; ++m)
+                    sum[m][v] = packets::step(sum[m][v], column, h[m] + r);
             }
         for (int m = 0; m < ROWS; ++m)
             for (int v = 0; v < COUNT; ++v) finish(i + m, n + v * W, width, sum[m][v]);
@@ -121,21 +122,22 @@ struct ExpandPages {
     // A rank that leaves room for its columns in registers while the rows pass by.
     template <int COLUMNS, int COUNT>
     int64_t in_registers() const {
-        using kind = Kind<X>;
+        using packets = Packets<X>;
         int64_t n = 0;
         for (; n + COUNT * W <= N; n += COUNT * W) {
             come_closer(n, COUNT * W);
             F column[COUNT][COLUMNS];
             for (int v = 0; v < COUNT; ++v)
                 for (int c = 0; c < COLUMNS; ++c)
-                    column[v][c] = kind::column(slot.B_ranks + c * kind::PER, first + n + v * W);
+                    column[v][c] =
+                        packets::column(slot.B_ranks + c * packets::PER, first + n + v * W);
             for (int64_t i = 0; i < rows; ++i) {
                 const auto* h = h_row(i);
                 F sum[COUNT];
                 for (F& s : sum) s = zero();
                 for (int c = 0; c < COLUMNS; ++c)
                     for (int v = 0; v < COUNT; ++v)
-                        sum[v] = kind::step(sum[v], column[v][c], h + c * kind::PER);
+                        sum[v] = packets::step(sum[v], column[v][c], h + c * packets::PER);
                 for (int v = 0; v < COUNT; ++v) finish(i, n + v * W, W, sum[v]);
             }
         }
@@ -143,7 +145,7 @@ struct ExpandPages {
     }
 
     int64_t several_rows() const {
-        constexpr int PER = Kind<X>::PER;
+        constexpr int PER = Packets<X>::PER;
         if (slot.r == 4 * PER) return in_registers<4, 2>();
         if (slot.r == 8 * PER) return W == 16 ? in_registers<8, 2>() : in_registers<8, 1>();
         if (slot.r == 16 * PER && W == 16) return in_registers<16, 1>();

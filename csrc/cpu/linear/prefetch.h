@@ -10,12 +10,12 @@ namespace fastlora {
 
 // Rows of several matrices that lie alike. Threads have one each, in cache lines of their own.
 template <class T>
-class alignas(64) Ahead {
+class alignas(64) Prefetch {
   public:
     // More would push out of a core's cache what it is to bring in.
     static constexpr int64_t LINES = 4096;
 
-    explicit Ahead(int64_t matrices) : matrices(matrices) {}
+    explicit Prefetch(int64_t matrices) : matrices(matrices) {}
 
     void clear(int64_t row_length, int64_t rows) {
         count = next = row = 0;

@@ -75,7 +75,7 @@ struct Rows {
     }
 };
 
-// Rows up to which a task of the second phase takes them all, without W and with it; beyond, groups.
+// Up to so many rows, without W and with it, a task of the second phase takes all; beyond, groups.
 constexpr int64_t FEW = 64, FEW_WITH_W = 128, GROUP = 32;
 // Outputs a task: float32 sums of FEW rows stay in a core's cache.
 constexpr int64_t OUTPUTS = 256;
@@ -105,7 +105,7 @@ class LoRARows {
         scales = Buffer<float>(a.threads * group);
         sums = Buffer<float>(a.weight ? a.threads * group * outputs : 0);
         const int64_t matrices = a.pages ? a.pages->total : group;
-        for (int i = 0; i < a.threads; ++i) ahead.emplace_back(a.weight ? matrices : 0);
+        for (int i = 0; i < a.threads; ++i) prefetches.emplace_back(a.weight ? matrices : 0);
     }
 
     void run() {
@@ -131,27 +131,28 @@ class LoRARows {
     }
 
   private:
-    using kind = Kind<X>;
-    using H = typename kind::H;
+    using packets = Packets<X>;
+    using H = typename packets::H;
 
     Rows<X, T> a;
     int64_t M, K, blocks, parts, ranks, group, outputs;
     bool few;
-    std::vector<H> h;       // [M, ranks], grouped rows, zeros past a slot's rank
-    Buffer<X> packed;  // [blocks] where x is needed twice, else [threads]
-    Buffer<float> wide;     // [threads, MB, ranks] of h
-    Buffer<F> columns;      // [threads] panels of B
-    Buffer<X*> y_rows;      // [threads, group]
-    Buffer<float> scales;   // [threads, group]
-    Buffer<float> sums;  // [threads, group, outputs]
-    std::vector<Ahead<T>> ahead;  // [threads]
+    std::vector<H> h;                     // [M, ranks], grouped rows, zeros past a slot's rank
+    Buffer<X> packed;                     // [blocks] where x is needed twice, else [threads]
+    Buffer<float> wide;                   // [threads, MB, ranks] of h
+    Buffer<F> columns;                    // [threads] panels of B
+    Buffer<X*> y_rows;                    // [threads, group]
+    Buffer<float> scales;                 // [threads, group]
+    Buffer<float> sums;                   // [threads, group, outputs]
+    std::vector<Prefetch<T>> prefetches;  // [threads]
 
     int64_t columns_size() const { return panel_size<X>(a.shape.R); }
 
     void pack_block(int64_t block, int64_t to) {
         const int64_t first = block * MB;
-        pack<X>(packed.get() + to * packed_size<X>(K), std::min<int64_t>(MB, M - first),
-                [&](int64_t i) { return a.x + a.row(first + i) * a.ldx; }, K);
+        pack<X>(
+            packed.get() + to * packed_size<X>(K), std::min<int64_t>(MB, M - first),
+            [&](int64_t i) { return a.x + a.row(first + i) * a.ldx; }, K);
     }
 
     // h of a block's rows, the part'th share of the ranks.
@@ -196,11 +197,11 @@ class LoRARows {
         return slot.A_ranks ? slot.A_ranks[r] : slot.A + r * a.lda;
     }
 
-    // Of grouped row i, which may be past the last one.
+    // The slot of grouped row i, which may be past the last one.
     Slot<T> next_slot(int64_t i) const {
-        Slot<T> found;
-        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { found = a.slot(s); });
-        return found;
+        Slot<T> slot;
+        if (i < M) a.segments(i, i + 1, [&](int64_t s, int64_t, int64_t) { slot = a.slot(s); });
+        return slot;
     }
 
     // Outputs n ... n + count - 1 of grouped rows first ... first + rows - 1.
@@ -209,10 +210,11 @@ class LoRARows {
         if (a.weight) {
             sum = sums.get() + omp_get_thread_num() * group * outputs;
             // Products of many rows take longer than W's bytes: B comes meanwhile.
-            Ahead<T>& coming = next_B(first, rows, n, count);
+            Prefetch<T>& coming = next_B(first, rows, n, count);
             const int64_t lines = coming.lines() * NB / (rows * count) + 1;
             dots<X, X>(
-                packed.get() + first / MB * packed_size<X>(K), 0, rows, count, [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
+                packed.get() + first / MB * packed_size<X>(K), 0, rows, count,
+                [&](int64_t i) { return a.weight + (n + i) * a.ldw; },
                 [&](int64_t i) {
                     return n + count + i < a.shape.N ? a.weight + (n + count + i) * a.ldw : nullptr;
                 },
@@ -253,18 +255,19 @@ class LoRARows {
             }
             store_some(y, width, fma(delta, splat(scale[i]), before));
         };
-        if (a.pages)
-            return ExpandPages<X, T, decltype(h_row), decltype(finish)>{
-                slot, next, n, count, rows, h_row, finish}
-                .run();
+        using Row = decltype(h_row);
+        using Finish = decltype(finish);
+        if (a.pages) {
+            using Paged = ExpandPages<X, T, Row, Finish>;
+            return Paged{slot, next, n, count, rows, h_row, finish}.run();
+        }
         if (slot.B) slot.B += n * a.ldb;
         if (slot.bias) slot.bias += n;
-        Expand<X, T, decltype(h_row), decltype(finish)>{
-            slot,  next.B ? next.B + n * a.ldb : nullptr,
-            a.ldb, count,
-            rows,  h_row,
-            finish, columns.get() + omp_get_thread_num() * columns_size()}
-            .run();
+        using Dense = Expand<X, T, Row, Finish>;
+        // clang-format off
+        Dense{slot, next.B ? next.B + n * a.ldb : nullptr, a.ldb, count, rows, h_row, finish,
+              columns.get() + omp_get_thread_num() * columns_size()}.run();
+        // clang-format on
     }
 
     void finish_plain(const float* sum, int64_t first, int64_t rows, int64_t n, int64_t count) {
@@ -282,8 +285,8 @@ class LoRARows {
     }
 
     // Every slot's B for outputs n ... n + count - 1 of `rows` rows.
-    Ahead<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
-        Ahead<T>& all = ahead[omp_get_thread_num()];
+    Prefetch<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
+        Prefetch<T>& all = prefetches[omp_get_thread_num()];
         all.clear(a.pages ? 1 : a.ldb, count);
         a.segments(first, first + rows, [&](int64_t s, int64_t, int64_t) {
             const Slot<T> slot = a.slot(s);

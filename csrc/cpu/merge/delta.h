@@ -20,10 +20,10 @@
 
 namespace fastlora::FL_ISA {
 
-// Rows and columns of a block.
-constexpr int64_t HIGH = 16, WIDE = 64;
+// A block of the weight: rows and columns.
+constexpr int64_t BLOCK_N = 16, BLOCK_K = 64;
 // A row of a block's scratch: no power of two, or stores wait for loads 4096 bytes apart.
-constexpr int64_t LINE = WIDE + 16;
+constexpr int64_t LINE = BLOCK_K + 16;
 
 // Rounding to nearest, denormals kept, whatever the thread had: other modes have other bits.
 class Rounding {
@@ -45,52 +45,52 @@ class Rounding {
 #endif
 };
 
-// d for blocks of HIGH rows and WIDE columns.
+// d of a block.
 class Delta {
   public:
     // A (R, K), B (N, R).
     Delta(const float* A, const float* B, int64_t N, int64_t K, int64_t R)
-        : strips((K + WIDE - 1) / WIDE), A(strips * WIDE * R), B(B), N(N), R(R) {
-        // Strips of WIDE columns, zeros past the last: rows that a power of two lies between would
-        // fall into one set of the cache.
-        for (int64_t k = 0; k < K; k += WIDE)
+        : strips((K + BLOCK_K - 1) / BLOCK_K), A(strips * BLOCK_K * R), B(B), N(N), R(R) {
+        // Strips of BLOCK_K columns, zeros past the last: rows that a power of two lies between
+        // would fall into one set of the cache.
+        for (int64_t k = 0; k < K; k += BLOCK_K)
             for (int64_t r = 0; r < R; ++r) {
-                float* to = &this->A[k * R + r * WIDE];
-                const int64_t count = std::min(WIDE, K - k);
-                std::fill(std::copy(A + r * K + k, A + r * K + k + count, to), to + WIDE, 0.0f);
+                float* to = &this->A[k * R + r * BLOCK_K];
+                const int64_t count = std::min(BLOCK_K, K - k);
+                std::fill(std::copy(A + r * K + k, A + r * K + k + count, to), to + BLOCK_K, 0.0f);
             }
     }
 
-    void operator()(float d[HIGH][LINE], int64_t n, int64_t k) const {
-        for (int64_t i = 0; i < HIGH && n + i < N; i += TALL)
+    void operator()(float d[BLOCK_N][LINE], int64_t n, int64_t k) const {
+        for (int64_t i = 0; i < BLOCK_N && n + i < N; i += ROWS)
             tile(n + i, k, [&](int64_t j, int64_t at, const F(&sum)[VECTORS]) {
                 for (int v = 0; v < VECTORS; ++v) store(d[i + j] + at + v * W, sum[v]);
             });
     }
 
     // Rows, and vectors of each, whose sums registers hold.
-    static constexpr int64_t TALL = 4;
+    static constexpr int64_t ROWS = 4;
     static constexpr int VECTORS = W == 16 ? 4 : W == 8 ? 2 : 1;
 
-    // emit(row, column, sums) for TALL rows from n on and WIDE columns from k on, VECTORS a time.
+    // emit(row, column, sums) of ROWS rows from n on, BLOCK_K columns from k on, VECTORS a time.
     template <class Emit>
     void tile(int64_t n, int64_t k, Emit emit) const {
-        const float* row[TALL];
-        for (int64_t i = 0; i < TALL; ++i) row[i] = B + std::min(n + i, N - 1) * R;
-        for (int64_t at = 0; at < WIDE; at += VECTORS * W) {
-            F sum[TALL][VECTORS];
+        const float* row[ROWS];
+        for (int64_t i = 0; i < ROWS; ++i) row[i] = B + std::min(n + i, N - 1) * R;
+        for (int64_t at = 0; at < BLOCK_K; at += VECTORS * W) {
+            F sum[ROWS][VECTORS];
             for (auto& each : sum)
                 for (F& s : each) s = zero();
             for (int64_t r = 0; r < R; ++r) {
                 F a[VECTORS];
-                for (int v = 0; v < VECTORS; ++v) a[v] = load(&A[k * R + r * WIDE] + at + v * W);
-                for (int i = 0; i < TALL; ++i)
+                for (int v = 0; v < VECTORS; ++v) a[v] = load(&A[k * R + r * BLOCK_K] + at + v * W);
+                for (int i = 0; i < ROWS; ++i)
                     for (int v = 0; v < VECTORS; ++v)
                         sum[i][v] = fused(splat(row[i][r]), a[v], sum[i][v]);
             }
             // Unrolled, or the sums would go through memory.
 #pragma GCC unroll 4
-            for (int i = 0; i < TALL; ++i) emit(i, at, sum[i]);
+            for (int i = 0; i < ROWS; ++i) emit(i, at, sum[i]);
         }
     }
 
@@ -100,8 +100,8 @@ class Delta {
         const auto size = [](float value) { return bit_cast<int32_t>(value) & 0x7fffffff; };
         std::vector<int32_t> left(R), right(R);
         for (int64_t i = 0; i < strips * R; ++i)
-            for (int64_t j = 0; j < WIDE; ++j)
-                right[i % R] = std::max(right[i % R], size(A[i * WIDE + j]));
+            for (int64_t j = 0; j < BLOCK_K; ++j)
+                right[i % R] = std::max(right[i % R], size(A[i * BLOCK_K + j]));
         for (int64_t n = 0; n < N; ++n)
             for (int64_t r = 0; r < R; ++r) left[r] = std::max(left[r], size(B[n * R + r]));
         double sum = 0;
@@ -114,7 +114,7 @@ class Delta {
 
   private:
     int64_t strips;
-    Buffer<float> A;  // [K / WIDE, R, WIDE]
+    Buffer<float> A;  // [K / BLOCK_K, R, BLOCK_K]
     const float* B;
     int64_t N, R;
 };

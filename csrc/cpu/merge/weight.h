@@ -16,16 +16,16 @@ struct Weight {
     // A row of a block: where it lies, or a copy with zeros past its end.
     const T* read(T* copy, int64_t n, int64_t k, int64_t count) const {
         const T* from = at(n, k);
-        if (column == 1 && count == WIDE) return from;
-        std::memset(copy, 0, WIDE * sizeof(T));
+        if (column == 1 && count == BLOCK_K) return from;
+        std::memset(copy, 0, BLOCK_K * sizeof(T));
         for (int64_t i = 0; i < count; ++i) copy[i] = from[i * column];
         return copy;
     }
 
     void write(const T* from, int64_t n, int64_t k, int64_t count) const {
         T* to = at(n, k);
-        if (column == 1 && count == WIDE)
-            std::memcpy(to, from, WIDE * sizeof(T));
+        if (column == 1 && count == BLOCK_K)
+            std::memcpy(to, from, BLOCK_K * sizeof(T));
         else
             for (int64_t i = 0; i < count; ++i) to[i * column] = from[i];
     }
@@ -36,10 +36,10 @@ template <class Visit>
 bool visit_blocks(const Tiles& tiles, int64_t tile, Visit visit) {
     const int64_t top = tiles.top(tile), left = tiles.left(tile);
     const int64_t height = tiles.rows(tile), width = tiles.columns(tile);
-    for (int64_t n = 0; n < height; n += HIGH)
-        for (int64_t k = 0; k < width; k += WIDE)
-            if (!visit(top + n, left + k, std::min(HIGH, height - n), std::min(WIDE, width - k),
-                       n * width + k))
+    for (int64_t n = 0; n < height; n += BLOCK_N)
+        for (int64_t k = 0; k < width; k += BLOCK_K)
+            if (!visit(top + n, left + k, std::min(BLOCK_N, height - n),
+                       std::min(BLOCK_K, width - k), n * width + k))
                 return false;
     return true;
 }

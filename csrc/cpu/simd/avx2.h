@@ -101,8 +101,8 @@ inline void put(bf16* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
-// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns how
-// many. Room for W of them.
+// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns
+// how many. Room for W of them.
 template <class T>
 inline int note(uint16_t* positions, T* bits, uint32_t mask, int base, const T* raw) {
     int count = 0;

@@ -119,12 +119,11 @@ inline void put(bf16* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
 
-// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns how
-// many. Room for W of them.
+// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns
+// how many. Room for W of them.
 template <class T>
 inline int note(uint16_t* positions, T* bits, uint32_t mask, int base, const T* raw) {
-    const __m512i lanes =
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i where = _mm512_maskz_compress_epi32(mask, lanes);
     const __m256i at = _mm512_cvtepi32_epi16(_mm512_add_epi32(where, _mm512_set1_epi32(base)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), at);
@@ -154,8 +153,8 @@ inline bool finite(Exponents seen) {
 // i) * step, words a multiple of 8; total() of what was begun as Sum{}.
 using Sum = __m512i;
 inline Sum keyed_sum(Sum sum, const void* data, int words, uint64_t first, uint64_t step) {
-    const __m512i lanes = _mm512_set_epi64(7 * step, 6 * step, 5 * step, 4 * step, 3 * step,
-                                           2 * step, step, 0);
+    const __m512i lanes =
+        _mm512_set_epi64(7 * step, 6 * step, 5 * step, 4 * step, 3 * step, 2 * step, step, 0);
     __m512i key = _mm512_add_epi64(_mm512_set1_epi64(first * step), lanes);
     const __m512i next = _mm512_set1_epi64(8 * step);
     for (int i = 0; i < words; i += 8) {

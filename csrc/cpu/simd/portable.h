@@ -87,8 +87,8 @@ inline void put(T* p, F a) {
     store(p, a);
 }
 
-// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns how
-// many. Room for W of them.
+// The positions base + lane and raw elements of the lanes in mask, one behind the other; returns
+// how many. Room for W of them.
 template <class T>
 inline int note(uint16_t* positions, T* bits, uint32_t mask, int base, const T* raw) {
     int count = 0;

@@ -26,8 +26,9 @@ inline void put_finite(T* p, const F (&a)[COUNT]) {
 // The instruction takes denormals for zeros: where there are any, it is not used.
 inline void put_finite(bf16* p, const F (&a)[4]) {
     constexpr int DENORMAL = 0x20;
-    const auto tiny = _mm512_fpclass_ps_mask(a[0], DENORMAL) | _mm512_fpclass_ps_mask(a[1], DENORMAL) |
-                      _mm512_fpclass_ps_mask(a[2], DENORMAL) | _mm512_fpclass_ps_mask(a[3], DENORMAL);
+    const auto tiny =
+        _mm512_fpclass_ps_mask(a[0], DENORMAL) | _mm512_fpclass_ps_mask(a[1], DENORMAL) |
+        _mm512_fpclass_ps_mask(a[2], DENORMAL) | _mm512_fpclass_ps_mask(a[3], DENORMAL);
     if (__builtin_expect(tiny, 0)) return put_finite<bf16, 4>(p, a);
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]));
     _mm512_storeu_si512(p + 2 * W, (__m512i)_mm512_cvtne2ps_pbh(a[3], a[2]));

@@ -1,4 +1,5 @@
-// What the kernels of one adapter share: their operands, which tile is whose, and what is stored.
+// What the kernels of one adapter share: their operands, which block has which tile, and how sums
+// become y.
 #pragma once
 
 #include "cuda/tile/philox.h"
@@ -65,7 +66,8 @@ FL_DEVICE void scale_first(float (&acc)[MT][NT][4], const Linear<T>& p, int64_t 
 #pragma unroll
         for (int n = 0; n < NT; n += 2) {
             uint32_t lanes[4];
-            if (p.drop.seed) keep_lanes(lanes, uint32_t(row + 16 * m), uint32_t(column + 8 * n), seed);
+            if (p.drop.seed)
+                keep_lanes(lanes, uint32_t(row + 16 * m), uint32_t(column + 8 * n), seed);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 float& sum = acc[m][n + i / 4][i % 4];

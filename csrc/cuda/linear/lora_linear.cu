@@ -69,7 +69,8 @@ extern "C" int32_t fastlora_cuda_lora_linear(
     const int64_t* seed, int32_t threshold, float keep_scale, int32_t drops_x, int32_t transposed,
     int32_t path, int32_t overlap, int32_t x_dtype, int32_t lora_dtype, void* stream) {
     const bool half = x_dtype == FASTLORA_BFLOAT16 || x_dtype == FASTLORA_FLOAT16;
-    const bool sizes = M >= 0 && K >= 0 && N >= 0 && R >= 0 && R % 8 == 0 && K % 8 == 0 && N % 8 == 0;
+    const bool sizes =
+        M >= 0 && K >= 0 && N >= 0 && R >= 0 && R % 8 == 0 && K % 8 == 0 && N % 8 == 0;
     const bool adapter = lora_dtype == x_dtype || lora_dtype == FASTLORA_FLOAT32;
     const bool small = lora_dtype == x_dtype && R <= RANKS && !seed;
     if (!half || !sizes || !adapter || path < FASTLORA_ONE_PASS || path > FASTLORA_TILE_256 ||

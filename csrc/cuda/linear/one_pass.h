@@ -21,10 +21,9 @@ struct OnePass {
         Chunk* narrow = memory + Columns::SHARED / 16;
         const int64_t row = int64_t(block(1)) * BM, column = int64_t(block(0)) * BN;
         const T* p_a = static_cast<const T*>(p.a.p);
-        const Matrix<T> a = BY == BY_N ? Matrix<T>{p_a, p.a.ld, p.R, p.K}
-                                       : Matrix<T>{p_a, p.a.ld, p.K, p.R};
-        const float* sums =
-            Columns::run(memory, p.x, p.w, a, row, column, p.R, [] {});
+        const Matrix<T> a =
+            BY == BY_N ? Matrix<T>{p_a, p.a.ld, p.R, p.K} : Matrix<T>{p_a, p.a.ld, p.K, p.R};
+        const float* sums = Columns::run(memory, p.x, p.w, a, row, column, p.R, [] {});
 
         // h as the first factor of tensor cores wants it, rounded; one block of a row keeps it.
         uint32_t* words = reinterpret_cast<uint32_t*>(narrow);

@@ -17,8 +17,8 @@ struct Shrink {
 
     FL_DEVICE static void load(Chunk* stage, const Linear<T>& p, int64_t row, int rank, int64_t k) {
         const E* a = static_cast<const E*>(p.a.p);
-        const Matrix<E> m = BY == BY_N ? Matrix<E>{a, p.a.ld, p.R, p.K}
-                                       : Matrix<E>{a, p.a.ld, p.K, p.R};
+        const Matrix<E> m =
+            BY == BY_N ? Matrix<E>{a, p.a.ld, p.R, p.K} : Matrix<E>{a, p.a.ld, p.K, p.R};
         load_tile<BM, DEPTH / 8, THREADS>(stage, p.x, row, k);
         load_factor<BY, BR, DEPTH, THREADS>(stage + X, m, rank, k);
     }

@@ -1,22 +1,23 @@
-// d = sum of scale * B A of a tile of 64 x 64, in bits that the same kernel always gives.
+// d = sum of scale * B A of a tile, in bits that the same kernel always gives.
 //
 // Float32; steps in the order of the ranks, no contraction left to the compiler. Half-precision
 // factors enter tensor cores as they are; float32 ones are multiplied and added one by one, so that
 // those sums have the same bits on every GPU and on the host. A warp has 16 rows of a half of the
-// tile; a thread, of rows g and g + 8, 8 columns side by side: 16 bytes of a half-precision weight. A
-// tensor core gives it pairs from four products, so the columns of A change places.
+// tile; a thread, of rows g and g + 8, 8 columns side by side: 16 bytes of a half-precision weight.
+// A tensor core gives it pairs from four products, so the columns of A change places.
 #pragma once
 
 #include "cuda/tile/tile.h"
 
 namespace fastlora {
 
-constexpr int HIGH = 64, WIDE = 64, MERGE_THREADS = 256;
+// Rows and columns of a tile, which a block of threads has.
+constexpr int TILE_N = 64, TILE_K = 64, MERGE_THREADS = 256;
 // Ranks of float32 and of half-precision factors that are in shared memory at a time; a row of
 // float32 B with room so that 8 of them share no banks.
 constexpr int SINGLE_RANKS = 16, HALF_RANKS = 64, PITCH = SINGLE_RANKS + 4;
-constexpr int DELTA_SHARED = (HIGH * PITCH + SINGLE_RANKS * WIDE) * 4;
-static_assert(DELTA_SHARED >= HALF_RANKS * WIDE * 2);
+constexpr int DELTA_SHARED = (TILE_N * PITCH + SINGLE_RANKS * TILE_K) * 4;
+static_assert(DELTA_SHARED >= HALF_RANKS * TILE_K * 2);
 
 // The thread's elements: [row][column].
 using Tile = float[2][8];
@@ -39,19 +40,19 @@ FL_DEVICE Pair pair_at(const int64_t* row) {
 FL_DEVICE void add_single(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t N, int64_t K,
                           float* memory) {
     const float *A = static_cast<const float*>(p.A), *B = static_cast<const float*>(p.B);
-    float *b_B = memory, *b_A = memory + HIGH * PITCH;  // [HIGH, PITCH], [SINGLE_RANKS, WIDE]
+    float *b_B = memory, *b_A = memory + TILE_N * PITCH;  // [TILE_N, PITCH], [SINGLE_RANKS, TILE_K]
     for (int first = 0; first < p.R; first += SINGLE_RANKS) {
         const int ranks = p.R - first < SINGLE_RANKS ? p.R - first : SINGLE_RANKS;
         sync_block();
 #pragma unroll 2
-        for (int i = thread(); i < HIGH * SINGLE_RANKS; i += MERGE_THREADS) {
+        for (int i = thread(); i < TILE_N * SINGLE_RANKS; i += MERGE_THREADS) {
             const int row = i / SINGLE_RANKS, r = i % SINGLE_RANKS;
             const bool there = n + row < N && r < ranks;
             b_B[row * PITCH + r] = there ? B[(n + row) * p.ldb + first + r] : 0.0f;
         }
 #pragma unroll 2
-        for (int i = thread(); i < SINGLE_RANKS * WIDE; i += MERGE_THREADS) {
-            const int r = i / WIDE, column = i % WIDE;
+        for (int i = thread(); i < SINGLE_RANKS * TILE_K; i += MERGE_THREADS) {
+            const int r = i / TILE_K, column = i % TILE_K;
             const bool there = k + column < K && r < ranks;
             b_A[i] = there ? A[(first + r) * p.lda + k + column] : 0.0f;
         }
@@ -61,7 +62,7 @@ FL_DEVICE void add_single(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_
             const float b[2] = {b_B[tile_row(0) * PITCH + r], b_B[tile_row(1) * PITCH + r]};
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const float a = b_A[r * WIDE + tile_column(i)];
+                const float a = b_A[r * TILE_K + tile_column(i)];
                 acc[0][i] = fused(b[0], a, acc[0][i]);
                 acc[1][i] = fused(b[1], a, acc[1][i]);
             }
@@ -73,7 +74,7 @@ template <class T>
 FL_DEVICE void add_half(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t N, int64_t K,
                         Chunk* memory) {
     const T *A = static_cast<const T*>(p.A), *B = static_cast<const T*>(p.B);
-    uint32_t* words = reinterpret_cast<uint32_t*>(memory);  // [HALF_RANKS, WIDE], as chunks of 8
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory);  // [HALF_RANKS, TILE_K], as chunks of 8
     const int q = lane() % 4 * 2;
     float sums[4][4];
 #pragma unroll
@@ -82,12 +83,13 @@ FL_DEVICE void add_half(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t 
         for (int i = 0; i < 4; ++i) sums[j][i] = acc[i / 2][j * 2 + i % 2];
     for (int first = 0; first < p.R; first += HALF_RANKS) {
         // Whole steps of 16.
-        const int left = (p.R - first + 15) / 16 * 16, ranks = left < HALF_RANKS ? left : HALF_RANKS;
+        const int left = (p.R - first + 15) / 16 * 16;
+        const int ranks = left < HALF_RANKS ? left : HALF_RANKS;
         sync_block();
         // A pair of columns 8 a + 2 j goes to column 2 a of product j.
 #pragma unroll 2
-        for (int i = thread(); i < ranks * WIDE / 2; i += MERGE_THREADS) {
-            const int r = i / (WIDE / 2), column = i % (WIDE / 2) * 2;
+        for (int i = thread(); i < ranks * TILE_K / 2; i += MERGE_THREADS) {
+            const int r = i / (TILE_K / 2), column = i % (TILE_K / 2) * 2;
             const int a = column % 32 / 8, j = column % 8 / 2 + column / 32 * 4;
             uint32_t both = 0;
             if (first + r < p.R) {
@@ -95,7 +97,7 @@ FL_DEVICE void add_half(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t 
                 if (k + column < K) both = from[0].raw;
                 if (k + column + 1 < K) both |= uint32_t(from[1].raw) << 16;
             }
-            words[place<WIDE / 8>(r, j) * 4 + a] = both;
+            words[place<TILE_K / 8>(r, j) * 4 + a] = both;
         }
         sync_block();
 #pragma unroll 1
@@ -112,7 +114,7 @@ FL_DEVICE void add_half(Tile& acc, const Pair& p, int64_t n, int64_t k, int64_t 
 #pragma unroll
             for (int j = 0; j < 4; j += 2) {
                 uint32_t b_A[4];  // [16, 16]
-                second_fragment<BY_K, WIDE, HALF_RANKS>(b_A, memory, warp() % 2 * 32 + 8 * j, r);
+                second_fragment<BY_K, TILE_K, HALF_RANKS>(b_A, memory, warp() % 2 * 32 + 8 * j, r);
                 multiply<is_bf16<T>>(sums[j], b_B, b_A[0], b_A[1]);
                 multiply<is_bf16<T>>(sums[j + 1], b_B, b_A[2], b_A[3]);
             }

@@ -5,7 +5,7 @@ using namespace fastlora;
 
 namespace {
 
-// Of the library's own types, the one a dtype names.
+// Calls with a value of the type that a dtype names.
 template <class F>
 int32_t typed(int32_t dtype, F call) {
     switch (dtype) {

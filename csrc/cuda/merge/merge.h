@@ -1,6 +1,6 @@
 // Weights changed in place, exactly undone: adapters into them, out of them, one for another.
 //
-// A block has one tile of 64 x 64 of one of many weights. In registers it computes
+// A block has one tile of one of many weights. In registers it computes
 //
 //     U = M without d_old, to the bit:  round(M - d_old), then what the receipt holds
 //     M' = round(U + d_new), and what round(M' - d_new) does not give back of U into a new receipt
@@ -66,7 +66,7 @@ struct Merge {
     // The thread's elements as they are in memory: words of [row][column].
     using Bits = uint32_t[2][ACROSS];
 
-    static constexpr int TILE = HIGH * WIDE * sizeof(Raw);
+    static constexpr int TILE = TILE_N * TILE_K * sizeof(Raw);
     static constexpr int BODY = TILE > DELTA_SHARED ? TILE : DELTA_SHARED;
     // Beside the body: a sum of each warp, and what one thread tells the others.
     static constexpr int SHARED = BODY + 16 * 8;
@@ -145,7 +145,7 @@ struct Merge {
         for (int i = 0; i < 2; ++i)
 #pragma unroll
             for (int c = 0; c < ACROSS; ++c) {
-                const uint32_t place = (tile_row(i) * WIDE + tile_column(c * EACH)) / EACH;
+                const uint32_t place = (tile_row(i) * TILE_K + tile_column(c * EACH)) / EACH;
                 // 2^32 over the golden ratio.
                 sum += uint64_t(bits[i][c]) * ((2 * place + 1) * 0x9E3779B1u);
             }
@@ -218,11 +218,11 @@ struct Merge {
                 position = reinterpret_cast<const uint16_t*>(row[11])[from + e];
                 raw = reinterpret_cast<const Raw*>(row[12])[from + e];
             }
-            if (position >= HIGH * WIDE) continue;
-            const int own_row = position / WIDE, column = position % WIDE;
+            if (position >= TILE_N * TILE_K) continue;
+            const int own_row = position / TILE_K, column = position % TILE_K;
             if (n + own_row < N && k + column < K) {
                 constexpr int CHUNK = 16 / sizeof(Raw);
-                const int chunk = place<WIDE / CHUNK>(own_row, column / CHUNK);
+                const int chunk = place<TILE_K / CHUNK>(own_row, column / CHUNK);
                 elements[chunk * CHUNK + column % CHUNK] = raw;
             }
         }
@@ -237,7 +237,7 @@ struct Merge {
 
     FL_DEVICE static int chunk_of(int i, int c) {
         constexpr int CHUNK = 16 / sizeof(Raw);
-        return place<WIDE / CHUNK>(tile_row(i), tile_column(c * EACH) / CHUNK);
+        return place<TILE_K / CHUNK>(tile_row(i), tile_column(c * EACH) / CHUNK);
     }
 
     // Elements that subtraction will not give back, to the pool in the order of the threads.
@@ -279,7 +279,7 @@ struct Merge {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             if (!(lost >> i & 1)) continue;
-            const uint32_t position = tile_row(i / 8) * WIDE + tile_column(i % 8);
+            const uint32_t position = tile_row(i / 8) * TILE_K + tile_column(i % 8);
             const uint32_t word = before[i / 8][i % 8 / EACH];
             const Raw raw = Raw(EACH == 1 ? word : word >> (i % EACH * 16));
             *pool++ = Packed(position) << BITS | raw;
@@ -323,17 +323,12 @@ FL_KERNEL(MERGE_THREADS, ALIGNED ? 2 : 1) swap_tiles(FL_PARAMETERS Swap p) {
     if (state_before != p.wanted) return;
     const int64_t* row = p.weights + int64_t(number) * WEIGHT;
     const int64_t own = tile - row[5];
-    const Merge<T, ALIGNED> merge{p,
-                         row,
-                         tile,
-                         row[3],
-                         row[4],
-                         own / row[6] * HIGH,
-                         own % row[6] * WIDE,
-                         row[1],
-                         row[2],
-                         reinterpret_cast<typename Words<T>::Raw*>(row[0]),
-                         reinterpret_cast<Chunk*>(shared_memory())};
+    // clang-format off
+    const Merge<T, ALIGNED> merge{
+        p, row, tile, row[3], row[4], own / row[6] * TILE_N, own % row[6] * TILE_K, row[1], row[2],
+        reinterpret_cast<typename Words<T>::Raw*>(row[0]),
+        reinterpret_cast<Chunk*>(shared_memory())};
+    // clang-format on
     const State state = merge.run();
     // All have read the state that was.
     sync_block();

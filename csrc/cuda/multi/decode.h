@@ -1,9 +1,9 @@
-// Few rows, each with its own adapter: h[t] = x[t] a, then y[t] = x[t] w + factor_t h[t] b (+ bias).
+// Few rows, each with its own adapter: h[t] = x[t] a, y[t] = x[t] w + factor_t h[t] b (+ bias).
 //
 // Two launches, the second beside the first: it streams w while h is summed, and waits for h when
-// its own sums are there. Bytes: e (K N + T (K + N) + n R (K + N)) for n adapters, those of b once a
-// block of 32 columns, of a once a row, both from L2 but for the first time. Each row's h and delta
-// is a sum in an order of its own, so its bits are the same alone and in any batch.
+// its own sums are there. Bytes: e (K N + T (K + N) + n R (K + N)) for n adapters, those of b once
+// a block of 32 columns, of a once a row, both from L2 but for the first time. Each row's h and
+// delta is a sum in an order of its own, so its bits are the same alone and in any batch.
 #pragma once
 
 #include "cuda/multi/adapters.h"
@@ -80,8 +80,7 @@ FL_KERNEL(SHRINK_THREADS, 1) row_shrink(FL_PARAMETERS Decode<T> p) {
     sync_block();
     if (thread() < SHRINK_RANKS) {
         float sum = 0.0f;
-        for (int w = 0; w < SHRINK_THREADS / 32; ++w)
-            sum += of_warps[w * SHRINK_RANKS + thread()];
+        for (int w = 0; w < SHRINK_THREADS / 32; ++w) sum += of_warps[w * SHRINK_RANKS + thread()];
         p.h[(row * own.slices + slice) * own.R + rank + thread()] = rounded<T>(sum);
     }
 }
@@ -146,24 +145,26 @@ struct DecodeTile {
 
     FL_DEVICE static void load(const Decode<T>& p, const Lists& lists, Chunk* items, int half,
                                int64_t column) {
-        constexpr int EACH = 16 / sizeof(E), WIDE = BN / EACH, DEEP = RANKS / EACH;
+        constexpr int EACH = 16 / sizeof(E);  // elements of a chunk
+        constexpr int N_CHUNKS = BN / EACH, RANK_CHUNKS = RANKS / EACH;
         const Adapters& own = p.adapters;
         for (int i = 0; i < FOUR; ++i) {
             const int number = half * FOUR + i;
             if (number >= *lists.total) break;
-            const Item wanted = lists.items[number];
+            const Item entry = lists.items[number];
             Chunk* item = items + (half % 2 * FOUR + i) * ITEM;
             for (int c = thread(); c < ITEM; c += THREADS) {
-                const int r = by_rank(p) ? c / WIDE : c % DEEP * EACH;
-                const int n = by_rank(p) ? c % WIDE * EACH : c / DEEP;
+                const int r = by_rank(p) ? c / N_CHUNKS : c % RANK_CHUNKS * EACH;
+                const int n = by_rank(p) ? c % N_CHUNKS * EACH : c / RANK_CHUNKS;
                 int64_t holder = 0;
                 int within = 0;
-                const bool there = r < wanted.ranks && column + n < p.N &&
-                                   find(own, wanted.slot, wanted.first + r, holder, within);
+                const bool there = r < entry.ranks && column + n < p.N &&
+                                   find(own, entry.slot, entry.first + r, holder, within);
                 const E* b = static_cast<const E*>(own.b);
                 if (there)
                     b += holder * own.b_slot + within * own.b_rank + (column + n) * own.b_column;
-                const int at = by_rank(p) ? place<WIDE>(r, c % WIDE) : place<DEEP>(n, c % DEEP);
+                const int at = by_rank(p) ? place<N_CHUNKS>(r, c % N_CHUNKS)
+                                          : place<RANK_CHUNKS>(n, c % RANK_CHUNKS);
                 copy_async(item + at, b, there);
             }
         }
@@ -171,17 +172,18 @@ struct DecodeTile {
 
     // b of 8 ranks from r on, of the lane's column.
     FL_DEVICE static void read(float (&b)[8], const Decode<T>& p, const Chunk* item, int r) {
-        constexpr int EACH = 16 / sizeof(E), WIDE = BN / EACH, DEEP = RANKS / EACH;
+        constexpr int EACH = 16 / sizeof(E);  // elements of a chunk
+        constexpr int N_CHUNKS = BN / EACH, RANK_CHUNKS = RANKS / EACH;
         const int n = lane();
         if (by_rank(p)) {
             const E* e = reinterpret_cast<const E*>(item);
 #pragma unroll
             for (int j = 0; j < 8; ++j)
-                b[j] = number(e[place<WIDE>(r + j, n / EACH) * EACH + n % EACH]);
+                b[j] = number(e[place<N_CHUNKS>(r + j, n / EACH) * EACH + n % EACH]);
         } else {
 #pragma unroll
             for (int j = 0; j < 8; j += EACH) {
-                const Chunk chunk = item[place<DEEP>(n, (r + j) / EACH)];
+                const Chunk chunk = item[place<RANK_CHUNKS>(n, (r + j) / EACH)];
 #pragma unroll
                 for (int e = 0; e < EACH; ++e) {
                     const uint32_t word = chunk.word[e * int(sizeof(E)) / 4];
@@ -204,16 +206,16 @@ struct DecodeTile {
         const Adapters& own = p.adapters;
         const int64_t row = int64_t(block(1)) * BM, column = int64_t(block(0)) * BN;
         Lists lists;
-        const auto ahead = [&] {
+        const auto load_first = [&] {
             lists = list(p, items + ITEMS, row);
             load(p, lists, items, 0, column);
             load(p, lists, items, 1, column);
         };
         const float* sums = nullptr;
         if constexpr (WEIGHT) {
-            sums = Columns::run(memory, p.x, p.w, p.w, row, column, 0, ahead);
+            sums = Columns::run(memory, p.x, p.w, p.w, row, column, 0, load_first);
         } else {
-            ahead();
+            load_first();
             copies_commit();
             copies_wait<0>();
             sync_block();
@@ -225,11 +227,11 @@ struct DecodeTile {
         float delta[ROWS] = {};
         for (int half = 0; half * FOUR < *lists.total; ++half) {
             for (int i = 0; i < FOUR && half * FOUR + i < *lists.total; ++i) {
-                const Item wanted = lists.items[half * FOUR + i];
+                const Item entry = lists.items[half * FOUR + i];
                 const Chunk* item = items + (half % 2 * FOUR + i) * ITEM;
-                const uint32_t mine = uint32_t(wanted.rows >> (warp() * ROWS)) & ((1u << ROWS) - 1);
+                const uint32_t mine = uint32_t(entry.rows >> (warp() * ROWS)) & ((1u << ROWS) - 1);
                 if (!mine) continue;
-                for (int r = 0; r < wanted.ranks; r += 8) {
+                for (int r = 0; r < entry.ranks; r += 8) {
                     float b_b[8];
                     read(b_b, p, item, r);
 #pragma unroll
@@ -237,13 +239,13 @@ struct DecodeTile {
                         if (!(mine >> m & 1)) continue;
                         const int t = warp() * ROWS + m;
                         const Chunk b_h = *reinterpret_cast<const Chunk*>(
-                            h + (row + t) * own.slices * own.R + wanted.first + r);
+                            h + (row + t) * own.slices * own.R + entry.first + r);
 #pragma unroll
                         for (int j = 0; j < 8; ++j) {
                             const uint32_t word = b_h.word[j / 2];
                             const float value = j % 2 ? high<T>(word) : low<T>(word);
                             // Past the slot's ranks there may be anything.
-                            if (r + j < wanted.ranks) delta[m] = fused(value, b_b[j], delta[m]);
+                            if (r + j < entry.ranks) delta[m] = fused(value, b_b[j], delta[m]);
                         }
                     }
                 }

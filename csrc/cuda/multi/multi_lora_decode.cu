@@ -7,8 +7,8 @@ namespace {
 template <class T, class E, int BM, int STAGES, bool WEIGHT>
 int run_tile(const Decode<T>& p, bool beside, void* stream) {
     using S = DecodeTile<T, E, BM, STAGES, WEIGHT>;
-    const Launch how{tiles(p.N, S::BN), tiles(p.M, BM), 1, S::THREADS, S::shared(p.adapters.R),
-                     stream, false, beside};
+    const Launch how{tiles(p.N, S::BN),       tiles(p.M, BM), 1,     S::THREADS,
+                     S::shared(p.adapters.R), stream,         false, beside};
     return launch<decode<S, T>>(WEIGHT ? "decode" : "decode_add", how, p);
 }
 
@@ -55,9 +55,9 @@ extern "C" int32_t fastlora_cuda_multi_lora_decode(
         p.h = static_cast<T*>(h);
         p.bias = static_cast<const T*>(bias);
         p.M = M, p.N = N;
-        p.adapters = {lora_A,   lora_B,   a_slot,     a_slice, a_rank, b_slot,    b_rank,
-                      b_column, ids,      ranks,      table,   scalings, row_scales, table_ld,
-                      pages,    int(S),   int(R),     int(page), int(slices), {}};
+        p.adapters = {lora_A,   lora_B, a_slot, a_slice,   a_rank,      b_slot,     b_rank,
+                      b_column, ids,    ranks,  table,     scalings,    row_scales, table_ld,
+                      pages,    int(S), int(R), int(page), int(slices), {}};
         for (int i = 0; i < slices; ++i) p.adapters.ends[i] = ends[i];
         return lora_dtype == FASTLORA_FLOAT32 ? run<T, float>(p, overlap, stream)
                                               : run<T, T>(p, overlap, stream);

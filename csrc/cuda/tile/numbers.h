@@ -84,7 +84,9 @@ FL_DEVICE float high(uint32_t pair) {
 template <class T>
 FL_DEVICE uint32_t pair(float first, float second) {
 #ifdef FL_HOST
-    const auto raw = [](float f) { return is_bf16<T> ? host::to_bfloat16(f) : host::to_float16(f); };
+    const auto raw = [](float f) {
+        return is_bf16<T> ? host::to_bfloat16(f) : host::to_float16(f);
+    };
     return raw(first) | uint32_t(raw(second)) << 16;
 #else
     uint32_t both;

@@ -27,8 +27,8 @@ struct Matrix {
 };
 
 // Asks for a tile [ROWS, CHUNKS] from (row, column) on; zeros where the matrix has ended, nothing
-// from row `some` of the tile on. A thread's rows are STEP apart, a multiple of the swizzle's period:
-// one address, one place and one test of the column serve all of its copies.
+// from row `some` of the tile on. A thread's rows are STEP apart, a multiple of the swizzle's
+// period: one address, one place and one test of the column serve all of its copies.
 template <int ROWS, int CHUNKS, int THREADS, class E>
 FL_DEVICE void load_tile(Chunk* to, const Matrix<E>& m, int64_t row, int64_t column,
                          int some = ROWS) {

@@ -58,8 +58,8 @@ class Block {
         : threads_(threads), fibers_(threads), warps_((threads + 31) / 32), random_(order),
           shuffled_(order != 0) {
         for (Fiber& fiber : fibers_)
-            fiber.stack = static_cast<unsigned char*>(mmap(nullptr, STACK, PROT_READ | PROT_WRITE,
-                                                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+            fiber.stack = static_cast<unsigned char*>(
+                mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     }
     Block(const Block&) = delete;
     ~Block() {

@@ -33,7 +33,7 @@ struct Running {
 struct Machine {
     std::recursive_mutex alone;
     Running now;
-    uint64_t order = 0;  // 0: fibers and blocks in order, else the seed of a random one
+    uint64_t order = 0;             // 0: fibers and blocks in order, else the seed of a random one
     std::function<int()> previous;  // a launch that has yet to run
 };
 
@@ -104,7 +104,8 @@ FL_DEVICE void copy_async(void* to, const void* from, bool there) {
         host::machine.now.block->fail("cp.async: an address is no multiple of 16");
     host::poison(to, 16);
     host::machine.now.block->fiber().copies.back().push_back(
-        {static_cast<unsigned char*>(to), there ? static_cast<const unsigned char*>(from) : nullptr});
+        {static_cast<unsigned char*>(to),
+         there ? static_cast<const unsigned char*>(from) : nullptr});
 }
 
 FL_DEVICE void copies_commit() { host::machine.now.block->fiber().copies.emplace_back(); }
@@ -197,7 +198,8 @@ FL_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
             }
     };
     const char* name = BFLOAT16 ? "mma.bf16" : "mma.f16";
-    const host::Sums sums = host::machine.now.block->together<host::Factors, host::Sums>(name, in, all);
+    const host::Sums sums =
+        host::machine.now.block->together<host::Factors, host::Sums>(name, in, all);
     std::copy(sums.d, sums.d + 4, d);
 }
 
@@ -211,9 +213,10 @@ struct From {
 
 template <class V>
 V shuffle(const char* name, V value, int lane) {
-    return machine.now.block->together<From<V>, V>(name, {value, lane}, [](const From<V>* in, V* out) {
+    const auto all = [](const From<V>* in, V* out) {
         for (int t = 0; t < 32; ++t) out[t] = in[in[t].lane].value;
-    });
+    };
+    return machine.now.block->together<From<V>, V>(name, {value, lane}, all);
 }
 
 }  // namespace host
