@@ -29,8 +29,8 @@ from fastlora.serving.engine.engine import Engine, stream
 from fastlora.serving.engine.request import Event, Request
 from fastlora.serving.files import AdapterFiles, AdapterTensors, Reader
 from fastlora.serving.layer import ServedLinear
+from fastlora.serving.protocol import BASE
 
-BASE = "__base__"
 _BATCH_INPUTS = ("input_ids", "inputs_embeds", "inputs")
 _EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.inspection.wrapping import unwrapped
-from fastlora.serving.attention_hook import hooked
+from fastlora.serving.engine.attention_hook import hooked
 from fastlora.serving.engine.cache import Kind, RowCache
 from fastlora.serving.engine.request import check_count
 from fastlora.serving.engine.runner import Chunk, Runner, device_of
-from fastlora.serving.engine.server import routed
-
-if TYPE_CHECKING:
-    from fastlora.serving.model import MultiLoRAModel
+from fastlora.serving.engine.server import route_tokens
+from fastlora.serving.protocol import Server
 
 _LENGTH = 2048
 _ATTENTION = {"full_attention", "sliding_attention"}
@@ -36,7 +34,7 @@ class Fit(NamedTuple):
 _found: weakref.WeakKeyDictionary[Any, tuple[Any, dict[int, Kind]]] = weakref.WeakKeyDictionary()
 
 
-def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
+def fitting(server: Server, max_length: int | None) -> Fit:
     """Raises TypeError or ValueError naming what does not fit."""
     if max_length is not None:
         check_count("max_length", max_length)
@@ -68,7 +66,7 @@ def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
     return Fit(length, table.shape[0], layers)
 
 
-def eos_of(server: MultiLoRAModel) -> frozenset[int]:
+def eos_of(server: Server) -> frozenset[int]:
     """The tokens that end a text, by the model's generation_config."""
     config = getattr(unwrapped(server.model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
@@ -94,7 +92,7 @@ def _refusal(model: Any, config: Any) -> str | None:
 
 
 @torch.no_grad()
-def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
+def _tried(server: Server, model: Any) -> dict[int, Kind]:
     """What its layers keep; ValueError unless two texts in parts have the logits of each alone,
     and every layer sees all tokens in their order.
     """
@@ -117,7 +115,7 @@ def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
         raise ValueError(f"model: {kind} cannot be streamed: {error}") from error
     for text, got in zip(texts, (of_first, of_second), strict=True):
         ids = torch.tensor([text], device=device_of(server))
-        with routed(server, [-1] * len(text), [1.0] * len(text)):
+        with route_tokens(server, [-1] * len(text), [1.0] * len(text)):
             want = server.model(input_ids=ids, use_cache=False).logits[0, -1]
         difference = _difference(got, want)
         if not difference <= _CLOSE.get(want.dtype, 0.2):

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastlora.ops import dispatch, invariance
 from fastlora.serving.bank.entry import let_go
@@ -18,11 +18,9 @@ from fastlora.serving.engine.loop import Loop
 from fastlora.serving.engine.request import Event, Request, check_count
 from fastlora.serving.engine.runner import Runner
 from fastlora.serving.engine.scheduler import Scheduler
-from fastlora.serving.engine.server import lend
+from fastlora.serving.engine.server import lease_adapter
 from fastlora.serving.engine.stream import Channel, Stream
-
-if TYPE_CHECKING:
-    from fastlora.serving.model import MultiLoRAModel
+from fastlora.serving.protocol import Server
 
 
 class Engine:
@@ -45,7 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        server: MultiLoRAModel,
+        server: Server,
         *,
         max_rows: int = 32,
         max_length: int | None = None,
@@ -106,7 +104,7 @@ class Engine:
                 f"{len(request.prompt)} of the prompt and {request.max_new_tokens} new ones"
             )
         eos = self._eos if request.eos is None else request.eos
-        lent = lend(self._server, request.adapter_name)
+        lent = lease_adapter(self._server, request.adapter_name)
         try:
             job = Job(request, eos, lent, self._device, emit)
             self._loop.add(job)
@@ -130,7 +128,7 @@ class Engine:
         self.close()
 
 
-def stream(server: MultiLoRAModel, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
+def stream(server: Server, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
     """Events of all requests as they come; options are ``Engine``'s, errors of the model too.
 
     Requests are taken when there is room: as many as there are rows run, as many wait. What can be

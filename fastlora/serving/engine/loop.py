@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from fastlora.ops import dispatch, invariance
-from fastlora.serving.attention_hook import hooked
+from fastlora.serving.engine.attention_hook import hooked
 from fastlora.serving.engine.job import Job
 from fastlora.serving.engine.request import FinishReason
 from fastlora.serving.engine.runner import Runner

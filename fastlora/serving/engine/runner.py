@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.inspection.wrapping import SharedWeight, unwrapped
-from fastlora.serving.attention_hook import attending
 from fastlora.serving.engine.attention import Piece, Step
+from fastlora.serving.engine.attention_hook import attending
 from fastlora.serving.engine.cache import RowCache
-from fastlora.serving.engine.server import routed
-
-if TYPE_CHECKING:
-    from fastlora.serving.model import MultiLoRAModel
+from fastlora.serving.engine.server import route_tokens
+from fastlora.serving.protocol import Server
 
 
 class Chunk(NamedTuple):
@@ -39,7 +37,7 @@ class Runner:
     followed: whether each layer must be shown to see the tokens in their order.
     """
 
-    def __init__(self, server: MultiLoRAModel, cache: RowCache, followed: bool = False) -> None:
+    def __init__(self, server: Server, cache: RowCache, followed: bool = False) -> None:
         self.server, self.cache, self._followed = server, cache, followed
         self.device = device_of(server)
         model: Any = unwrapped(server.model)
@@ -64,7 +62,7 @@ class Runner:
         # Of no token would mean of all.
         kept = wanted if len(wanted) else wanted.new_zeros(1)
         options: dict[str, Any] = {"logits_to_keep": kept} if self._keeps else {}
-        rows = routed(self.server, slots, scales, ids if self._followed else None)
+        rows = route_tokens(self.server, slots, scales, ids if self._followed else None)
         with torch.no_grad(), attending(step), rows:
             logits = self.server.model(
                 input_ids=ids,
@@ -77,7 +75,7 @@ class Runner:
         return logits[: len(wanted)] if self._keeps else logits[wanted.to(logits.device)]
 
 
-def device_of(server: MultiLoRAModel) -> torch.device:
+def device_of(server: Server) -> torch.device:
     """Where token ids go."""
     model: Any = unwrapped(server.model)
     return model.get_input_embeddings().weight.device

@@ -5,12 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from fastlora.serving.engine.request import Event, FinishReason, Request
-
-if TYPE_CHECKING:
-    from fastlora.serving.engine.engine import Engine
 
 
 class Channel:
@@ -38,7 +34,7 @@ class Stream:
     """
 
     def __init__(
-        self, engine: Engine, request: Request, channel: Channel, cancel: Callable[[], None]
+        self, engine: object, request: Request, channel: Channel, cancel: Callable[[], None]
     ) -> None:
         self.request = request
         self._channel = channel
