@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from fastlora.ops import dispatch, invariance
-from fastlora.serving.bank.entry import let_go
+from fastlora.serving.bank.lease import give_up
 from fastlora.serving.engine.cache import RowCache
 from fastlora.serving.engine.compatibility import eos_of, fitting
 from fastlora.serving.engine.job import Job
@@ -109,7 +109,7 @@ class Engine:
             job = Job(request, eos, lent, self._device, emit)
             self._loop.add(job)
         except BaseException:
-            let_go(lent)
+            give_up(lent)
             raise
         inbox = self._inbox
         lent.add_done_callback(lambda _: inbox.put(None))

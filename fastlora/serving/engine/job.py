@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlora.serving.bank.entry import Lease, let_go
+from fastlora.serving.bank.lease import Lease, give_up
 from fastlora.serving.engine.request import Event, FinishReason, Request
 from fastlora.serving.engine.runner import Chunk
 from fastlora.serving.engine.sampling import Sampler
@@ -73,4 +73,4 @@ class Job:
 
     def give_back(self) -> None:
         """Lets go of the adapter, or of the wish for it."""
-        let_go(self.lent)
+        give_up(self.lent)

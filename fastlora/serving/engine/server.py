@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from fastlora.serving.bank.entry import Lease
+from fastlora.serving.bank.lease import Lease
 from fastlora.serving.protocol import BASE, Server
 
 
