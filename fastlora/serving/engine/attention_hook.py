@@ -1,8 +1,8 @@
-"""A step's attention in the place of the model's, in the thread that runs the step, while it does.
+"""Replaces a model's attention by a step's, only in the thread that runs the step.
 
 transformers' models call the attention that their config names, with the new tokens' queries, keys
-and values. The config is lent a class whose name for it depends on the thread, so that whoever
-calls the model meanwhile has what he always had.
+and values. The config gets a subclass of its class, whose name for the attention depends on the
+thread: every other thread keeps the model's own attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastlora.rows.tracing import declare
 from fastlora.serving.engine.attention import Step
 
 _NAME = "fastlora_rows"
-# What some models give their attention that is not computed here.
+# Options of some models' attention that are not computed here.
 _REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 
 
@@ -29,13 +29,13 @@ class _Running(threading.local):
 
 _running = _Running()
 _lock = threading.Lock()
-# By id, how often a config has been lent its class.
-_lent: dict[int, int] = {}
+# How many hooks are on a config, by its id; it has its own class again when there is none.
+_hooks: dict[int, int] = {}
 
 
 @contextmanager
-def attending(step: Step) -> Iterator[None]:
-    """Within, forwards of this thread, of a model within ``hooked``, are the step's."""
+def attend_with(step: Step) -> Iterator[None]:
+    """Within, forwards of this thread attend with ``step``, if the model is hooked."""
     _running.step = step
     try:
         yield
@@ -44,26 +44,26 @@ def attending(step: Step) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(model: nn.Module) -> Iterator[None]:
+def hook_attention(model: nn.Module) -> Iterator[None]:
     """Within, the model's attention is that of the step which a thread runs, if it runs one."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(c): c for c in found if hasattr(type(c), "_attn_implementation")}
+    of_modules: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(c): c for c in of_modules if hasattr(type(c), "_attn_implementation")}
     with _lock:
         for key, config in configs.items():
-            _lent[key] = _lent.get(key, 0) + 1
-            if _lent[key] == 1:
-                config.__class__ = _lent_class(type(config))
+            _hooks[key] = _hooks.get(key, 0) + 1
+            if _hooks[key] == 1:
+                config.__class__ = _hooked_class(type(config))
     try:
         yield
     finally:
         with _lock:
             for key, config in configs.items():
-                _lent[key] -= 1
-                if not _lent[key]:
-                    del _lent[key]
+                _hooks[key] -= 1
+                if not _hooks[key]:
+                    del _hooks[key]
                     config.__class__ = type(config).__base__
 
 
@@ -77,34 +77,34 @@ def _attend(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' models call it."""
+    """Computes the running step's attention; called as transformers' models call theirs."""
     step = _running.step
     assert step is not None
-    given = [name for name in _REFUSED if options.get(name) is not None]
+    refused = [name for name in _REFUSED if options.get(name) is not None]
     layer = getattr(module, "layer_idx", None)
-    if given or layer is None or not getattr(module, "is_causal", True):
-        what = f"attention with {given[0]}" if given else "such attention"
+    if refused or layer is None or not getattr(module, "is_causal", True):
+        what = f"attention with {refused[0]}" if refused else "such attention"
         raise ValueError(f"{type(module).__name__}: {what} is not streamed")
-    found = step.attend(int(layer), query, key, value, scaling, sliding_window)
-    declare(found, query, 0, 2, 1, 3)
-    return found, None
+    out = step.attend(int(layer), query, key, value, scaling, sliding_window)
+    declare(out, query, 0, 2, 1, 3)
+    return out, None
 
 
 @cache
-def _lent_class(kind: Any) -> type:
-    """A config's class whose objects name our attention in a thread that runs a step."""
+def _hooked_class(base: Any) -> type:
+    """Makes a config's class whose objects name our attention in a thread that runs a step."""
 
-    def name(self: Any) -> Any:
-        return kind._attn_implementation.fget(self) if _running.step is None else _NAME
+    def get_name(self: Any) -> Any:
+        return base._attn_implementation.fget(self) if _running.step is None else _NAME
 
-    def rename(self: Any, value: Any) -> None:
-        kind._attn_implementation.fset(self, value)
+    def set_name(self: Any, value: Any) -> None:
+        base._attn_implementation.fset(self, value)
 
-    def reduced(self: Any, protocol: Any) -> Any:
-        # Copies are of the class that there was.
-        _, _, *state = super(lent, self).__reduce_ex__(protocol)
-        return object.__new__, (kind,), *state
+    def reduce(self: Any, protocol: Any) -> Any:
+        # Copies are of the config's own class.
+        _, _, *state = super(hooked, self).__reduce_ex__(protocol)
+        return object.__new__, (base,), *state
 
-    parts = {"_attn_implementation": property(name, rename), "__reduce_ex__": reduced}
-    lent: Any = type(kind.__name__, (kind,), parts | {"__module__": kind.__module__})
-    return lent
+    parts = {"_attn_implementation": property(get_name, set_name), "__reduce_ex__": reduce}
+    hooked: Any = type(base.__name__, (base,), parts | {"__module__": base.__module__})
+    return hooked
