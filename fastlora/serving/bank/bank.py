@@ -53,7 +53,7 @@ class AdapterBank:
 
     def _begin(self, layout: Layout, host_bytes: int) -> None:
         self._entries: dict[str, Entry] = {}
-        # Guards who uses what; held for microseconds. What takes long is done by the loader.
+        # Guards which leases use what; held for microseconds. The loader does what takes long.
         self._lock = threading.Condition(threading.Lock())
         device = Device(layout, self.max_adapters, self.device_bytes)
         self._shelf = Shelf(device, self.max_adapters, host_bytes, self._lock)
@@ -234,7 +234,7 @@ class AdapterBank:
         self._loader.wait_for(self._queue.move, layout, self.max_adapters, self.device_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy knows the same adapters, has an empty device of its own, and no leases.
+        # A copy knows the same adapters, with an empty device and no leases.
         with self._lock:
             entries = list(self._entries.values())
             return {

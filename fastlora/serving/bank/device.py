@@ -1,4 +1,4 @@
-"""The adapters on a device, as batches read them: arenas of pages, and tables of whose they are.
+"""The adapters on a device, as batches read them: arenas of pages, and tables of each slot's.
 
 One thread writes, the bank's loader. On a GPU it copies on its own stream, after the work of the
 batches that used the place before, and returns when the copies are there: the thread that runs

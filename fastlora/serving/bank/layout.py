@@ -1,4 +1,4 @@
-"""How an adapter lies in pages: eight ranks of one layer, its A (page, K) and then its B (page, N).
+"""``Layout``: adapters in pages of eight ranks of one layer, A (page, K) and then B (page, N).
 
 A layer reads its pages where they are: its page p begins at granule p of the arena, so that one
 table serves A and B, and any granule may be the beginning of any layer's page. The views that it
@@ -73,7 +73,7 @@ class Image:
 
 
 class Layout:
-    """The layers that are served and how many ranks at most.
+    """The layers that are served, and the highest rank that an adapter may have.
 
     layers: {name: (N, K, device, dtype of the adapters)}.
     """

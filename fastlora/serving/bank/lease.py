@@ -9,7 +9,7 @@ from fastlora.serving.bank.entry import Entry
 
 
 class Lease:
-    """Adapters that a batch has borrowed: they stay in ``slots``, as they are, until ``release``.
+    """Adapters that a batch uses: they stay in ``slots``, as they are, until ``release``.
 
     slots: one for each adapter that was asked for, in that order. Release it in the thread that ran
     the batch, on its stream, once its last forward has been called; a second release does nothing.

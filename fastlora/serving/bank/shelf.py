@@ -1,7 +1,7 @@
 """Which adapters have a place on the device, and which a copy in the host's memory.
 
 The least recently used make room. Only one thread, the loader, writes to the device, so places need
-no lock; the bank's lock guards who uses what, and is held for microseconds.
+no lock; the bank's lock guards which leases use what, and is held for microseconds.
 """
 
 from __future__ import annotations

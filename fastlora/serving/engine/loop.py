@@ -89,7 +89,7 @@ class Loop:
             pass
 
     def _end_jobs(self) -> None:
-        """Ends jobs that are cancelled, late, or whose adapter cannot be had."""
+        """Ends jobs that are cancelled, late, or have an adapter that cannot be read."""
         now = time.monotonic()
         for job in list(self.scheduler):
             if job.cancelled:

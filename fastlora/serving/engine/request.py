@@ -68,7 +68,7 @@ class Request:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """input_ids as they are kept."""
+        """input_ids as a tuple."""
         return cast(tuple[int, ...], self.input_ids)
 
     @property

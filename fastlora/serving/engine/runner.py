@@ -67,7 +67,7 @@ class Runner:
             logits = self.server.model(
                 input_ids=ids,
                 position_ids=step.positions[None].to(self.device),
-                # Four dimensions are taken as a finished mask, and left alone.
+                # The model takes four dimensions as a finished mask and does not change it.
                 attention_mask=torch.zeros(1, 1, 1, 1, device=self.device),
                 use_cache=False,
                 **options,

@@ -1,4 +1,4 @@
-"""The next token of each row: the likeliest, or a draw of the request's own generator."""
+"""Picks the next token of each row: the likeliest, or a draw by the request's generator."""
 
 from __future__ import annotations
 
