@@ -1,8 +1,9 @@
 """Serving many adapters over one base model."""
 
 from fastlora.serving.bank.bank import AdapterBank
-from fastlora.serving.bank.entry import BankStats, Lease
 from fastlora.serving.bank.layout import Factors, Layout
+from fastlora.serving.bank.lease import Lease
+from fastlora.serving.bank.stats import BankStats
 from fastlora.serving.engine.engine import Engine
 from fastlora.serving.engine.request import Event, Request
 from fastlora.serving.engine.stream import Stream

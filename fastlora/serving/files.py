@@ -1,4 +1,4 @@
-"""An adapter as a server reads it: all of it is for served layers, or it is refused."""
+"""Reads adapters for a server: all of an adapter is for served layers, or it is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastlora.config.listing import some
 from fastlora.model.checkpoint import adapter_shapes
 from fastlora.serving.bank.layout import Factors
 
-# What to do about an adapter that changes what is not an adapter's.
+# The end of an error: what to do with an adapter that changes the base.
 _FIXED = (
     "and the served base is everybody's: serve a model that it is merged into (fastlora merge), or "
     "load it into a model of its own (load_adapter)"
@@ -26,68 +26,73 @@ _FIXED = (
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads adapters for ``served`` layers, {name: (N, K)}, of ``model`` with these ``linears``."""
+    """A reader of adapters for ``served`` layers {name: (N, K)} of a model with ``linears``."""
 
     model: nn.Module
     served: Mapping[str, tuple[int, int]]
     linears: frozenset[str]
     max_rank: int
-    # Files that have been compared with the base: what identifies each, and its copies' names.
+    # Files compared with the base: their state then, and which tensors are copies of its weights.
     _compared: dict[Path, tuple[tuple[int, ...], frozenset[str]]] = field(default_factory=dict)
 
     def read(self, directory: str | os.PathLike[str]) -> dict[str, Factors]:
-        """The adapter in PEFT's files; ValueError or FileNotFoundError if it cannot be served."""
+        """Reads PEFT's files; ValueError or FileNotFoundError if the adapter cannot be served."""
         config = files.read_config(directory)
-        return self._factors(
+        return self._read_factors(
             config,
-            lambda shapes: files.read_tensors(directory, shapes, self._copies(directory, shapes)),
+            lambda shapes: files.read_tensors(
+                directory, shapes, self._find_copies(directory, shapes)
+            ),
         )
 
     def take(self, tensors: Mapping[str, Tensor], config: object) -> dict[str, Factors]:
-        """Copies, on the CPU, of an adapter's tensors by PEFT's names, which are checked as files'.
+        """Copies an adapter's tensors, by PEFT's names, to the CPU; they are checked as files are.
 
         config: a LoRAConfig, PEFT's, or the fields of its file. Raises TypeError or ValueError.
         """
-        given = adapter_tensors.by_name(tensors)
-        settings = adapter_tensors.given_config(config, adapter_tensors.shapes_of(given))
-        return self._factors(
+        by_name = adapter_tensors.by_name(tensors)
+        settings = adapter_tensors.given_config(config, adapter_tensors.shapes_of(by_name))
+        return self._read_factors(
             settings,
-            lambda shapes: adapter_tensors.copied(given, shapes, self._held_copies(given, shapes)),
+            lambda shapes: adapter_tensors.copied(
+                by_name, shapes, self._find_held_copies(by_name, shapes)
+            ),
         )
 
-    def _factors(
+    def _read_factors(
         self, config: LoRAConfig, read: Callable[[Mapping[str, files.Shape]], Mapping[str, Tensor]]
     ) -> dict[str, Factors]:
         expected = {
-            name: adapter_shapes(name, self.served[name], config) for name in self._targeted(config)
+            name: adapter_shapes(name, self.served[name], config)
+            for name in self._find_targets(config)
         }
         every = {key: shape for shapes in expected.values() for key, shape in shapes.items()}
-        tensors, found = read(every), {}
+        tensors, factors = read(every), {}
         for name, shapes in expected.items():
             A, B = (tensors[key] for key in shapes)
-            found[name] = Factors(A, B, config.scaling_of(name))
-        return found
+            factors[name] = Factors(A, B, config.scaling_of(name))
+        return factors
 
-    def _copies(
+    def _find_copies(
         self, directory: str | os.PathLike[str], expected: Mapping[str, files.Shape]
     ) -> frozenset[str]:
-        """Names of the base's own weights in the file; ValueError where they are others."""
+        """Finds names of the base's weights in the file; ValueError where it has other numbers."""
         if files.read_shapes(directory).keys() <= expected.keys():
             return frozenset()
         path = Path(directory, files.WEIGHTS_NAME)
         status = path.stat()
-        stamp = status.st_ino, status.st_size, status.st_mtime_ns
-        known = self._compared.get(path)
-        # An adapter that has had to make room is read often.
-        if known is None or known[0] != stamp:
+        state = status.st_ino, status.st_size, status.st_mtime_ns
+        compared = self._compared.get(path)
+        # Once a state: an adapter that has had to make room is read often.
+        if compared is None or compared[0] != state:
             copies = base_copies.read(directory, self.model, self.served, expected, fixed=_FIXED)
-            known = self._compared[path] = stamp, copies.names
-        return known[1]
+            compared = self._compared[path] = state, copies.names
+        return compared[1]
 
-    def _held_copies(
+    def _find_held_copies(
         self, tensors: Mapping[str, Tensor], expected: Mapping[str, files.Shape]
     ) -> frozenset[str]:
-        """``_copies`` of tensors in memory."""
+        """``_find_copies`` among tensors in memory."""
         bases = base_copies.held(self.model, self.served, {})
         copies = tensors.keys() & bases.keys() - expected.keys()
         for name in copies:
@@ -95,33 +100,33 @@ class Reader:
             alike = copy.shape == base.shape
             rows = differing(Held(copy), lambda i, j, base=base: base[i:j]) if alike else None
             if rows is not None or not alike:
-                own = base_copies.of_its_own(base_copies.place_of(name), rows)
-                raise ValueError(f"tensors: {own}, {_FIXED}")
+                changed = base_copies.of_its_own(base_copies.place_of(name), rows)
+                raise ValueError(f"tensors: {changed}, {_FIXED}")
         return frozenset(copies)
 
-    def _targeted(self, config: LoRAConfig) -> list[str]:
-        """The served layers that an adapter is for, checked against its config."""
+    def _find_targets(self, config: LoRAConfig) -> list[str]:
+        """Finds the served layers that an adapter is for, and checks its config for them."""
         config.check_plain("of adapters served beside each other none")
-        named = {name for name in self.linears if config.names(name)}
+        targets = {name for name in self.linears if config.names(name)}
         if config.all_linear:
-            named &= self.served.keys()
-        if not named or not named <= self.served.keys():
-            found = some(named - self.served.keys()) or "no layer at all"
+            targets &= self.served.keys()
+        if not targets or not targets <= self.served.keys():
+            others = some(targets - self.served.keys()) or "no layer at all"
             raise ValueError(
-                f"target_modules: the adapter is for {found}, which is not served here"
+                f"target_modules: the adapter is for {others}, which is not served here"
             )
-        for name in named:
+        for name in targets:
             if config.rank_of(name) > self.max_rank:
                 raise ValueError(
                     f"{name}: expected a rank of at most {self.max_rank}, got "
                     f"{config.rank_of(name)}"
                 )
-        return sorted(named)
+        return sorted(targets)
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter in a folder, to be read now and, where it has had to make room, again."""
+    """An adapter in a folder: read now, and again when its copy has made room for others."""
 
     directory: str
     reader: Reader
@@ -132,7 +137,7 @@ class AdapterFiles:
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """An adapter that came as tensors, which nobody else holds: kept, since nothing has them."""
+    """An adapter that came as tensors: kept in memory, since it cannot be read again."""
 
     factors: dict[str, Factors]
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.inspection.wrapping import SharedWeight
+from fastlora.inspection.wrapping import SharedWeight, matrix_of
 from fastlora.modules.routing import Routing
 from fastlora.serving.bank.bank import AdapterBank
+from fastlora.serving.bank.layout import Layout
+
+_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 
 
 class ServedLinear(SharedWeight):
     """A frozen linear or ``Conv1D``; each row's slot in the bank names its adapter.
 
-    Made by ``MultiLoRAModel``, which says whose the rows of a batch are: alone it raises.
+    ``MultiLoRAModel`` makes it and says which adapter each row has: called alone it raises.
     """
 
     bank: AdapterBank
@@ -25,16 +31,16 @@ class ServedLinear(SharedWeight):
     moved: bool
 
     @classmethod
-    def serving(
+    def serve(
         cls, linear: nn.Module, key: str, bank: AdapterBank, routing: Routing
     ) -> ServedLinear:
-        """Around ``linear``'s weight and bias; in the bank it is the layer ``key``."""
+        """Makes a layer of ``linear``'s weight and bias; in the bank it is the layer ``key``."""
         layer = cls.around(linear)
         layer.bank, layer.routing, layer.key, layer.moved = bank, routing, key, False
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (..., in_features), whose rows the routing knows, to (..., out_features)."""
+        """Returns (..., out_features) of input (..., in_features), whose rows the routing knows."""
         groups, scales = self.routing.groups_and_scales(input, self)
         pages = self.bank.pages(self.key)
         return F.multi_lora_linear(
@@ -46,3 +52,22 @@ class ServedLinear(SharedWeight):
         super()._apply(fn, recurse)
         self.moved = True
         return self
+
+
+def layout_of(linears: dict[str, Any], max_rank: int, dtype: torch.dtype | None) -> Layout:
+    """Returns the layout of adapters for these linears; dtype: None means each weight's."""
+    shapes = {}
+    for name, linear in linears.items():
+        N, K = matrix_of(linear).shape
+        shapes[name] = (N, K, linear.weight.device, dtype or linear.weight.dtype)
+    return Layout(shapes, max_rank)
+
+
+def check_no_experts(names: Iterable[str]) -> None:
+    """Raises ValueError for a mixture's expert, whose rows are not the batch's."""
+    experts = [name for name in names if _EXPERT.search(name)]
+    if experts:
+        raise ValueError(
+            f"target_modules: {experts[0]} is an expert: its rows are routed tokens, which "
+            "cannot be told apart by adapter; leave experts out with exclude_modules"
+        )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,26 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import files
-from fastlora.config import LoRAConfig, check_number, check_rank
+from fastlora.config import LoRAConfig, check_rank
 from fastlora.inspection import trial
-from fastlora.inspection.wrapping import is_linear, matrix_of, unwrapped
+from fastlora.inspection.wrapping import is_linear, unwrapped
 from fastlora.model.report import swap
 from fastlora.model.targets import plan
-from fastlora.modules.routing import Routing
 from fastlora.rows.entry import Watch
 from fastlora.rows.inputs import copies_in
 from fastlora.rows.statements import Statement, check_dims, check_rows
 from fastlora.serving.bank.bank import AdapterBank
 from fastlora.serving.bank.entry import Read
-from fastlora.serving.bank.layout import Layout
+from fastlora.serving.batch import Batch, count_rows
 from fastlora.serving.engine.engine import Engine, stream
 from fastlora.serving.engine.request import Event, Request
 from fastlora.serving.files import AdapterFiles, AdapterTensors, Reader
-from fastlora.serving.layer import ServedLinear
-
-BASE = "__base__"
-_BATCH_INPUTS = ("input_ids", "inputs_embeds", "inputs")
-_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
+from fastlora.serving.layer import ServedLinear, check_no_experts, layout_of
+from fastlora.serving.protocol import BASE
 
 
 class MultiLoRAModel(nn.Module):
@@ -72,20 +66,15 @@ class MultiLoRAModel(nn.Module):
         self._batch_dims = check_dims(model, batch_dims)
         check_rank("max_adapters", max_adapters)
         check_rank("max_rank", max_rank)
-        names = [
-            n if isinstance(n, str) or n is None else tuple(n)
-            for n in (target_modules, exclude_modules)
-        ]
-        chosen = plan(model, LoRAConfig(target_modules=names[0], exclude_modules=names[1]))
-        experts = [name for name in chosen.linears if _EXPERT.search(name)]
-        if experts:
-            raise ValueError(
-                f"target_modules: {experts[0]} is an expert: its rows are routed tokens, which "
-                "cannot be told apart by adapter; leave experts out with exclude_modules"
-            )
+        targets, excluded = (
+            names if isinstance(names, str) or names is None else tuple(names)
+            for names in (target_modules, exclude_modules)
+        )
+        chosen = plan(model, LoRAConfig(target_modules=targets, exclude_modules=excluded))
+        check_no_experts(chosen.linears)
         linears = {name: linear for name, (linear, _) in chosen.linears.items()}
         self.max_adapters, self.max_rank, self.lora_dtype = max_adapters, max_rank, lora_dtype
-        layout = _layout(linears, max_rank, lora_dtype)
+        layout = layout_of(linears, max_rank, lora_dtype)
         self.bank = AdapterBank(
             layout, max_adapters, device_bytes=device_bytes, host_bytes=host_bytes
         )
@@ -95,9 +84,9 @@ class MultiLoRAModel(nn.Module):
             frozenset(n for n, m in unwrapped(model).named_modules() if is_linear(m)),
             max_rank,
         )
-        self._batch = _Batch("call the MultiLoRAModel, not the model in it")
+        self._batch = Batch("call the MultiLoRAModel, not the model in it")
         self._layers = {
-            name: ServedLinear.serving(linear, name, self.bank, self._batch)
+            name: ServedLinear.serve(linear, name, self.bank, self._batch)
             for name, linear in linears.items()
         }
         for name, layer in self._layers.items():
@@ -155,7 +144,7 @@ class MultiLoRAModel(nn.Module):
 
         Replaces, pins and raises as ``load_adapter`` does, and TypeError for what is no tensor or
         no config. Batches that begin after it returns have all of the new one, rank and scaling
-        too, those that run keep all of the old one.
+        too; those that run keep all of the old one.
         """
         self._add(adapter_name, lambda: AdapterTensors(self._reader.take(tensors, config)), pin)
 
@@ -200,10 +189,10 @@ class MultiLoRAModel(nn.Module):
 
         Raises TypeError when the names are no list, ValueError for an unknown one, more different
         ones than max_adapters, scales that are not finite, or when they are not one a row of the
-        batch; RuntimeError where pinned adapters leave no room, for a layer whose rows' owners are
-        not known, or what reading an adapter raised.
+        batch; RuntimeError where pinned adapters leave no room, for a layer whose rows cannot be
+        followed, or what reading an adapter raised.
         """
-        routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs)
+        routed = self._route(adapter_names, adapter_scales, adapter_rows, args, kwargs)
         with routed, self.rows.called(args, kwargs):
             return self.model(*args, **kwargs)
 
@@ -223,20 +212,23 @@ class MultiLoRAModel(nn.Module):
         """
         model: Any = self.model
         copies = copies_in(model, kwargs)
-        routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
+        routed = self._route(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
         with routed, self.rows.generating(args, kwargs), self.rows.eagerly_at_first():
             return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
-        """An ``Engine`` over this server: requests join and leave its batch; options are its."""
+        """Returns an ``Engine`` over this server, whose batch requests join and leave.
+
+        options: as ``Engine``'s.
+        """
         return Engine(self, **options)
 
     def stream(self, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
-        """Events of all requests, each with an adapter of its own, as their tokens come.
+        """Yields events of all requests, each with its own adapter, as their tokens come.
 
         Requests are taken from the iterable when there is room: twice ``max_rows`` are under way,
-        of which half wait. Options, and errors of the model, as ``Engine``'s; what is wrong with
-        one request is its own event, and the others go on. Closing the iterator cancels them.
+        of which half wait. Options, and errors of the model, as ``Engine``'s; an error of one
+        request is that request's event, and the others go on. Closing the iterator cancels them.
         """
         return stream(self, requests, **options)
 
@@ -251,17 +243,19 @@ class MultiLoRAModel(nn.Module):
     ) -> Iterator[None]:
         """Within, this thread's batch has row i in ``slots[i]`` of a lease of the bank's, -1: none.
 
-        For who runs ``self.model`` himself, and holds the lease meanwhile. scales: one a row, of
-        its adapter's part. copies: how many neighbouring rows a layer may see in place of one.
-        per_token: every token is a row, wherever its sequence begins and ends. stated: whose the
-        rows of modules are.
+        For a caller that runs ``self.model`` itself and holds the lease meanwhile. scales: one a
+        row, of its adapter's part. copies: how many neighbouring rows a layer may see in place of
+        one. per_token: every token is a row, wherever its sequence begins and ends. stated: which
+        of the batch's rows modules see.
         """
-        found = self.rows.state(self._batch_dims if stated is None else stated)
-        with self._batch.running(list(slots), self.max_adapters, copies, scales, per_token, found):
+        by_module = self.rows.state(self._batch_dims if stated is None else stated)
+        with self._batch.running(
+            list(slots), self.max_adapters, copies, scales, per_token, by_module
+        ):
             yield
 
     @contextmanager
-    def _routed(
+    def _route(
         self,
         adapter_names: Sequence[str | None],
         adapter_scales: Sequence[float] | None,
@@ -270,24 +264,16 @@ class MultiLoRAModel(nn.Module):
         kwargs: dict[str, Any],
         copies: int = 1,
     ) -> Iterator[None]:
-        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
-            raise TypeError(
-                f"adapter_names: expected a list with a name a row, got {adapter_names!r}"
-            )
-        rows = _batch_size(args, kwargs, self._batch_dims)
-        for what, given in (("adapter_names", adapter_names), ("adapter_scales", adapter_scales)):
-            if given is not None and len(given) != rows:
-                raise ValueError(f"{what}: expected {rows}, one a row, got {len(given)}")
-        for scale in adapter_scales or ():
-            check_number("adapter_scales", scale)
+        """Within, this thread's batch has the adapters that a call names, leased meanwhile."""
         dims = self._batch_dims
+        rows = count_rows(adapter_names, adapter_scales, args, kwargs, dims)
         stated = dims | check_rows(self.model, adapter_rows, rows, dims)
         self.follow()
-        named = [name for name in adapter_names if name not in (None, BASE)]
-        with self.bank.borrow(named) as lease:
-            slots = iter(lease.slots)
-            of_rows = [-1 if name in (None, BASE) else next(slots) for name in adapter_names]
-            with self.running(of_rows, adapter_scales, copies, stated=stated):
+        of_adapters = [name for name in adapter_names if name not in (None, BASE)]
+        with self.bank.borrow(of_adapters) as lease:
+            leased = iter(lease.slots)
+            slots = [-1 if name in (None, BASE) else next(leased) for name in adapter_names]
+            with self.running(slots, adapter_scales, copies, stated=stated):
                 yield
 
     def follow(self) -> None:
@@ -297,37 +283,8 @@ class MultiLoRAModel(nn.Module):
         """
         moved = [layer for layer in self._layers.values() if layer.moved]
         if moved:
-            layout = _layout(self._layers, self.max_rank, self.lora_dtype)
+            layout = layout_of(self._layers, self.max_rank, self.lora_dtype)
             if layout.layers != self.bank.layout.layers:
                 self.bank.rebuild(layout)
             for layer in moved:
                 layer.moved = False
-
-
-class _Batch(Routing, threading.local):
-    """The batch that this thread is running."""
-
-    watched = True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the model runs no batch; thread-local state cannot be copied anyway.
-        return _Batch, (self.outside,)
-
-
-def _layout(linears: dict[str, Any], max_rank: int, lora_dtype: torch.dtype | None) -> Layout:
-    shapes = {}
-    for name, linear in linears.items():
-        N, K = matrix_of(linear).shape
-        shapes[name] = (N, K, linear.weight.device, lora_dtype or linear.weight.dtype)
-    return Layout(shapes, max_rank)
-
-
-def _batch_size(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dims: Mapping[str, Statement]
-) -> int:
-    dim = dims[""].dim if "" in dims else 0
-    named = [kwargs[name] for name in _BATCH_INPUTS if isinstance(kwargs.get(name), Tensor)]
-    for value in (*named, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > dim:
-            return value.shape[dim]
-    raise ValueError("inputs: expected a tensor whose first dimension is the batch")

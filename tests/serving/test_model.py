@@ -174,7 +174,7 @@ def test_replacing_unloading_and_making_room(folder):
 
 
 def arena_of(server: MultiLoRAModel) -> Tensor:
-    (arena,) = server.bank._all.device.arenas.values()
+    (arena,) = server.bank._shelf.device.arenas.values()
     return arena.buffer
 
 
@@ -183,7 +183,7 @@ def test_pages_keep_nothing_of_who_was_there(folder):
     assert bool(arena_of(server).any())
     server.unload_adapter("alice")
     assert not bool(arena_of(server).any())
-    (tables,) = server.bank._all.device.tables.values()
+    (tables,) = server.bank._shelf.device.tables.values()
     assert not bool(tables.ranks.any() | tables.scalings.any())
     assert bool((tables.pages == -1).all())
 
@@ -210,10 +210,10 @@ def test_poison_in_one_adapter_stays_there(folder):
     server = serve(folder, "alice", "bob", max_adapters=4)
     ids, names = tokens(4, 5), ["alice", "bob", None, "alice"]
     want = logits(server, ids, adapter_names=names)
-    resident = {entry.name: entry for entry in server.bank._all.resident}
+    resident = {entry.name: entry for entry in server.bank._shelf.resident}
     ((arena, blocks),) = (
-        (server.bank._all.device.arenas[kind], blocks)
-        for kind, blocks in resident["bob"].places.items()
+        (server.bank._shelf.device.arenas[kind], blocks)
+        for kind, blocks in resident["bob"].blocks.items()
     )
     for first, size in blocks:
         arena.part(first, size).fill_(NAN)

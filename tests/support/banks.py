@@ -73,9 +73,9 @@ def delta(of: AdapterBank, layer: str, slot: int, x: Tensor) -> Tensor:
 
 def settled(of: AdapterBank) -> None:
     """Returns when the loader has nothing to do before somebody gives something back."""
-    of._all.loader.wait_for(int)
-    while of._all.poked:
-        of._all.loader.wait_for(int)
+    of._loader.wait_for(int)
+    while of._queue.is_awake:
+        of._loader.wait_for(int)
 
 
 def assert_lends(of: AdapterBank, names: Mapping[str, Adapter]) -> None:
@@ -94,7 +94,7 @@ def assert_empty(of: AdapterBank) -> None:
     stats = of.stats()
     assert (stats.known, stats.resident, stats.copied, stats.leases) == (0, 0, 0, 0)
     assert (stats.device_bytes_used, stats.host_bytes_used) == (0, 0)
-    device = of._all.device
+    device = of._shelf.device
     assert not any(bool(arena.buffer.any()) for arena in device.arenas.values())
     for tables in device.tables.values():
         assert bool((tables.pages == -1).all())

@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements: what blocks begin at multiples of. Of two bytes each it is a line of a GPU's cache.
+# Blocks begin at multiples of so many elements: of two bytes each, a line of a GPU's cache.
 GRANULE = 64
 
 # Where a block lies: its first granule and their number.
 Block = tuple[int, int]
 
 
-def granules(elements: int) -> int:
-    """How many granules hold so many elements."""
+def count_granules(elements: int) -> int:
+    """Returns how many granules hold so many elements."""
     return -(-elements // GRANULE)
 
 
 class Arena:
     """``size`` granules of zeros. One thread at a time may take and give back.
 
-    What is free is zero: whoever gives blocks back has cleared them with ``clear``.
+    What is free is zero: blocks are cleared with ``clear`` before they are given back.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -44,10 +44,10 @@ class Arena:
         return sum(end - first for first, end in self._runs)
 
     def take(self, sizes: Sequence[int]) -> list[Block] | None:
-        """A block for each size, in granules; None, and nothing taken, where they do not fit.
+        """Takes a block for each size, in granules; None, and nothing taken, if they do not fit.
 
-        All in one run where one is long enough (the smallest such), so that one copy fills them;
-        else spread over the longest ones.
+        All lie in one run where one is long enough (the shortest such), so that one copy fills
+        them; else spread over the longest ones.
         """
         total = sum(sizes)
         whole = [run for run in self._runs if run[1] - run[0] >= total]
@@ -76,13 +76,13 @@ class Arena:
     def fill(self, blocks: Sequence[Block], image: Tensor) -> None:
         """Copies ``image``, the blocks' contents one after the other, into them."""
         at = 0
-        for first, size in neighbours(blocks):
+        for first, size in join_neighbours(blocks):
             _copy(self.part(first, size), image[at * GRANULE : (at + size) * GRANULE])
             at += size
 
     def clear(self, blocks: Sequence[Block]) -> None:
         """Zeroes blocks."""
-        for first, size in neighbours(blocks):
+        for first, size in join_neighbours(blocks):
             clear(self.part(first, size))
 
     def part(self, first: int, size: int) -> Tensor:
@@ -95,39 +95,39 @@ class Arena:
                 return
 
 
-def neighbours(blocks: Sequence[Block]) -> Iterator[Block]:
-    """The blocks, those that touch the one before as one with it."""
-    whole: Block | None = None
+def join_neighbours(blocks: Sequence[Block]) -> Iterator[Block]:
+    """Yields the blocks, with each that touches the one before joined to it."""
+    joined: Block | None = None
     for first, size in blocks:
-        if whole and whole[0] + whole[1] == first:
-            whole = (whole[0], whole[1] + size)
+        if joined and joined[0] + joined[1] == first:
+            joined = (joined[0], joined[1] + size)
         else:
-            if whole:
-                yield whole
-            whole = (first, size)
-    if whole:
-        yield whole
+            if joined:
+                yield joined
+            joined = (first, size)
+    if joined:
+        yield joined
 
 
 def _length(run: tuple[int, int]) -> int:
     return run[1] - run[0]
 
 
-def clear(what: Tensor) -> None:
+def clear(tensor: Tensor) -> None:
     """Zeroes a contiguous tensor."""
-    if what.is_cuda:
-        what.zero_()
+    if tensor.is_cuda:
+        tensor.zero_()
     else:
-        _bytes(what)[:] = 0
+        _view_bytes(tensor)[:] = 0
 
 
-def _copy(to: Tensor, what: Tensor) -> None:
-    if to.is_cuda:
-        to.copy_(what, non_blocking=True)
+def _copy(target: Tensor, source: Tensor) -> None:
+    if target.is_cuda:
+        target.copy_(source, non_blocking=True)
     else:
-        _bytes(to)[:] = _bytes(what)
+        _view_bytes(target)[:] = _view_bytes(source)
 
 
-def _bytes(host: Tensor) -> Any:
-    """For numpy, which works in this thread: torch would call on those that run the batch."""
+def _view_bytes(host: Tensor) -> Any:
+    """Returns numpy's view: it copies in this thread, torch would use those that run the batch."""
     return host.view(torch.uint8).numpy()

@@ -1,13 +1,14 @@
-"""``AdapterBank``: thousands of adapters known, tens of them in a device's memory, lent to batches.
+"""``AdapterBank``: thousands of adapters known, tens of them in a device's memory for batches.
 
 An adapter lies on disk; in the host's memory, as its pages will be; and, while it has a slot, in
-pages of the device. Batches borrow adapters by ``lease``: what is lent stays as and where it is
-until it is released, whatever is loaded, replaced or dropped meanwhile.
+pages of the device. A batch leases its adapters: until it releases the lease they stay as and where
+they are, whatever is loaded, replaced or removed meanwhile.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,9 +17,13 @@ from typing import Any
 from fastlora.config import check_rank
 from fastlora.config.listing import some
 from fastlora.serving.bank.device import Device, Pages
-from fastlora.serving.bank.entry import BankStats, Entry, Lease, Read, let_go
-from fastlora.serving.bank.layout import Layout, check_factors, digest
-from fastlora.serving.bank.queue import Residency
+from fastlora.serving.bank.entry import Entry, Read
+from fastlora.serving.bank.layout import Image, Layout, check_factors, hash_factors
+from fastlora.serving.bank.lease import Lease, give_up
+from fastlora.serving.bank.queue import LeaseQueue
+from fastlora.serving.bank.shelf import Shelf
+from fastlora.serving.bank.stats import BankStats
+from fastlora.serving.bank.worker import Worker
 
 
 class AdapterBank:
@@ -48,103 +53,96 @@ class AdapterBank:
 
     def _begin(self, layout: Layout, host_bytes: int) -> None:
         self._entries: dict[str, Entry] = {}
+        # Guards which leases use what; held for microseconds. The loader does what takes long.
+        self._lock = threading.Condition(threading.Lock())
         device = Device(layout, self.max_adapters, self.device_bytes)
-        self._all = Residency(device, self.max_adapters, host_bytes)
+        self._shelf = Shelf(device, self.max_adapters, host_bytes, self._lock)
+        self._loader = Worker("fastlora-adapters")
+        self._queue = LeaseQueue(self._shelf, self._loader, self._lock)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the adapters known, in the order in which they came."""
+        """Names of the known adapters, in the order in which they came."""
         return tuple(self._entries)
 
     @property
     def layout(self) -> Layout:
-        return self._all.device.layout
+        return self._shelf.device.layout
 
     def pages(self, layer: str) -> Pages:
-        """What the layer of this name reads of the adapters on the device."""
-        return self._all.device.pages[layer]
+        """Returns what the layer of this name reads of the adapters on the device."""
+        return self._shelf.device.pages[layer]
 
     def digest(self, name: str) -> str:
-        """SHA-256 of the adapter's tensors and scalings; ValueError when it is not known."""
-        with self._all.lock:
-            return self._entry(name).digest
+        """Returns the SHA-256 of an adapter's tensors and scalings; ValueError if not known."""
+        with self._lock:
+            return self._find(name).digest
 
     def add(self, name: str, read: Read) -> None:
         """Makes an adapter known; under a name that is taken it replaces the old one, pin and all.
 
-        read: gives {layer: Factors}, now and whenever the host's copy has made room for others.
-        Batches that run keep what they borrowed; who borrows after this returns gets the new one.
-        Where it fits without taking another's place it is on the device then. Raises what ``read``
-        raises, and ValueError, nothing changed, for what does not fit the layout, or an adapter
-        larger than the device's pages, or than what other pinned ones leave a pinned one.
+        read: returns {layer: Factors}, now and whenever the host's copy has made room for others.
+        Batches that run keep what they have leased; leases from now on get the new one. Where it
+        fits without taking another's place it is on the device when this returns. Raises what
+        ``read`` raises, and ValueError, nothing changed, for what does not fit the layout, or an
+        adapter larger than the device's pages, or than what other pinned ones leave a pinned one.
         """
         factors = read()
         layout = self.layout
         check_factors(factors, layout)
         ranks = {layer: f.lora_A.shape[0] for layer, f in factors.items()}
-        if not self._all.device.holds(ranks):
+        if not self._shelf.device.can_hold(ranks):
             raise ValueError(
                 f"device_bytes: {name!r} takes {layout.nbytes(ranks)} bytes in pages, which "
-                f"{self._all.device.nbytes} bytes cannot hold"
+                f"{self._shelf.device.nbytes} bytes cannot hold"
             )
-        entry, image = Entry(name, read, digest(factors), ranks), layout.image(factors)
-        with self._all.lock:
-            moved, old = self._all.moving or self.layout is not layout, self._entries.get(name)
-            if not moved and old is not None and old.digest == entry.digest:
-                old.read = read
-                return
-            pins = {e.name: e.ranks for pin in self._all.pins.values() for e in pin.entries}
-            pinned = name in pins
-            if (
-                pinned
-                and not moved
-                and not self._all.device.holds(*(pins | {name: ranks}).values())
-            ):
-                raise ValueError(
-                    f"device_bytes: {name!r} is pinned, and would not fit beside others that are"
-                )
+        entry, image = Entry(name, read, hash_factors(factors), ranks), layout.image(factors)
+        pin: Lease | None = None
+        with self._lock:
+            moved = self._shelf.is_moving or self.layout is not layout
             if not moved:
-                if old is not None:
-                    self._all.drop(old)
-                self._entries[name] = entry
-                self._all.keep_copy(entry, image)
+                old = self._entries.get(name)
+                if old is not None and old.digest == entry.digest:
+                    old.read = read
+                    return
+                pin = self._set_entry(entry, image)
         if moved:
-            # The model has gone elsewhere meanwhile; all is there when the loader is done.
-            self._all.loader.wait_for(int)
+            # The model has been moved meanwhile: again, when the loader has exchanged the device.
+            self._loader.wait_for(int)
             self.add(name, read)
             return
-        if pinned:
-            self._all.pins[name].release()
+        if pin is not None and self._shelf.pins.get(name) is pin:
+            pin.release()
             self.pin(name)
-        self._all.loader.wait_for(self._all.settle, entry, image)
+        self._loader.wait_for(self._queue.settle, entry, image)
 
     def remove(self, name: str, *, wait: bool = False, timeout: float | None = None) -> None:
         """Forgets an adapter and its pin. Its pages are zeroed and free when this returns.
 
-        wait: whether to wait for batches that use it; from the call on nobody else can borrow it.
+        wait: whether to wait for batches that use it; from the call on no other can lease it.
         timeout: seconds to wait at most, for them and for the loader. Raises ValueError for an
         unknown name, RuntimeError, nothing changed, where it is in use and wait is false,
-        TimeoutError when the time is over: its pages are then free as soon as may be.
+        TimeoutError when the time is over: then its pages are freed later, once it is idle.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
-        with self._all.lock:
-            entry = self._entry(name)
-            if not wait and entry.users + entry.wanted > (name in self._all.pins):
+        with self._lock:
+            entry = self._find(name)
+            if not wait and entry.users + entry.waiters > (name in self._shelf.pins):
                 raise RuntimeError(
                     f"adapter_name: {name!r} is in use; unload it with wait=True, or later"
                 )
             del self._entries[name]
-            self._all.drop(entry)
-            pin = self._all.pins.pop(name, None)
+            self._shelf.drop(entry)
+            pin = self._shelf.pins.pop(name, None)
         if pin is not None:
             pin.release()
-        self._all.poke()
-        with self._all.lock:
-            left = None if timeout is None else max(end - time.monotonic(), 0)
-            if not self._all.lock.wait_for(lambda: entry.idle, left):
+        self._queue.wake()
+        with self._lock:
+            seconds = None if timeout is None else max(end - time.monotonic(), 0)
+            if not self._lock.wait_for(lambda: entry.is_idle, seconds):
                 raise TimeoutError(f"adapter_name: {name!r} is still in use after {timeout} s")
-        left = None if timeout is None else max(end - time.monotonic(), 0)
-        self._all.loader.wait_for(self._all.free_dropped, timeout=left)
+        seconds = None if timeout is None else max(end - time.monotonic(), 0)
+        self._loader.wait_for(self._shelf.free_dropped, timeout=seconds)
 
     def pin(self, name: str) -> None:
         """Brings an adapter to the device, where it stays until ``unpin`` or ``remove``.
@@ -155,108 +153,122 @@ class AdapterBank:
             try:
                 lease = self.borrow([name])
             except BaseException:
-                self._all.pins.pop(name, None)
+                self._shelf.pins.pop(name, None)
                 raise
-            with self._all.lock:
-                entry, pin = lease.entries[0], self._all.pins.get(name)
-                there = pin is not None and pin.entries[0] is entry
-                if entry.known and not there:
-                    self._all.pins[name] = lease
+            with self._lock:
+                entry, pin = lease.entries[0], self._shelf.pins.get(name)
+                pinned = pin is not None and pin.entries[0] is entry
+                if entry.known and not pinned:
+                    self._shelf.pins[name] = lease
                     break
-            # Pinned already, or exchanged while it was brought: then the new one is.
+            # Pinned already, or replaced while it was read: then the new one is pinned.
             lease.release()
-            if there:
+            if pinned:
                 break
-        self._all.poke()
+        self._queue.wake()
 
     def unpin(self, name: str) -> None:
         """Lets a pinned adapter make room for others again; ValueError when it is not pinned."""
-        with self._all.lock:
-            pin = self._all.pins.pop(name, None)
+        with self._lock:
+            pin = self._shelf.pins.pop(name, None)
         if pin is None:
             raise ValueError(f"adapter_name: {name!r} is not pinned")
         pin.release()
 
     def borrow(self, names: Sequence[str]) -> Lease:
-        """What ``lease`` promises, when it is there. Raises what it and its future raise."""
+        """Waits for a lease of the adapters; raises what ``lease`` and its future raise."""
         future = self.lease(names)
         try:
             return future.result()
         except BaseException:
-            # Interrupted, perhaps: then nobody would give it back.
-            let_go(future)
+            # Interrupted, perhaps: then nothing else would release it.
+            give_up(future)
             raise
 
     def lease(self, names: Sequence[str]) -> Future[Lease]:
-        """Borrows adapters, in any number; their slots are in the lease, in the order of names.
+        """Leases adapters, in any number; their slots are in the lease, in the order of names.
 
         The future is done already where all are on the device; otherwise when the loader has
         brought them there, first come first served, in the places of the least recently used that
-        nobody has borrowed; where all are borrowed, some are not lent on until it has got a place.
-        It fails, for this caller alone, with what reading raised (files gone, corrupt, or other
-        than were loaded), or RuntimeError where what is pinned leaves no room, or what is asked for
-        none for each other. A future that is cancelled borrows nothing.
+        are idle. Where none is idle, some cannot be leased again before they have made room. The
+        future fails, for this caller alone, with what reading raised (files gone, corrupt, or other
+        than were loaded), or RuntimeError where pinned adapters leave no room, or those asked for
+        do not fit beside each other. A future that is cancelled leases nothing.
 
         Raises ValueError for an unknown name, or more different ones than max_adapters.
         """
         if isinstance(names, str):
             raise TypeError(f"adapter_names: expected a list of names, got {names!r}")
-        with self._all.lock:
-            entries = [self._entry(name, "adapter_names") for name in names]
-            different = len(set(names))
-            if different > self.max_adapters:
+        with self._lock:
+            entries = [self._find(name, "adapter_names") for name in names]
+            distinct = len(set(names))
+            if distinct > self.max_adapters:
                 raise ValueError(
                     f"adapter_names: expected at most max_adapters={self.max_adapters} different "
-                    f"ones, got {different}"
+                    f"ones, got {distinct}"
                 )
-            return self._all.lend(entries)
+            return self._queue.lease(entries)
 
     def stats(self) -> BankStats:
-        """Counts since the bank was made, and what it holds now."""
-        with self._all.lock:
-            device = self._all.device
+        """Returns the counts since the bank was made, and what it holds now."""
+        with self._lock:
+            device = self._shelf.device
             return BankStats(
-                **vars(self._all.counts)
+                **vars(self._shelf.counts)
                 | {
                     "known": len(self._entries),
-                    "resident": len(self._all.resident),
-                    "copied": len(self._all.copied),
-                    "leases": sum(entry.users for entry in self._all.resident),
+                    "resident": len(self._shelf.resident),
+                    "copied": len(self._shelf.copied),
+                    "leases": sum(entry.users for entry in self._shelf.resident),
                     "device_bytes": device.nbytes,
                     "device_bytes_used": device.nbytes_taken,
-                    "host_bytes_used": self._all.host_bytes_used,
+                    "host_bytes_used": self._shelf.host_bytes_used,
                 }
             )
 
     def rebuild(self, layout: Layout) -> None:
-        """Begins anew with the same layers elsewhere or in another dtype; nothing is forgotten.
+        """Begins anew with the same layers elsewhere or in another dtype; all stays known.
 
-        Raises RuntimeError, nothing changed, while adapters are borrowed.
+        Raises RuntimeError, nothing changed, while adapters are leased.
         """
-        self._all.loader.wait_for(self._all.move, layout, self.max_adapters, self.device_bytes)
+        self._loader.wait_for(self._queue.move, layout, self.max_adapters, self.device_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy knows the same adapters, lends none, and has an empty device of its own.
-        with self._all.lock:
+        # A copy knows the same adapters, with an empty device and no leases.
+        with self._lock:
             entries = list(self._entries.values())
             return {
                 "max_adapters": self.max_adapters,
                 "device_bytes": self.device_bytes,
-                "host_bytes": self._all.host_bytes,
-                "layout": self._all.device.layout,
+                "host_bytes": self._shelf.host_bytes,
+                "layout": self._shelf.device.layout,
                 "entries": [(e.name, e.read, e.digest, e.ranks, e.image) for e in entries],
             }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.max_adapters, self.device_bytes = state["max_adapters"], state["device_bytes"]
         self._begin(state["layout"], state["host_bytes"])
-        for values in state["entries"]:
-            *own, image = values
-            entry = self._entries[own[0]] = Entry(*own)
+        for name, read, digest, ranks, image in state["entries"]:
+            entry = self._entries[name] = Entry(name, read, digest, ranks)
             if image is not None:
-                self._all.keep_copy(entry, image)
+                self._shelf.keep_copy(entry, image)
 
-    def _entry(self, name: object, argument: str = "adapter_name") -> Entry:
+    def _set_entry(self, entry: Entry, image: Image) -> Lease | None:
+        """Makes an entry what its name means; returns the name's pin. With the lock held."""
+        name, pins = entry.name, self._shelf.pins
+        if name in pins:
+            ranks = {e.name: e.ranks for pin in pins.values() for e in pin.entries}
+            if not self._shelf.device.can_hold(*(ranks | {name: entry.ranks}).values()):
+                raise ValueError(
+                    f"device_bytes: {name!r} is pinned, and would not fit beside others that are"
+                )
+        if name in self._entries:
+            self._shelf.drop(self._entries[name])
+        self._entries[name] = entry
+        self._shelf.keep_copy(entry, image)
+        return pins.get(name)
+
+    def _find(self, name: object, argument: str = "adapter_name") -> Entry:
         if not isinstance(name, str) or name not in self._entries:
             loaded = some(self._entries, 8) or "none"
             raise ValueError(f"{argument}: no adapter {name!r} is loaded (loaded: {loaded})")

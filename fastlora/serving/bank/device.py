@@ -1,8 +1,8 @@
-"""What the running batch reads of adapters: arenas of pages and the tables that say whose they are.
+"""The adapters on a device, as batches read them: arenas of pages, and tables of each slot's.
 
-Written by one thread, the bank's loader. On a GPU it copies on a stream of its own, after what the
-batches that used a place before have queued, and returns when the copies are there: the thread that
-runs batches never waits for one.
+One thread writes, the bank's loader. On a GPU it copies on its own stream, after the work of the
+batches that used the place before, and returns when the copies are there: the thread that runs
+batches never waits for one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 from fastlora.serving.bank.arena import GRANULE, Arena, Block
 from fastlora.serving.bank.layout import Image, Kind, Layout
 
-Places = dict[Kind, list[Block]]
-# The last event of each stream of each device, by its index and the stream's handle.
-Passed = dict[tuple[int | None, int], torch.cuda.Event]
+# Where an adapter's pages lie in each arena.
+Blocks = dict[Kind, list[Block]]
+# The last event of each stream, by the index of its device and its handle.
+Events = dict[tuple[int | None, int], torch.cuda.Event]
 
 
 class Pages(NamedTuple):
-    """What a layer reads: A (P, page, K), B (P, page, N), and of the slots (S, ...) the rest."""
+    """What a layer reads: A (P, page, K), B (P, page, N), and for each slot (S, ...) the others."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -33,7 +34,7 @@ class Pages(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Of an arena's layers: pages (L, S, pages a slot), ranks (L, S), scalings (L, S)."""
+    """An arena's layers: pages (L, S, pages a slot), ranks (L, S), scalings (L, S)."""
 
     pages: Tensor
     ranks: Tensor
@@ -71,65 +72,66 @@ class Device:
         # What has been allocated here is zeroed first.
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
-        self.pages = {name: self._pages(name) for name in layout.layers}
+        self.pages = {name: self._view(name) for name in layout.layers}
 
     @property
     def nbytes(self) -> int:
-        """Of all arenas, whether adapters lie there or not."""
+        """Bytes of all arenas, whether adapters lie there or not."""
         return sum(arena.buffer.nbytes for arena in self.arenas.values())
 
     @property
     def nbytes_taken(self) -> int:
+        """Bytes in which adapters lie."""
         sizes = ((a.size - a.free) * GRANULE * a.buffer.itemsize for a in self.arenas.values())
         return sum(sizes)
 
-    def holds(self, *ranks: Mapping[str, int]) -> bool:
-        """Whether adapters of these ranks have room beside each other where there is no other."""
-        each = [self.layout.granules(one) for one in ranks]
-        return all(a.size >= sum(need[kind] for need in each) for kind, a in self.arenas.items())
+    def can_hold(self, *ranks: Mapping[str, int]) -> bool:
+        """Whether adapters of these ranks would fit beside each other in an empty device."""
+        needs = [self.layout.granules(of_adapter) for of_adapter in ranks]
+        return all(a.size >= sum(need[kind] for need in needs) for kind, a in self.arenas.items())
 
-    def fits(self, need: Mapping[Kind, int]) -> bool:
+    def has_free(self, need: Mapping[Kind, int]) -> bool:
         """Whether so many granules of each arena are free, in one piece or not."""
         return all(self.arenas[kind].free >= n for kind, n in need.items())
 
-    def take(self, image: Image) -> Places | None:
-        """Room for an adapter in every arena; None, and nothing taken, where one has none."""
-        places: Places = {}
+    def take(self, image: Image) -> Blocks | None:
+        """Takes room for an adapter in every arena; None, and nothing taken, where one has none."""
+        blocks: Blocks = {}
         for kind, sizes in image.sizes.items():
-            blocks = self.arenas[kind].take(sizes)
-            if blocks is None:
-                for taken, given in places.items():
-                    self.arenas[taken].give_back(given)
+            in_arena = self.arenas[kind].take(sizes)
+            if in_arena is None:
+                for other, taken in blocks.items():
+                    self.arenas[other].give_back(taken)
                 return None
-            places[kind] = blocks
-        return places
+            blocks[kind] = in_arena
+        return blocks
 
-    def write(self, slot: int, image: Image, places: Places) -> None:
+    def write(self, slot: int, image: Image, blocks: Blocks) -> None:
         """Makes ``slot`` the adapter; it is there when this returns."""
-        with self._aside():
-            for kind, blocks in places.items():
-                self.arenas[kind].fill(blocks, image.flats[kind])
+        with self._on_own_streams():
+            for kind, in_arena in blocks.items():
+                self.arenas[kind].fill(in_arena, image.flats[kind])
                 firsts = torch.tensor(
-                    [first for first, _ in blocks] + [-1], dtype=torch.int32, device="cpu"
+                    [first for first, _ in in_arena] + [-1], dtype=torch.int32, device="cpu"
                 )
                 # The entry -1, of no page, takes the last one.
                 rows = (firsts[image.tables[kind].long()], image.ranks[kind], image.scalings[kind])
                 for table, row in zip(self.tables[kind], rows, strict=True):
                     table[:, slot].copy_(row)
 
-    def wipe(self, slot: int, places: Places, after: Passed) -> None:
-        """Zeroes a slot and its pages, which are free then; ``after`` what still reads them."""
-        with self._aside(after):
-            for kind, blocks in places.items():
+    def wipe(self, slot: int, blocks: Blocks, after: Events) -> None:
+        """Zeroes a slot and its pages and frees them, ``after`` the work that still reads them."""
+        with self._on_own_streams(after):
+            for kind, in_arena in blocks.items():
                 pages, ranks, scalings = self.tables[kind]
                 ranks[:, slot], scalings[:, slot], pages[:, slot] = 0, 0, -1
-                self.arenas[kind].clear(blocks)
-        for kind, blocks in places.items():
-            self.arenas[kind].give_back(blocks)
+                self.arenas[kind].clear(in_arena)
+        for kind, in_arena in blocks.items():
+            self.arenas[kind].give_back(in_arena)
 
-    def passed(self) -> Passed:
-        """Events that happen when everything that this thread has queued so far is done."""
-        events: Passed = {}
+    def record_events(self) -> Events:
+        """Records events that happen when all that this thread has queued so far is done."""
+        events: Events = {}
         for device in self._streams:
             stream, event = torch.cuda.current_stream(device), torch.cuda.Event()
             event.record(stream)
@@ -137,7 +139,7 @@ class Device:
         return events
 
     @contextmanager
-    def _aside(self, after: Passed | None = None) -> Iterator[None]:
+    def _on_own_streams(self, after: Events | None = None) -> Iterator[None]:
         with torch.inference_mode(False), torch.no_grad():
             before = {device: torch.cuda.current_stream(device) for device in self._streams}
             try:
@@ -152,7 +154,7 @@ class Device:
                 for stream in before.values():
                     torch.cuda.set_stream(stream)
 
-    def _pages(self, name: str) -> Pages:
+    def _view(self, name: str) -> Pages:
         layer = self.layout.layers[name]
         lora_A, lora_B = self.layout.views(name, self.arenas[layer.kind])
         pages, ranks, scalings = self.tables[layer.kind]

@@ -1,4 +1,4 @@
-"""How an adapter lies in pages: eight ranks of one layer, its A (page, K) and then its B (page, N).
+"""``Layout``: adapters in pages of eight ranks of one layer, A (page, K) and then B (page, N).
 
 A layer reads its pages where they are: its page p begins at granule p of the arena, so that one
 table serves A and B, and any granule may be the beginning of any layer's page. The views that it
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.serving.bank.arena import GRANULE, Arena, clear, granules
+from fastlora.serving.bank.arena import GRANULE, Arena, clear, count_granules
 
 # Ranks: what the GPU kernels read at least, and all that an adapter's last page can waste.
 PAGE = 8
@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Served:
-    """A layer that adapters are for: of (N, K), in which arena, which of those there."""
+    """A layer (N, K) that adapters are for, and its index among the layers of its arena."""
 
     N: int
     K: int
@@ -45,20 +45,19 @@ class Served:
 
     @property
     def a_granules(self) -> int:
-        return granules(PAGE * self.K)
+        return count_granules(PAGE * self.K)
 
     @property
     def page_granules(self) -> int:
-        return self.a_granules + granules(PAGE * self.N)
+        return self.a_granules + count_granules(PAGE * self.N)
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
     """An adapter as a layout's pages hold it, in the host's memory.
 
-    flats: of each arena, page after page. sizes: of those pages, in granules. tables: of each arena
-    (layers, pages a slot), whose entries count these pages, -1 where there is none. ranks and
-    scalings: of each arena, one a layer.
+    For each arena: flats, page after page. sizes, the pages' granules. tables (layers, pages a
+    slot), whose entries count these pages, -1 where there is none. ranks and scalings, one a layer.
     """
 
     layout: Layout
@@ -74,7 +73,7 @@ class Image:
 
 
 class Layout:
-    """The layers that are served and how many ranks at most.
+    """The layers that are served, and the highest rank that an adapter may have.
 
     layers: {name: (N, K, device, dtype of the adapters)}.
     """
@@ -93,7 +92,7 @@ class Layout:
             self.counts[kind] = index + 1
 
     def granules(self, ranks: Mapping[str, int]) -> dict[Kind, int]:
-        """What an adapter of these ranks takes of each arena."""
+        """Returns how much of each arena an adapter of these ranks takes."""
         total = dict.fromkeys(self.counts, 0)
         for name, r in ranks.items():
             layer = self.layers[name]
@@ -104,7 +103,7 @@ class Layout:
         return sum(n * GRANULE * kind[1].itemsize for kind, n in self.granules(ranks).items())
 
     def image(self, factors: Mapping[str, Factors]) -> Image:
-        """The adapter in pages. Pinned where an arena is a GPU's, so that copies can overlap."""
+        """Puts an adapter in pages, pinned where an arena is a GPU's, so that copies overlap."""
         flats, tables, ranks, scalings = {}, {}, {}, {}
         sizes: dict[Kind, list[int]] = {kind: [] for kind in self.counts}
         need = self.granules({name: f.lora_A.shape[0] for name, f in factors.items()})
@@ -123,36 +122,36 @@ class Layout:
             kind, r = layer.kind, A.shape[0]
             ranks[kind][layer.index], scalings[kind][layer.index] = r, scaling
             for page, first in enumerate(range(0, r, PAGE)):
-                some = min(PAGE, r - first)
+                n = min(PAGE, r - first)
                 flat = flats[kind][at[kind] * GRANULE :]
-                flat[: some * layer.K].view(some, layer.K).copy_(A[first : first + some])
+                flat[: n * layer.K].view(n, layer.K).copy_(A[first : first + n])
                 flat = flat[layer.a_granules * GRANULE :]
-                flat[: some * layer.N].view(some, layer.N).copy_(B[:, first : first + some].T)
+                flat[: n * layer.N].view(n, layer.N).copy_(B[:, first : first + n].T)
                 tables[kind][layer.index, page] = len(sizes[kind])
                 sizes[kind].append(layer.page_granules)
                 at[kind] += layer.page_granules
         return Image(self, flats, sizes, tables, ranks, scalings)
 
     def factors(self, image: Image) -> dict[str, Factors]:
-        """What the image was made from, in the arenas' dtypes."""
+        """Returns what the image was made from, in the arenas' dtypes."""
         starts = {k: [0, *accumulate(s)] for k, s in image.sizes.items()}
-        found = {}
+        factors = {}
         for name, layer in self.layers.items():
             kind, r = layer.kind, int(image.ranks[layer.kind][layer.index])
             A = torch.empty(r, layer.K, dtype=kind[1], device="cpu")
             B = torch.empty(layer.N, r, dtype=kind[1], device="cpu")
             for page, first in enumerate(range(0, r, PAGE)):
-                some = min(PAGE, r - first)
+                n = min(PAGE, r - first)
                 start = starts[kind][int(image.tables[kind][layer.index, page])]
                 flat = image.flats[kind][start * GRANULE :]
-                A[first : first + some] = flat[: some * layer.K].view(some, layer.K)
+                A[first : first + n] = flat[: n * layer.K].view(n, layer.K)
                 flat = flat[layer.a_granules * GRANULE :]
-                B[:, first : first + some] = flat[: some * layer.N].view(some, layer.N).T
-            found[name] = Factors(A, B, float(image.scalings[kind][layer.index]))
-        return {name: f for name, f in found.items() if f.lora_A.shape[0]}
+                B[:, first : first + n] = flat[: n * layer.N].view(n, layer.N).T
+            factors[name] = Factors(A, B, float(image.scalings[kind][layer.index]))
+        return {name: f for name, f in factors.items() if f.lora_A.shape[0]}
 
     def views(self, name: str, arena: Arena) -> tuple[Tensor, Tensor]:
-        """The layer's pages, whichever they are: A (P, page, K) and B (P, page, N)."""
+        """Returns all that can be a page of the layer: A (P, page, K) and B (P, page, N)."""
         layer, buffer = self.layers[name], arena.buffer
         P = max(arena.size - layer.page_granules + 1, 0)
         shift = layer.a_granules * GRANULE if P else 0
@@ -162,8 +161,8 @@ class Layout:
         )
 
 
-def digest(factors: Mapping[str, Factors]) -> str:
-    """SHA-256 of what an adapter is, wherever and under whatever name it lies."""
+def hash_factors(factors: Mapping[str, Factors]) -> str:
+    """Returns the SHA-256 of an adapter's content, whatever its name and place."""
     total = hashlib.sha256()
     for name, (A, B, scaling) in sorted(factors.items()):
         shapes = f"{name} {scaling.hex()} {tuple(A.shape)} {A.dtype} {tuple(B.shape)} {B.dtype}\n"

@@ -1,187 +1,197 @@
-"""Who waits for a place: whoever cannot be lent an adapter at once gets it in turn.
+"""Queue for adapters that are not on the device; served in order.
 
-One thread, the loader, brings adapters to the device: it does all that takes long, so that no batch
-waits for more than a lock that is held for microseconds. Who wants only what is there passes those
-who wait; the first of them, where all places are in use, has the least recently used lent no more,
-as many as it takes, until they are idle.
+One thread, the loader, copies adapters to the device and does all else that takes long, so that no
+batch waits for more than a lock that is held for microseconds. A caller whose adapters are all on
+the device need not queue. Where every place is in use, the first in the queue reserves the places
+of as many of the least recently used adapters as it needs: they cannot be leased again before they
+have been idle and made room.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from fastlora.config.listing import some
-from fastlora.serving.bank.device import Device
-from fastlora.serving.bank.entry import Entry, Lease, Waiter
+from fastlora.serving.bank.entry import Entry
 from fastlora.serving.bank.layout import Image, Layout
+from fastlora.serving.bank.lease import Lease
 from fastlora.serving.bank.shelf import Shelf
 from fastlora.serving.bank.worker import Worker
 
 
-class Residency(Shelf):
-    """A shelf, and those who wait for a place on it."""
+class Waiter(NamedTuple):
+    """A caller that wants a lease: the adapters that it asked for, each once, and its promise."""
 
-    def __init__(self, device: Device, slots: int, host_bytes: int) -> None:
-        super().__init__(device, slots, host_bytes)
+    entries: list[Entry]
+    distinct: list[Entry]
+    future: Future[Lease]
+
+
+class LeaseQueue:
+    """Leases of what is on a shelf, and the callers that wait for a place on it."""
+
+    def __init__(self, shelf: Shelf, loader: Worker, lock: threading.Condition) -> None:
+        self._shelf, self._loader, self._lock = shelf, loader, lock
         self._waiting: deque[Waiter] = deque()
-        # Who is lent no more, for the first of those; how often anybody has released anything.
+        # Entries that cannot be leased, since the first waiter needs their places.
         self._leaving: set[Entry] = set()
+        # How often a lease has been released.
         self._releases = 0
-        self.loader = Worker("fastlora-adapters")
-        # Whether the loader will look at those who wait.
-        self.poked = False
+        # Whether the loader is going to look at the queue.
+        self.is_awake = False
 
     # With the lock held, in any thread.
 
-    def lend(self, entries: list[Entry]) -> Future[Lease]:
-        """A lease, at once or when the loader has brought what is absent."""
-        different = list(dict.fromkeys(entries))
-        waiter = Waiter(entries, different, Future())
-        absent = sum(entry.slot is None for entry in different)
-        self.counts.hits += len(different) - absent
-        self.counts.misses += absent
-        if self._ready(waiter):
+    def lease(self, entries: list[Entry]) -> Future[Lease]:
+        """Leases entries, at once or when the loader has brought those that are absent."""
+        distinct = list(dict.fromkeys(entries))
+        waiter = Waiter(entries, distinct, Future())
+        absent = sum(entry.slot is None for entry in distinct)
+        self._shelf.counts.hits += len(distinct) - absent
+        self._shelf.counts.misses += absent
+        if self._is_ready(waiter):
             lease = self._grant(waiter)
             if lease is not None:
                 waiter.future.set_result(lease)
             return waiter.future
-        for entry in different:
-            entry.wanted += 1
+        for entry in distinct:
+            entry.waiters += 1
         self._waiting.append(waiter)
-        waiter.future.add_done_callback(self._given_up)
-        self.poke()
+        waiter.future.add_done_callback(self._notice_cancelled)
+        self.wake()
         return waiter.future
 
-    def poke(self) -> None:
-        """Has the loader look at those who wait; needs no lock."""
-        if not self.poked:
-            self.poked = True
-            self.loader.submit(self._pump)
+    def wake(self) -> None:
+        """Has the loader look at the queue; needs no lock."""
+        if not self.is_awake:
+            self.is_awake = True
+            self._loader.submit(self._serve)
 
-    def _ready(self, waiter: Waiter) -> bool:
-        return not self.moving and all(
-            e.slot is not None and e not in self._leaving for e in waiter.different
+    def _is_ready(self, waiter: Waiter) -> bool:
+        return not self._shelf.is_moving and all(
+            e.slot is not None and e not in self._leaving for e in waiter.distinct
         )
 
     def _grant(self, waiter: Waiter) -> Lease | None:
-        """What is lent; None where nobody waits any more."""
+        """Makes the lease; None where the caller has cancelled it."""
         if not waiter.future.set_running_or_notify_cancel():
             return None
-        for entry in waiter.different:
+        for entry in waiter.distinct:
             entry.users += 1
-            self.touch(entry)
-        return Lease(waiter.entries, self._give_back)
+            self._shelf.touch(entry)
+        return Lease(waiter.entries, self._release)
 
-    def _leave(self, waiter: Waiter) -> None:
-        """Takes a waiter from the queue."""
+    def _remove(self, waiter: Waiter) -> None:
         self._waiting.remove(waiter)
-        for entry in waiter.different:
-            entry.wanted -= 1
-        self.lock.notify_all()
+        for entry in waiter.distinct:
+            entry.waiters -= 1
+        self._lock.notify_all()
 
-    def _make_leave(self, entry: Entry, beside: Collection[Entry]) -> bool:
-        """Has as many lent no more as ``entry`` needs; False when nobody can be waited for."""
-        pinned = {e for lease in self.pins.values() for e in lease.entries}
-        others = [e for e in self.resident if e not in beside and e not in pinned]
+    def _reserve_places(self, entry: Entry, beside: Collection[Entry]) -> bool:
+        """Reserves as many places in use as ``entry`` needs; False when none will become free."""
+        pinned = {e for lease in self._shelf.pins.values() for e in lease.entries}
+        others = [e for e in self._shelf.resident if e not in beside and e not in pinned]
         in_use = [e for e in others if e.users]
-        self._leaving.intersection_update(self.resident)
+        self._leaving.intersection_update(self._shelf.resident)
         for other in in_use:
-            gone = [e for e in others if not e.users or e in self._leaving]
-            # One more than have gone, at least: room in all may be too little in one piece.
-            if any(e.users for e in self._leaving) and self.has_room(entry, gone):
+            leavers = [e for e in others if not e.users or e in self._leaving]
+            # At least one more than have left: free pages may lie in pieces that are too small.
+            if any(e.users for e in self._leaving) and self._shelf.has_room(entry, leavers):
                 break
             self._leaving.add(other)
         return bool(in_use)
 
     # Without the lock, in any thread.
 
-    def _give_back(self, lease: Lease) -> None:
-        with self.lock:
-            # Recorded in the order in which they count: each stream's last is the one to wait for.
-            passed = self.device.passed()
+    def _release(self, lease: Lease) -> None:
+        with self._lock:
+            # Recorded with the lock held, so that of each stream the last event stays.
+            events = self._shelf.device.record_events()
             for entry in dict.fromkeys(lease.entries):
                 entry.users -= 1
-                entry.passed.update(passed)
+                entry.events.update(events)
             self._releases += 1
-            self.lock.notify_all()
+            self._lock.notify_all()
             needed = self._leaving or not all(entry.known for entry in lease.entries)
         if needed:
-            self.poke()
+            self.wake()
 
-    def _given_up(self, future: Future[Lease]) -> None:
+    def _notice_cancelled(self, future: Future[Lease]) -> None:
         if future.cancelled():
-            self.poke()
+            self.wake()
 
     # Without the lock, in the loader alone.
 
-    def _pump(self) -> None:
-        """Frees what was dropped and serves the next who wait; then other tasks have their turn."""
-        self.poked = False
-        self.free_dropped()
-        if self._serve_next():
-            self.poke()
-
     def settle(self, entry: Entry, image: Image) -> None:
-        """Brings a new entry to the device where nobody has to leave for it."""
-        self.free_dropped()
-        with self.lock:
-            same = self.device.layout is image.layout
-            wanted = same and entry.known and entry.slot is None and not self._waiting
-        if wanted:
-            self.place(entry, image, (), evict=False)
+        """Brings a new entry to the device where no other has to leave for it."""
+        self._shelf.free_dropped()
+        with self._lock:
+            in_layout = self._shelf.device.layout is image.layout
+            absent = in_layout and entry.known and entry.slot is None and not self._waiting
+        if absent:
+            self._shelf.place(entry, image, (), evict=False)
 
     def move(self, layout: Layout, slots: int, nbytes: int | None) -> None:
-        """``rebuild``, and then those who have waited for it."""
+        """Exchanges the device, then serves the callers that have waited for it."""
         try:
-            self.rebuild(layout, slots, nbytes)
+            self._shelf.rebuild(layout, slots, nbytes)
         finally:
-            self.poke()
+            self.wake()
+
+    def _serve(self) -> None:
+        """Frees what was dropped and serves the next waiter; other tasks of the loader are next."""
+        self.is_awake = False
+        self._shelf.free_dropped()
+        if self._serve_next():
+            self.wake()
 
     def _serve_next(self) -> bool:
-        """Whether to go on: where the first of those who wait has come closer to what it wants."""
+        """Serves the first waiter; whether to go on, since it has come closer to its lease."""
         self._serve_ready()
-        with self.lock:
+        with self._lock:
             if not self._waiting:
                 return False
-            waiter, seen = self._waiting[0], self._releases
-            entry = next((e for e in waiter.different if e.slot is None), None)
+            waiter, releases = self._waiting[0], self._releases
+            entry = next((e for e in waiter.distinct if e.slot is None), None)
             if entry is None:
                 self._end_turn()
                 return True
         try:
-            placed = self.place(entry, self.image(entry), waiter.different)
+            placed = self._shelf.place(entry, self._shelf.image(entry), waiter.distinct)
         except BaseException as error:
             self._fail(waiter, error)
             return True
-        with self.lock:
+        with self._lock:
             if placed:
                 self._end_turn()
-            if placed or self._releases != seen:
+            if placed or self._releases != releases:
                 return True
-            if self._make_leave(entry, waiter.different):
+            if self._reserve_places(entry, waiter.distinct):
                 return False
-            pinned = some(set(self.pins)) or "nothing"
-        names = some(e.name for e in waiter.different if e is not entry) or "nothing"
-        what = f"what is pinned ({pinned}) and runs beside it ({names}) leaves no room"
-        if not self.device.holds(entry.ranks):
-            what = f"it is larger than the device's {self.device.nbytes} bytes of pages"
-        self._fail(waiter, RuntimeError(f"{entry.name}: {what}"))
+            pinned = some(set(self._shelf.pins)) or "nothing"
+        names = some(e.name for e in waiter.distinct if e is not entry) or "nothing"
+        reason = f"what is pinned ({pinned}) and runs beside it ({names}) leaves no room"
+        if not self._shelf.device.can_hold(entry.ranks):
+            reason = f"it is larger than the device's {self._shelf.device.nbytes} bytes of pages"
+        self._fail(waiter, RuntimeError(f"{entry.name}: {reason}"))
         return True
 
     def _end_turn(self) -> None:
-        """Nobody has to leave, and nothing is kept, for the first of those who wait any more."""
+        """Frees what was reserved for the first waiter, and forgets the copy read for it."""
         self._leaving.clear()
-        self.fresh = None
+        self._shelf.fresh = None
 
     def _serve_ready(self) -> None:
-        """Lends to all who wait for nothing but that somebody looks, and forgets who gave up."""
-        with self.lock:
+        """Grants leases whose adapters are all there, and forgets cancelled ones."""
+        with self._lock:
             first = self._waiting[0] if self._waiting else None
-            ready = [w for w in self._waiting if w.future.cancelled() or self._ready(w)]
+            ready = [w for w in self._waiting if w.future.cancelled() or self._is_ready(w)]
             for waiter in ready:
-                self._leave(waiter)
+                self._remove(waiter)
             leases = [(waiter, self._grant(waiter)) for waiter in ready]
             if first in ready:
                 self._end_turn()
@@ -191,8 +201,8 @@ class Residency(Shelf):
                 waiter.future.set_result(lease)
 
     def _fail(self, waiter: Waiter, error: BaseException) -> None:
-        with self.lock:
+        with self._lock:
             self._end_turn()
-            self._leave(waiter)
+            self._remove(waiter)
         if waiter.future.set_running_or_notify_cancel():
             waiter.future.set_exception(error)

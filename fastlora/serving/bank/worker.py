@@ -1,4 +1,4 @@
-"""A thread that does one thing after another, for as long as whoever made it is there."""
+"""A thread that does one task after another, for as long as its ``Worker`` is referenced."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Task = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class Worker:
-    """Begins with the first task. It lives until the interpreter ends, after other threads have.
+    """A thread that begins with the first task, and ends after the interpreter's other threads.
 
-    ``ThreadPoolExecutor`` ends before them: who is served then would wait for ever. A forked
-    process begins with a thread of its own.
+    ``ThreadPoolExecutor`` ends before them: a thread that waits for a task then would wait for
+    ever. A forked process begins with its own thread.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._begin()
-        _all.add(self)
+        _workers.add(self)
 
     def _begin(self) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
@@ -32,7 +32,7 @@ class Worker:
         self._starting, self._process = threading.Lock(), os.getpid()
 
     def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Does it when all that was asked before is done. Takes no notice of what nobody asks."""
+        """Queues a task; the future has what it returns or raises."""
         if os.getpid() != self._process:
             self._begin()
         future: Future[Any] = Future()
@@ -47,7 +47,7 @@ class Worker:
         return future
 
     def wait_for(self, work: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
-        """What ``work`` returns or raises; at once where it is asked in the thread itself."""
+        """Returns or raises what ``work`` does; in the thread itself it is done at once."""
         if threading.current_thread() is self._thread:
             return work(*args)
         return self.submit(work, *args).result(timeout)
@@ -59,12 +59,12 @@ class Worker:
 
 
 def _run(tasks: SimpleQueue[Task | None]) -> None:
-    while _done(tasks.get()):
+    while _do(tasks.get()):
         pass
 
 
-def _done(task: Task | None) -> bool:
-    """In a frame of its own: while the thread waits it holds nothing of what it did last."""
+def _do(task: Task | None) -> bool:
+    """Does a task, in its own frame: the thread holds nothing of it while it waits for the next."""
     if task is None:
         return False
     future, work, args = task
@@ -75,11 +75,11 @@ def _done(task: Task | None) -> bool:
     return True
 
 
-_all: weakref.WeakSet[Worker] = weakref.WeakSet()
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
     """A thread within a copy does not survive the interpreter."""
-    for worker in list(_all):
+    for worker in list(_workers):
         worker.close()

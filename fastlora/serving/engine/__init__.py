@@ -1,1 +1,1 @@
-"""Requests that come and go, one forward a step for all."""
+"""The engine: requests join and leave a running batch, one forward a step for all of them."""

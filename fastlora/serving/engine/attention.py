@@ -1,4 +1,4 @@
-"""Attention of a step: every token of the flat batch (1, T) sees its own row of the cache."""
+"""Attention of a step: every token of the flat batch (1, T) sees its row of the cache."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Piece(NamedTuple):
 class Step:
     """What one forward reads: the first ``singles`` of the pieces have a token each, in row order.
 
-    Those are attended to together, over all rows up to the last of them and up to the longest; a
-    longer piece by itself. Queries that share keys lie side by side, so keys are never repeated.
+    One call attends for all of these, over rows up to the last of them and positions up to the
+    longest; one for each longer piece. Queries that share keys lie side by side, so that keys are
+    never repeated.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Step:
         for piece in pieces:
             cache.announce(piece.row, piece.end)
         self.top = max((p.row + 1 for p in pieces[:singles]), default=0)
-        self.seen = cache.upto(max((p.end for p in pieces[:singles]), default=0))
+        self.seen = cache.round_up(max((p.end for p in pieces[:singles]), default=0))
         self.layers: set[int] = set()
         self._masks: dict[Any, Tensor] = {}
 
@@ -50,8 +51,9 @@ class Step:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """query (1, heads, T, size), key and value of as many heads or fewer: (1, T, heads, size).
+        """Attends with query (1, heads, T, size), to (1, T, heads, size).
 
+        key, value: of as many heads or fewer; they are written to the cache first.
         window: how many positions a token sees, itself included; None: all before it.
         """
         if layer in self.layers:
@@ -61,17 +63,17 @@ class Step:
         keys, values = self.cache.layers[layer]
         parts, first = [], self.singles
         if self.singles:
-            parts.append(self._singles(query[0, :, :first], keys, values, scaling, window))
+            parts.append(self._attend_singles(query[0, :, :first], keys, values, scaling, window))
         for piece in self.pieces[self.singles :]:
             after = first + piece.end - piece.start
             mask = self._mask_of(piece, window, query)
-            own, past = query[0, :, first:after], slice(mask.shape[-1])
+            q, past = query[0, :, first:after], slice(mask.shape[-1])
             k, v = keys[piece.row, :, past], values[piece.row, :, past]
-            parts.append(_alone(own, k, v, mask, scaling))
+            parts.append(_attend_piece(q, k, v, mask, scaling))
             first = after
         return torch.cat(parts)[None]
 
-    def _singles(
+    def _attend_singles(
         self,
         query: Tensor,
         keys: Tensor,
@@ -79,12 +81,12 @@ class Step:
         scaling: float | None,
         window: int | None,
     ) -> Tensor:
-        """query (heads, n, size) of n rows to (n, heads, size)."""
+        """Attends with query (heads, n, size) of n rows, to (n, heads, size)."""
         heads, n, size = query.shape
         query = query.transpose(0, 1)
         rows = self.rows[:n].to(query.device)
         if n < self.top:
-            # Rows between that have no token now take part with zeros.
+            # Rows between them that have no token in this step take part with zeros.
             query = query.new_zeros(self.top, heads, size).index_copy_(0, rows, query)
         y = nnf.scaled_dot_product_attention(
             query.reshape(self.top, keys.shape[1], -1, size),
@@ -96,38 +98,41 @@ class Step:
         return y if n == self.top else y[rows]
 
     def _mask_of_singles(self, window: int | None, like: Tensor) -> Tensor:
-        """(top, 1, 1, seen), added to scores; rows without a token see their first position."""
+        """Makes (top, 1, 1, seen), added to scores; rows without a token see one position."""
 
-        def hidden() -> Tensor:
+        def hide() -> Tensor:
             last = torch.zeros(self.top, dtype=torch.long)
             for piece in self.pieces[: self.singles]:
                 last[piece.row] = piece.start
-            return _hidden(last.to(like.device), self.seen, window)[:, None, None]
+            return _hide(last.to(like.device), self.seen, window)[:, None, None]
 
-        return self._made((window, None), hidden, like)
+        return self._make_once((window, None), hide, like)
 
     def _mask_of(self, piece: Piece, window: int | None, like: Tensor) -> Tensor:
-        """(tokens of the piece, positions to read), added to scores."""
+        """Makes (tokens of the piece, positions to read), added to scores."""
 
-        def hidden() -> Tensor:
+        def hide() -> Tensor:
             last = torch.arange(piece.start, piece.end, device=like.device)
-            return _hidden(last, self.cache.upto(piece.end), window)
+            return _hide(last, self.cache.round_up(piece.end), window)
 
-        return self._made((window, piece.row), hidden, like)
+        return self._make_once((window, piece.row), hide, like)
 
-    def _made(self, key: Any, hidden: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """A mask, made once a step for all layers of a kind."""
+    def _make_once(self, key: Any, hide: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Makes a mask, once a step for all layers that have the same."""
         key = (*key, like.dtype, like.device)
         if key not in self._masks:
-            where = hidden()
-            self._masks[key] = where.to(like.dtype).masked_fill_(where, float("-inf"))
+            hidden = hide()
+            self._masks[key] = hidden.to(like.dtype).masked_fill_(hidden, float("-inf"))
         return self._masks[key]
 
 
-def _alone(
+def _attend_piece(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
-    """query (heads, n, size), keys (fewer heads, L, size), mask (n, L): to (n, heads, size)."""
+    """Attends with query (heads, n, size), keys (fewer heads, L, size) and mask (n, L).
+
+    Returns (n, heads, size).
+    """
     heads, n, size = query.shape
     shared = heads // keys.shape[0]
     y = nnf.scaled_dot_product_attention(
@@ -140,8 +145,8 @@ def _alone(
     return y.reshape(heads, n, -1).transpose(0, 1)
 
 
-def _hidden(last: Tensor, positions: int, window: int | None) -> Tensor:
-    """(n, positions): which ones tokens at ``last`` (n,) do not see."""
+def _hide(last: Tensor, positions: int, window: int | None) -> Tensor:
+    """Returns which of the positions tokens at ``last`` (n,) do not see: (n, positions)."""
     at = torch.arange(positions, device=last.device)
     after = at > last[:, None]
     return after if window is None else after | (at <= last[:, None] - window)

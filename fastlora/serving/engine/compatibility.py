@@ -1,22 +1,20 @@
-"""Whether a model can be streamed: what its config says, then a few tokens, both ways."""
+"""Checks whether a model can be streamed: by its config, then by a few tokens through it."""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.inspection.wrapping import unwrapped
-from fastlora.serving.attention_hook import hooked
-from fastlora.serving.engine.cache import Kind, RowCache
+from fastlora.serving.engine.attention_hook import hook_attention
+from fastlora.serving.engine.cache import LayerSpec, RowCache
 from fastlora.serving.engine.request import check_count
 from fastlora.serving.engine.runner import Chunk, Runner, device_of
-from fastlora.serving.engine.server import routed
-
-if TYPE_CHECKING:
-    from fastlora.serving.model import MultiLoRAModel
+from fastlora.serving.engine.server import route_tokens
+from fastlora.serving.protocol import Server
 
 _LENGTH = 2048
 _ATTENTION = {"full_attention", "sliding_attention"}
@@ -25,19 +23,20 @@ _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.b
 
 
 class Fit(NamedTuple):
-    """What an engine has to know of a model."""
+    """What an engine has to know of a model: its limits, and what its layers keep."""
 
     max_length: int
     vocabulary: int
-    layers: dict[int, Kind]
+    layers: dict[int, LayerSpec]
 
 
-# What has been found, with the dtype and device of then.
-_found: weakref.WeakKeyDictionary[Any, tuple[Any, dict[int, Kind]]] = weakref.WeakKeyDictionary()
+# Layers of models that have been tried, with the dtype and device that they had then.
+_tried: weakref.WeakKeyDictionary[Any, tuple[Any, dict[int, LayerSpec]]]
+_tried = weakref.WeakKeyDictionary()
 
 
-def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
-    """Raises TypeError or ValueError naming what does not fit."""
+def check_model(server: Server, max_length: int | None) -> Fit:
+    """Checks that a model can be streamed; TypeError or ValueError naming what does not fit."""
     if max_length is not None:
         check_count("max_length", max_length)
     model: Any = unwrapped(server.model)
@@ -46,7 +45,7 @@ def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
     if not hasattr(type(config), "_attn_implementation"):
         raise TypeError(f"model: expected a decoder of transformers to stream, got {kind}")
     text: Any = config.get_text_config()  # pyright: ignore[reportOptionalMemberAccess]
-    refusal = _refusal(model, text)
+    refusal = _find_refusal(model, text)
     if refusal:
         raise ValueError(f"model: {kind} cannot be streamed: {refusal}")
     allowed = getattr(text, "max_position_embeddings", None) or max_length or _LENGTH
@@ -57,9 +56,9 @@ def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
         )
     table = model.get_input_embeddings().weight
     state = (table.dtype, table.device)
-    if _found.get(model, (None,))[0] != state:
-        _found[model] = state, _tried(server, model)
-    layers = _found[model][1]
+    if _tried.get(model, (None,))[0] != state:
+        _tried[model] = state, _try_texts(server, model)
+    layers = _tried[model][1]
     if len(layers) != text.num_hidden_layers:
         raise ValueError(
             f"model: {kind} cannot be streamed: {text.num_hidden_layers - len(layers)} of its "
@@ -68,14 +67,14 @@ def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
     return Fit(length, table.shape[0], layers)
 
 
-def eos_of(server: MultiLoRAModel) -> frozenset[int]:
-    """The tokens that end a text, by the model's generation_config."""
+def eos_of(server: Server) -> frozenset[int]:
+    """Returns the tokens that end a text, by the model's generation_config."""
     config = getattr(unwrapped(server.model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
-def _refusal(model: Any, config: Any) -> str | None:
+def _find_refusal(model: Any, config: Any) -> str | None:
     if config.is_encoder_decoder:
         return "it has an encoder"
     if not (callable(getattr(model, "can_generate", None)) and model.can_generate()):
@@ -94,9 +93,11 @@ def _refusal(model: Any, config: Any) -> str | None:
 
 
 @torch.no_grad()
-def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
-    """What its layers keep; ValueError unless two texts in parts have the logits of each alone,
-    and every layer sees all tokens in their order.
+def _try_texts(server: Server, model: Any) -> dict[int, LayerSpec]:
+    """Streams two texts in parts; returns what the layers keep of them.
+
+    Raises ValueError unless each text has the logits that it has alone, and every layer sees all
+    tokens in their order.
     """
     kind = type(model).__name__
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -111,24 +112,24 @@ def _tried(server: MultiLoRAModel, model: Any) -> dict[int, Kind]:
         [Chunk(0, 3, texts[1][3:]), Chunk(2, 5, texts[0][5:])],
     ]
     try:
-        with hooked(server.model):
-            *_, (of_second, of_first) = [runner.step(chunks) for chunks in steps]
+        with hook_attention(server.model):
+            *_, (second, first) = [runner.step(chunks) for chunks in steps]
     except Exception as error:
         raise ValueError(f"model: {kind} cannot be streamed: {error}") from error
-    for text, got in zip(texts, (of_first, of_second), strict=True):
+    for text, got in zip(texts, (first, second), strict=True):
         ids = torch.tensor([text], device=device_of(server))
-        with routed(server, [-1] * len(text), [1.0] * len(text)):
+        with route_tokens(server, [-1] * len(text), [1.0] * len(text)):
             want = server.model(input_ids=ids, use_cache=False).logits[0, -1]
-        difference = _difference(got, want)
+        difference = _compare(got, want)
         if not difference <= _CLOSE.get(want.dtype, 0.2):
             raise ValueError(
                 f"model: {kind} cannot be streamed: a text has other logits beside another than "
                 f"alone, a relative difference of {difference:.2g}"
             )
-    return runner.cache.kinds
+    return runner.cache.specs
 
 
-def _difference(got: Tensor, want: Tensor) -> float:
-    """Of logits up to a constant, which changes nothing."""
+def _compare(got: Tensor, want: Tensor) -> float:
+    """Returns the relative difference of logits, up to a constant, which changes nothing."""
     got, want = (logits.double() - logits.double().mean() for logits in (got, want))
     return float((got - want).norm() / want.norm().clamp_min(1e-12))

@@ -7,32 +7,30 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastlora.ops import dispatch, invariance
-from fastlora.serving.bank.entry import let_go
+from fastlora.serving.bank.lease import give_up
 from fastlora.serving.engine.cache import RowCache
-from fastlora.serving.engine.compatibility import eos_of, fitting
+from fastlora.serving.engine.compatibility import check_model, eos_of
 from fastlora.serving.engine.job import Job
 from fastlora.serving.engine.loop import Loop
 from fastlora.serving.engine.request import Event, Request, check_count
 from fastlora.serving.engine.runner import Runner
 from fastlora.serving.engine.scheduler import Scheduler
-from fastlora.serving.engine.server import lend
+from fastlora.serving.engine.server import lease_adapter
 from fastlora.serving.engine.stream import Channel, Stream
-
-if TYPE_CHECKING:
-    from fastlora.serving.model import MultiLoRAModel
+from fastlora.serving.protocol import Server
 
 
 class Engine:
-    """Runs requests over a server's model, in a thread of its own, until it is closed.
+    """A thread that runs requests over a server's model, until it is closed.
 
     server: a ``MultiLoRAModel`` around a decoder of transformers with the usual attention; window
     attention included. max_rows: requests that run at a time, others wait. max_length: tokens that
     a request may come to, prompt and continuation; None: 2048, or what the model's positions allow
     if that is less. step_tokens: how many tokens a forward has: one of each request that writes
-    (even where those are more), the rest of prompts, which are read in parts.
+    (even where those are more), the others from prompts, which are read in parts.
 
     ``cache_bytes`` of keys and values, for max_rows times max_length tokens, are allocated here and
     freed by ``close``. A forward has all requests' tokens, whichever their adapters. Methods may be
@@ -45,7 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        server: MultiLoRAModel,
+        server: Server,
         *,
         max_rows: int = 32,
         max_length: int | None = None,
@@ -53,7 +51,7 @@ class Engine:
     ) -> None:
         check_count("max_rows", max_rows)
         check_count("step_tokens", step_tokens)
-        fit = fitting(server, max_length)
+        fit = check_model(server, max_length)
         self.max_rows, self.max_length, self.step_tokens = max_rows, fit.max_length, step_tokens
         self._server, self._eos, self._vocabulary = server, eos_of(server), fit.vocabulary
         runner = Runner(server, RowCache(max_rows, fit.max_length, fit.layers))
@@ -76,23 +74,23 @@ class Engine:
     def submit(self, request: Request) -> Stream:
         """Queues a request; its tokens come to the stream, which cancels it when it is dropped.
 
-        Raises TypeError or ValueError for what can be told of it at once: no request, an unknown
+        Raises TypeError or ValueError for what is wrong at first sight: no request, an unknown
         adapter, tokens that are not in the vocabulary, more of them than max_length; RuntimeError
-        when the engine is closed. All else fails in its stream, alone.
+        when the engine is closed. All other errors are raised by its stream alone.
         """
         channel = Channel()
         job = self._queue(request, channel.put)
         inbox = self._inbox
 
         def cancel() -> None:
-            # Maybe called by the garbage collector, at any time in any thread: nothing is locked.
+            # The garbage collector may call it, at any time in any thread: it must take no lock.
             job.cancelled = True
             inbox.put(None)
 
         return Stream(self, request, channel, cancel)
 
     def _queue(self, request: Request, emit: Callable[[Event], Any]) -> Job:
-        """As ``submit``, for who takes the events himself, quickly, in the engine's thread."""
+        """Queues a request; ``emit`` takes its events, quickly, in the engine's thread."""
         if not isinstance(request, Request):
             raise TypeError(f"request: expected a Request, got {type(request).__name__}")
         beyond = [token for token in request.prompt if token >= self._vocabulary]
@@ -106,19 +104,19 @@ class Engine:
                 f"{len(request.prompt)} of the prompt and {request.max_new_tokens} new ones"
             )
         eos = self._eos if request.eos is None else request.eos
-        lent = lend(self._server, request.adapter_name)
+        lease = lease_adapter(self._server, request.adapter_name)
         try:
-            job = Job(request, eos, lent, self._device, emit)
+            job = Job(request, eos, lease, self._device, emit)
             self._loop.add(job)
         except BaseException:
-            let_go(lent)
+            give_up(lease)
             raise
         inbox = self._inbox
-        lent.add_done_callback(lambda _: inbox.put(None))
+        lease.add_done_callback(lambda _: inbox.put(None))
         return job
 
     def close(self) -> None:
-        """Cancels what has not ended, waits for the step that runs, frees the cache."""
+        """Cancels requests that have not ended, waits for the step that runs, frees the cache."""
         self._loop.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -130,16 +128,16 @@ class Engine:
         self.close()
 
 
-def stream(server: MultiLoRAModel, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
-    """Events of all requests as they come; options are ``Engine``'s, errors of the model too.
+def stream(server: Server, requests: Iterable[Request], **options: Any) -> Iterator[Event]:
+    """Yields events of all requests as they come; options and errors of the model as ``Engine``'s.
 
-    Requests are taken when there is room: as many as there are rows run, as many wait. What can be
-    told of a request at once, as in ``Engine.submit``, is its event too, and the others go on.
+    Requests are taken when there is room: as many as there are rows run, as many wait. An error
+    that ``Engine.submit`` would raise is that request's event, and the others go on.
     """
-    return _events(Engine(server, **options), iter(requests))
+    return _yield_events(Engine(server, **options), iter(requests))
 
 
-def _events(engine: Engine, requests: Iterator[Request]) -> Iterator[Event]:
+def _yield_events(engine: Engine, requests: Iterator[Request]) -> Iterator[Event]:
     events: SimpleQueue[Event] = SimpleQueue()
     unfinished, more = 0, True
     with engine:
@@ -162,7 +160,7 @@ def _events(engine: Engine, requests: Iterator[Request]) -> Iterator[Event]:
                 yield event
 
 
-# Not by their engines, which may be collected while their last step still runs.
+# Loops of the threads that run. Engines may be collected while their last step still runs.
 _running: dict[threading.Thread, Loop] = {}
 
 

@@ -1,4 +1,4 @@
-"""A request on its way: what it waits for, how far it is, and to whom its tokens go."""
+"""``Job``: a request in the engine, with its lease, its tokens so far and where its events go."""
 
 from __future__ import annotations
 
@@ -10,54 +10,55 @@ from typing import Any
 
 import torch
 
-from fastlora.serving.bank.entry import Lease, let_go
+from fastlora.serving.bank.lease import Lease, give_up
 from fastlora.serving.engine.request import Event, FinishReason, Request
 from fastlora.serving.engine.runner import Chunk
 from fastlora.serving.engine.sampling import Sampler
 
 
 class Job:
-    """Belongs to the engine's thread; others only set ``cancelled``.
+    """A request in the engine's thread; other threads only set ``cancelled``.
 
-    eos: tokens that end it. lent: its adapter, as soon as it is there. emit: takes its events.
+    eos: tokens that end it. lease: of its adapter, done when it is on the device. emit: takes its
+    events.
     """
 
     def __init__(
         self,
         request: Request,
         eos: frozenset[int],
-        lent: Future[Lease],
+        lease: Future[Lease],
         device: torch.device,
         emit: Callable[[Event], Any],
     ) -> None:
-        self.request, self.eos, self.lent, self.emit = request, eos, lent, emit
+        self.request, self.eos, self.lease, self.emit = request, eos, lease, emit
         self.sampler: Sampler | None = None
         if request.do_sample:
             seed = request.seed
-            drawn = int(torch.randint(2**62, ())) if seed is None else seed
-            self.sampler = Sampler(request, drawn, device)
+            seed = int(torch.randint(2**62, ())) if seed is None else seed
+            self.sampler = Sampler(request, seed, device)
         self.deadline = math.inf if request.timeout is None else time.monotonic() + request.timeout
         self.cancelled = False
         self.row: int | None = None
         # All its tokens, and how many of them are in the cache.
         self.tokens = list(request.prompt)
-        self.fed = 0
+        self.cached = 0
 
     @property
     def due(self) -> int:
         """Tokens that are not in the cache yet."""
-        return len(self.tokens) - self.fed
+        return len(self.tokens) - self.cached
 
-    def chunk(self, count: int) -> Chunk:
-        """Its next ``count`` tokens."""
+    def next_chunk(self, count: int) -> Chunk:
+        """Returns its next ``count`` tokens."""
         assert self.row is not None
-        tokens = self.tokens[self.fed : self.fed + count]
-        slot = next(iter(self.lent.result().slots), -1)
+        tokens = self.tokens[self.cached : self.cached + count]
+        slot = next(iter(self.lease.result().slots), -1)
         scale = float(self.request.scale)
-        return Chunk(self.row, self.fed, tokens, slot, scale, last=count == self.due)
+        return Chunk(self.row, self.cached, tokens, slot, scale, last=count == self.due)
 
     def add(self, token: int) -> bool:
-        """Hands on its next token; whether it was the last."""
+        """Emits its next token; returns whether it was the last."""
         self.tokens.append(token)
         reason: FinishReason | None = None
         if token in self.eos:
@@ -68,9 +69,9 @@ class Job:
         return reason is not None
 
     def end(self, reason: FinishReason, error: BaseException | None = None) -> None:
-        """Says that it has ended before its last token."""
+        """Emits that it has ended before its last token."""
         self.emit(Event(self.request, None, reason, error))
 
-    def give_back(self) -> None:
-        """Lets go of the adapter, or of the wish for it."""
-        let_go(self.lent)
+    def release(self) -> None:
+        """Releases its adapter, or stops waiting for it."""
+        give_up(self.lease)

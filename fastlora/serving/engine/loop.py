@@ -1,4 +1,4 @@
-"""The engine's thread: who has come, who has to go, a step, and again."""
+"""The engine's thread: takes new requests, ends those that are over, runs a step, and again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from fastlora.ops import dispatch, invariance
-from fastlora.serving.attention_hook import hooked
+from fastlora.serving.engine.attention_hook import hook_attention
 from fastlora.serving.engine.job import Job
 from fastlora.serving.engine.request import FinishReason
 from fastlora.serving.engine.runner import Runner
@@ -34,7 +34,7 @@ class Loop:
         self._closed: BaseException | bool = False
 
     def add(self, job: Job) -> None:
-        """From any thread; RuntimeError when it is closed."""
+        """Queues a job, from any thread; RuntimeError when the loop is closed."""
         with self._lock:
             if self._closed:
                 failed = isinstance(self._closed, BaseException)
@@ -43,40 +43,40 @@ class Loop:
             self.inbox.put(job)
 
     def close(self) -> None:
-        """Lets it end after the step that runs. Takes no lock: the garbage collector calls it."""
+        """Ends the loop after the step that runs. Takes no lock: the garbage collector calls it."""
         self._closed = self._closed or True
         self.inbox.put(None)
 
     def run(self, invariant: bool, backend: str | None) -> None:
-        """All of the thread. invariant, backend: what its maker had asked of its own calls."""
+        """Runs in the thread. invariant, backend: what the thread that made the engine had set."""
         try:
             with ExitStack() as within:
-                within.enter_context(hooked(self.runner.server.model))
+                within.enter_context(hook_attention(self.runner.server.model))
                 if invariant:
                     within.enter_context(invariance.batch_invariant())
                 if backend is not None:
                     within.enter_context(dispatch.use_backend(backend))
                 if self.runner.device.type == "cuda":
                     torch.cuda.set_device(self.runner.device)
-                self._turns()
+                self._take_turns()
         except BaseException as error:
-            self._closed = _lightened(error)
+            self._closed = _strip_frames(error)
         finally:
             self._end()
 
-    def _turns(self) -> None:
+    def _take_turns(self) -> None:
         while True:
             self._receive()
             if self._closed:
                 return
-            self._let_go()
+            self._end_jobs()
             self.scheduler.admit()
             self._step()
 
     def _receive(self) -> None:
-        """Takes what has come; waits for it where there is nothing to do."""
+        """Takes new jobs; waits for one where there is nothing to do."""
         timeout = 0.0
-        if self.scheduler.idle:
+        if self.scheduler.is_idle:
             soonest = min((job.deadline for job in self.scheduler.waiting), default=math.inf)
             timeout = None if soonest == math.inf else max(soonest - time.monotonic(), 0)
         try:
@@ -88,16 +88,16 @@ class Loop:
         except Empty:
             pass
 
-    def _let_go(self) -> None:
-        """Ends who is cancelled, late, or gets no adapter."""
+    def _end_jobs(self) -> None:
+        """Ends jobs that are cancelled, late, or have an adapter that cannot be read."""
         now = time.monotonic()
         for job in list(self.scheduler):
             if job.cancelled:
                 self._leave(job, "cancelled")
             elif job.deadline <= now:
                 self._leave(job, "timeout")
-            elif job.row is None and job.lent.done() and job.lent.exception() is not None:
-                self._leave(job, "error", job.lent.exception())
+            elif job.row is None and job.lease.done() and job.lease.exception() is not None:
+                self._leave(job, "error", job.lease.exception())
 
     def _step(self) -> None:
         plan = self.scheduler.plan()
@@ -108,20 +108,20 @@ class Loop:
             asking = [job for job, chunk in plan if chunk.last]
             tokens = next_tokens(logits, [job.sampler for job in asking]) if asking else []
         except Exception as error:
-            light = _lightened(error)
+            cause = _strip_frames(error)
             for job, _ in plan:
-                what = f"the step's forward failed: {type(light).__name__}: {light}"
-                own = RuntimeError(what)
-                own.__cause__ = light
-                self._leave(job, "error", own)
+                reason = f"the step's forward failed: {type(cause).__name__}: {cause}"
+                of_job = RuntimeError(reason)
+                of_job.__cause__ = cause
+                self._leave(job, "error", of_job)
             return
         for job, chunk in plan:
-            job.fed += len(chunk.tokens)
+            job.cached += len(chunk.tokens)
         for job, token in zip(asking, tokens, strict=True):
             if token is None:
                 name = job.request.adapter_name
-                what = f"adapter_name: the logits with {name!r} are not finite"
-                self._leave(job, "error", RuntimeError(what))
+                reason = f"adapter_name: the logits with {name!r} are not finite"
+                self._leave(job, "error", RuntimeError(reason))
             elif job.add(token):
                 self._leave(job)
 
@@ -131,12 +131,12 @@ class Loop:
         row = self.scheduler.leave(job)
         if row is not None:
             self.runner.cache.clear(row)
-        job.give_back()
+        job.release()
         if reason is not None:
             job.end(reason, error)
 
     def _end(self) -> None:
-        """Nobody waits for ever, whatever has ended the loop."""
+        """Ends all jobs, whatever has ended the loop, so that no caller waits for ever."""
         with self._lock:
             self._closed = self._closed or True
         failure = self._closed if isinstance(self._closed, BaseException) else None
@@ -146,14 +146,14 @@ class Loop:
             if job is not None:
                 jobs.append(job)
         for job in jobs:
-            job.give_back()
+            job.release()
             job.end("error" if failure else "cancelled", failure)
         self.scheduler.running, self.scheduler.waiting = [], []
         self.runner.cache.layers.clear()
 
 
-def _lightened(error: BaseException) -> BaseException:
-    """The error without the frames that it passed, which hold a step's tensors."""
+def _strip_frames(error: BaseException) -> BaseException:
+    """Removes the frames that an error passed, which hold a step's tensors; returns the error."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)

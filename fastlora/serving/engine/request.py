@@ -1,4 +1,4 @@
-"""What is asked of a stream, and what it answers."""
+"""``Request``: what an engine is asked to write. ``Event``: what it answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FinishReason = Literal["eos", "length", "cancelled", "timeout", "error"]
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt, whose adapter continues it, and how.
+    """A prompt, which adapter continues it, and how.
 
     input_ids: token ids, or a tensor (n,) or (1, n) of them; kept as a tuple. adapter_name: None
     and ``"__base__"`` name the base model. max_new_tokens: where it ends at the latest. scale: what
@@ -68,7 +68,7 @@ class Request:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """input_ids as they are kept."""
+        """input_ids as a tuple."""
         return cast(tuple[int, ...], self.input_ids)
 
     @property
@@ -78,7 +78,7 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Tokens that it can come to: prompt and continuation."""
+        """How many tokens it can come to: prompt and continuation."""
         return len(self.prompt) + self.max_new_tokens
 
 

@@ -1,4 +1,4 @@
-"""The next token of each row: the likeliest, or a draw of the request's own generator."""
+"""Picks the next token of each row: the likeliest, or a draw by the request's generator."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fastlora.serving.engine.request import Request
 
 
 class Sampler:
-    """Draws a request's tokens from logits, always the same ones for a seed.
+    """A request's draws from logits, always the same ones for a seed.
 
-    device: of the logits. seed: of a generator of its own, so that other requests cannot move it.
+    device: of the logits. seed: of this request's generator, which no other request advances.
     """
 
     def __init__(self, request: Request, seed: int, device: torch.device) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
         self._none = torch.empty(1, 0, dtype=torch.long, device=device)
-        self._warpers = _warpers(request)
+        self._warpers = _make_warpers(request)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """A token () for logits (V,), float32 and finite somewhere."""
+        """Draws a token () for logits (V,), float32 and finite somewhere."""
         scores = logits[None]
         for warper in self._warpers:
             scores = warper(self._none, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[0, 0]
 
 
-def _warpers(request: Request) -> list[Any]:
-    """transformers' own, in the order in which ``generate`` has them."""
+def _make_warpers(request: Request) -> list[Any]:
+    """Makes transformers' warpers, in the order in which ``generate`` has them."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[Any] = []
@@ -45,7 +45,7 @@ def _warpers(request: Request) -> list[Any]:
 
 
 def next_tokens(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
-    """A token for each row of logits (n, V); None for a row without a finite maximum.
+    """Returns a token for each row of logits (n, V); None for a row without a finite maximum.
 
     samplers: one a row, None takes the likeliest. The device is waited for once.
     """
@@ -56,5 +56,5 @@ def next_tokens(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int 
         if sampler is not None:
             # Drawing from NaN would end the process on a GPU.
             tokens[row] = sampler(torch.where(usable[row], wide[row], 0.0))
-    found: list[int] = torch.where(usable, tokens, -1).tolist()
-    return [None if token < 0 else token for token in found]
+    drawn: list[int] = torch.where(usable, tokens, -1).tolist()
+    return [None if token < 0 else token for token in drawn]

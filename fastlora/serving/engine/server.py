@@ -1,39 +1,36 @@
-"""All that streaming asks of the server: adapters lent for a while, and whose tokens are whose."""
+"""How the engine uses a server: it leases adapters and says which token has which."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fastlora.serving.bank.entry import Lease
-
-if TYPE_CHECKING:
-    from fastlora.serving.model import MultiLoRAModel
+from fastlora.serving.bank.lease import Lease
+from fastlora.serving.protocol import BASE, Server
 
 
-def lend(server: MultiLoRAModel, name: str | None) -> Future[Lease]:
-    """The adapter, now or when it has been read; an empty lease for the base model.
+def lease_adapter(server: Server, name: str | None) -> Future[Lease]:
+    """Leases the adapter, now or when it has been read; for the base model the lease is empty.
 
     Raises ValueError for a name that is not loaded.
     """
     server.follow()
-    return server.bank.lease([] if name in (None, "__base__") else [name])
+    return server.bank.lease([] if name in (None, BASE) else [name])
 
 
 @contextmanager
-def routed(
-    server: MultiLoRAModel,
+def route_tokens(
+    server: Server,
     slots: Sequence[int],
     scales: Sequence[float],
     ids: Tensor | None = None,
 ) -> Iterator[None]:
     """Within, this thread's flat batch has token i in ``slots[i]``, times ``scales[i]``.
 
-    ids: (1, T), of a call whose layers must be shown to see the tokens in this order.
+    ids: (1, T); then every layer must be seen to get the tokens in this order.
     """
     scaled = scales if any(scale != 1 for scale in scales) else None
     with server.running(slots, scaled, per_token=True):

@@ -1,20 +1,16 @@
-"""What a caller holds of a request that runs: its tokens as they come."""
+"""``Stream``: a running request's tokens, as they come."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from fastlora.serving.engine.request import Event, FinishReason, Request
 
-if TYPE_CHECKING:
-    from fastlora.serving.engine.engine import Engine
-
 
 class Channel:
-    """Where a request's tokens wait for whoever reads them: no more than its max_new_tokens."""
+    """Tokens of a request that wait for readers: no more than its max_new_tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -31,18 +27,18 @@ class Channel:
 
 
 class Stream:
-    """A request's tokens, as ``Engine.submit`` gives it; for any thread, as often as it asks.
+    """A request's tokens, from ``Engine.submit``; any thread can read them, and more than once.
 
     Iterating yields token ids as they come, and ends when the request has ended for whatever
-    reason; only an error is raised. A stream that nobody holds any more cancels its request.
+    reason; only an error is raised. A stream that is no longer referenced cancels its request.
     """
 
     def __init__(
-        self, engine: Engine, request: Request, channel: Channel, cancel: Callable[[], None]
+        self, engine: object, request: Request, channel: Channel, cancel: Callable[[], None]
     ) -> None:
         self.request = request
         self._channel = channel
-        # Held, so that an engine lives as long as what it writes.
+        # An engine lives as long as its streams.
         self._engine = engine
         self._cancel = cancel
         weakref.finalize(self, cancel).atexit = False
@@ -60,7 +56,7 @@ class Stream:
 
     @property
     def tokens(self) -> list[int]:
-        """Those that have come so far."""
+        """The tokens that have come so far."""
         with self._channel.news:
             return list(self._channel.tokens)
 
@@ -72,12 +68,12 @@ class Stream:
 
     @property
     def error(self) -> BaseException | None:
-        """What it failed with."""
+        """The error that the request failed with."""
         end = self._channel.end
         return None if end is None else end.error
 
     def result(self, timeout: float | None = None) -> list[int]:
-        """All tokens, when it has ended; ``finish_reason`` says why.
+        """Waits for the end and returns all tokens; ``finish_reason`` says why it ended.
 
         Raises what the request failed with, TimeoutError when it goes on after ``timeout`` seconds.
         """
@@ -90,7 +86,7 @@ class Stream:
         return list(channel.tokens)
 
     def cancel(self) -> None:
-        """Ends it after the step that runs; tokens that have come stay. Later it does nothing."""
+        """Ends the request after the step that runs; its tokens stay. Later it does nothing."""
         self._cancel()
 
 

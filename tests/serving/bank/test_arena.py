@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastlora.serving.bank.arena import GRANULE, Arena, granules, neighbours
+from fastlora.serving.bank.arena import GRANULE, Arena, count_granules, join_neighbours
 
 
 def arena(size: int) -> Arena:
@@ -15,7 +15,7 @@ def arena(size: int) -> Arena:
 
 
 def test_granules_hold_what_they_must():
-    assert [granules(n) for n in (0, 1, GRANULE, GRANULE + 1)] == [0, 1, 1, 2]
+    assert [count_granules(n) for n in (0, 1, GRANULE, GRANULE + 1)] == [0, 1, 1, 2]
 
 
 def test_blocks_lie_together_where_they_can():
@@ -56,8 +56,9 @@ def test_more_than_a_table_can_name_is_refused():
 
 
 def test_neighbours_are_copied_at_once():
-    assert list(neighbours([(0, 2), (2, 1), (5, 1), (6, 4), (3, 1)])) == [(0, 3), (5, 5), (3, 1)]
-    assert list(neighbours([])) == []
+    blocks = [(0, 2), (2, 1), (5, 1), (6, 4), (3, 1)]
+    assert list(join_neighbours(blocks)) == [(0, 3), (5, 5), (3, 1)]
+    assert list(join_neighbours([])) == []
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -43,7 +43,7 @@ def test_ranks_take_what_they_need(r):
     of.add("a", adapter)
     assert_lends(of, {"a": adapter})
     of.add("b", Adapter(2, {"two": 1}))
-    assert_lends(of, {"b": of._entry("b").read})
+    assert_lends(of, {"b": of._find("b").read})
     pages, wide = -(-r // 8), bank(max_adapters=1, max_rank=64)
     small = wide.layout.nbytes(dict.fromkeys(SHAPES, r))
     whole = wide.layout.nbytes(dict.fromkeys(SHAPES, 64))
@@ -56,7 +56,7 @@ def test_the_least_recently_used_makes_room():
     of, adapters = filled(3)
     assert_lends(of, {"a": adapters["a"]})  # b is the oldest now
     assert_lends(of, {"c": adapters["c"]})
-    assert [entry.name for entry in of._all.resident] == ["a", "c"]
+    assert [entry.name for entry in of._shelf.resident] == ["a", "c"]
     assert_lends(of, {"b": adapters["b"], "c": adapters["c"]})
     stats = of.stats()
     assert (stats.hits, stats.misses, stats.evictions) == (2, 2, 2)
@@ -72,7 +72,7 @@ def test_what_is_pinned_stays():
     of.pin("a")
     for name in ("b", "c", "b"):
         assert_lends(of, {name: adapters[name]})
-        assert "a" in [entry.name for entry in of._all.resident]
+        assert "a" in [entry.name for entry in of._shelf.resident]
     of.pin("b")
     of.pin("b")  # twice is once
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_what_is_pinned_stays():
     of.add("a", other)  # the pin goes on
     for name in ("b", "c"):
         assert_lends(of, {name: adapters[name]})
-    assert next(entry.name for entry in of._all.resident) == "a"
+    assert next(entry.name for entry in of._shelf.resident) == "a"
     assert_lends(of, {"a": other})
     for name in ("a", "b", "c"):
         of.remove(name)  # pin and all
@@ -189,7 +189,7 @@ def test_some_room_in_the_host_s_memory():
     assert of.stats().host_bytes_used == 2 * size
     assert_lends(of, {"c": adapters["c"]})
     assert_lends(of, {"a": adapters["a"]})  # read again, in d's place: c was used since
-    assert [entry.name for entry in of._all.copied] == ["c", "a"]
+    assert [entry.name for entry in of._shelf.copied] == ["c", "a"]
     assert {name: adapter.reads for name, adapter in adapters.items()} == {
         "a": 2, "b": 1, "c": 1, "d": 1,
     }  # fmt: skip
@@ -262,10 +262,10 @@ def test_nothing_is_kept_of_who_gave_up():
     lease = of.lease(["a", "b"]).result(60)
     waits = of.lease(["c"])
     settled(of)
-    assert of._all.fresh[0].name == "c"  # read, and waiting for a place
+    assert of._shelf.fresh[0].name == "c"  # read, and waiting for a place
     assert waits.cancel()
     of.remove("c", wait=True, timeout=60)
-    assert of._all.fresh is None
+    assert of._shelf.fresh is None
     assert of.lease(["a"]).result(60).slots == lease.slots[:1]  # a has to leave for nobody
     assert adapters["c"].reads == 2
 
@@ -282,7 +282,7 @@ def test_a_budget_in_bytes():
     of.add("large", large)
     assert of.stats().resident == 3
     assert_lends(of, {"large": large})
-    assert [entry.name for entry in of._all.resident] == ["small2", "large"]
+    assert [entry.name for entry in of._shelf.resident] == ["small2", "large"]
     with pytest.raises(ValueError, match=rf"device_bytes: 'huge' takes {2 * one} bytes in pages"):
         bank(device_bytes=2 * one - 1).add("huge", Adapter(8, 16))
     for bad, kind in ((-1, ValueError), (1.5, TypeError), (True, TypeError)):
@@ -343,7 +343,7 @@ def test_another_dtype():
         of.rebuild(layout(dtype=torch.float64))
     lease.release()
     of.rebuild(layout(dtype=torch.float64))
-    assert [entry.name for entry in of._all.resident] == ["b"]
+    assert [entry.name for entry in of._shelf.resident] == ["b"]
     assert of.pages("one").lora_A.dtype == torch.float64
     of.rebuild(layout())
     for name, adapter in adapters.items():

@@ -84,17 +84,17 @@ def test_pages_wait_for_every_stream_that_has_read_them(monkeypatch):
     of, waited, events = bank(max_adapters=1), [], Counter()
     for name, seed in (("a", 0), ("b", 1)):
         of.add(name, Adapter(seed))
-    device = of._all.device
+    device = of._shelf.device
 
-    def passed() -> Any:
+    def record_events() -> Any:
         stream = int(threading.current_thread().name)
         events[stream] += 1
         return {(0, stream): (stream, events[stream])}
 
     real = device.wipe
-    monkeypatch.setattr(device, "passed", passed)
+    monkeypatch.setattr(device, "record_events", record_events)
     monkeypatch.setattr(
-        device, "wipe", lambda slot, places, after: (waited.append(after), real(slot, places, {}))
+        device, "wipe", lambda slot, blocks, after: (waited.append(after), real(slot, blocks, {}))
     )
     held = of.borrow(["a"])
     for turn in range(6):
@@ -168,7 +168,7 @@ def test_a_pin_follows_its_name():
     other = Adapter(9)
     pinning = threading.Thread(target=of.pin, args=("c",))
     pinning.start()
-    while not of._entry("c").wanted:
+    while not of._find("c").waiters:
         pass
     adding = threading.Thread(target=of.add, args=("c", other))
     adding.start()
@@ -177,7 +177,7 @@ def test_a_pin_follows_its_name():
     pinning.join(60)
     for name in ("a", "b", "d"):
         of.borrow([name]).release()
-    assert [entry.name for entry in of._all.resident] == ["c", "d"]
+    assert [entry.name for entry in of._shelf.resident] == ["c", "d"]
     assert_lends(of, {"c": other})
     assert of.stats().leases == 1
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))

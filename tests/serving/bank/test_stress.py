@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
-from fastlora.serving.bank.entry import Entry, Lease
+from fastlora.serving.bank.entry import Entry
 from fastlora.serving.bank.layout import Image
+from fastlora.serving.bank.lease import Lease
 from tests.support.banks import assert_empty
 from tests.support.histories import History, only
 from tests.support.models import randomise_lora
@@ -192,7 +193,7 @@ def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes, device):
         runs = [Tenants(server, pool, past, device).run for _ in range(THREADS)]
         done: Any = sum(threads.map(lambda run, seed: run(seed), runs, range(THREADS)), Counter())
     stats = server.bank.stats()
-    assert stats.leases == len(server.bank._all.pins)
+    assert stats.leases == len(server.bank._shelf.pins)
     # Enough of everything has happened for this to show something.
     assert stats.evictions > 80
     assert (stats.reads > 40) == (host_bytes == 20_000)

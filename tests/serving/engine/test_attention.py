@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlora.serving.engine.attention import Piece, Step
-from fastlora.serving.engine.cache import Kind, RowCache
+from fastlora.serving.engine.cache import LayerSpec, RowCache
 
 CPU = torch.device("cpu")
 # Rows and the parts in which their tokens come, a step each; "-" is a step without.
@@ -44,7 +44,7 @@ def test_every_token_sees_its_own_text(shape, window):
     q = [torch.randn(heads, n, size) for n in lengths]
     k = [torch.randn(kept, n, size) for n in lengths]
     v = [torch.randn(kept, n, value_size) for n in lengths]
-    cache = RowCache(5, 21, {7: Kind(kept, size, value_size, torch.float32, CPU)})
+    cache = RowCache(5, 21, {7: LayerSpec(kept, size, value_size, torch.float32, CPU)})
     for keys in cache.layers[7]:
         keys[4] = float("nan")  # a row of somebody else
     got = [torch.empty(n, heads, value_size) for n in lengths]
@@ -96,8 +96,8 @@ def test_a_layer_that_attends_twice_is_refused():
 
 
 def test_a_cache_takes_what_was_asked_for():
-    kinds = {i: Kind(2, 8, 4, torch.bfloat16, CPU) for i in range(3)}
+    kinds = {i: LayerSpec(2, 8, 4, torch.bfloat16, CPU) for i in range(3)}
     cache = RowCache(5, 21, kinds)
-    assert cache.kinds == kinds
+    assert cache.specs == kinds
     assert cache.nbytes == 3 * 5 * 2 * 24 * (8 + 4) * 2  # 21 positions lie in 24
-    assert [cache.upto(n) for n in (0, 1, 8, 9, 21)] == [0, 8, 8, 16, 24]
+    assert [cache.round_up(n) for n in (0, 1, 8, 9, 21)] == [0, 8, 8, 16, 24]

@@ -16,7 +16,7 @@ import fastlora
 from fastlora import MultiLoRAModel
 from fastlora.ops import dispatch, invariance
 from fastlora.serving import Engine
-from fastlora.serving.engine import compatibility as fitness
+from fastlora.serving.engine import compatibility
 from tests.support.models import bert, gemma2, gpt2, llama, randomise_lora, t5
 from tests.support.streams import PATIENCE, alone, ask, server_of
 
@@ -66,7 +66,7 @@ def test_deeper_models_of_any_dtype(dtype):
     server = MultiLoRAModel(llama(dtype=dtype, hidden_size=128, num_hidden_layers=6))
     request = ask(None, new=8)
     with server.engine(max_length=40) as engine:
-        assert engine._loop.runner.cache.kinds[5].dtype == dtype
+        assert engine._loop.runner.cache.specs[5].dtype == dtype
         text = engine.submit(request).result(PATIENCE)
     assert len(text) == 8
     if dtype in (torch.float32, torch.float64):
@@ -159,7 +159,7 @@ DYNAMIC, USUAL = {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "default
 def test_positions_by_every_name_that_transformers_had_for_them(said, refused):
     config = SimpleNamespace(is_encoder_decoder=False, **said)
     writer = SimpleNamespace(can_generate=lambda: True)
-    assert ("positions" in (fitness._refusal(writer, config) or "")) == refused
+    assert ("positions" in (compatibility._find_refusal(writer, config) or "")) == refused
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ class Lending:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.late: dict[str, Future[Any]] = {}
         self.lent: list[Lease] = []
-        self.own = engine.lend
-        monkeypatch.setattr(engine, "lend", self.lend)
+        self.own = engine.lease_adapter
+        monkeypatch.setattr(engine, "lease_adapter", self.lend)
 
     def lend(self, server: MultiLoRAModel, name: str | None) -> Future[Any]:
         if name in self.late:
