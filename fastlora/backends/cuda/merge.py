@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from fastlora.backends import native
 from fastlora.backends.cuda.call import arch_of, device_of, stream_of
+from fastlora.backends.merge_lists.host import ByKind
 
 # As csrc/fastlora.h numbers them.
 _UNDO, _MERGE, _KEEP, _SUMS, _POOLED, _ALIGNED = (1 << i for i in range(6))
@@ -55,13 +54,9 @@ class CudaKernels:
         native.check(code, "merging")
 
 
-# The host's part, which Triton's kernels share: tables, what a launch left behind, the way back.
-_ops = importlib.import_module("fastlora.backends.merge_lists.host")
-_kernels = CudaKernels()
-
-merge_ = partial(_ops.merge_, _kernels)
-unmerge_ = partial(_ops.unmerge_, _kernels)
-swap_ = partial(_ops.swap_, _kernels)
+# The host's part, which Triton's kernels share: tables, what a launch left behind, taking it back.
+_ops = ByKind(CudaKernels())
+merge_, unmerge_, swap_ = _ops.merge_, _ops.unmerge_, _ops.swap_
 
 
 def merge_kernel(device: torch.device) -> str:
