@@ -138,21 +138,22 @@ def test_the_third_of_five_fails_and_the_first_two_are_taken_back(step, device, 
     A, B, scalings = (list(part) for part in zip(*(pair[1] for pair in pairs), strict=True))
     infinite = [b.clone() for b in B]
     infinite[2][3, 1] = math.inf
-    ops, counts = torch.ops.fastlora, [1] * 5
+    op, counts = torch.ops.fastlora, [1] * 5
+    bad = (A, infinite, scalings, counts)
     if step in ("unmerge", "swap"):
-        made = ops.merge_(weights, A, B, scalings, counts, True, merge_backend)
+        made = op.merge_(weights, A, B, scalings, counts, True, merge_backend)
         old = (A, B, scalings, counts, flatten_receipts(made))
     if step == "unmerge":
         weights[2][4, 5] += 1
+    act = {
+        "merge": lambda: op.merge_(weights, *bad, True, merge_backend),
+        "merge for good": lambda: op.merge_(weights, *bad, False, merge_backend),
+        "unmerge": lambda: op.unmerge_(weights, *old, merge_backend),
+        "swap": lambda: op.swap_(weights, *old, *bad, merge_backend),
+    }[step]
     error = RuntimeError if step == "unmerge" else ValueError
     with unchanged(weights, B, infinite), pytest.raises(error) as info:
-        if step == "unmerge":
-            ops.unmerge_(weights, *old, merge_backend)
-        elif step == "swap":
-            ops.swap_(weights, *old, A, infinite, scalings, counts, merge_backend)
-        else:
-            kept = step == "merge"
-            ops.merge_(weights, A, infinite, scalings, counts, kept, merge_backend)
+        act()
     assert info.value.index == 2
 
 
