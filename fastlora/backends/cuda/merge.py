@@ -28,13 +28,13 @@ class CudaKernels:
             _UNDO: how.undo, _MERGE: how.merge, _KEEP: keep, _SUMS: how.sums, _POOLED: pooled,
             _ALIGNED: kind.aligned and kind.inner == 1,
         }  # fmt: skip
-        given = (
+        tensors = (
             *tables[:4], batch.states, *before, batch.checksums, batch.counts, batch.offsets,
             batch.cursor, batch.pool,
         )  # fmt: skip
         with device_of(batch.states):
             code = native.cuda_functions().fastlora_cuda_swap(
-                *(t.data_ptr() for t in given), batch.tiles, batch.capacity, int(wanted),
+                *(t.data_ptr() for t in tensors), batch.tiles, batch.capacity, int(wanted),
                 native.DTYPES[kind.dtype], native.DTYPES[kind.old], native.DTYPES[kind.new],
                 sum(flag for flag, on in flags.items() if on), stream_of(batch.states),
             )  # fmt: skip
@@ -44,11 +44,11 @@ class CudaKernels:
         self, positions: Tensor, bits: Tensor, pool: Tensor, starts: Tensor, offsets: Tensor,
         counts: Tensor,
     ) -> None:  # fmt: skip
-        given = (positions, bits, pool, starts, offsets, counts)
+        tensors = (positions, bits, pool, starts, offsets, counts)
         dtype = torch.float32 if bits.itemsize == 4 else torch.bfloat16
         with device_of(pool):
             code = native.cuda_functions().fastlora_cuda_gather(
-                *(t.data_ptr() for t in given), counts.numel(), native.DTYPES[dtype],
+                *(t.data_ptr() for t in tensors), counts.numel(), native.DTYPES[dtype],
                 stream_of(pool),
             )  # fmt: skip
         native.check(code, "merging")
