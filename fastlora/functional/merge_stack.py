@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastlora.backends.merge_lists import undo as each
-from fastlora.functional.merge import foreach_remerge_, merge_, swap_, unmerge_
+from fastlora.backends.merge_lists.undo import all_or_none
+from fastlora.functional.merge import merge_, swap_, unmerge_
+from fastlora.functional.merge_groups import remerge
 from fastlora.functional.receipt import Adapter, MergeReceipt
 
 
@@ -47,32 +48,31 @@ class MergeStack:
     def _change(self, name: str, adapters: Sequence[Adapter] | None) -> None:
         if name not in self._receipts:
             raise ValueError(f"name: expected one of {self.names}, got {name!r}")
-        at = self.names.index(name)
-        kept = dict(list(self._receipts.items())[:at])
-        above = list(self._receipts.items())[at + 1 :]
-        with each.all_or_none() as done:
-            before = dict(self._receipts)
-            done.append(lambda: self._note(before))
-            for other, receipt in reversed(above):
-                unmerge_(self.weight, receipt)
-                done.append(lambda n=other, r=receipt: before.update({n: self._again(r)}))
-            receipt = self._receipts[name]
+        before, after = dict(self._receipts), dict(self._receipts)
+        above = self.names[self.names.index(name) + 1 :]
+        with all_or_none() as undo:
+            undo.push(self._set_receipts, before)
+            for other in reversed(above):
+                unmerge_(self.weight, before[other])
+                undo.push(self._merge_again, before, other)
             if adapters is None:
-                unmerge_(self.weight, receipt)
-                done.append(lambda: before.update({name: self._again(receipt)}))
+                unmerge_(self.weight, after.pop(name))
+                undo.push(self._merge_again, before, name)
             else:
-                kept[name] = swap_(self.weight, receipt, adapters)
-                done.append(lambda: before.update({name: self._back(kept[name], receipt)}))
-            for other, receipt_above in above:
-                kept[other] = self._again(receipt_above)
-                done.append(lambda n=other: unmerge_(self.weight, kept[n]))
-            self._receipts = kept
+                after[name] = swap_(self.weight, before[name], adapters)
+                undo.push(self._swap_back, after[name], before, name)
+            for other in above:
+                self._merge_again(after, other)
+                undo.push(unmerge_, self.weight, after[other])
+            self._receipts = after
 
-    def _again(self, receipt: MergeReceipt) -> MergeReceipt:
-        return foreach_remerge_([self.weight], [receipt])[0]
+    def _merge_again(self, receipts: dict[str, MergeReceipt], name: str) -> None:
+        """Merges what ``name`` was, and puts its new receipt in the place of the old one."""
+        (receipts[name],) = remerge([self.weight], [receipts[name]])
 
-    def _back(self, new: MergeReceipt, old: MergeReceipt) -> MergeReceipt:
-        return swap_(self.weight, new, old.on(self.weight.device).adapters)
+    def _swap_back(self, new: MergeReceipt, receipts: dict[str, MergeReceipt], name: str) -> None:
+        old = receipts[name].on(self.weight.device).adapters
+        receipts[name] = swap_(self.weight, new, old)
 
-    def _note(self, receipts: dict[str, MergeReceipt]) -> None:
+    def _set_receipts(self, receipts: dict[str, MergeReceipt]) -> None:
         self._receipts = receipts

@@ -91,3 +91,18 @@ class MergeReceipt:
         moved = {name: getattr(self, name).to(device) for name in ("positions", "bits")}
         moved["checksums"] = self.checksums.to(device)
         return MergeReceipt(**{**vars(self), **moved, "adapters": adapters})
+
+
+def new_receipt(
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    backend: str,
+    kernel: str,
+    parts: Sequence[Tensor],
+    snapshot: Tensor | None = None,
+) -> MergeReceipt:
+    """The receipt of a merge into weight (N, K); parts: positions, bits, counts, checksums."""
+    N, K = weight.shape
+    return MergeReceipt(
+        (N, K), weight.dtype, backend, kernel, tuple(adapters), *parts, snapshot=snapshot
+    )

@@ -58,12 +58,10 @@ def refuse(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         who = noted(layer)
         reason = bypassed(model, [names[layer]]) if who is None else f"{who} reads its weight"
         if reason is not None:
-            error = RuntimeError(
+            raise RuntimeError(
                 f"{name}: {reason}, so its adapter has had no part in what the model computes, "
                 "which merging would change: exclude the layer"
             )
-            error.named = True  # pyright: ignore[reportAttributeAccessIssue]
-            raise error
 
 
 def stop_all(model: nn.Module) -> None:

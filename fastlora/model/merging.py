@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastlora import functional as F
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists import errors
+from fastlora.backends.merge_lists.undo import Undo, all_or_none
 from fastlora.config.listing import some
+from fastlora.functional import merge_groups
 from fastlora.functional.fidelity import LOW_GAIN, FidelityWarning
-from fastlora.functional.merge import foreach_remerge_
-from fastlora.functional.receipt import MergeReceipt
+from fastlora.functional.receipt import Adapter, MergeReceipt
 from fastlora.inspection import trial
 from fastlora.inspection.wrapping import unwrapped
 from fastlora.model import checkpoint, tied
@@ -40,7 +39,8 @@ def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = Fal
     weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value
     would not be finite. Every byte of the model is as before then, and after an interruption.
     """
-    _merge(model, _layers(model, merged=False), untie, snapshot)
+    with all_or_none() as undo:
+        _merge(model, _layers(model, merged=False), untie, snapshot, undo)
     return model
 
 
@@ -71,16 +71,16 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     for name, module in inner.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALayer):
             names[module].append(name)
-    with each.all_or_none() as done:
+    with all_or_none() as undo:
         # An edited weight would be taken for the merged one: unmerging refuses it.
         _remerge(merged, _unmerge(merged))
-        _merge(model, fresh, untie, done=done)
+        _merge(model, fresh, untie, False, undo)
         plain = {layer: layer.to_linear() for layer in layers.values()}
         for layer, linear in plain.items():
-            done.append(lambda layer=layer: swap(inner, names[layer], layer))
+            undo.push(swap, inner, names[layer], layer)
             swap(inner, names[layer], linear)
         if saved(inner):
-            done.append(tied.note_untied(inner))
+            tied.note_untied(inner, undo)
         forget(inner)
     trial.stop_all(inner)
     return model
@@ -103,17 +103,18 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         )
     loaded = checkpoint.read_adapter(model, directory, merged=True)
     adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]
-    with each.all_or_none() as done, _by_name(layers):
-        before = [(layer, layer.needed_receipt()) for layer in layers.values()]
-        old = [list(receipt.adapters) for _, receipt in before]
+    with all_or_none() as undo, errors.named(list(layers)):
+        receipts = [layer.needed_receipt() for layer in layers.values()]
+        old = [receipt.adapters for receipt in receipts]
         weights = [layer.matrix for layer in layers.values()]
-        rows = [layer.sampled() for layer in layers.values()]
-        receipts = F.foreach_swap_(weights, [r for _, r in before], [[a] for a in adapters])
-        done.append(lambda: _set(layers, F.foreach_swap_(weights, receipts, old)))
-        _set(layers, receipts)
-        done += [_way_back(layer) for layer in layers.values()]
+        samples = [layer.sampled() for layer in layers.values()]
+        fresh = merge_groups.swap(weights, receipts, [[adapter] for adapter in adapters])
+        undo.push(_swap_back, layers, weights, fresh, old)
+        _set_receipts(layers, fresh)
+        for layer in layers.values():
+            _note_adapter(layer, undo)
         loaded.fill(model)
-        for layer, sample, adapter in zip(layers.values(), rows, adapters, strict=True):
+        for layer, sample, adapter in zip(layers.values(), samples, adapters, strict=True):
             layer.measure(sample, adapter)
         _warn(layers, stacklevel=3)
     return model
@@ -170,33 +171,27 @@ def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
 
 
 def _merge(
-    model: nn.Module,
-    layers: dict[str, LoRALayer],
-    untie: bool,
-    snapshot: bool = False,
-    done: list[Callable[[], Any]] | None = None,
+    model: nn.Module, layers: dict[str, LoRALayer], untie: bool, snapshot: bool, undo: Undo
 ) -> None:
-    """done: gets the way back, which what comes after may still want."""
     inner = unwrapped(model)
-    with each.all_or_none() as own, _by_name(layers):
-        done = own if done is None else done
-        for name, layer in layers.items():
-            with _by_name({name: layer}):
-                layer.check_mergeable()
-        adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
-        trial.refuse(inner, adding)
-        if untie:
-            done.append(tied.untie(inner, layers))
-        else:
-            tied.refuse(inner, layers)
-        before = [layer.sampled() for layer in layers.values()]
+    for name, layer in layers.items():
+        with errors.named([name]):
+            layer.check_mergeable()
+    adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
+    trial.refuse(inner, adding)
+    if untie:
+        tied.untie(inner, layers, undo)
+    else:
+        tied.refuse(inner, layers)
+    with errors.named(list(layers)):
+        samples = [layer.sampled() for layer in layers.values()]
         adapters = [layer.adapter for layer in layers.values()]
         weights = [layer.matrix for layer in layers.values()]
-        receipts = F.foreach_merge_(weights, [[a] for a in adapters], snapshot=snapshot)
-        done.append(lambda: _take_out(layers, weights, receipts))
-        _set(layers, receipts)
-        for layer, rows, adapter in zip(layers.values(), before, adapters, strict=True):
-            layer.measure(rows, adapter)
+        receipts = merge_groups.merge(weights, [[a] for a in adapters], True, snapshot)
+        undo.push(_take_out, layers, weights, receipts)
+        _set_receipts(layers, receipts)
+        for layer, sample, adapter in zip(layers.values(), samples, adapters, strict=True):
+            layer.measure(sample, adapter)
         # In here: where warnings are errors this one takes the merge back.
         _warn(layers, stacklevel=4)
 
@@ -205,12 +200,12 @@ def _unmerge(layers: dict[str, LoRALayer]) -> list[MergeReceipt]:
     """Unmerges every layer or none; returns what says how each was merged."""
     receipts = []
     for name, layer in layers.items():
-        with _by_name({name: layer}):
+        with errors.named([name]):
             receipts.append(layer.needed_receipt())
-    with each.all_or_none() as done, _by_name(layers):
-        F.foreach_unmerge_([layer.matrix for layer in layers.values()], receipts)
-        done.append(lambda: _remerge(layers, receipts))
-        _set(layers, [None] * len(receipts))
+    with all_or_none() as undo, errors.named(list(layers)):
+        merge_groups.unmerge([layer.matrix for layer in layers.values()], receipts)
+        undo.push(_remerge, layers, receipts)
+        _set_receipts(layers, [None] * len(receipts))
     return receipts
 
 
@@ -227,52 +222,44 @@ def _remerge(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt]) -> 
 
 
 def _remerge_once(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt]) -> None:
-    with each.all_or_none() as done, _by_name(layers):
+    with all_or_none() as undo, errors.named(list(layers)):
         weights = [layer.matrix for layer in layers.values()]
-        made = foreach_remerge_(weights, receipts)
-        done.append(lambda: _take_out(layers, weights, made))
-        _set(layers, made)
+        fresh = merge_groups.remerge(weights, receipts)
+        undo.push(_take_out, layers, weights, fresh)
+        _set_receipts(layers, fresh)
 
 
-def _take_out(layers: dict[str, LoRALayer], weights: list, receipts: list) -> None:
-    F.foreach_unmerge_(weights, receipts)
-    _set(layers, [None] * len(receipts))
+def _take_out(
+    layers: dict[str, LoRALayer], weights: list[Tensor], receipts: list[MergeReceipt]
+) -> None:
+    merge_groups.unmerge(weights, receipts)
+    _set_receipts(layers, [None] * len(receipts))
 
 
-def _set(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt | None]) -> None:
+def _swap_back(
+    layers: dict[str, LoRALayer],
+    weights: list[Tensor],
+    receipts: list[MergeReceipt],
+    adapters: list[tuple[Adapter, ...]],
+) -> None:
+    _set_receipts(layers, merge_groups.swap(weights, receipts, adapters))
+
+
+def _set_receipts(layers: dict[str, LoRALayer], receipts: Sequence[MergeReceipt | None]) -> None:
     for layer, receipt in zip(layers.values(), receipts, strict=True):
         layer._receipt = receipt
 
 
-def _way_back(layer: LoRALayer) -> Callable[[], None]:
-    """What gives ``layer`` its adapter and settings back, its weight left alone."""
-    kept = {name: getattr(layer, name) for name in _SETTINGS}
-    tensors = [
-        (p, p.detach().clone(), p.requires_grad) for p in layer.adapter_parameters().values()
-    ]
-
-    def back() -> None:
-        vars(layer).update(kept)
-        with torch.no_grad():
-            for parameter, before, trained in tensors:
-                parameter.copy_(before).requires_grad_(trained)
-
-    return back
+def _note_adapter(layer: LoRALayer, undo: Undo) -> None:
+    """Has ``undo`` give ``layer`` its adapter and settings back, its weight left alone."""
+    undo.push(vars(layer).update, {name: getattr(layer, name) for name in _SETTINGS})
+    for parameter in layer.adapter_parameters().values():
+        undo.push(_give_back, parameter, parameter.detach().clone(), parameter.requires_grad)
 
 
-@contextmanager
-def _by_name(layers: dict[str, LoRALayer]) -> Iterator[None]:
-    """An error about one of several weights begins with its layer's name."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        index = getattr(error, "index", 0 if len(layers) == 1 else None)
-        if index is None or getattr(error, "named", False):
-            raise
-        cause = error.__cause__ if len(layers) > 1 else error
-        raised = type(error)(f"{list(layers)[index]}: {cause}")
-        raised.named = True  # pyright: ignore[reportAttributeAccessIssue]
-        raise raised from error
+@torch.no_grad()
+def _give_back(parameter: nn.Parameter, values: Tensor, requires_grad: bool) -> None:
+    parameter.copy_(values).requires_grad_(requires_grad)
 
 
 def _warn(layers: dict[str, LoRALayer], stacklevel: int) -> None:

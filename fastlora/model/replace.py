@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.adapters.files import check_name
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists.undo import all_or_none
 from fastlora.config import LoRAConfig, moves_base
 from fastlora.config.listing import some
 from fastlora.inspection import trial
@@ -101,17 +101,17 @@ def inject(
         name: _layer(name, linear, config, rows) for name, (linear, _) in chosen.linears.items()
     }
     saved = saved_modules.copied(chosen.saved)
-    with each.all_or_none() as done:
+    with all_or_none() as undo:
         if moves_base(config.init_lora_weights):
             _refuse_tied(inner, chosen, config)
-            initial.split_bases(layers, str(config.init_lora_weights), done)
+            initial.split_bases(layers, str(config.init_lora_weights), undo)
         for name, (linear, names) in chosen.linears.items():
-            done.append(lambda names=names, linear=linear: swap(inner, names, linear))
+            undo.push(swap, inner, names, linear)
             swap(inner, names, layers[name])
         for name, module in saved.items():
-            done.append(lambda name=name, module=module: swap(inner, [name], module.original))
+            undo.push(swap, inner, [name], module.original)
             swap(inner, [name], module.trained)
-        done.append(lambda: forget(inner))
+        undo.push(forget, inner)
         watch = None if rows is None else Watch(inner, rows, layers.values())
         remember(inner, Injection(config, chosen.skipped, rows, saved, watch=watch))
     if freeze_base:

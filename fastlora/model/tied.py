@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fastlora.backends.merge_lists.undo import Undo
 from fastlora.config.listing import some
 from fastlora.functional.checks.merge import overlap
 from fastlora.inspection.plain import is_plain
@@ -63,12 +64,10 @@ def refuse(
     found = tied(model, layers.values())
     for name, layer in layers.items():
         if layer in found:
-            error = RuntimeError(
+            raise RuntimeError(
                 f"{name}: its weight is tied with {some(found[layer])}, which merging would "
                 f"change too; {remedy}"
             )
-            error.named = True  # pyright: ignore[reportAttributeAccessIssue]
-            raise error
 
 
 def _tying_configs(model: nn.Module) -> list[Any]:
@@ -78,45 +77,34 @@ def _tying_configs(model: nn.Module) -> list[Any]:
     return [each for each in found if getattr(each, "tie_word_embeddings", False) is True]
 
 
-def note_untied(model: nn.Module) -> Callable[[], None]:
-    """Where the embeddings no longer share a weight, the config says so; returns the way back."""
+def note_untied(model: nn.Module, undo: Undo) -> None:
+    """Has the config say so where the embeddings no longer share a weight."""
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weights = [getattr(end, "weight", None) for end in ends]
-    apart = None not in weights and weights[0] is not weights[1]
-    configs = _tying_configs(model) if apart else []
+    if None not in weights and weights[0] is not weights[1]:
+        _set_tying(_tying_configs(model), undo)
+
+
+def untie(model: nn.Module, layers: dict[str, LoRALayer], undo: Undo) -> None:
+    """Gives each of ``layers`` that is tied a weight of its own; ``undo`` ties them again."""
+    untied = tied(model, layers.values())
+    for layer, others in untied.items():
+        own = layer.weight.detach().clone()
+        undo.push(_tie, layer, layer._parameters["weight"])
+        layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
+        layer.untied = tuple(others)
+    if untied:
+        # Or tie_weights(), and whoever reads the saved config, would tie them again.
+        _set_tying(_tying_configs(model), undo)
+
+
+def _tie(layer: LoRALayer, weight: nn.Parameter) -> None:
+    layer._parameters["weight"] = weight  # the same object, so tied again
+    layer.untied = ()
+
+
+def _set_tying(configs: list[Any], undo: Undo) -> None:
+    """Has ``configs``, which tie the embeddings, say that they are not tied."""
     for config in configs:
+        undo.push(setattr, config, "tie_word_embeddings", True)
         config.tie_word_embeddings = False
-
-    def back() -> None:
-        for config in configs:
-            config.tie_word_embeddings = True
-
-    return back
-
-
-def untie(model: nn.Module, layers: dict[str, LoRALayer]) -> Callable[[], None]:
-    """A weight of its own for each of ``layers`` that is tied; returns what ties them again."""
-    before: list[tuple[LoRALayer, nn.Parameter | None]] = []
-    configs = _tying_configs(model)
-
-    def back() -> None:
-        for config in configs:
-            config.tie_word_embeddings = True
-        for layer, weight in before:
-            layer._parameters["weight"] = weight  # the same object, so tied again
-            layer.untied = ()
-
-    try:
-        for layer, others in tied(model, layers.values()).items():
-            own = layer.weight.detach().clone()
-            before.append((layer, layer._parameters["weight"]))
-            layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
-            layer.untied = tuple(others)
-        if before:
-            # Or tie_weights(), and whoever reads the saved config, would tie them again.
-            for config in configs:
-                config.tie_word_embeddings = False
-    except BaseException:
-        back()
-        raise
-    return back

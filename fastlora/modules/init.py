@@ -9,12 +9,13 @@ Büyükakyüz 2024 (the first columns and rows of a QR decomposition).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fastlora.backends.merge_lists import errors
+from fastlora.backends.merge_lists.undo import Undo
 from fastlora.config import iterations
 from fastlora.functional.checks.merge import own_elements
 from fastlora.modules.merging import Mergeable
@@ -40,34 +41,33 @@ def init_lora(lora_A: Tensor, lora_B: Tensor, how: bool | str) -> None:
 
 
 @torch.no_grad()
-def split_bases(layers: Mapping[str, Mergeable], how: str, done: list[Callable[[], Any]]) -> None:
-    """Moves a part of every layer's weight into its adapter; ``done`` gets the ways back.
+def split_bases(layers: Mapping[str, Mergeable], how: str, undo: Undo) -> None:
+    """Moves a part of every layer's weight into its adapter; ``undo`` gives the weights back.
 
     Everything is computed before anything is written: meanwhile the weights exist twice. Raises
     TypeError or ValueError, naming the layer, where a weight cannot be split.
     """
-    made = {name: _parts(name, layer, how) for name, layer in layers.items()}
+    parts = {}
     for name, layer in layers.items():
-        lora_A, lora_B, residual = made.pop(name)
-        # Detached: the way back may be taken where gradients are recorded.
+        with errors.named([name]):
+            parts[name] = _split(layer, how)
+    for name, layer in layers.items():
+        lora_A, lora_B, residual = parts.pop(name)
+        # Detached: it may be given back where gradients are recorded.
         matrix = layer.matrix.detach()
-        before = matrix.clone()
-        done.append(lambda matrix=matrix, before=before: matrix.copy_(before))
+        undo.push(matrix.copy_, matrix.clone())
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
         matrix.copy_(residual)
 
 
-def _parts(name: str, layer: Mergeable, how: str) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        if how == "olora" and layer.fan_in_fan_out:
-            raise ValueError(
-                "init_lora_weights: 'olora' is not for Conv1D, whose weight PEFT decomposes "
-                "untransposed: its adapter would fit no file"
-            )
-        return decomposed(layer.matrix, layer.lora_A.shape[0], layer.scaling, how)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}" if name else str(error)) from None
+def _split(layer: Mergeable, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    if how == "olora" and layer.fan_in_fan_out:
+        raise ValueError(
+            "init_lora_weights: 'olora' is not for Conv1D, whose weight PEFT decomposes "
+            "untransposed: its adapter would fit no file"
+        )
+    return decomposed(layer.matrix, layer.lora_A.shape[0], layer.scaling, how)
 
 
 def decomposed(weight: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora import config as settings
 from fastlora import functional as F
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists.undo import all_or_none
 from fastlora.inspection.wrapping import adopt, lora_dtype_for, plain_name, unsupported, unwrapped
 from fastlora.modules import init as initial
 from fastlora.modules import sharded as sharding
@@ -91,8 +91,8 @@ class LoRALayer(Mergeable, ABC):
         layer = cls._sharing(linear, r, **options)
         how = layer.init_lora_weights
         if settings.moves_base(how):
-            with each.all_or_none() as done:
-                initial.split_bases({"": layer}, str(how), done)
+            with all_or_none() as undo:
+                initial.split_bases({"": layer}, str(how), undo)
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)

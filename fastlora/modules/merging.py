@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists.undo import all_or_none
 from fastlora.functional.checks.merge import own_elements
 from fastlora.functional.fidelity import Fidelity, measure
 from fastlora.functional.receipt import Adapter, MergeReceipt
@@ -53,9 +53,9 @@ class Mergeable(nn.Module):
         """
         self.check_mergeable()
         sample, adapter = self.sampled(), self.adapter
-        with each.all_or_none() as done:
+        with all_or_none() as undo:
             receipt = F.merge_(self.matrix, [adapter], snapshot=snapshot)
-            done.append(lambda: self._take_out(receipt))
+            undo.push(self._take_out, receipt)
             self._receipt = receipt
             self.measure(sample, adapter)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import functional as F
+from fastlora.backends.merge_lists.operands import flatten_receipts
 from tests.support.calls import MERGED, assert_one_rounding, weight_and_adapter
 from tests.support.helpers import LAYOUTS, misaligned, same_bits, strided, transposed, unchanged
 
@@ -127,6 +128,33 @@ def test_one_of_a_kind_that_would_not_be_finite_stops_all(device):
     adapters[2] = [(*(t.to(device) for t in adapters[2][0][:2]), 1.0)]
     with unchanged(weights), pytest.raises(ValueError, match=r"weights\[2\]: .*finite"):
         F.foreach_merge_(weights, adapters, receipt=False)
+
+
+@pytest.mark.parametrize("step", ["merge", "merge for good", "unmerge", "swap"])
+def test_the_third_of_five_fails_and_the_first_two_are_taken_back(step, device, merge_backend):
+    """In one call of the backend's op, which says which weight failed and changes none."""
+    pairs = [weight_and_adapter(20, 24, 3, torch.bfloat16, device) for _ in range(5)]
+    weights = [weight for weight, _ in pairs]
+    A, B, scalings = (list(part) for part in zip(*(pair[1] for pair in pairs), strict=True))
+    infinite = [b.clone() for b in B]
+    infinite[2][3, 1] = math.inf
+    op, counts = torch.ops.fastlora, [1] * 5
+    bad = (A, infinite, scalings, counts)
+    if step in ("unmerge", "swap"):
+        made = op.merge_(weights, A, B, scalings, counts, True, merge_backend)
+        old = (A, B, scalings, counts, flatten_receipts(made))
+    if step == "unmerge":
+        weights[2][4, 5] += 1
+    act = {
+        "merge": lambda: op.merge_(weights, *bad, True, merge_backend),
+        "merge for good": lambda: op.merge_(weights, *bad, False, merge_backend),
+        "unmerge": lambda: op.unmerge_(weights, *old, merge_backend),
+        "swap": lambda: op.swap_(weights, *old, *bad, merge_backend),
+    }[step]
+    error = RuntimeError if step == "unmerge" else ValueError
+    with unchanged(weights, B, infinite), pytest.raises(error) as info:
+        act()
+    assert info.value.index == 2
 
 
 @pytest.mark.parametrize("bad", [0, 4, 8])

@@ -1,24 +1,25 @@
-"""All or none: every way back is taken, and one that fails is not kept quiet."""
+"""All or none: everything is taken back, and what could not be is not kept quiet."""
 
 from __future__ import annotations
 
 import pytest
 
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists import errors
+from fastlora.backends.merge_lists.undo import all_or_none
 
 
-def test_ways_back_are_taken_last_first_and_all():
+def test_steps_are_taken_back_last_first_and_all():
     taken = []
 
-    def broken():
-        taken.append("broken")
+    def broken(step):
+        taken.append(step)
         raise ValueError("cannot")
 
     def work():
-        with each.all_or_none() as done:
-            done.append(lambda: taken.append("first"))
-            done.append(broken)
-            done.append(lambda: taken.append("last"))
+        with all_or_none() as undo:
+            undo.push(taken.append, "first")
+            undo.push(broken, "broken")
+            undo.push(taken.append, "last")
             raise MemoryError("none left")
 
     with pytest.raises(
@@ -31,6 +32,38 @@ def test_ways_back_are_taken_last_first_and_all():
 
 def test_nothing_is_taken_back_where_nothing_failed():
     taken = []
-    with each.all_or_none() as done:
-        done.append(lambda: taken.append(1))
+    with all_or_none() as undo:
+        undo.push(taken.append, 1)
     assert not taken
+
+
+def fail(error):
+    raise error
+
+
+def test_an_error_is_named_once_by_the_outermost_loop():
+    """Through two levels of parts of a call, and through what could not be undone."""
+
+    def work():
+        with errors.named(["a", "b", "c"]), all_or_none() as undo:
+            undo.push(fail, ValueError("cannot"))
+            with errors.among([2, 0]), errors.among([1, 0]), errors.at(1):
+                fail(TypeError("weight: no"))
+
+    with pytest.raises(RuntimeError, match=r"^c: weight: no; and not all .*: cannot$") as info:
+        work()
+    assert info.value.index == 2
+
+
+@pytest.mark.parametrize(
+    "names, error, message",
+    [
+        (["a", "b"], ValueError("of none"), "of none"),
+        (["a"], ValueError("of it"), "a: of it"),
+        ([""], ValueError("of it"), "of it"),
+        (["a"], OSError("no error of a weight"), "no error of a weight"),
+    ],
+)
+def test_errors_about_no_weight_and_of_one_weight(names, error, message):
+    with pytest.raises(type(error), match=f"^{message}$"), errors.named(names):
+        fail(error)

@@ -166,7 +166,7 @@ def test_an_interrupted_merge_changes_nothing(op, count, layout):
     weight = layout(plain)
     interrupt = Interrupt(op, count, weight if op == "copy_" else None)
     with unchanged(weight), pytest.raises(KeyboardInterrupt), interrupt:
-        exact.merge_(weight, [A], [B], [scaling], True)
+        exact.merge_one_(weight, [A], [B], [scaling], True)
 
 
 @pytest.mark.parametrize("op, count", [("copy_", 1), ("copy_", 3), ("copy_", 5), ("sum", 6)])
@@ -174,11 +174,11 @@ def test_an_interrupted_unmerge_changes_nothing(op, count):
     weight, (A, B, scaling) = weight_and_adapter(700, 431, 3, torch.bfloat16, ratio=0.3)
     before = weight.clone()
     adapter = ([A], [B], [scaling])
-    parts = exact.merge_(weight, *adapter, True)
+    parts = exact.merge_one_(weight, *adapter, True)
     interrupt = Interrupt(op, count, weight if op == "copy_" else None)
     with unchanged(weight), pytest.raises(KeyboardInterrupt), interrupt:
-        exact.unmerge_(weight, *adapter, *parts)
-    exact.unmerge_(weight, *adapter, *parts)
+        exact.unmerge_one_(weight, *adapter, *parts)
+    exact.unmerge_one_(weight, *adapter, *parts)
     assert same_bits(weight, before)
 
 

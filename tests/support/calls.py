@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import functional as F
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists.operands import flatten_receipts
 from tests.support import helpers, oracle
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def merge_calls(device, backend: str) -> dict[str, list[tuple]]:
     adapters, none = (A, B, [0.5, 0.25, 2.0], [2, 1]), ([], [], [], [0])
     merged = [w.clone() for w in weights]
     made = torch.ops.fastlora.merge_(merged, *adapters, True, backend)
-    parts = [t for own in each.apart(made) for t in own]
+    parts = flatten_receipts(made)
     first = (*(t[:2] for t in adapters[:3]), [2])
     return {
         "merge_": [(weights, *adapters, True), (weights[:1], *none, False)],

@@ -6,9 +6,8 @@ the native kernels do not take (a weight without unit columns, dropout) runs in 
 ``fastlora/backends/torch/linear.py``.
 """
 
-from fastlora.backends.cpu import merge as cpu_merge
 from fastlora.backends.cpu.linear import lora_add_, lora_linear, lora_linear_backward
-from fastlora.backends.cpu.merge import merge_kernel
+from fastlora.backends.cpu.merge import merge_, merge_kernel, swap_, unmerge_
 from fastlora.backends.cpu.multi import (
     multi_lora_add_,
     multi_lora_linear,
@@ -16,7 +15,6 @@ from fastlora.backends.cpu.multi import (
     packed_lora_add_,
     packed_lora_linear,
 )
-from fastlora.backends.merge_lists import undo as each
 from fastlora.backends.torch.linear import group_rows
 
 __all__ = [
@@ -34,5 +32,3 @@ __all__ = [
     "swap_",
     "unmerge_",
 ]
-
-merge_, unmerge_, swap_ = each.lifted(cpu_merge.merge_, cpu_merge.unmerge_)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastlora.backends import native
+from fastlora.backends.merge_lists import errors
+from fastlora.backends.merge_lists.one_by_one import OneByOne
 from fastlora.backends.torch import merge as exact
 
 
@@ -25,7 +27,7 @@ def merge_kernel(device: torch.device) -> str:
     return "fma-1"
 
 
-def merge_(
+def merge_one_(
     weight: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -39,15 +41,13 @@ def merge_(
     try:
         code = library.fastlora_merge(*args, ctypes.byref(handle) if receipt else None)
         if code == native.NOT_FINITE:
-            raise ValueError(
-                "adapters: merging gives values that are not finite; the weight is unchanged"
-            )
+            raise ValueError(errors.NOT_FINITE)
         native.check(code, "merge_")
         if receipt:
             parts = _room(weight, library.fastlora_receipt_size(handle))
             code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
             native.check(code, "merge_")
-        _written(weight)
+        _mark_written(weight)
     except BaseException:
         # Interrupted or out of memory after the weight was written: the receipt is there or here.
         if handle and library.fastlora_receipt_undo(*args, handle) != native.OK:
@@ -58,7 +58,7 @@ def merge_(
     return parts
 
 
-def unmerge_(
+def unmerge_one_(
     weight: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -74,11 +74,15 @@ def unmerge_(
     parts = (positions.contiguous(), bits.contiguous(), counts.contiguous(), checksums.contiguous())
     code = native.functions().fastlora_unmerge(*_merge_arguments(weight, A, B), *_read(parts))
     if code == native.NOT_MERGED:
-        raise RuntimeError(exact.NOT_MERGED)
+        raise RuntimeError(errors.NOT_MERGED)
     if code == native.NOT_RESTORED:
         raise RuntimeError(exact.NOT_RESTORED)
     native.check(code, "unmerge_")
-    _written(weight)
+    _mark_written(weight)
+
+
+_ops = OneByOne(merge_one_, unmerge_one_)
+merge_, unmerge_, swap_ = _ops.merge_, _ops.unmerge_, _ops.swap_
 
 
 def _factors(
@@ -123,7 +127,7 @@ def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (*pointers, positions.numel(), checksums.data_ptr())
 
 
-def _written(weight: Tensor) -> None:
-    """What a kernel writes, torch does not see."""
+def _mark_written(weight: Tensor) -> None:
+    """Tells torch, which does not see what a kernel writes."""
     if not weight.is_inference():
         increment_version([weight])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from fastlora.backends import native
 from fastlora.backends.cuda.call import arch_of, device_of, stream_of
+from fastlora.backends.merge_lists.host import ByKind
 
 # As csrc/fastlora.h numbers them.
 _UNDO, _MERGE, _KEEP, _SUMS, _POOLED, _ALIGNED = (1 << i for i in range(6))
@@ -29,13 +28,13 @@ class CudaKernels:
             _UNDO: how.undo, _MERGE: how.merge, _KEEP: keep, _SUMS: how.sums, _POOLED: pooled,
             _ALIGNED: kind.aligned and kind.inner == 1,
         }  # fmt: skip
-        given = (
+        tensors = (
             *tables[:4], batch.states, *before, batch.checksums, batch.counts, batch.offsets,
             batch.cursor, batch.pool,
         )  # fmt: skip
         with device_of(batch.states):
             code = native.cuda_functions().fastlora_cuda_swap(
-                *(t.data_ptr() for t in given), batch.tiles, batch.capacity, int(wanted),
+                *(t.data_ptr() for t in tensors), batch.tiles, batch.capacity, int(wanted),
                 native.DTYPES[kind.dtype], native.DTYPES[kind.old], native.DTYPES[kind.new],
                 sum(flag for flag, on in flags.items() if on), stream_of(batch.states),
             )  # fmt: skip
@@ -45,23 +44,19 @@ class CudaKernels:
         self, positions: Tensor, bits: Tensor, pool: Tensor, starts: Tensor, offsets: Tensor,
         counts: Tensor,
     ) -> None:  # fmt: skip
-        given = (positions, bits, pool, starts, offsets, counts)
+        tensors = (positions, bits, pool, starts, offsets, counts)
         dtype = torch.float32 if bits.itemsize == 4 else torch.bfloat16
         with device_of(pool):
             code = native.cuda_functions().fastlora_cuda_gather(
-                *(t.data_ptr() for t in given), counts.numel(), native.DTYPES[dtype],
+                *(t.data_ptr() for t in tensors), counts.numel(), native.DTYPES[dtype],
                 stream_of(pool),
             )  # fmt: skip
         native.check(code, "merging")
 
 
-# The host's part, which Triton's kernels share: tables, what a launch left behind, the way back.
-_ops = importlib.import_module("fastlora.backends.merge_lists.host")
-_kernels = CudaKernels()
-
-merge_ = partial(_ops.merge_, _kernels)
-unmerge_ = partial(_ops.unmerge_, _kernels)
-swap_ = partial(_ops.swap_, _kernels)
+# The host's part, which Triton's kernels share: tables, what a launch left behind, taking it back.
+_ops = ByKind(CudaKernels())
+merge_, unmerge_, swap_ = _ops.merge_, _ops.unmerge_, _ops.swap_
 
 
 def merge_kernel(device: torch.device) -> str:

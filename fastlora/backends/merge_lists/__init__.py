@@ -1,1 +1,1 @@
-"""Merging any number of weights in one call: all of them or none."""
+"""The ops that merge any number of weights in one call: all of them or none."""

@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import dropout
-from fastlora.backends.merge_lists import undo as each
-from fastlora.backends.torch import merge as exact
 from fastlora.backends.torch import products as library
-from fastlora.backends.torch.merge import merge_kernel
+from fastlora.backends.torch.merge import merge_, merge_kernel, swap_, unmerge_
 from fastlora.backends.torch.multi import (
     group_rows,
     multi_lora_add_,
@@ -54,8 +52,6 @@ __all__ = [
     "swap_",
     "unmerge_",
 ]
-
-merge_, unmerge_, swap_ = each.lifted(exact.merge_, exact.unmerge_)
 
 
 def lora_linear(

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from fastlora.backends.merge_lists import errors
+from fastlora.backends.merge_lists.one_by_one import OneByOne
 from fastlora.backends.torch.delta import Delta, Tile
 
 TILE = 1 << 16
-NOT_MERGED = (
-    "weight: it is not the one that this receipt's merge left behind (edited since, or "
-    "another layer's); nothing was changed"
-)
 NOT_RESTORED = (
     "receipt: it does not give back the original weight here (its adapters were edited, or "
     "this machine's arithmetic differs); nothing was changed"
@@ -36,7 +34,7 @@ def merge_kernel(device: torch.device) -> str:
     return "torch-exact-1"
 
 
-def merge_(
+def merge_one_(
     weight: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -114,7 +112,7 @@ def check_parts(
         raise RuntimeError(NOT_RESTORED)
 
 
-def unmerge_(
+def unmerge_one_(
     weight: Tensor,
     lora_A: Sequence[Tensor],
     lora_B: Sequence[Tensor],
@@ -136,7 +134,7 @@ def unmerge_(
         sums.append(torch.stack((merged, _checksum(restored))))
     found, expected = _combine(sums, weight).tolist(), checksums.tolist()
     if found[0] != expected[0]:
-        raise RuntimeError(NOT_MERGED)
+        raise RuntimeError(errors.NOT_MERGED)
     if found[1] != expected[1]:
         raise RuntimeError(NOT_RESTORED)
     done: list[Tile] = []
@@ -150,6 +148,10 @@ def unmerge_(
             if _checksum(weight[tile]) == both[1]:
                 weight[tile] = _merged(weight[tile], delta_of(tile))
         raise
+
+
+_ops = OneByOne(merge_one_, unmerge_one_)
+merge_, unmerge_, swap_ = _ops.merge_, _ops.unmerge_, _ops.swap_
 
 
 def tiles(weight: Tensor) -> Iterator[Tile]:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 
-from fastlora.backends.merge_lists import host as merge_ops
+from fastlora.backends.merge_lists.host import ByKind
 from fastlora.kernels.merge.merge import TritonKernels
 from fastlora.kernels.tile import launch
 
-_kernels = TritonKernels()
-
-merge_ = partial(merge_ops.merge_, _kernels)
-unmerge_ = partial(merge_ops.unmerge_, _kernels)
-swap_ = partial(merge_ops.swap_, _kernels)
+_ops = ByKind(TritonKernels())
+merge_, unmerge_, swap_ = _ops.merge_, _ops.unmerge_, _ops.swap_
 
 
 def merge_kernel(device: torch.device) -> str:

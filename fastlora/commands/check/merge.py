@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists import errors
+from fastlora.backends.merge_lists.operands import flatten_receipts
 from fastlora.commands.check.linear import DTYPES, WrongResult, laid_out
 
 Functions = Mapping[str, Callable[..., Any]]
@@ -83,9 +84,7 @@ class MergeSubject:
         before = [_bits(w) for w in self.weights]
         weights = [w.clone() for w in self.weights]
         given = _columns(self.adapters)
-        receipts = [
-            t for some in each.apart(functions["merge_"](weights, *given, True)) for t in some
-        ]
+        receipts = flatten_receipts(functions["merge_"](weights, *given, True))
         merged = [w.clone() for w in weights]
         if op == "merge_":
             functions["merge_"](again := [w.clone() for w in self.weights], *given, False)
@@ -102,10 +101,10 @@ class MergeSubject:
             _same(weights, before, "not every bit came back")
             return 0.0
         others = _columns([[(A, B, -s) for A, B, s in some[:1]] for some in self.adapters])
-        made = each.apart(functions["swap_"](weights, *given, receipts, *others))
+        made = functions["swap_"](weights, *given, receipts, *others)
         functions["merge_"](wanted := [w.clone() for w in self.weights], *others, False)
         _same(weights, [_bits(w) for w in wanted], "a swap is not an unmerge and a merge")
-        functions["unmerge_"](weights, *others, [t for some in made for t in some])
+        functions["unmerge_"](weights, *others, flatten_receipts(made))
         _same(weights, before, "not every bit came back")
         return 0.0
 
@@ -148,7 +147,7 @@ def _refused(unmerge: Callable[..., Any], *args: Any) -> None:
     try:
         unmerge(*args)
     except RuntimeError as error:
-        if hasattr(error, "index"):
+        if errors.index_of(error) is not None:
             return
         raise
     raise WrongResult("an edited weight was unmerged")

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlora.backends.merge_lists import errors
 from fastlora.functional.checks import linear as checks
-from fastlora.functional.receipt import Adapter
+from fastlora.functional.receipt import Adapter, MergeReceipt
 from fastlora.inspection.plain import is_plain, unreadable
+from fastlora.ops import availability, dispatch
 
 
-def adapters(
-    weight: Tensor, given: Sequence[tuple[Tensor, Tensor, float]]
-) -> list[tuple[Tensor, Tensor, float]]:
+def adapters(weight: Tensor, given: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters that fit weight (N, K), detached, their scalings as numbers."""
     N, K = own_elements(weight)
     if isinstance(given, Tensor) or not isinstance(given, Sequence):
         raise TypeError(
@@ -33,6 +34,51 @@ def adapters(
         checks.adapter(lora_A, lora_B, N, K, weight)
         checked.append((lora_A.detach(), lora_B.detach(), checks.scaling(factor)))
     return checked
+
+
+def adapters_of_all(
+    weights: Sequence[Tensor], lists: Sequence[Sequence[Adapter]]
+) -> list[list[Adapter]]:
+    """Adapters of every weight, of which no two may share memory."""
+    if len(weights) != len(lists):
+        raise ValueError(f"adapters: expected one list a weight, {len(weights)}, got {len(lists)}")
+    checked = []
+    for i, (weight, given) in enumerate(zip(weights, lists, strict=True)):
+        with errors.at(i):
+            checked.append(adapters(weight, given))
+    disjoint(weights)
+    return checked
+
+
+def receipts_of_all(
+    weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]
+) -> list[MergeReceipt]:
+    """Receipts that can be undone here, as far as one can tell without looking at a weight.
+
+    Their tensors are where their weights are.
+    """
+    if len(weights) != len(receipts):
+        raise ValueError(f"receipts: expected one a weight, {len(weights)}, got {len(receipts)}")
+    moved = []
+    for i, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
+        if not isinstance(receipt, MergeReceipt):
+            raise TypeError(f"receipt: expected a MergeReceipt, got {type(receipt).__name__}")
+        with errors.at(i):
+            receipt.check(weight)
+            moved.append(receipt.on(weight.device))
+            adapters(weight, moved[-1].adapters)
+            if receipt.snapshot is None:
+                _kernel(weight, receipt)
+    disjoint(weights)
+    return moved
+
+
+def _kernel(weight: Tensor, receipt: MergeReceipt) -> None:
+    """RuntimeError unless the arithmetic that made a receipt is to be had here."""
+    reason = availability.cannot(receipt.backend, weight.device, weight.dtype)
+    if reason is not None:
+        raise RuntimeError(f"receipt: made by backend {receipt.backend!r}, but {reason}")
+    receipt.check_kernel(dispatch.merge_kernel(receipt.backend, weight.device))
 
 
 def own_elements(weight: Tensor) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch
 
 from fastlora import functional as F
 from fastlora.backends import native
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists.operands import split_receipts
 from tests.support import cuda_host
 from tests.support.calls import assert_one_rounding, weight_and_adapter
 from tests.support.helpers import misaligned, same_bits, transposed
@@ -76,5 +76,5 @@ def test_float32_factors_have_the_bits_of_the_cpu_library(device):
     here, there = weight.clone(), weight.cpu()
     F.merge_(here, [(A, B, 1.0)], receipt=False)
     made = torch.ops.fastlora.merge_([there], [A.cpu()], [B.cpu()], [1.0], [1], False, "cpu")
-    assert len(each.apart(made)) == 1
+    assert len(split_receipts(made)) == 1
     assert same_bits(here.cpu(), there)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.backends.merge_lists import undo as each
+from fastlora.backends.merge_lists.operands import flatten_receipts
 from fastlora.backends.torch import linear as reference
 from fastlora.commands.check.linear import WrongResult
 from fastlora.commands.check.merge import MergeSubject, merge_cases
@@ -73,8 +73,7 @@ def refusing_too_late(weights, *args):
 
 def no_swap(weights, *args):
     made = reference.swap_(weights, *args)
-    flat = [t for some in each.apart(made) for t in some]
-    reference.unmerge_(weights, *args[5:], flat)
+    reference.unmerge_(weights, *args[5:], flatten_receipts(made))
     reference.merge_(weights, *args[:4], False)
     return made
 
