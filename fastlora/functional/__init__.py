@@ -31,7 +31,7 @@ from fastlora.functional.receipt import MergeReceipt
 from fastlora.functional.row_groups import RowGroups
 from fastlora.functional.rows import as_rows, is_tracked, kept, kind_of, scratch
 from fastlora.ops import dispatch, invariance
-from fastlora.ops import table as ops
+from fastlora.ops.call import call
 
 # Leaves of torch.fx.symbolic_trace, whose proxies have no shapes to check.
 for _name in ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_", "base_linear"):
@@ -87,7 +87,7 @@ def lora_linear(
     if programs.written():
         y = programs.call("lora_linear", *args)
     else:
-        y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
+        y, _ = LoRALinear.apply(*args) if tracked else call("lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastlora.functional.rows import as_rows, written_back
-from fastlora.ops import table as ops
+from fastlora.ops.call import call
 
 
 class _Gradients(Function):
@@ -26,7 +26,7 @@ class _Gradients(Function):
 
     @staticmethod
     def forward(op: str, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.call(op, *args))
+        return tuple(call(op, *args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -43,7 +43,7 @@ def _gradients(op: str, needs: tuple[bool, ...], *args: Any) -> tuple[Tensor | N
         return (None,) * len(needs)
     # A compiled graph refuses double backward by itself.
     twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    grads = iter(_Gradients.apply(op, *args) if twice else ops.call(op, *args))
+    grads = iter(_Gradients.apply(op, *args) if twice else call(op, *args))
     return tuple(next(grads) if need else None for need in needs)
 
 
@@ -68,7 +68,7 @@ class LoRALinear(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.call("lora_linear", *args)
+        return call("lora_linear", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,7 +98,7 @@ class LoRAAdd(Function):
     def forward(*args: Any) -> Tensor:
         y, h, x, lora_A, lora_B, *rest = args
         rows = as_rows(y)
-        ops.call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
+        call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
         return written_back(y, rows)
 
     @staticmethod
@@ -134,7 +134,7 @@ class MultiLoRALinear(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.call("multi_lora_linear", *args)
+        return call("multi_lora_linear", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -162,7 +162,7 @@ class MultiLoRAAdd(Function):
     def forward(*args: Any) -> Tensor:
         y, *rest = args
         rows = as_rows(y)
-        ops.call("multi_lora_add_", rows, *rest)
+        call("multi_lora_add_", rows, *rest)
         return written_back(y, rows)
 
     @staticmethod

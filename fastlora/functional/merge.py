@@ -18,7 +18,7 @@ from fastlora.backends.torch import merge as exact
 from fastlora.functional.checks import merge as checks_merge
 from fastlora.functional.receipt import Adapter, MergeReceipt, columns
 from fastlora.ops import availability, dispatch
-from fastlora.ops import table as ops
+from fastlora.ops import call as ops
 
 
 class _Group(NamedTuple):

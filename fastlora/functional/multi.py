@@ -15,8 +15,8 @@ from fastlora.functional.checks import linear as checks
 from fastlora.functional.checks import multi as checks_multi
 from fastlora.functional.row_groups import RowGroups
 from fastlora.functional.rows import as_rows, is_tracked, kept, kind_of, scratch, written_back
+from fastlora.ops import call as ops
 from fastlora.ops import dispatch, invariance
-from fastlora.ops import table as ops
 
 
 def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:

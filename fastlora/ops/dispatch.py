@@ -25,47 +25,14 @@ from typing import Any
 import torch
 
 from fastlora.ops import availability
-from fastlora.ops.availability import BACKENDS, capability, constant, known
+from fastlora.ops.availability import capability, constant, known
+from fastlora.ops.table import OPS
 
 _MODULES = {
     "cuda": "fastlora.backends.cuda",
     "triton": "fastlora.backends.triton",
     "cpu": "fastlora.backends.cpu",
     "torch": "fastlora.backends.torch.linear",
-}
-# Which ops a backend has, if not all; what it lacks the next one runs.
-OPS = {
-    "cuda": (
-        "lora_linear",
-        "lora_linear_backward",
-        "multi_lora_linear",
-        "multi_lora_add_",
-        "packed_lora_linear",
-        "packed_lora_add_",
-        "merge_",
-        "unmerge_",
-        "swap_",
-    ),
-    "triton": (
-        "lora_linear",
-        "lora_add_",
-        "lora_linear_backward",
-        "multi_lora_linear",
-        "multi_lora_add_",
-        "multi_lora_linear_backward",
-        "packed_lora_linear",
-        "packed_lora_add_",
-        "merge_",
-        "unmerge_",
-        "swap_",
-    ),
-}
-# Without which an op is not used: what runs forward must run backward.
-_BACKWARD = {
-    "lora_linear": "lora_linear_backward",
-    "lora_add_": "lora_linear_backward",
-    "multi_lora_linear": "multi_lora_linear_backward",
-    "multi_lora_add_": "multi_lora_linear_backward",
 }
 # Ops of which some calls are the next backend's, whatever was asked for.
 _HANDED_ON = ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_add_",
@@ -121,17 +88,27 @@ def _choose(
     lora_dtype: torch.dtype | None,
     rank: int,
 ) -> str:
-    if asked is not None and op in OPS.get(known(asked), (op,)):
+    if asked is not None and known(asked) in _backends_of(op):
         reason = availability.cannot(asked, device, dtype, lora_dtype, rank)
         if reason is not None:
             raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
         return asked
     if asked is not None:
         _say(f"backend {asked!r} was asked for but has no {op}, which another one runs")
-    for name in BACKENDS:
-        if op in OPS.get(name, (op,)) and _best(name, op, device, dtype, lora_dtype, rank):
+    for name in _backends_of(op):
+        if _best(name, op, device, dtype, lora_dtype, rank):
             return name
     raise RuntimeError(f"no backend can run {op} on {device}")
+
+
+def _backends_of(op: str) -> tuple[str, ...]:
+    """The backends that have the op, best first; one that is no op is for those that have all."""
+    return OPS[op].backends if op in OPS else ("cpu", "torch")
+
+
+def _backward_of(op: str) -> str:
+    """The op without which this one is not used: what runs forward must run backward."""
+    return (OPS[op].backward if op in OPS else None) or op
 
 
 def _best(
@@ -167,8 +144,9 @@ def _verified_cuda(
     verified, named = (implementation(name, "cuda") for name in ("verified", "dtype_name"))
     name = None if dtype is None else named(dtype, lora_dtype)
     major, minor = capability(device)
-    backward = _BACKWARD.get(op, op) if _BACKWARD.get(op) in OPS["cuda"] else op
-    return all(verified(each, name, 10 * major + minor) for each in {op, backward})
+    backward = _backward_of(op)
+    both = {op, backward if "cuda" in _backends_of(backward) else op}
+    return all(verified(each, name, 10 * major + minor) for each in both)
 
 
 @constant
@@ -185,7 +163,7 @@ def verified_paths(
     choice = importlib.import_module("fastlora.kernels.choose.choice")
     arch = importlib.import_module("fastlora.kernels.tile.launch").arch_of(device)
     name = None if dtype is None else choice.dtype_name(dtype, lora_dtype or dtype)
-    backward = choice.verified(_BACKWARD.get(op, op), name, arch)
+    backward = choice.verified(_backward_of(op), name, arch)
     return choice.verified(op, name, arch) if backward else ()
 
 
@@ -227,8 +205,8 @@ def _following(op: str, reason: str | None, x: torch.Tensor, lora_A: torch.Tenso
     if reason is not None:
         _say(f"{op} runs on another backend than the CUDA kernels: {reason}")
     call = (op, x.device, x.dtype, lora_A.dtype, lora_A.shape[-2])
-    rest = (name for name in BACKENDS if name != "cuda")
-    return implementation(op, next(n for n in rest if op in OPS.get(n, (op,)) and _best(n, *call)))
+    others = (name for name in _backends_of(op) if name != "cuda")
+    return implementation(op, next(name for name in others if _best(name, *call)))
 
 
 def merge_kernel(backend: str, device: torch.device) -> str:

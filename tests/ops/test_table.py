@@ -8,7 +8,7 @@ import torch
 from fastlora import functional as F
 from fastlora.backends.torch import linear as reference
 from fastlora.ops import dispatch
-from fastlora.ops.table import FAKES, SCHEMAS
+from fastlora.ops.table import OPS
 from tests.support.calls import (
     IDS,
     MULTI,
@@ -79,9 +79,9 @@ def test_opcheck(call, whole_backend):
 
 
 def test_one_list_of_ops():
-    assert set(SCHEMAS) == set(FAKES) == set(reference.__all__) - {"merge_kernel"}
-    assert set(SCHEMAS) == {call.split()[0] for call in raw_calls()}
-    for name in SCHEMAS:
+    assert set(OPS) == set(reference.__all__) - {"merge_kernel"}
+    assert set(OPS) == {call.split()[0] for call in raw_calls()}
+    for name in OPS:
         assert callable(dispatch.implementation(name, "torch"))
         assert callable(dispatch.implementation(name, "cpu"))
 
