@@ -62,7 +62,7 @@ def _vmap_in_place(function: type[Function], info: Any, in_dims: Any, *args: Any
 
 
 class LoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend) -> (y, h)."""
+    """(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, invariant, backend) to y, h."""
 
     generate_vmap_rule = True
 
@@ -72,7 +72,7 @@ class LoRALinear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, lora_A, lora_B, _, *ctx.scalars, seed, ctx.backend = inputs
+        x, weight, _, lora_A, lora_B, _, *ctx.scalars, seed, _, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
@@ -88,11 +88,11 @@ class LoRALinear(Function):
             "lora_linear_backward", needs,
             dy, *saved, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
-        return (*grads, None, None, None, None)
+        return (*grads, *(None,) * 5)
 
 
 class LoRAAdd(Function):
-    """(y, h, x, lora_A, lora_B, scaling, p, seed, backend) -> y, written in place; h is filled."""
+    """(y, h, x, lora_A, lora_B, scaling, p, seed, invariant, backend) -> y; y and h are written."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -103,7 +103,7 @@ class LoRAAdd(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, h, x, lora_A, lora_B, *ctx.scalars, seed, ctx.backend = inputs
+        y, h, x, lora_A, lora_B, *ctx.scalars, seed, _, ctx.backend = inputs
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, lora_A, lora_B, h, seed)
 
@@ -117,7 +117,7 @@ class LoRAAdd(Function):
             "lora_linear_backward", needs,
             as_rows(dy), x, None, lora_A, lora_B, h, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
-        return (dy if need_y else None, None, dx, dA, dB, None, None, None, None)
+        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 5)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -125,7 +125,7 @@ class LoRAAdd(Function):
 
 
 class MultiLoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, the rows' six, backend) -> (y, h).
+    """(x, weight, bias, lora_A, lora_B, the rows' six, invariant, backend) -> (y, h).
 
     The six say which adapter a row has: ids, order, starts, scalings, ranks, row_scales.
     """
@@ -138,7 +138,7 @@ class MultiLoRALinear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, lora_A, lora_B, *routing, ctx.backend = inputs
+        x, weight, _, lora_A, lora_B, *routing, _, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], *routing)
@@ -152,11 +152,11 @@ class MultiLoRALinear(Function):
         grads = _gradients(
             "multi_lora_linear_backward", needs, dy, *ctx.saved_tensors, needs, ctx.backend
         )
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 class MultiLoRAAdd(Function):
-    """(y, h, x, lora_A, lora_B, the rows' six, backend) -> y, written in place; h is filled."""
+    """(y, h, x, lora_A, lora_B, the rows' six, invariant, backend) -> y; y and h are written."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -167,7 +167,7 @@ class MultiLoRAAdd(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, h, x, lora_A, lora_B, *routing, ctx.backend = inputs
+        y, h, x, lora_A, lora_B, *routing, _, ctx.backend = inputs
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, lora_A, lora_B, h, *routing)
 
@@ -181,7 +181,7 @@ class MultiLoRAAdd(Function):
             "multi_lora_linear_backward", needs,
             as_rows(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
         )  # fmt: skip
-        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 7)
+        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 8)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

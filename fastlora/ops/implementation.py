@@ -9,25 +9,23 @@ from typing import Any
 import torch
 
 from fastlora.ops import dispatch
-from fastlora.ops.invariance import unmarked
 from fastlora.ops.table import OPS, Op
 
 
 def _implement(op: Op) -> Callable[..., Any]:
-    name = op.name
+    name, has_invariant = op.name, op.independent_rows
 
     def run(*args: Any) -> Any:
         *operands, backend = args
-        backend, invariant = unmarked(backend)
-        how = {"invariant": True} if invariant and op.independent_rows else {}
+        options = {"invariant": operands.pop()} if has_invariant else {}
         function = dispatch.implementation(name, backend)
         if torch._C._is_any_autocast_enabled():
             first = operands[0][0] if isinstance(operands[0], list) else operands[0]
             device = first.device.type
             # The caller has cast what autocast wants cast; inside, dtypes are as written.
             with torch.autocast(device, enabled=False):
-                return function(*operands, **how)
-        return function(*operands, **how)
+                return function(*operands, **options)
+        return function(*operands, **options)
 
     def run_as_written(*args: Any) -> Any:
         # After a graph break torch.compile compiles the frames in here too, and would contract

@@ -20,19 +20,20 @@ class Op(NamedTuple):
     """One op, all that is known of it."""
 
     name: str
-    operands: str  # in the schema's language, without the backend
+    operands: str  # in the schema's language, without `invariant` and `backend`
     result: str
     fake: Callable[..., Any]
     flops: Callable[..., int]
     kind: str  # "linear" of one adapter, "multi" and "packed" of many, "rows", "merge"
-    independent_rows: bool = False  # each row of x has one of y, and may have its bits in any batch
+    independent_rows: bool = False  # takes `invariant`: whether a row has its bits in any batch
     backward: str | None = None  # the op of its gradients
     mapped: bool = True  # whether torch.vmap maps over it
     backends: tuple[str, ...] = BACKENDS  # those that have it, best first
 
     @property
     def schema(self) -> str:
-        return f"{self.name}({self.operands}, str backend) -> {self.result}"
+        invariant = ", bool invariant" if self.independent_rows else ""
+        return f"{self.name}({self.operands}{invariant}, str backend) -> {self.result}"
 
     @property
     def in_place(self) -> bool:

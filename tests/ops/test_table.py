@@ -22,6 +22,7 @@ from tests.support.calls import (
     S,
     add,
     functions,
+    last_arguments,
     linear,
     merge_calls,
     multi_linear,
@@ -74,8 +75,9 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
 
 @pytest.mark.parametrize("call", raw_calls())
 def test_opcheck(call, whole_backend):
-    args = (*raw_calls(whole_backend)[call], whole_backend)
-    torch.library.opcheck(getattr(ops, call.split()[0]), args)
+    op = call.split()[0]
+    args = (*raw_calls(whole_backend)[call], *last_arguments(op, whole_backend))
+    torch.library.opcheck(getattr(ops, op), args)
 
 
 def test_one_list_of_ops():
@@ -92,7 +94,8 @@ def test_in_place_ops_bump_versions(call, whole_backend):
     one = "packed" in call
     written = args[0] if isinstance(args[0], list) else args[: 1 if one else 2]
     before = [t._version for t in written]
-    getattr(ops, call.split()[0])(*args, whole_backend)
+    op = call.split()[0]
+    getattr(ops, op)(*args, *last_arguments(op, whole_backend))
     assert all(t._version > old for t, old in zip(written, before, strict=True))
 
 

@@ -15,6 +15,7 @@ from tests.support.calls import (
     N,
     R,
     S,
+    last_arguments,
     linear,
     merge_calls,
     multi_linear,
@@ -78,7 +79,7 @@ def multi_calls(device):
 @pytest.mark.parametrize("op", OPS_OF_TRITON)
 def test_opcheck(op, device, on_triton):
     for args in (raw_calls(device) | merge_calls(device, "triton"))[op]:
-        torch.library.opcheck(getattr(ops, op), (*args, "triton"))
+        torch.library.opcheck(getattr(ops, op), (*args, *last_arguments(op, "triton")))
 
 
 def test_the_list_of_its_ops_is_true(on_triton):
@@ -93,8 +94,8 @@ def test_the_list_of_its_ops_is_true(on_triton):
 def test_in_place_writes_bump_versions(device, on_triton):
     y, h, *rest = raw_calls(device)["lora_add_"][0]
     before = (y._version, h._version)
-    ops.lora_add_(y, h, *rest, "triton")
+    ops.lora_add_(y, h, *rest, False, "triton")
     assert y._version > before[0]
     assert h._version > before[1]
     with torch.inference_mode():
-        ops.lora_add_(y.clone(), h.clone(), *rest, "triton")
+        ops.lora_add_(y.clone(), h.clone(), *rest, False, "triton")
