@@ -249,7 +249,7 @@ def _verified(device: torch.device) -> list[str]:
     said = [f"{backend} ({', '.join(names)})" for backend, names in backends.items()]
     lines = [f"  {device} runs lora_linear on {', '.join(said)}"]
     major, minor = torch.cuda.get_device_capability(device)
-    modules = {"triton": "fastlora.kernels.choose.choice", "cuda": "fastlora.backends.cuda"}
+    modules = {"triton": "fastlora.kernels.choose.choice", "cuda": "fastlora.backends.cuda.paths"}
     usable = [m for name, m in modules.items() if availability.cannot(name, device) is None]
     if not usable:
         return lines

@@ -62,7 +62,10 @@ def _vmap_in_place(function: type[Function], info: Any, in_dims: Any, *args: Any
 
 
 class LoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, invariant, backend) to y, h."""
+    """One adapter's linear.
+
+    (x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, invariant, backend) -> (y, h).
+    """
 
     generate_vmap_rule = True
 

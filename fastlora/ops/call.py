@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastlora.inspection.plain import unreadable
-from fastlora.ops.implementation import IMPLEMENTATIONS
 from fastlora.ops.registration import register_flops
+from fastlora.ops.run import IMPLEMENTATIONS
 
 # Types of operands that are no tensors; a tuple is of bools: which gradients are needed.
 _VALUES = {type(None), float, int, bool, str, tuple}

@@ -14,7 +14,7 @@ import torch
 from torch import library
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastlora.ops.implementation import IMPLEMENTATIONS
+from fastlora.ops.run import IMPLEMENTATIONS
 from fastlora.ops.table import OPS, Op
 
 _COUNTER = "torch.utils.flop_counter"

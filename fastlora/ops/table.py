@@ -36,6 +36,11 @@ class Op(NamedTuple):
         return f"{self.name}({self.operands}{invariant}, str backend) -> {self.result}"
 
     @property
+    def names(self) -> list[str]:
+        """The operands' names, in their order."""
+        return [operand.split()[-1] for operand in self.operands.split(", ")]
+
+    @property
     def in_place(self) -> bool:
         return self.name.endswith("_")
 

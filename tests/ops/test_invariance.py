@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_backends_are_told(monkeypatch):
         told.append(invariant)
         return args[0].new_zeros(M, N), args[0].new_zeros(M, R)
 
-    monkeypatch.setattr(dispatch, "implementation", lambda *_: recorded)
+    monkeypatch.setattr(dispatch, "package", lambda _: SimpleNamespace(lora_linear=recorded))
     x, weight, A, B = operands(torch.float32)
     F.lora_linear(x, weight, A, B, 0.5)
     with fastlora.batch_invariant():

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlora.ops.implementation import IMPLEMENTATIONS
+from fastlora.ops.run import IMPLEMENTATIONS
 from tests.support import oracle
 
 # (dtype of x and weight, dtype of the adapters), as ids print them.

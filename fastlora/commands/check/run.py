@@ -21,6 +21,7 @@ from fastlora.commands.check.merge import MergeCase, MergeSubject, merge_cases
 from fastlora.commands.check.multi import MultiCase, MultiSubject, multi_cases
 from fastlora.commands.check.stamps import Stamps, poisoned
 from fastlora.ops import availability, dispatch
+from fastlora.ops.run import run_gradients
 from fastlora.ops.table import OPS
 
 # Data of each kind of op, and its cases.
@@ -46,12 +47,12 @@ _IN_PLACES = (IN_PLACE, "cuda_in_place")
 
 
 class NotTaken(Exception):
-    """A call that the CUDA kernels hand on: no verdict on them."""
+    """A call that the CUDA kernels refuse: no verdict on them."""
 
 
 def paths_of(backend: str) -> tuple[str | None, ...]:
     if backend == "cuda":
-        return importlib.import_module("fastlora.backends.cuda").PATHS
+        return importlib.import_module("fastlora.backends.cuda.paths").PATHS
     if backend != "triton":
         return (None,)
     return importlib.import_module("fastlora.kernels.choose.choice").EVERY_PATH
@@ -190,17 +191,22 @@ def _function(op: str, backend: str, path: str | None) -> Any:
     """What a subject's verdict is about; of merging all three, which undo each other."""
     if op in MERGES:
         return {name: dispatch.implementation(name, backend) for name in MERGES}
-    function = dispatch.implementation(op, backend)
     if path is not None and path.startswith("cuda_"):
-        return partial(function, path=path, follow=partial(_not_taken, op))
+        return partial(_run_on_cuda, op, path)
+    function = dispatch.implementation(op, backend)
     return function if path is None else partial(function, path=path)
 
 
-def _not_taken(op: str, reason: str | None, *_: Any) -> Any:
-    """In place of the next backend; what the CUDA kernels always leave to it, torch does."""
+def _run_on_cuda(op: str, path: str, *operands: Any) -> Any:
+    """Runs what the CUDA kernels take, and on torch the gradients that they lack."""
+    package = dispatch.package("cuda")
+    reason = package.refuses(op, operands, path=path)
     if reason is not None:
         raise NotTaken(reason)
-    return dispatch.implementation(op, "torch")
+    if op not in package.GRADIENTS:
+        return getattr(package, op)(*operands, path=path)
+    others = dispatch.implementation(op, "torch")
+    return run_gradients(op, package, others, operands, path=path)
 
 
 @contextmanager
