@@ -27,12 +27,7 @@ from fastlora.ops import availability
 from fastlora.ops.availability import BACKENDS, capability, constant, known
 from fastlora.ops.table import OPS
 
-_MODULES = {
-    "cuda": "fastlora.backends.cuda",
-    "triton": "fastlora.backends.triton",
-    "cpu": "fastlora.backends.cpu",
-    "torch": "fastlora.backends.torch.linear",
-}
+_MODULES = {name: f"fastlora.backends.{name}" for name in BACKENDS}
 _log = logging.getLogger("fastlora")
 
 

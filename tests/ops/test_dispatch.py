@@ -11,7 +11,7 @@ import torch
 
 import fastlora
 from fastlora import functional as F
-from fastlora.backends.torch import linear as reference
+from fastlora.backends import torch as reference
 from fastlora.ops import availability, dispatch
 from fastlora.ops.table import OPS
 from tests.support.calls import functions, linear, operands

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastlora.backends import torch as reference
 from fastlora.backends.merge_lists import undo as each
-from fastlora.backends.torch import linear as reference
 from fastlora.commands.check.linear import WrongResult
 from fastlora.commands.check.merge import MergeSubject, merge_cases
 from fastlora.commands.check.run import MERGES

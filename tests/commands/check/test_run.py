@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.backends.torch import linear as reference
+from fastlora.backends import torch as reference
 from fastlora.commands import main as cli
 from fastlora.commands.check import run as selftest
 from fastlora.commands.check import stamps
