@@ -26,7 +26,7 @@ def call(name: str, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return getattr(torch.ops.fastlora, name)(*args)
-    plain = all(map(_is_plain, args))
+    plain = _are_plain(args)
     if not plain:
         _refuse_sharded(name, args)
     if _is_watched() or not plain:
@@ -50,12 +50,16 @@ def _is_watched() -> bool:
     )
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an operand is what it seems: no subclass, nothing still to be done, and there."""
-    kind = type(value)
-    if kind is not Tensor and kind is not Parameter:
-        return kind in _VALUES
-    return not (value.is_neg() or value.is_meta or value._is_zerotensor())
+def _are_plain(values: Sequence[Any]) -> bool:
+    """Whether operands are what they seem: no subclass, nothing still to be done, and there."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.is_neg() or value.is_meta or value._is_zerotensor():
+                return False
+        elif kind not in _VALUES:
+            return False
+    return True
 
 
 def _refuse_sharded(name: str, args: Sequence[Any]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fastlora.ops import availability
-from fastlora.ops.availability import BACKENDS, capability, constant, known
+from fastlora.ops.availability import BACKENDS, capability, check_name, constant
 from fastlora.ops.table import OPS
 
 _MODULES = {name: f"fastlora.backends.{name}" for name in BACKENDS}
@@ -76,7 +76,7 @@ def _choose(
     lora_dtype: torch.dtype | None,
     rank: int,
 ) -> str:
-    if asked is not None and known(asked) in _backends_of(op):
+    if asked is not None and check_name(asked) in _backends_of(op):
         reason = availability.cannot(asked, device, dtype, lora_dtype, rank)
         if reason is not None:
             raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
@@ -159,7 +159,7 @@ def package(backend: str) -> ModuleType:
     """The package that holds the functions of ``backend``, by the names of its ops."""
     module = _loaded.get(backend)
     if module is None:
-        module = _loaded[backend] = importlib.import_module(_MODULES[known(backend)])
+        module = _loaded[backend] = importlib.import_module(_MODULES[check_name(backend)])
     return module
 
 
