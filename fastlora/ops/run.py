@@ -35,7 +35,7 @@ def strictly() -> Iterator[None]:
         _strict = before
 
 
-def run(op: str, backend: str, operands: Sequence[Any], **options: Any) -> Any:
+def run(op: str, backend: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
     """Runs an op on the backend, or on the next one where that refuses the call."""
     package = dispatch.package(backend)
     arguments = pack(op, operands)
@@ -49,7 +49,7 @@ def run(op: str, backend: str, operands: Sequence[Any], **options: Any) -> Any:
         dispatch.log_once(
             f"{op} runs on another backend than the {backend.upper()} kernels: {reason}"
         )
-        return run(op, _next_backend(op, backend, operands), operands, **options)
+        return run(op, _next_backend(op, backend, operands), operands, options)
     if op not in package.GRADIENTS:
         return getattr(package, op)(*arguments, **options)
 
@@ -89,14 +89,14 @@ def _implement(op: Op) -> Callable[..., Any]:
 
     def run_op(*args: Any) -> Any:
         *operands, backend = args
-        options = {"invariant": operands.pop()} if has_invariant else {}
+        options = {"invariant": True} if has_invariant and operands.pop() else {}
         if torch._C._is_any_autocast_enabled():
             first = operands[0][0] if isinstance(operands[0], list) else operands[0]
             device = first.device.type
             # The caller has cast what autocast wants cast; inside, dtypes are as written.
             with torch.autocast(device, enabled=False):
-                return run(name, backend, operands, **options)
-        return run(name, backend, operands, **options)
+                return run(name, backend, operands, options)
+        return run(name, backend, operands, options)
 
     def run_as_written(*args: Any) -> Any:
         # After a graph break torch.compile compiles the frames in here too, and would contract
