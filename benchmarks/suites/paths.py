@@ -8,7 +8,8 @@ from benchmarks.harness.work import DTYPES, Absent, Builder, Call, Case, Operand
 from fastlora import use_backend
 from fastlora.backends import native
 from fastlora.backends.cpu.linear import FEW_ROWS
-from fastlora.ops import availability, dispatch
+from fastlora.ops import availability
+from fastlora.ops.run import Refused, strictly
 
 
 def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
@@ -21,9 +22,9 @@ def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
 
     def on_the_backend() -> Outputs:
         try:
-            with use_backend(backend), dispatch.not_handed_on():
+            with use_backend(backend), strictly():
                 return call()
-        except dispatch.HandedOn as error:
+        except Refused as error:
             raise Absent(str(error)) from error
 
     return on_the_backend

@@ -25,7 +25,7 @@ from fastlora.commands.check.linear import DTYPES
 from fastlora.commands.tune import jobs
 from fastlora.commands.tune import run as tuning
 from fastlora.ops import availability, dispatch
-from fastlora.ops import table as ops
+from fastlora.ops.table import OPS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=selftest.BACKENDS, help="default: all that run there")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
     parser.add_argument(
-        "--op", choices=selftest.EVERY_OP, action="append", metavar="OP", help="may be repeated"
+        "--op", choices=selftest.CHECKED, action="append", metavar="OP", help="may be repeated"
     )
     parser.add_argument("--quick", action="store_true", help="small shapes; stamps nothing")
     parser.add_argument("--save", type=Path, metavar="DIR", help="default: the cache folder")
@@ -211,7 +211,7 @@ def info() -> str:
     else:
         lines.append(f"  cuda   not usable: {availability.no_gpu()}")
     lines += ["", "backends"]
-    for name in dispatch.BACKENDS:
+    for name in availability.BACKENDS:
         reason = availability.unusable(name)
         usable = "usable"
         if name == "cpu" and reason is None:
@@ -225,7 +225,7 @@ def info() -> str:
     records = importlib.import_module("fastlora.kernels.choose.records")
     lines.append(f"  rows of this machine's checks and timings: {records.cache_folder()}")
     lines += ["", "ops on CPU tensors"]
-    for name in ops.SCHEMAS:
+    for name in OPS:
         lines.append(f"  {name:<28} {_chosen(name)}")
     return "\n".join(lines)
 
@@ -249,7 +249,7 @@ def _verified(device: torch.device) -> list[str]:
     said = [f"{backend} ({', '.join(names)})" for backend, names in backends.items()]
     lines = [f"  {device} runs lora_linear on {', '.join(said)}"]
     major, minor = torch.cuda.get_device_capability(device)
-    modules = {"triton": "fastlora.kernels.choose.choice", "cuda": "fastlora.backends.cuda"}
+    modules = {"triton": "fastlora.kernels.choose.choice", "cuda": "fastlora.backends.cuda.paths"}
     usable = [m for name, m in modules.items() if availability.cannot(name, device) is None]
     if not usable:
         return lines
@@ -264,7 +264,7 @@ def _verified(device: torch.device) -> list[str]:
 def verified_lines(verified: Callable[[str, str], tuple[str, ...]]) -> list[str]:
     """A line an op: its verified paths, with the dtypes that share them."""
     lines = []
-    for op in (*selftest.OPS, *selftest.MULTI_OPS, *selftest.MERGE_OPS):
+    for op in selftest.CHECKED:
         dtypes: dict[tuple[str, ...], list[str]] = {}
         for dtype in DTYPES:
             dtypes.setdefault(verified(op, dtype), []).append(dtype)

@@ -31,7 +31,7 @@ from fastlora.functional.receipt import MergeReceipt
 from fastlora.functional.row_groups import RowGroups
 from fastlora.functional.rows import as_rows, is_tracked, kept, kind_of, scratch
 from fastlora.ops import dispatch, invariance
-from fastlora.ops import table as ops
+from fastlora.ops.call import call
 
 # Leaves of torch.fx.symbolic_trace, whose proxies have no shapes to check.
 for _name in ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_", "base_linear"):
@@ -81,13 +81,14 @@ def lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     p, seed = _dropout(dropout_p, training, x)
-    backend = invariance.marked(dispatch.choose("lora_linear", *kind_of(x, lora_A)))
-    args = (as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend)
+    invariant, backend = invariance.asked(), dispatch.choose("lora_linear", *kind_of(x, lora_A))
+    operands = (as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)
+    args = (*operands, invariant, backend)
     tracked = is_tracked(x, weight, bias, lora_A, lora_B, lora_bias)
     if programs.written():
         y = programs.call("lora_linear", *args)
     else:
-        y, _ = LoRALinear.apply(*args) if tracked else ops.call("lora_linear", *args)
+        y, _ = LoRALinear.apply(*args) if tracked else call("lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -136,8 +137,8 @@ def lora_add_(
     if tracked:
         rows = kept(rows, y)
     h = scratch(lora_A.shape[0], rows, lora_A, seed)
-    backend = invariance.marked(dispatch.choose("lora_add_", *kind_of(x, lora_A)))
-    args = (y, h, rows, lora_A, lora_B, scaling, p, seed, backend)
+    invariant, backend = invariance.asked(), dispatch.choose("lora_add_", *kind_of(x, lora_A))
+    args = (y, h, rows, lora_A, lora_B, scaling, p, seed, invariant, backend)
     if programs.written():
         programs.call("lora_add_", *args)
         return y

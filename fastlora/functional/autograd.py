@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastlora.functional.rows import as_rows, written_back
-from fastlora.ops import table as ops
+from fastlora.ops.call import call
 
 
 class _Gradients(Function):
@@ -26,7 +26,7 @@ class _Gradients(Function):
 
     @staticmethod
     def forward(op: str, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(ops.call(op, *args))
+        return tuple(call(op, *args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -43,7 +43,7 @@ def _gradients(op: str, needs: tuple[bool, ...], *args: Any) -> tuple[Tensor | N
         return (None,) * len(needs)
     # A compiled graph refuses double backward by itself.
     twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    grads = iter(_Gradients.apply(op, *args) if twice else ops.call(op, *args))
+    grads = iter(_Gradients.apply(op, *args) if twice else call(op, *args))
     return tuple(next(grads) if need else None for need in needs)
 
 
@@ -62,17 +62,20 @@ def _vmap_in_place(function: type[Function], info: Any, in_dims: Any, *args: Any
 
 
 class LoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend) -> (y, h)."""
+    """One adapter's linear.
+
+    (x, weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, invariant, backend) -> (y, h).
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.call("lora_linear", *args)
+        return call("lora_linear", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, lora_A, lora_B, _, *ctx.scalars, seed, ctx.backend = inputs
+        x, weight, _, lora_A, lora_B, _, *ctx.scalars, seed, _, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
@@ -88,22 +91,22 @@ class LoRALinear(Function):
             "lora_linear_backward", needs,
             dy, *saved, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
-        return (*grads, None, None, None, None)
+        return (*grads, *(None,) * 5)
 
 
 class LoRAAdd(Function):
-    """(y, h, x, lora_A, lora_B, scaling, p, seed, backend) -> y, written in place; h is filled."""
+    """(y, h, x, lora_A, lora_B, scaling, p, seed, invariant, backend) -> y; y and h are written."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         y, h, x, lora_A, lora_B, *rest = args
         rows = as_rows(y)
-        ops.call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
+        call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
         return written_back(y, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, h, x, lora_A, lora_B, *ctx.scalars, seed, ctx.backend = inputs
+        y, h, x, lora_A, lora_B, *ctx.scalars, seed, _, ctx.backend = inputs
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, lora_A, lora_B, h, seed)
 
@@ -117,7 +120,7 @@ class LoRAAdd(Function):
             "lora_linear_backward", needs,
             as_rows(dy), x, None, lora_A, lora_B, h, *ctx.scalars, seed, needs, ctx.backend,
         )  # fmt: skip
-        return (dy if need_y else None, None, dx, dA, dB, None, None, None, None)
+        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 5)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -125,7 +128,7 @@ class LoRAAdd(Function):
 
 
 class MultiLoRALinear(Function):
-    """(x, weight, bias, lora_A, lora_B, the rows' six, backend) -> (y, h).
+    """(x, weight, bias, lora_A, lora_B, the rows' six, invariant, backend) -> (y, h).
 
     The six say which adapter a row has: ids, order, starts, scalings, ranks, row_scales.
     """
@@ -134,11 +137,11 @@ class MultiLoRALinear(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.call("multi_lora_linear", *args)
+        return call("multi_lora_linear", *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, lora_A, lora_B, *routing, ctx.backend = inputs
+        x, weight, _, lora_A, lora_B, *routing, _, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], *routing)
@@ -152,22 +155,22 @@ class MultiLoRALinear(Function):
         grads = _gradients(
             "multi_lora_linear_backward", needs, dy, *ctx.saved_tensors, needs, ctx.backend
         )
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 class MultiLoRAAdd(Function):
-    """(y, h, x, lora_A, lora_B, the rows' six, backend) -> y, written in place; h is filled."""
+    """(y, h, x, lora_A, lora_B, the rows' six, invariant, backend) -> y; y and h are written."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         y, *rest = args
         rows = as_rows(y)
-        ops.call("multi_lora_add_", rows, *rest)
+        call("multi_lora_add_", rows, *rest)
         return written_back(y, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, h, x, lora_A, lora_B, *routing, ctx.backend = inputs
+        y, h, x, lora_A, lora_B, *routing, _, ctx.backend = inputs
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, lora_A, lora_B, h, *routing)
 
@@ -181,7 +184,7 @@ class MultiLoRAAdd(Function):
             "multi_lora_linear_backward", needs,
             as_rows(dy), x, None, lora_A, lora_B, h, *routing, needs, ctx.backend,
         )  # fmt: skip
-        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 7)
+        return (dy if need_y else None, None, dx, dA, dB, *(None,) * 8)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:

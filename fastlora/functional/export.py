@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from fastlora.functional.autograd import LoRAAdd, LoRALinear, MultiLoRAAdd, MultiLoRALinear
 from fastlora.functional.rows import is_tracked
-from fastlora.ops import table as ops
+from fastlora.ops.table import OPS
 
 _FUNCTIONS: dict[str, type[Function]] = {
     "lora_linear": LoRALinear,
@@ -53,10 +53,9 @@ def _differentiable(name: str, function: type[Function]) -> Callable[..., Any]:
 
 _library = library.Library("fastlora", "FRAGMENT")
 for _name, _function in _FUNCTIONS.items():
-    _operands, _, _returned = ops.SCHEMAS[_name].partition(" -> ")
+    _schema = OPS[_name]._replace(result="()" if OPS[_name].in_place else "Tensor").schema
     if _function is LoRAAdd:
-        _operands = _operands.replace("Tensor? lora_bias, ", "")
-    _schema = f"{_operands} -> {'()' if _returned == '()' else 'Tensor'}"
-    _library.define(f"differentiable_{_name}{_schema}")
+        _schema = _schema.replace("Tensor? lora_bias, ", "")
+    _library.define(f"differentiable_{_schema}")
     _run = _differentiable(_name, _function)
     _library.impl(f"differentiable_{_name}", _run, "CompositeImplicitAutograd")

@@ -19,7 +19,7 @@ from fastlora.functional import snapshots
 from fastlora.functional.checks import merge as checks
 from fastlora.functional.receipt import Adapter, Columns, MergeReceipt, columns, new_receipt
 from fastlora.ops import dispatch
-from fastlora.ops import table as ops
+from fastlora.ops import call as ops
 
 _Value = TypeVar("_Value")
 

@@ -15,8 +15,8 @@ from fastlora.functional.checks import linear as checks
 from fastlora.functional.checks import multi as checks_multi
 from fastlora.functional.row_groups import RowGroups
 from fastlora.functional.rows import as_rows, is_tracked, kept, kind_of, scratch, written_back
+from fastlora.ops import call as ops
 from fastlora.ops import dispatch, invariance
-from fastlora.ops import table as ops
 
 
 def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
@@ -77,12 +77,13 @@ def multi_lora_linear(
     checks_multi.multi(x, weight, lora_A, lora_B, scalings, ranks, bias)
     groups = _groups(adapter_ids, x, lora_A.shape[0])
     routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    backend = invariance.marked(dispatch.choose("multi_lora_linear", *kind_of(x, lora_A)))
+    backend = dispatch.choose("multi_lora_linear", *kind_of(x, lora_A))
+    invariant = invariance.asked()
     tracked = is_tracked(x, weight, bias, lora_A, lora_B)
-    if groups.nobody and backend == "triton" and not tracked:
+    if groups.nobody and backend == "triton" and not (tracked or invariant):
         # The library's product is all there is to do, and no kernel of ours does it better.
         return _base(x, weight, bias)
-    args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, backend)
+    args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, invariant, backend)
     if programs.written():
         y = programs.call("multi_lora_linear", *args)
     else:
@@ -123,8 +124,9 @@ def multi_lora_add_(
     if tracked:
         rows = kept(rows, y)
     h = scratch(lora_A.shape[1], rows, lora_A, *groups.tensors, ranks)
-    backend = invariance.marked(dispatch.choose("multi_lora_add_", *kind_of(x, lora_A)))
-    args = (y, h, rows, lora_A, lora_B, *routing, backend)
+    backend = dispatch.choose("multi_lora_add_", *kind_of(x, lora_A))
+    invariant = invariance.asked()
+    args = (y, h, rows, lora_A, lora_B, *routing, invariant, backend)
     if programs.written():
         programs.call("multi_lora_add_", *args)
         return y
@@ -161,11 +163,23 @@ def _packed_linear(
         return torch.cat(parts, -1)
     routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
     kind = (x.device, x.dtype, lora_A.dtype, form.R)
-    backend = invariance.marked(dispatch.choose("packed_lora_linear", *kind))
-    if groups.nobody and backend == "triton":
+    backend = dispatch.choose("packed_lora_linear", *kind)
+    invariant = invariance.asked()
+    if groups.nobody and backend == "triton" and not invariant:
         return _base(x, weight, bias)
     lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
-    args = (as_rows(x), weight, bias, lora_A, lora_B, page_table, form.ends, *routing, backend)
+    args = (
+        as_rows(x),
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        page_table,
+        form.ends,
+        *routing,
+        invariant,
+        backend,
+    )
     y = ops.call("packed_lora_linear", *args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
@@ -192,10 +206,11 @@ def _packed_add_(
         return y
     routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
     kind = (x.device, x.dtype, lora_A.dtype, form.R)
-    backend = invariance.marked(dispatch.choose("packed_lora_add_", *kind))
+    backend = dispatch.choose("packed_lora_add_", *kind)
+    invariant = invariance.asked()
     lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
     rows = as_rows(y)
-    args = (rows, as_rows(x), lora_A, lora_B, page_table, form.ends, *routing, backend)
+    args = (rows, as_rows(x), lora_A, lora_B, page_table, form.ends, *routing, invariant, backend)
     ops.call("packed_lora_add_", *args)
     return written_back(y, rows)
 

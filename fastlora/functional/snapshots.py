@@ -11,7 +11,7 @@ from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.undo import Undo
 from fastlora.backends.torch import merge as exact
 from fastlora.functional.receipt import Adapter, MergeReceipt, columns, new_receipt
-from fastlora.ops import table as ops
+from fastlora.ops import call as ops
 
 # What such a receipt names as its backend and kernel.
 SNAPSHOT = "snapshot"

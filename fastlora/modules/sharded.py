@@ -77,10 +77,9 @@ def lora_linear(
     bias, lora_bias = (_added_once(local("bias", b), splits, mesh) for b in (bias, lora_bias))
     drops = training and dropout.threshold(dropout_p) > 0
     p, seed = (dropout_p, _seed(x.device, splits, mesh)) if drops else (0.0, None)
-    backend = invariance.marked(dispatch.choose("lora_linear", *kind_of(x, lora_A)))
-    y, _ = LoRALinear.apply(
-        as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend
-    )
+    invariant, backend = invariance.asked(), dispatch.choose("lora_linear", *kind_of(x, lora_A))
+    operands = (as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)
+    y, _ = LoRALinear.apply(*operands, invariant, backend)
     y = y.view(*x.shape[:-1], y.shape[1])
     return _Whole.apply(y, mesh, torch.Size(shape), *_placements(splits, "y"))
 

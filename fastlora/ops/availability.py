@@ -34,7 +34,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant(function: _Function) -> _Function:
-    """Tells torch.compile to take the answer, not to trace how it is found.
+    """Make torch.compile take a function's answer instead of tracing it.
 
     What torch's own ``assume_constant_result`` sets, without loading the compiler.
     """
@@ -42,7 +42,8 @@ def constant(function: _Function) -> _Function:
     return function
 
 
-def known(name: str) -> str:
+def check_name(name: str) -> str:
+    """Returns a backend's name; raises ValueError for any other."""
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -50,7 +51,7 @@ def known(name: str) -> str:
 
 def unusable(backend: str) -> str | None:
     """Why ``backend`` cannot run here, or None when it can."""
-    if known(backend) == "torch":
+    if check_name(backend) == "torch":
         return None
     if backend == "cpu":
         return no_cpu_library()
@@ -72,8 +73,8 @@ def no_cpu_library() -> str | None:
 
 @constant
 def no_cuda_library() -> str | None:
-    found = native.load_cuda()
-    return found if isinstance(found, str) else None
+    library = native.load_cuda()
+    return library if isinstance(library, str) else None
 
 
 @constant
@@ -103,15 +104,15 @@ def cannot(
     if backend == "cpu":
         return _cannot_natively(device, dtype, lora_dtype)
     kernels = "CUDA" if backend == "cuda" else "Triton"
-    without = _cuda_on_host() if backend == "cuda" else _INTERPRETED
-    wanted = "cpu" if backend == "cuda" and without else "cuda"
-    if device.type != wanted and not (without and device.type == "cpu"):
-        return f"{kernels} kernels run on {wanted.upper()} tensors, got tensors on {device}"
+    without_gpu = _cuda_on_host() if backend == "cuda" else _INTERPRETED
+    expected = "cpu" if backend == "cuda" and without_gpu else "cuda"
+    if device.type != expected and not (without_gpu and device.type == "cpu"):
+        return f"{kernels} kernels run on {expected.upper()} tensors, got tensors on {device}"
     if device.type == "cuda" and capability(device) < (8, 0):
         return f"{kernels} kernels run on GPUs of compute capability 8.0 or more, {device} has less"
-    for given in (dtype, lora_dtype):
-        if given is not None and given not in _GPU_DTYPES:
-            return f"{kernels} kernels take float16, bfloat16 and float32, got {given}"
+    for each in (dtype, lora_dtype):
+        if each is not None and each not in _GPU_DTYPES:
+            return f"{kernels} kernels take float16, bfloat16 and float32, got {each}"
     if rank > _TRITON_RANKS and backend == "triton":
         return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"
     return None

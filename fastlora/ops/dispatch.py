@@ -1,7 +1,8 @@
 """The only place that chooses a backend.
 
-A backend is a module with one function per op of ``fastlora/ops/table.py`` that it implements,
-under the op's name. ``choose`` names the backend for a call, ``implementation`` finds its function.
+A backend is a package with one function per op of ``fastlora/ops/table.py`` that it implements,
+under the op's name. ``choose`` names the backend for a call, ``implementation`` finds its function,
+and ``next_backend`` names who runs a call that the package's own ``refuses`` has a reason against.
 The choice travels as an argument of the op, so that a backward runs on its forward's backend and a
 compiled graph keeps the one it was traced with.
 
@@ -12,65 +13,21 @@ ship with the library or were made by ``fastlora check``. Asking for a backend b
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from fastlora.ops import availability
-from fastlora.ops.availability import BACKENDS, capability, constant, known
+from fastlora.ops.availability import BACKENDS, capability, check_name, constant
+from fastlora.ops.table import OPS
 
-_MODULES = {
-    "cuda": "fastlora.backends.cuda",
-    "triton": "fastlora.backends.triton",
-    "cpu": "fastlora.backends.cpu",
-    "torch": "fastlora.backends.torch.linear",
-}
-# Which ops a backend has, if not all; what it lacks the next one runs.
-OPS = {
-    "cuda": (
-        "lora_linear",
-        "lora_linear_backward",
-        "multi_lora_linear",
-        "multi_lora_add_",
-        "packed_lora_linear",
-        "packed_lora_add_",
-        "merge_",
-        "unmerge_",
-        "swap_",
-    ),
-    "triton": (
-        "lora_linear",
-        "lora_add_",
-        "lora_linear_backward",
-        "multi_lora_linear",
-        "multi_lora_add_",
-        "multi_lora_linear_backward",
-        "packed_lora_linear",
-        "packed_lora_add_",
-        "merge_",
-        "unmerge_",
-        "swap_",
-    ),
-}
-# Without which an op is not used: what runs forward must run backward.
-_BACKWARD = {
-    "lora_linear": "lora_linear_backward",
-    "lora_add_": "lora_linear_backward",
-    "multi_lora_linear": "multi_lora_linear_backward",
-    "multi_lora_add_": "multi_lora_linear_backward",
-}
-# Ops of which some calls are the next backend's, whatever was asked for.
-_HANDED_ON = ("lora_linear", "lora_linear_backward", "multi_lora_linear", "multi_lora_add_",
-              "packed_lora_linear", "packed_lora_add_")  # fmt: skip
-
+_MODULES = {name: f"fastlora.backends.{name}" for name in BACKENDS}
 _log = logging.getLogger("fastlora")
 
 
@@ -85,9 +42,7 @@ _asked = _Asked()
 _latest = _Asked.name
 _loaded: dict[str, ModuleType] = {}
 _on_cpu: dict[tuple[Any, ...], str] = {}
-_said: set[str] = set()
-# For every thread: backward runs in one of autograd's.
-_hand_on = True
+_logged: set[str] = set()
 
 
 def choose(
@@ -107,10 +62,10 @@ def choose(
         return _choose(op, asked, device, dtype, lora_dtype, rank)
     # Where nothing but these decides, once: small layers would feel it.
     call = op, dtype, lora_dtype
-    found = _on_cpu.get(call)
-    if found is None:
-        found = _on_cpu[call] = _choose(op, None, device, dtype, lora_dtype, rank)
-    return found
+    chosen = _on_cpu.get(call)
+    if chosen is None:
+        chosen = _on_cpu[call] = _choose(op, None, device, dtype, lora_dtype, rank)
+    return chosen
 
 
 def _choose(
@@ -121,17 +76,27 @@ def _choose(
     lora_dtype: torch.dtype | None,
     rank: int,
 ) -> str:
-    if asked is not None and op in OPS.get(known(asked), (op,)):
+    if asked is not None and check_name(asked) in _backends_of(op):
         reason = availability.cannot(asked, device, dtype, lora_dtype, rank)
         if reason is not None:
             raise RuntimeError(f"backend {asked!r} was asked for but cannot run {op}: {reason}")
         return asked
     if asked is not None:
-        _say(f"backend {asked!r} was asked for but has no {op}, which another one runs")
-    for name in BACKENDS:
-        if op in OPS.get(name, (op,)) and _best(name, op, device, dtype, lora_dtype, rank):
+        log_once(f"backend {asked!r} was asked for but has no {op}, which another one runs")
+    for name in _backends_of(op):
+        if _best(name, op, device, dtype, lora_dtype, rank):
             return name
     raise RuntimeError(f"no backend can run {op} on {device}")
+
+
+def _backends_of(op: str) -> tuple[str, ...]:
+    """The backends that have the op, best first; one that is no op is for those that have all."""
+    return OPS[op].backends if op in OPS else ("cpu", "torch")
+
+
+def _backward_of(op: str) -> str:
+    """The op without which this one is not used: what runs forward must run backward."""
+    return (OPS[op].backward if op in OPS else None) or op
 
 
 def _best(
@@ -155,7 +120,7 @@ def _best(
     if reason is None:
         return bool(verified_paths(op, device, dtype, lora_dtype))
     if backend == "triton" and verified_paths(op, device):
-        _say(f"{op} runs unfused: {reason}")
+        log_once(f"{op} runs unfused: {reason}")
     return False
 
 
@@ -164,11 +129,12 @@ def _verified_cuda(
     op: str, device: torch.device, dtype: torch.dtype | None, lora_dtype: torch.dtype | None
 ) -> bool:
     """Whether the CUDA kernels of ``op`` passed their tests on this GPU, as did its backward's."""
-    verified, named = (implementation(name, "cuda") for name in ("verified", "dtype_name"))
-    name = None if dtype is None else named(dtype, lora_dtype)
+    paths = importlib.import_module("fastlora.backends.cuda.paths")
+    name = None if dtype is None else paths.dtype_name(dtype, lora_dtype)
     major, minor = capability(device)
-    backward = _BACKWARD.get(op, op) if _BACKWARD.get(op) in OPS["cuda"] else op
-    return all(verified(each, name, 10 * major + minor) for each in {op, backward})
+    backward = _backward_of(op)
+    both = {op, backward if "cuda" in _backends_of(backward) else op}
+    return all(paths.verified(each, name, 10 * major + minor) for each in both)
 
 
 @constant
@@ -185,50 +151,28 @@ def verified_paths(
     choice = importlib.import_module("fastlora.kernels.choose.choice")
     arch = importlib.import_module("fastlora.kernels.tile.launch").arch_of(device)
     name = None if dtype is None else choice.dtype_name(dtype, lora_dtype or dtype)
-    backward = choice.verified(_BACKWARD.get(op, op), name, arch)
+    backward = choice.verified(_backward_of(op), name, arch)
     return choice.verified(op, name, arch) if backward else ()
 
 
-def implementation(op: str, backend: str) -> Any:
-    """The function that runs ``op`` on ``backend``."""
+def package(backend: str) -> ModuleType:
+    """The package that holds the functions of ``backend``, by the names of its ops."""
     module = _loaded.get(backend)
     if module is None:
-        module = _loaded[backend] = importlib.import_module(_MODULES[known(backend)])
-    function = getattr(module, op)
-    return partial(function, follow=partial(_following, op)) if _hands_on(op, backend) else function
+        module = _loaded[backend] = importlib.import_module(_MODULES[check_name(backend)])
+    return module
 
 
-def _hands_on(op: str, backend: str) -> bool:
-    return backend == "cuda" and op in _HANDED_ON
+def implementation(op: str, backend: str) -> Any:
+    """The function of ``backend`` for ``op``."""
+    return getattr(package(backend), op)
 
 
-class HandedOn(RuntimeError):
-    """A call that the CUDA kernels do not take, where no other backend may."""
-
-
-@contextmanager
-def not_handed_on() -> Iterator[None]:
-    """Calls that the CUDA kernels do not take raise ``HandedOn``: to measure them alone."""
-    global _hand_on
-    before, _hand_on = _hand_on, False
-    try:
-        yield
-    finally:
-        _hand_on = before
-
-
-def _following(op: str, reason: str | None, x: torch.Tensor, lora_A: torch.Tensor) -> Any:
-    """The function of the backend after the CUDA kernels, which do not take a call.
-
-    reason: None where they never do.
-    """
-    if reason is not None and not _hand_on:
-        raise HandedOn(f"the CUDA kernels do not take {op}: {reason}")
-    if reason is not None:
-        _say(f"{op} runs on another backend than the CUDA kernels: {reason}")
+def next_backend(op: str, backend: str, x: torch.Tensor, lora_A: torch.Tensor) -> str:
+    """The best backend after ``backend`` for a call of ``op`` with these operands."""
     call = (op, x.device, x.dtype, lora_A.dtype, lora_A.shape[-2])
-    rest = (name for name in BACKENDS if name != "cuda")
-    return implementation(op, next(n for n in rest if op in OPS.get(n, (op,)) and _best(n, *call)))
+    after = BACKENDS[BACKENDS.index(backend) + 1 :]
+    return next(name for name in after if name in _backends_of(op) and _best(name, *call))
 
 
 def merge_kernel(backend: str, device: torch.device) -> str:
@@ -272,7 +216,7 @@ def asked() -> str | None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Nothing is logged in here: what is asked is not run."""
+    """Log nothing in here: what is asked is not run."""
     before = _log.disabled
     _log.disabled = True
     try:
@@ -281,9 +225,10 @@ def quietly() -> Iterator[None]:
         _log.disabled = before
 
 
-def _say(what: str) -> None:
+def log_once(text: str) -> None:
+    """Warns, the first time in this process."""
     if torch.compiler.is_compiling() or _log.disabled:
         return
-    if what not in _said:
-        _said.add(what)
-        _log.warning(what)
+    if text not in _logged:
+        _logged.add(text)
+        _log.warning(text)

@@ -1,8 +1,8 @@
 """``batch_invariant``: a row's output has the same bits whatever other rows its batch has.
 
-Asked for around a call, it travels as a mark on the backend's name, an argument of the op, so that
-compiled graphs keep it. Library products choose their tiles by the number of rows, so those are not
-used: each backend has a way of its own, and says in docs/support.md what it costs.
+Asked for around a call, it travels as an argument of the op, so that compiled graphs keep it.
+Library products choose their tiles by the number of rows, so those are not used: each backend has a
+way of its own, and docs/support.md says what it costs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-_MARK = "+invariant"
 
 
 class _Asked(threading.local):
@@ -31,19 +29,19 @@ _anywhere = False
 def batch_invariant() -> Iterator[None]:
     """This thread's forward passes give every row the bits that it would have alone.
 
-    Of LoRA layers the whole output, of everything else nothing: attention, norms and other linears
-    of a model are not this library's. Backward passes are as ever; a dropout mask follows a row's
-    place. Compiled functions are traced again for it, and also when another thread is within.
+    The whole output of LoRA layers, nothing else: attention, norms and other linears of a model are
+    not this library's. Backward passes are as ever; a dropout mask follows a row's place. Compiled
+    functions are traced again for it, and also when another thread is within.
     What it costs: docs/support.md.
     """
-    _entered(1)
+    _count(1)
     try:
         yield
     finally:
-        _entered(-1)
+        _count(-1)
 
 
-def _entered(change: int) -> None:
+def _count(change: int) -> None:
     global _open, _anywhere
     _asked.depth += change
     with _lock:
@@ -54,14 +52,3 @@ def _entered(change: int) -> None:
 def asked() -> bool:
     """Whether this thread is within ``batch_invariant``."""
     return _anywhere if torch.compiler.is_compiling() else _asked.depth > 0
-
-
-def marked(backend: str) -> str:
-    """The backend's name as a call within ``batch_invariant`` hands it on."""
-    return backend + _MARK if asked() else backend
-
-
-def unmarked(backend: str) -> tuple[str, bool]:
-    """The backend's own name, and whether its way is to be the invariant one."""
-    name, mark, _ = backend.partition(_MARK)
-    return name, bool(mark)

@@ -15,7 +15,7 @@ import fastlora
 from fastlora.commands import main as cli
 from fastlora.kernels.choose import records
 from fastlora.ops import availability, dispatch
-from fastlora.ops import table as ops
+from fastlora.ops.table import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,8 +49,8 @@ def test_info_says_what_runs_and_why_not():
     assert f"{torch.get_num_threads()} threads" in devices[0]
     assert any("cuda" in line for line in devices[1:])
     backends = {line.split()[0]: line for line in section(text, "backends")}
-    assert set(backends) >= set(dispatch.BACKENDS)
-    for name in dispatch.BACKENDS:
+    assert set(backends) >= set(availability.BACKENDS)
+    for name in availability.BACKENDS:
         reason = availability.unusable(name)
         assert ("not usable" in backends[name]) == (reason is not None)
         assert (reason or "usable") in backends[name]
@@ -61,7 +61,7 @@ def test_info_says_what_runs_and_why_not():
     )
     assert kernels[-1].endswith(f": {records.cache_folder()}")
     chosen = {line.split()[0]: line.split()[1] for line in section(text, "ops on CPU tensors")}
-    assert chosen == {op: dispatch.choose(op, torch.device("cpu")) for op in ops.SCHEMAS}
+    assert chosen == {op: dispatch.choose(op, torch.device("cpu")) for op in OPS}
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_backend_that_was_asked_for_shows():
         line.split()[0]: "cannot run" in line
         for line in section(asked.stdout, "ops on CPU tensors")
     }
-    assert found == {op: op in dispatch.OPS["triton"] for op in ops.SCHEMAS}
+    assert found == {op: "triton" in OPS[op].backends for op in OPS}
     assert "'nonsense'" in run("info", FASTLORA_BACKEND="nonsense").stdout
 
 

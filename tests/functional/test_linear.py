@@ -145,9 +145,9 @@ def test_h_is_an_output_only(device, backend):
     t = operands((6,), 9, 7, 3, torch.float32, torch.float32, device)
     y, h = signed(6, 9, dtype=torch.float32, device=device), torch.full((6, 3), torch.nan)
     want = F.lora_add_(y.clone(), t["x"], t["lora_A"], t["lora_B"], SCALING)
-    dropout = (SCALING, 0.0, None)
+    last = (SCALING, 0.0, None, False, backend)
     h = h.to(device)
-    torch.ops.fastlora.lora_add_(y, h, t["x"], t["lora_A"], t["lora_B"], None, *dropout, backend)
+    torch.ops.fastlora.lora_add_(y, h, t["x"], t["lora_A"], t["lora_B"], None, *last)
     assert same_bits(y, want)
     torch.testing.assert_close(h, t["x"] @ t["lora_A"].T)
 

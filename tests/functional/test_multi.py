@@ -264,7 +264,7 @@ def test_h_is_an_output_only(device, backend):
     groups = F.group_rows(routing["adapter_ids"], 2)
     per_row = (routing["scalings"], routing["ranks"], routing["row_scales"])
     given = (tensors["x"], tensors["lora_A"], tensors["lora_B"], *groups.tensors)
-    torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, backend)
+    torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, False, backend)
     assert same_bits(y, want)
     assert (h != 0).sum(1).tolist() == [2, 0, 0, 2]
 

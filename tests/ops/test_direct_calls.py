@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora import functional as F
-from fastlora.ops import table as ops
+from fastlora.ops.call import call as call_op
 from tests.support.helpers import same_bits
 
 
@@ -38,7 +38,7 @@ def dispatched(monkeypatch):
 def test_plain_tensors_pass_the_dispatcher_by(dispatched):
     given = operands()
     expected = torch.ops.fastlora.lora_linear(
-        given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, "torch"
+        given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, False, "torch"
     )[0]
     dispatched.clear()
     torch.testing.assert_close(call(*given), expected)
@@ -124,8 +124,8 @@ def test_fake_tensors_get_a_fake(dispatched):
     with torch._subclasses.FakeTensorMode() as mode:
         given = [mode.from_tensor(t) for t in operands()]
     # Outside of its mode as well.
-    y = ops.call(
-        "lora_linear", given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, "torch"
+    y = call_op(
+        "lora_linear", given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, False, "torch"
     )[0]
     assert type(y).__name__ == "FakeTensor"
     assert "lora_linear" in dispatched

@@ -11,24 +11,24 @@ import torch
 
 import fastlora
 from fastlora import functional as F
-from fastlora.backends.torch import linear as reference
+from fastlora.backends import torch as reference
 from fastlora.ops import availability, dispatch
-from fastlora.ops.table import SCHEMAS
+from fastlora.ops.table import OPS
 from tests.support.calls import functions, linear, operands
 
 CHOICES = "cuda, triton, cpu, torch"
 
 
 def test_the_backend_of_every_op_is_named(device):
-    for op in (None, *SCHEMAS):
-        assert fastlora.backend(op, device) in dispatch.BACKENDS
+    for op in (None, *OPS):
+        assert fastlora.backend(op, device) in availability.BACKENDS
     assert fastlora.backend() == fastlora.backend("lora_linear", "cpu")
 
 
 def test_torch_runs_everything(device):
     assert availability.unusable("torch") is None
     with fastlora.use_backend("torch"):
-        assert {fastlora.backend(op, device) for op in SCHEMAS} == {"torch"}
+        assert {fastlora.backend(op, device) for op in OPS} == {"torch"}
 
 
 @pytest.mark.parametrize("name", ["Torch", "", "gpu", None])
@@ -55,11 +55,15 @@ def twin(monkeypatch):
     ran: list[str] = []
 
     def noting(op: str):
-        return lambda *args: (ran.append(op), getattr(reference, op)(*args))[1]
+        def run(*args, **options):
+            ran.append(op)
+            return getattr(reference, op)(*args, **options)
+
+        return run
 
     module = ModuleType("twin")
     module.merge_kernel = reference.merge_kernel
-    for op in SCHEMAS:
+    for op in OPS:
         setattr(module, op, noting(op))
     monkeypatch.setattr(dispatch._asked, "name", None)
     monkeypatch.setattr(availability, "no_cuda_library", lambda: "absent")

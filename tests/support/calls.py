@@ -12,6 +12,7 @@ from torch.nn import functional as nnf
 
 from fastlora import functional as F
 from fastlora.backends.merge_lists.operands import flatten_receipts
+from fastlora.ops.table import OPS
 from tests.support import helpers, oracle
 
 CPU = torch.device("cpu")
@@ -106,6 +107,11 @@ def assert_one_rounding(merged: Tensor, weight: Tensor, adapters: list) -> None:
     terms = sum(A.shape[0] for A, _, _ in adapters) + 2
     sums = terms * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps * size
     assert bool(((merged.double().cpu() - want).abs() <= half * (1 + 1e-6) + sums).all())
+
+
+def last_arguments(op: str, backend: str) -> tuple[bool | str, ...]:
+    """What a raw op takes behind its operands."""
+    return (False, backend) if OPS[op].independent_rows else (backend,)
 
 
 def merge_calls(device, backend: str) -> dict[str, list[tuple]]:

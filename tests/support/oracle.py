@@ -1,7 +1,7 @@
 """What every op must compute, one token at a time in float64, written from the formulas.
 
 Independent of ``fastlora``: it imports torch alone, shares no code with
-``fastlora.backends.torch.linear`` and is never fast. Inputs of any floating dtype are widened
+``fastlora.backends.torch`` and is never fast. Inputs of any floating dtype are widened
 exactly; results are float64. Shape letters: T tokens, K in_features, N out_features, R rank, S
 slots.
 """

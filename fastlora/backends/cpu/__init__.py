@@ -3,7 +3,7 @@
 Few rows run in one native call, which reads the weight once for everything. For many rows the base
 product stays torch's, whose GEMM is faster there, and the adapter's part is added natively. What
 the native kernels do not take (a weight without unit columns, dropout) runs in plain torch, from
-``fastlora/backends/torch/linear.py``.
+``fastlora/backends/torch``.
 """
 
 from fastlora.backends.cpu.linear import lora_add_, lora_linear, lora_linear_backward
@@ -15,20 +15,4 @@ from fastlora.backends.cpu.multi import (
     packed_lora_add_,
     packed_lora_linear,
 )
-from fastlora.backends.torch.linear import group_rows
-
-__all__ = [
-    "group_rows",
-    "lora_add_",
-    "lora_linear",
-    "lora_linear_backward",
-    "merge_",
-    "merge_kernel",
-    "multi_lora_add_",
-    "multi_lora_linear",
-    "multi_lora_linear_backward",
-    "packed_lora_add_",
-    "packed_lora_linear",
-    "swap_",
-    "unmerge_",
-]
+from fastlora.backends.torch.multi import group_rows

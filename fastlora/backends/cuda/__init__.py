@@ -1,20 +1,16 @@
 """The CUDA C++ kernels of csrc/cuda as ops: the backend ``"cuda"``.
 
 Half-precision linears of one adapter with the gradient for x, up to 64 rows of many adapters, and
-merging of any weights. What the kernels do not take (see ``cuda_linear`` and ``cuda_multi``) is
-handed to the next backend, with one logged line. A library compiled for the host runs the same
-kernels on CPU tensors, without a GPU: for tests.
+merging of any weights. What the kernels do not take runs on the next backend, with one logged line
+that has the reason. A library compiled for the host runs the same kernels on CPU tensors, without a
+GPU: for tests.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import Any
 
-import importlib
-from functools import lru_cache
-
-import torch
-
-from fastlora.backends import native
-from fastlora.backends.cuda.linear import lora_linear, lora_linear_backward
+from fastlora.backends.cuda import linear, multi
+from fastlora.backends.cuda.linear import GRADIENTS, lora_linear, lora_linear_backward
 from fastlora.backends.cuda.merge import merge_, merge_kernel, swap_, unmerge_
 from fastlora.backends.cuda.multi import (
     multi_lora_add_,
@@ -23,44 +19,16 @@ from fastlora.backends.cuda.multi import (
     packed_lora_linear,
 )
 
-__all__ = [
-    "lora_linear",
-    "lora_linear_backward",
-    "merge_",
-    "merge_kernel",
-    "multi_lora_add_",
-    "multi_lora_linear",
-    "packed_lora_add_",
-    "packed_lora_linear",
-    "swap_",
-    "unmerge_",
-]
-
-PATHS = ("cuda_one_pass", "cuda_two_pass", "cuda_overlapped", "cuda_decode", "cuda_in_place")
-_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_REFUSALS = {
+    "lora_linear": linear.refuse_linear,
+    "lora_linear_backward": linear.refuse_backward,
+    "multi_lora_linear": multi.refuse_linear,
+    "multi_lora_add_": multi.refuse_add,
+    "packed_lora_linear": multi.refuse_packed_linear,
+    "packed_lora_add_": multi.refuse_packed_add,
+}
 
 
-def versions() -> dict[str, str]:
-    """What the user's own rows of verified paths hold for: this library."""
-    return {"cuda_library": f"{native.ABI_VERSION} {compiler()}"}
-
-
-def compiler() -> str:
-    return native.cuda_functions().fastlora_cuda_compiler().decode()
-
-
-def dtype_name(dtype: torch.dtype, lora_dtype: torch.dtype | None) -> str:
-    """As rows name it: bf16, or bf16+fp32 with float32 adapters."""
-    return _DTYPES[dtype] + ("" if lora_dtype in (None, dtype) else f"+{_DTYPES[lora_dtype]}")
-
-
-@lru_cache
-def verified(op: str, dtype: str | None, arch: int) -> tuple[str, ...]:
-    """The paths of op that passed their test on such a GPU, in this dtype or, if None, in any."""
-    records = importlib.import_module("fastlora.kernels.choose.records")
-    return records.verified(op, dtype, arch, PATHS, versions())
-
-
-def forget() -> None:
-    """Reads the files anew at the next call."""
-    verified.cache_clear()
+def refuses(op: str, operands: Sequence[Any], **options: Any) -> str | None:
+    """Why the kernels do not take such a call of ``op``, or None when they do."""
+    return _REFUSALS[op](*operands, **options) if op in _REFUSALS else None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +12,6 @@ HALF = (torch.float16, torch.bfloat16)
 # Multiprocessors with less than 100 KiB of shared memory for a block: Ampere, Ada and Blackwell
 # beside the data centre's.
 SMALL = (86, 87, 89, 110, 120, 121)
-# A backend's function for an op that these kernels do not take: of the reason, x and lora_A.
-Follow = Callable[[str | None, Tensor, Tensor], Callable[..., Any]]
 
 
 def arch_of(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 Taken: float16 and bfloat16 with adapters of the same or float32; K, N, R and strides multiples of
 8, addresses of 16 bytes. Forward and the gradient for x are one product, in which the factors
-change places; the adapters' own gradients are the next backend's.
+change places; all other gradients are the next backend's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from fastlora.backends import dropout, native
 from fastlora.backends.cuda.call import (
     SMALL,
-    Follow,
     arch_of,
     chunks,
     device_of,
@@ -25,6 +24,8 @@ from fastlora.backends.cuda.call import (
     stream_of,
 )
 
+# Of (x, weight, bias, lora_A, lora_B, lora_bias): the gradients that these kernels have.
+GRADIENTS = {"lora_linear_backward": (True, False, False, False, False, False)}
 # As csrc/fastlora.h numbers them.
 ONE_PASS, TILE_64, TILE_128, TILE_256 = range(4)
 # By arithmetic, unmeasured: each 32 rows read the weight again and every block its h's factors,
@@ -43,40 +44,46 @@ class _Dropped(NamedTuple):
 
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    lora_bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, *,
-    follow: Follow, path: str | None = None, invariant: bool = False,
+    lora_bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    invariant: bool = False, path: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     drop = None if seed is None else _Dropped(seed, dropout_p, True)
-    reason = _refused(x, weight, lora_A, lora_B, lora_A, drop, path)
-    if invariant:
-        reason = "a batch-invariant product is asked for"
-    if reason is not None:
-        how = {"invariant": True} if invariant else {}
-        rest = (lora_bias, scaling, dropout_p, seed)
-        return follow(reason, x, lora_A)(x, weight, bias, lora_A, lora_B, *rest, **how)
     return _product(x, weight, bias, lora_A, lora_B, lora_bias, scaling, drop, path, False)
 
 
 def lora_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, h: Tensor,
-    scaling: float, dropout_p: float, seed: Tensor | None, needs: Sequence[bool], *,
-    follow: Follow, path: str | None = None,
+    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, h: Tensor,
+    scaling: float, dropout_p: float, seed: Tensor | None, needs: Sequence[bool],
+    path: str | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of (x, weight, bias, lora_A, lora_B, lora_bias): those that ``needs`` asks for."""
+    """The gradient for x, which alone is asked for here (``GRADIENTS``)."""
     drop = None if seed is None else _Dropped(seed, dropout_p, False)
-    reason = _refused(dy, weight, lora_B.T, lora_A.T, lora_B, drop, path) if needs[0] else None
-    needs, grads = list(needs), []
-    if needs[0] and reason is None and weight is not None:
-        given = (dy, weight, None, lora_B, lora_A, None, scaling, drop, path, True)
-        grads.append(_product(*given)[0])
-        needs[0] = False
-    if any(needs):
-        rest = (dy, x, weight, lora_A, lora_B, h, scaling, dropout_p, seed, tuple(needs))
-        grads += follow(reason, x, lora_A)(*rest)
-    return grads
+    return [_product(dy, weight, None, lora_B, lora_A, None, scaling, drop, path, True)[0]]
 
 
-def _refused(
+def refuse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    lora_bias: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+    invariant: bool = False, path: str | None = None,
+) -> str | None:  # fmt: skip
+    if invariant:
+        return "a batch-invariant product is asked for"
+    drop = None if seed is None else _Dropped(seed, dropout_p, True)
+    return _refuse_product(x, weight, lora_A, lora_B, lora_A, drop, path)
+
+
+def refuse_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, h: Tensor,
+    scaling: float, dropout_p: float, seed: Tensor | None, needs: Sequence[bool],
+    path: str | None = None,
+) -> str | None:  # fmt: skip
+    if not needs[0]:
+        return None
+    drop = None if seed is None else _Dropped(seed, dropout_p, False)
+    return _refuse_product(dy, weight, lora_B.T, lora_A.T, lora_B, drop, path)
+
+
+def _refuse_product(
     x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, lora: Tensor, drop: _Dropped | None,
     path: str | None,
 ) -> str | None:  # fmt: skip
@@ -87,18 +94,20 @@ def _refused(
     a, b = (a, b) if a is lora else (a.T, b.T)
     reason = halves(x, a, b) or chunks("x", x) or chunks("weight", weight)
     reason = reason or chunks("lora_A", a) or chunks("lora_B", b)
+    if reason is not None:
+        return reason
     R = lora.shape[0] if a is lora else lora.shape[1]
-    if reason is None and MOST_RANKS < R:
-        reason = f"rank {R} is beyond {MOST_RANKS}"
-    if reason is None and weight.shape[0] % 8:
-        reason = "weight has sizes that are no multiples of 8"
-    if reason is None and not (x.numel() and weight.numel() and R):
-        reason = "there is nothing to multiply"
-    if reason is None and path == "cuda_one_pass" and not _fits_one_pass(x, lora, R, drop):
-        reason = "it cannot run in one pass"
-    if reason is None and path == "cuda_overlapped" and arch_of(x.device) < 90:
-        reason = "kernels run beside each other from Hopper on"
-    return reason
+    if MOST_RANKS < R:
+        return f"rank {R} is beyond {MOST_RANKS}"
+    if weight.shape[0] % 8:
+        return "weight has sizes that are no multiples of 8"
+    if not (x.numel() and weight.numel() and R):
+        return "there is nothing to multiply"
+    if path == "cuda_one_pass" and not _fits_one_pass(x, lora, R, drop):
+        return "it cannot run in one pass"
+    if path == "cuda_overlapped" and arch_of(x.device) < 90:
+        return "kernels run beside each other from Hopper on"
+    return None
 
 
 def _fits_one_pass(x: Tensor, lora: Tensor, R: int, drop: _Dropped | None) -> bool:

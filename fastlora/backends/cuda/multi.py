@@ -18,7 +18,6 @@ from torch.autograd.graph import increment_version
 from fastlora.backends import native
 from fastlora.backends.cuda.call import (
     SMALL,
-    Follow,
     arch_of,
     chunks,
     device_of,
@@ -34,24 +33,16 @@ _Groups = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 def multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
+    *groups: Any, invariant: bool = False, path: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reason = _refused(invariant, x, weight, lora_A, lora_B, None, (weight.shape[0],))
-    if reason is not None:
-        run = follow(reason, x, lora_A)
-        return run(x, weight, bias, lora_A, lora_B, *groups, **_how(invariant))
     y = x.new_empty(x.shape[0], weight.shape[0])
     return y, _run(y, x, weight, bias, lora_A, lora_B, None, (weight.shape[0],), groups)
 
 
 def multi_lora_add_(
     y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
+    *groups: Any, invariant: bool = False, path: str | None = None,
 ) -> None:  # fmt: skip
-    reason = _refused(invariant, x, None, lora_A, lora_B, None, (y.shape[1],)) or _apart(x, y)
-    if reason is not None:
-        follow(reason, x, lora_A)(y, h, x, lora_A, lora_B, *groups, **_how(invariant))
-        return
     h.copy_(_run(y, x, None, None, lora_A, lora_B, None, (y.shape[1],), groups))
     _written(y)
 
@@ -59,12 +50,8 @@ def multi_lora_add_(
 def packed_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
     table: Tensor | None, ends: Sequence[int], *groups: Any,
-    follow: Follow, path: str | None = None, invariant: bool = False,
+    invariant: bool = False, path: str | None = None,
 ) -> Tensor:  # fmt: skip
-    reason = _refused(invariant, x, weight, lora_A, lora_B, table, ends)
-    if reason is not None:
-        run = follow(reason, x, lora_A)
-        return run(x, weight, bias, lora_A, lora_B, table, ends, *groups, **_how(invariant))
     y = x.new_empty(x.shape[0], weight.shape[0])
     _run(y, x, weight, bias, lora_A, lora_B, table, ends, groups)
     return y
@@ -72,20 +59,39 @@ def packed_lora_linear(
 
 def packed_lora_add_(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
-    ends: Sequence[int], *groups: Any,
-    follow: Follow, path: str | None = None, invariant: bool = False,
+    ends: Sequence[int], *groups: Any, invariant: bool = False, path: str | None = None,
 ) -> None:  # fmt: skip
-    reason = _refused(invariant, x, None, lora_A, lora_B, table, ends) or _apart(x, y)
-    if reason is not None:
-        run = follow(reason, x, lora_A)
-        run(y, x, lora_A, lora_B, table, ends, *groups, **_how(invariant))
-        return
     _run(y, x, None, None, lora_A, lora_B, table, ends, groups)
     _written(y)
 
 
-def _how(invariant: bool) -> dict[str, bool]:
-    return {"invariant": True} if invariant else {}
+def refuse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    *groups: Any, invariant: bool = False, path: str | None = None,
+) -> str | None:  # fmt: skip
+    return _refuse(invariant, x, weight, lora_A, lora_B, None, (weight.shape[0],))
+
+
+def refuse_add(
+    y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
+    *groups: Any, invariant: bool = False, path: str | None = None,
+) -> str | None:  # fmt: skip
+    return _refuse(invariant, x, None, lora_A, lora_B, None, (y.shape[1],)) or _refuse_y(x, y)
+
+
+def refuse_packed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    table: Tensor | None, ends: Sequence[int], *groups: Any,
+    invariant: bool = False, path: str | None = None,
+) -> str | None:  # fmt: skip
+    return _refuse(invariant, x, weight, lora_A, lora_B, table, ends)
+
+
+def refuse_packed_add(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
+    ends: Sequence[int], *groups: Any, invariant: bool = False, path: str | None = None,
+) -> str | None:  # fmt: skip
+    return _refuse(invariant, x, None, lora_A, lora_B, table, ends) or _refuse_y(x, y)
 
 
 def _written(y: Tensor) -> None:
@@ -93,13 +99,13 @@ def _written(y: Tensor) -> None:
         increment_version([y])
 
 
-def _apart(x: Tensor, y: Tensor) -> str | None:
+def _refuse_y(x: Tensor, y: Tensor) -> str | None:
     if torch._C._is_alias_of(y, x):  # pyright: ignore[reportAttributeAccessIssue]
         return "x and y share memory"
     return chunks("y", y)
 
 
-def _refused(
+def _refuse(
     invariant: bool, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
     table: Tensor | None, ends: Sequence[int],
 ) -> str | None:  # fmt: skip

@@ -1,9 +1,4 @@
-"""Every op in plain torch: the backend ``"torch"``, on any device.
-
-Lean rather than naive: the base product is one library GEMM, the LoRA part is accumulated onto it
-in place, so the only M*N tensor is the result and no N*K tensor is made. Adapters of a wider dtype
-are narrowed to x's for the products (the library accumulates in float32), never x widened;
-gradients of float32 adapters on a half-precision x are summed in float32 over blocks of rows.
+"""One adapter in plain torch.
 
 All operands are matrices of any strides: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R),
 h = dropout(x) @ lora_A.T (M, R), which forward leaves for backward. Many adapters: A (S, R, K) and
@@ -19,15 +14,6 @@ from torch import Tensor
 
 from fastlora.backends import dropout
 from fastlora.backends.torch import products as library
-from fastlora.backends.torch.merge import merge_, merge_kernel, swap_, unmerge_
-from fastlora.backends.torch.multi import (
-    group_rows,
-    multi_lora_add_,
-    multi_lora_linear,
-    multi_lora_linear_backward,
-    packed_lora_add_,
-    packed_lora_linear,
-)
 from fastlora.backends.torch.wide_products import (
     accumulator,
     adapter_gradient,
@@ -36,22 +22,6 @@ from fastlora.backends.torch.wide_products import (
     linear,
     row_blocks,
 )
-
-__all__ = [
-    "group_rows",
-    "lora_add_",
-    "lora_linear",
-    "lora_linear_backward",
-    "merge_",
-    "merge_kernel",
-    "multi_lora_add_",
-    "multi_lora_linear",
-    "multi_lora_linear_backward",
-    "packed_lora_add_",
-    "packed_lora_linear",
-    "swap_",
-    "unmerge_",
-]
 
 
 def lora_linear(

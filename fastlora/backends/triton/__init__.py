@@ -9,18 +9,3 @@ from fastlora.backends.triton.multi import (
     packed_lora_add_,
     packed_lora_linear,
 )
-
-__all__ = [
-    "lora_add_",
-    "lora_linear",
-    "lora_linear_backward",
-    "merge_",
-    "merge_kernel",
-    "multi_lora_add_",
-    "multi_lora_linear",
-    "multi_lora_linear_backward",
-    "packed_lora_add_",
-    "packed_lora_linear",
-    "swap_",
-    "unmerge_",
-]

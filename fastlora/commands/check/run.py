@@ -21,25 +21,25 @@ from fastlora.commands.check.merge import MergeCase, MergeSubject, merge_cases
 from fastlora.commands.check.multi import MultiCase, MultiSubject, multi_cases
 from fastlora.commands.check.stamps import Stamps, poisoned
 from fastlora.ops import availability, dispatch
+from fastlora.ops.run import run_gradients
+from fastlora.ops.table import OPS
 
-OPS = ("lora_linear", "lora_add_", "lora_linear_backward")
-MULTI_OPS = (
-    "multi_lora_linear",
-    "multi_lora_add_",
-    "multi_lora_linear_backward",
-    "packed_lora_linear",
-    "packed_lora_add_",
-)
-MERGE_OPS = ("merge_", "unmerge_", "swap_")
-EVERY_OP = (*OPS, *MULTI_OPS, *MERGE_OPS)
-BACKENDS = ("torch", "cpu", "triton", "cuda")
-# The CUDA kernels' paths to an op; what is not here they leave to others.
-_ONE = ("cuda_one_pass", "cuda_two_pass", "cuda_overlapped")
+# Data of each kind of op, and its cases.
+_SUBJECTS: dict[str, tuple[Any, Any]] = {
+    "linear": (Subject, cases),
+    "multi": (MultiSubject, multi_cases),
+    "packed": (MultiSubject, multi_cases),
+    "merge": (MergeSubject, merge_cases),
+}
+CHECKED = tuple(name for name, op in OPS.items() if op.kind in _SUBJECTS)
+MERGES = tuple(name for name, op in OPS.items() if op.kind == "merge")
+BACKENDS = tuple(reversed(availability.BACKENDS))
+# The CUDA kernels' paths to ops of a kind.
 _CUDA = {
-    "lora_linear": _ONE,
-    "lora_linear_backward": _ONE,
-    **{op: ("cuda_decode",) for op in MULTI_OPS if not op.endswith("_backward")},
-    **dict.fromkeys(MERGE_OPS, ("cuda_in_place",)),
+    "linear": ("cuda_one_pass", "cuda_two_pass", "cuda_overlapped"),
+    "multi": ("cuda_decode",),
+    "packed": ("cuda_decode",),
+    "merge": ("cuda_in_place",),
 }
 # The one path of merging.
 IN_PLACE = "in_place"
@@ -47,12 +47,12 @@ _IN_PLACES = (IN_PLACE, "cuda_in_place")
 
 
 class NotTaken(Exception):
-    """A call that the CUDA kernels hand on: no verdict on them."""
+    """A call that the CUDA kernels refuse: no verdict on them."""
 
 
 def paths_of(backend: str) -> tuple[str | None, ...]:
     if backend == "cuda":
-        return importlib.import_module("fastlora.backends.cuda").PATHS
+        return importlib.import_module("fastlora.backends.cuda.paths").PATHS
     if backend != "triton":
         return (None,)
     return importlib.import_module("fastlora.kernels.choose.choice").EVERY_PATH
@@ -74,7 +74,7 @@ def possible(
     ):
         return False
     if path is not None and path.startswith("cuda_"):
-        return path in _CUDA.get(op, ())
+        return "cuda" in OPS[op].backends and path in _CUDA[OPS[op].kind]
     if path is None:
         return True
     choice = importlib.import_module("fastlora.kernels.choose.choice")
@@ -118,7 +118,7 @@ def check(
     passed = True
     for name in names or [name for name in DTYPES if gpu or name != "tf32"]:
         with fp32_precision(name):
-            by_op = _subjects(ops or EVERY_OP, name, device, seed, quick)
+            by_op = _subjects(ops or CHECKED, name, device, seed, quick)
             for backend in backends:
                 for path in paths_of(backend):
                     failures, dead = _line(backend, path, name, device, by_op, stamps, say)
@@ -136,19 +136,15 @@ def _subjects(
     ops: Sequence[str], name: str, device: torch.device, seed: int, quick: bool
 ) -> dict[str, Sequence[Any]]:
     """The data of each op, the same whichever others are checked beside it."""
-    kinds: list[tuple[Sequence[str], Any, Any]] = [
-        (OPS, Subject, cases),
-        (MULTI_OPS, MultiSubject, multi_cases),
-        (MERGE_OPS, MergeSubject, merge_cases),
-    ]
+    drawn: dict[Any, Sequence[Any]] = {}
     by_op: dict[str, Sequence[Any]] = {}
-    for alike, subject, cases_of in kinds:
-        asked = [op for op in alike if op in ops]
-        if asked:
+    for op in (op for op in CHECKED if op in ops):
+        subject, cases_of = _SUBJECTS[OPS[op].kind]
+        if subject not in drawn:
             draw = torch.Generator().manual_seed(seed)
-            of = cases_of(quick, device.type == "cuda")
-            drawn = [subject(case, name, device, draw) for case in of]
-            by_op.update((op, drawn) for op in asked)
+            of_device = cases_of(quick, device.type == "cuda")
+            drawn[subject] = [subject(case, name, device, draw) for case in of_device]
+        by_op[op] = drawn[subject]
     return by_op
 
 
@@ -160,7 +156,7 @@ def _line(
     """One line of the table: its failures, and whether the device is lost."""
     checks, worst, failures, dead = 0, 0.0, [], False
     for op, subjects in by_op.items():
-        if op not in dispatch.OPS.get(backend, (op,)):
+        if backend not in OPS[op].backends:
             continue
         function = _function(op, backend, path)
         before, failed, wrong = checks, len(failures), False
@@ -193,19 +189,24 @@ def _line(
 
 def _function(op: str, backend: str, path: str | None) -> Any:
     """What a subject's verdict is about; of merging all three, which undo each other."""
-    if op in MERGE_OPS:
-        return {name: dispatch.implementation(name, backend) for name in MERGE_OPS}
-    function = dispatch.implementation(op, backend)
+    if op in MERGES:
+        return {name: dispatch.implementation(name, backend) for name in MERGES}
     if path is not None and path.startswith("cuda_"):
-        return partial(function, path=path, follow=partial(_not_taken, op))
+        return partial(_run_on_cuda, op, path)
+    function = dispatch.implementation(op, backend)
     return function if path is None else partial(function, path=path)
 
 
-def _not_taken(op: str, reason: str | None, *_: Any) -> Any:
-    """In place of the next backend; what the CUDA kernels always leave to it, torch does."""
+def _run_on_cuda(op: str, path: str, *operands: Any) -> Any:
+    """Runs what the CUDA kernels take, and on torch the gradients that they lack."""
+    package = dispatch.package("cuda")
+    reason = package.refuses(op, operands, path=path)
     if reason is not None:
         raise NotTaken(reason)
-    return dispatch.implementation(op, "torch")
+    if op not in package.GRADIENTS:
+        return getattr(package, op)(*operands, path=path)
+    others = dispatch.implementation(op, "torch")
+    return run_gradients(op, package, others, operands, path=path)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import torch
 
 import fastlora
 
+# Modules that say which paths were verified, and by what a row of them is bound.
+_TRITON, _CUDA = "fastlora.kernels.choose.choice", "fastlora.backends.cuda.paths"
 _KEYS = ("op", "dtype", "arch", "path", "triton")
 
 
@@ -48,9 +50,7 @@ def poisoned(device: torch.device) -> bool:
 
 def versions_of(path: str) -> dict[str, str]:
     """What a row of this path holds for: the kernels as they are, by whom they were compiled."""
-    module = (
-        "fastlora.backends.cuda" if path.startswith("cuda_") else "fastlora.kernels.choose.choice"
-    )
+    module = _CUDA if path.startswith("cuda_") else _TRITON
     return importlib.import_module(module).versions()
 
 
@@ -93,6 +93,6 @@ def write(row: dict[str, Any], folder: Path | None) -> None:
     """Adds a row, or puts it in the place of the earlier one about the same path."""
     records = importlib.import_module("fastlora.kernels.choose.records")
     records.write(records.VERIFIED, [row], _KEYS, folder)
-    for module in ("fastlora.kernels.choose.choice", "fastlora.backends.cuda"):
+    for module in (_TRITON, _CUDA):
         if module in sys.modules:
             sys.modules[module].forget()

@@ -12,7 +12,9 @@ from fastlora.backends import dropout, native
 from fastlora.backends.cuda import call as cuda_call
 from fastlora.backends.cuda import linear as cuda_linear
 from fastlora.ops import dispatch
+from fastlora.ops.run import Refused, strictly
 from tests.support import cuda_host, oracle
+from tests.support.cuda_calls import take
 from tests.support.helpers import (
     LAYOUTS,
     assert_accurate,
@@ -42,10 +44,6 @@ dtypes = pytest.mark.parametrize(
 pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 
-def never(reason, *_):
-    raise AssertionError(f"handed on: {reason}")
-
-
 def keeping(M: int, K: int, p: float, device) -> dict[str, object]:
     if not p:
         return {}
@@ -62,15 +60,24 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, tile=None, monk
     plain = {"bias": bias, "lora_bias": lora_bias}
     unfused = lora_linear(x, weight, A, B, SCALING, **plain, **keep)
     want = oracle.lora_linear(x, weight, A, B, SCALING, **plain, **keep)
-    y, h = cuda_linear.lora_linear(
-        x, weight, bias, A, B, lora_bias, SCALING, p, seed, follow=never, path=path
-    )
+    y, h = take("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, p, seed, path=path)
     assert_accurate(y, want, unfused, dtype)
     seen = x.double() * keep["keep"] * keep["keep_scale"] if p else x.double()
     assert oracle.relative_error(h, (seen @ A.double().T).cpu()) <= 4 * torch.finfo(dtype).eps
     dy = signed(M, N, dtype=dtype, device=device)
-    (dx,) = cuda_linear.lora_linear_backward(
-        dy, x, weight, A, B, h, SCALING, p, seed, (True, *[False] * 5), follow=never, path=path
+    (dx,) = take(
+        "lora_linear_backward",
+        dy,
+        x,
+        weight,
+        A,
+        B,
+        h,
+        SCALING,
+        p,
+        seed,
+        (True, *[False] * 5),
+        path=path,
     )
     grads = oracle.lora_linear_grads(dy, x, weight, A, B, SCALING, **keep)
     leaf = x.clone().requires_grad_()
@@ -129,9 +136,9 @@ def test_every_gradient(dtype, lora_dtype, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_not_taken_is_handed_on(layout, device, caplog):
+def test_refused_layouts_run_on_the_next_backend(layout, device, caplog):
     """Any layout gives the right numbers; what the kernels cannot read they say."""
-    dispatch._said.clear()
+    dispatch._logged.clear()
     given = [layout(t) for t in operands(9, 40, 48, 8, BF16, BF16, device)]
     x, weight, bias, A, B, _ = given
     y = F.lora_linear(x, weight, A, B, SCALING, bias=bias)
@@ -153,20 +160,20 @@ def test_what_is_not_taken_is_handed_on(layout, device, caplog):
         (3, 64, 8, 520, BF16, "beyond 512"),
     ],
 )
-def test_the_reason_is_said(M, K, N, R, dtype, reason, device, caplog):
-    dispatch._said.clear()
+def test_the_reason_is_logged(M, K, N, R, dtype, reason, device, caplog):
+    dispatch._logged.clear()
     x, weight, _, A, B, _ = operands(M, K, N, R, dtype, dtype, device)
     y = F.lora_linear(x, weight, A, B, SCALING)
     assert y.shape == (M, N)
     assert reason in caplog.text
 
 
-def test_handing_on_can_be_forbidden(device):
-    """As benchmarks do, which would else time another backend."""
+def test_strictly_no_other_backend_runs(device):
+    """As benchmarks ask, which would else time another backend."""
     x, weight, _, A, B, _ = operands(3, 64, 8, 8, BF16, BF16, device)
-    with dispatch.not_handed_on():
+    with strictly():
         F.lora_linear(x, weight, A, B, SCALING)
-        with pytest.raises(dispatch.HandedOn, match="lora_linear: lora_B has sizes"):
+        with pytest.raises(Refused, match="lora_linear: lora_B has sizes"):
             F.lora_linear(x, weight, A[:3], B[:, :3], SCALING)
 
 
@@ -179,13 +186,10 @@ def test_an_overlong_block_of_memory_is_not_read(device):
         middle = wide[1:-1, 8:-8]
         return middle.copy_(t)
 
-    y, _ = cuda_linear.lora_linear(
+    y, _ = take("lora_linear",
         inside(x), inside(weight), bias, inside(A), inside(B), None, SCALING, 0.0, None,
-        follow=never,
     )  # fmt: skip
-    plain, _ = cuda_linear.lora_linear(
-        x, weight, bias, A, B, None, SCALING, 0.0, None, follow=never
-    )
+    plain, _ = take("lora_linear", x, weight, bias, A, B, None, SCALING, 0.0, None)
     assert same_bits(y, plain)
 
 
@@ -198,9 +202,7 @@ def test_the_same_bits_in_any_order_of_threads(path):
     x, weight, bias, A, B, lora_bias = given
 
     def run() -> tuple[Tensor, Tensor]:
-        return cuda_linear.lora_linear(
-            x, weight, bias, A, B, lora_bias, SCALING, 0.0, None, follow=never, path=path
-        )
+        return take("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, 0.0, None, path=path)
 
     first = run()
     for seed in cuda_host.ORDERS:
@@ -214,7 +216,7 @@ def test_rows_are_the_same_alone(device):
 
     def run(rows: Tensor) -> Tensor:
         given = (rows, weight, bias, A, B, None, SCALING, 0.0, None)
-        return cuda_linear.lora_linear(*given, follow=never, path="cuda_one_pass")[0]
+        return take("lora_linear", *given, path="cuda_one_pass")[0]
 
     together = run(x)
     for row in (0, 16, 31, 49):
@@ -237,7 +239,7 @@ def test_a_failed_launch_names_its_kernel(monkeypatch, device):
 
     monkeypatch.setattr(native, "cuda_functions", lambda: Failing)
     with pytest.raises(RuntimeError, match="gemm: too many resources requested for launch"):
-        cuda_linear.lora_linear(x, weight, None, A, B, None, 1.0, 0.0, None, follow=never)
+        take("lora_linear", x, weight, None, A, B, None, 1.0, 0.0, None)
     assert functions is not Failing
 
 
@@ -259,7 +261,7 @@ def test_a_graph_captures_it(device):
 
     def run() -> Tensor:
         given = (x, weight, bias, A, B, None, SCALING, 0.0, None)
-        return cuda_linear.lora_linear(*given, follow=never)[0]
+        return take("lora_linear", *given)[0]
 
     plain = run()
     graph = torch.cuda.CUDAGraph()

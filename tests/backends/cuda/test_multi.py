@@ -9,10 +9,10 @@ from torch import Tensor
 import fastlora
 from fastlora import functional as F
 from fastlora.backends import native
-from fastlora.backends.cuda import multi as cuda_multi
 from fastlora.ops import dispatch
 from tests.support import cuda_host
 from tests.support.adapters_in_batches import Batch, Paged
+from tests.support.cuda_calls import take
 from tests.support.helpers import DTYPES, assert_accurate, same_bits, signed
 
 BF16 = torch.bfloat16
@@ -34,13 +34,9 @@ dtypes = pytest.mark.parametrize(
 pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 
-def never(reason, *_):
-    raise AssertionError(f"handed on: {reason}")
-
-
 def run(b: Batch) -> tuple[Tensor, Tensor]:
     given = (b.x, b.weight, b.bias, b.A, b.B, *b.routing)
-    return cuda_multi.multi_lora_linear(*given, follow=never)
+    return take("multi_lora_linear", *given)
 
 
 def by_rank(B: Tensor) -> Tensor:
@@ -61,7 +57,7 @@ def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
     own = signed(T, N, dtype=dtype, device=device)
     added, h2 = own.clone(), torch.empty_like(h)
     given = (added, h2, b.x, b.A, b.B, *b.routing)
-    cuda_multi.multi_lora_add_(*given, follow=never)
+    take("multi_lora_add_", *given)
     base = b._replace(ids=torch.full_like(b.ids, -1)).want()
     assert_accurate(added, own.cpu().double() + want - base, unfused, dtype)
     assert same_bits(h2, h)
@@ -83,11 +79,11 @@ def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
     ends = [sum(widths[: i + 1]) for i in range(C)]
     lora_B = paged.B.transpose(1, 2)
     given = (b.x, b.weight, b.bias, paged.A, lora_B, paged.table, ends)
-    y = cuda_multi.packed_lora_linear(*given, *b.routing, follow=never)
+    y = take("packed_lora_linear", *given, *b.routing)
     begin, own, added = 0, signed(T, N, dtype=dtype, device=device), None
     added = own.clone()
     given = (added, b.x, paged.A, lora_B, paged.table, ends)
-    cuda_multi.packed_lora_add_(*given, *b.routing, follow=never)
+    take("packed_lora_add_", *given, *b.routing)
     for i, end in enumerate(ends):
         part = b._replace(
             weight=b.weight[begin:end], bias=b.bias[begin:end],
@@ -148,7 +144,7 @@ def test_ids_out_of_range_are_none(device):
     wild = torch.tensor([3, -2, 1 << 30, -(1 << 31), 0, 0, 0, 0, 0], device=device)
     wild = wild.to(torch.int32)
     given = (b.x, b.weight, b.bias, b.A, b.B, wild, order, starts, *rest)
-    y, h = cuda_multi.multi_lora_linear(*given, follow=never)
+    y, h = take("multi_lora_linear", *given)
     plain, _ = run(b._replace(ids=torch.full_like(b.ids, -1)))
     assert same_bits(y[:4], plain[:4])
     assert not h[:4].any()
@@ -162,7 +158,7 @@ def test_pages_out_of_range_are_none(page_id, device):
     ids = torch.tensor([0, 1, 0, 1, 0], device=device)
     b = b._replace(ids=ids, ranks=torch.tensor([8, 8], device=device))
     given = (b.x, b.weight, b.bias, A, B, table, [48], *b.routing)
-    y = cuda_multi.packed_lora_linear(*given, follow=never)
+    y = take("packed_lora_linear", *given)
     plain, _ = run(b._replace(A=A, B=B, ids=torch.full_like(ids, -1)))
     assert same_bits(y[1::2], plain[1::2])
 
@@ -179,7 +175,7 @@ def test_the_same_bits_in_any_order_of_threads(weight):
             return run(b)[0]
         y = own.clone()
         given = (y, b.x.new_empty(40, 72), b.x, b.A, b.B, *b.routing)
-        cuda_multi.multi_lora_add_(*given, follow=never)
+        take("multi_lora_add_", *given)
         return y
 
     first = once()
@@ -189,8 +185,8 @@ def test_the_same_bits_in_any_order_of_threads(weight):
 
 
 @pytest.mark.parametrize("T, R, reason", [(65, 8, "more than 64"), (3, 4, "multiples of 8")])
-def test_the_rest_is_handed_on(T, R, reason, device, caplog):
-    dispatch._said.clear()
+def test_refused_calls_run_on_the_next_backend(T, R, reason, device, caplog):
+    dispatch._logged.clear()
     b = Batch.draw(T, 40, 48, R, 3, BF16, BF16, device)
     how = {"bias": b.bias, "ranks": b.ranks, "row_scales": b.row_scales}
     y = F.multi_lora_linear(b.x, b.weight, b.A, b.B, b.ids, b.scalings, **how)

@@ -78,7 +78,7 @@ def test_what_it_cannot_run_is_an_error_where_forced(change, message, device, on
 
 
 def test_ops_that_it_lacks_run_elsewhere_and_say_so_once(device, on_triton, caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     args = [t.to(device) for t in operands(multi_add)]
     with caplog.at_level(logging.WARNING, "fastlora"):
         for _ in range(2):
@@ -135,7 +135,7 @@ class Gpu:
 
 def test_unasked_it_runs_where_it_was_verified(rows_of_a_gpu, monkeypatch, caplog):
     monkeypatch.setattr(dispatch._asked, "name", None)
-    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.setattr("fastlora.kernels.tile.launch.arch_of", lambda device: 90)
     real, cpu, half = REAL_CANNOT, torch.device("cpu"), (torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(

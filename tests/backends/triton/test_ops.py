@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastlora import functional as F
-from fastlora.ops import dispatch
+from fastlora.ops.table import OPS
 from tests.support.calls import (
     IDS,
     RANKS,
@@ -14,6 +14,7 @@ from tests.support.calls import (
     N,
     R,
     S,
+    last_arguments,
     linear,
     merge_calls,
     multi_linear,
@@ -24,6 +25,7 @@ from tests.support.calls import (
 pytest.importorskip("triton", reason="triton is not installed")
 
 ops = torch.ops.fastlora
+OPS_OF_TRITON = [name for name, op in OPS.items() if "triton" in op.backends]
 
 
 def raw_calls(device):
@@ -73,26 +75,22 @@ def multi_calls(device):
     }
 
 
-@pytest.mark.parametrize("op", dispatch.OPS["triton"])
+@pytest.mark.parametrize("op", OPS_OF_TRITON)
 def test_opcheck(op, device, on_triton):
     for args in (raw_calls(device) | merge_calls(device, "triton"))[op]:
-        torch.library.opcheck(getattr(ops, op), (*args, "triton"))
+        torch.library.opcheck(getattr(ops, op), (*args, *last_arguments(op, "triton")))
 
 
 def test_the_list_of_its_ops_is_true(on_triton):
-    from fastlora.backends import triton as backend
-
     calls = {*raw_calls("cpu"), *merge_calls("cpu", "triton")}
-    assert calls == set(dispatch.OPS["triton"])
-    for op in dispatch.OPS["triton"]:
-        assert dispatch.implementation(op, "triton") is getattr(backend, op)
+    assert calls == set(OPS_OF_TRITON)
 
 
 def test_in_place_writes_bump_versions(device, on_triton):
     y, h, *rest = raw_calls(device)["lora_add_"][0]
     before = (y._version, h._version)
-    ops.lora_add_(y, h, *rest, "triton")
+    ops.lora_add_(y, h, *rest, False, "triton")
     assert y._version > before[0]
     assert h._version > before[1]
     with torch.inference_mode():
-        ops.lora_add_(y.clone(), h.clone(), *rest, "triton")
+        ops.lora_add_(y.clone(), h.clone(), *rest, False, "triton")

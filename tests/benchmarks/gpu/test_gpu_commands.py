@@ -50,7 +50,7 @@ def test_every_check_is_one_that_there_is(monkeypatch):
         for op in options.op for dtype in options.dtype
     ]  # fmt: skip
     # Each op in each dtype is verified by one process, and by no more.
-    every = {(op, d) for op in fastlora_cli.selftest.EVERY_OP for d in fastlora_cli.DTYPES}
+    every = {(op, d) for op in fastlora_cli.selftest.CHECKED for d in fastlora_cli.DTYPES}
     assert sorted(triton) == sorted(every)
     native = [dtype for options in full if options.backend == "cuda" for dtype in options.dtype]
     assert sorted(native) == sorted(fastlora_cli.DTYPES)

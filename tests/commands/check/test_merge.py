@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastlora.backends import torch as reference
 from fastlora.backends.merge_lists.operands import flatten_receipts
-from fastlora.backends.torch import linear as reference
 from fastlora.commands.check.linear import WrongResult
 from fastlora.commands.check.merge import MergeSubject, merge_cases
-from fastlora.commands.check.run import MERGE_OPS
+from fastlora.commands.check.run import MERGES
 
 CPU = torch.device("cpu")
-RIGHT = {op: getattr(reference, op) for op in MERGE_OPS}
+RIGHT = {op: getattr(reference, op) for op in MERGES}
 
 
 def subject(dtype: str = "bf16") -> MergeSubject:
@@ -21,7 +21,7 @@ def subject(dtype: str = "bf16") -> MergeSubject:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "bf16+fp32"])
-@pytest.mark.parametrize("op", MERGE_OPS)
+@pytest.mark.parametrize("op", MERGES)
 def test_the_reference_passes(op, dtype):
     assert 0 <= subject(dtype).verdict(op, RIGHT) <= 1
 

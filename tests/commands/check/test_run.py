@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.backends.torch import linear as reference
+from fastlora.backends import torch as reference
 from fastlora.commands import main as cli
 from fastlora.commands.check import run as selftest
 from fastlora.commands.check import stamps
 from fastlora.ops import availability, dispatch
+from fastlora.ops.table import OPS
 from tests.commands.check.test_stamps import FACTS, ROW, rows
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
+LINEAR = [name for name, op in OPS.items() if op.kind == "linear"]
+MULTI = [name for name, op in OPS.items() if op.kind in ("multi", "packed")]
 
 
 class RealStamps(stamps.Stamps):
@@ -52,7 +55,7 @@ def backend(monkeypatch, cache):
 
             def run(*args: object, path: str = selftest.IN_PLACE):
                 results = getattr(reference, op)(*args)
-                if op in selftest.MERGE_OPS:
+                if op in selftest.MERGES:
                     changed = spoil(op, path, list(results or ()))
                     return results if changed is None else changed
                 in_place = op.endswith("add_")
@@ -142,7 +145,7 @@ def test_what_passes_is_stamped(backend, cache):
     assert passed
     assert f"{len(rows(cache))} rows of verified paths written to {cache}" in said
     found = {(row["op"], row["path"]) for row in rows(cache)}
-    both = {(op, path) for op in selftest.OPS for path in ("one_pass", "two_pass")}
+    both = {(op, path) for op in LINEAR for path in ("one_pass", "two_pass")}
     linear = {"lora_linear", "lora_linear_backward"}
     wide = {(op, "library") for op in linear} | {(op, "overlapped") for op in linear}
     # Under the interpreter nothing overlaps.
@@ -150,8 +153,8 @@ def test_what_passes_is_stamped(backend, cache):
     products = ("multi_lora_linear", "multi_lora_linear_backward", "packed_lora_linear")
     multi = {(op, path) for op in products for path in many}
     # Without a weight there is one path, of backward too.
-    multi |= {(op, "added") for op in selftest.MULTI_OPS}
-    multi |= {(op, "in_place") for op in selftest.MERGE_OPS}
+    multi |= {(op, "added") for op in MULTI}
+    multi |= {(op, "in_place") for op in selftest.MERGES}
     assert both <= found <= both | wide | multi
     assert {path for op, path in found if op == "packed_lora_add_"} == {"added"}
     assert all(row["dtype"] == "bf16" and FACTS.items() <= row.items() for row in rows(cache))
@@ -228,7 +231,7 @@ def test_one_op_of_a_path_may_fail_alone(backend, cache):
     backend(lambda op, path, results: scaled(op, path, results) if op == "lora_add_" else None)
     passed, said = check()
     assert not passed
-    every = {*selftest.OPS, *selftest.MULTI_OPS, *selftest.MERGE_OPS}
+    every = {*LINEAR, *MULTI, *selftest.MERGES}
     assert {row["op"] for row in stamped(cache)} == every - {"lora_add_"}
     assert all("lora_add_" in line for line in said if line.startswith("    "))
 

@@ -1,0 +1,111 @@
+"""What runs behind each op: the function of the backend that its last argument names.
+
+Where that backend refuses a call, the next one runs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastlora.ops import dispatch
+from fastlora.ops.table import OPS, Op
+
+# For every thread: backward runs in one of autograd's.
+_strict = False
+
+
+class Refused(RuntimeError):
+    """A call that its backend does not take, where no other may run it."""
+
+
+@contextmanager
+def strictly() -> Iterator[None]:
+    """Raise ``Refused`` where another backend would run a call: to measure one alone."""
+    global _strict
+    before, _strict = _strict, True
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def run(op: str, backend: str, operands: Sequence[Any], options: dict[str, Any]) -> Any:
+    """Runs an op on the backend, or on the next one where that refuses the call."""
+    package = dispatch.package(backend)
+    arguments = pack(op, operands)
+    refuses = vars(package).get("refuses")
+    if refuses is None:
+        return getattr(package, op)(*arguments, **options)
+    reason = refuses(op, arguments, **options)
+    if reason is not None and _strict:
+        raise Refused(f"the {backend.upper()} kernels do not take {op}: {reason}")
+    if reason is not None:
+        dispatch.log_once(
+            f"{op} runs on another backend than the {backend.upper()} kernels: {reason}"
+        )
+        return run(op, _next_backend(op, backend, operands), operands, options)
+    if op not in package.GRADIENTS:
+        return getattr(package, op)(*arguments, **options)
+
+    def others(*arguments: Any) -> list[torch.Tensor]:
+        return dispatch.implementation(op, _next_backend(op, backend, operands))(*arguments)
+
+    return run_gradients(op, package, others, arguments, **options)
+
+
+def run_gradients(
+    op: str,
+    package: ModuleType,
+    others: Callable[..., Any],
+    arguments: Sequence[Any],
+    **options: Any,
+) -> list[torch.Tensor]:
+    """Gradients from a package that has only the first of them; from ``others`` those it lacks."""
+    *arguments, needs = arguments
+    pairs = list(zip(needs, package.GRADIENTS[op], strict=True))
+    here, there = ([need and has is side for need, has in pairs] for side in (True, False))
+    grads = getattr(package, op)(*arguments, here, **options) if any(here) else []
+    return grads + others(*arguments, there) if any(there) else grads
+
+
+def pack(op: str, operands: Sequence[Any]) -> Sequence[Any]:
+    """Returns an op's operands as the functions of backends take them."""
+    return operands
+
+
+def _next_backend(op: str, backend: str, operands: Sequence[Any]) -> str:
+    x, lora_A = (operands[OPS[op].names.index(name)] for name in ("x", "lora_A"))
+    return dispatch.next_backend(op, backend, x, lora_A)
+
+
+def _implement(op: Op) -> Callable[..., Any]:
+    name, has_invariant = op.name, op.independent_rows
+
+    def run_op(*args: Any) -> Any:
+        *operands, backend = args
+        options = {"invariant": True} if has_invariant and operands.pop() else {}
+        if torch._C._is_any_autocast_enabled():
+            first = operands[0][0] if isinstance(operands[0], list) else operands[0]
+            device = first.device.type
+            # The caller has cast what autocast wants cast; inside, dtypes are as written.
+            with torch.autocast(device, enabled=False):
+                return run(name, backend, operands, options)
+        return run(name, backend, operands, options)
+
+    def run_as_written(*args: Any) -> Any:
+        # After a graph break torch.compile compiles the frames in here too, and would contract
+        # what must be exact. Without it loaded, asking it not to would load it: seconds.
+        loaded = "torch._dynamo" in sys.modules
+        return torch.compiler.disable(run_op)(*args) if loaded else run_op(*args)
+
+    return run_as_written if op.kind == "merge" else run_op
+
+
+# By the ops' names; of all arguments, as the schemas have them.
+IMPLEMENTATIONS = {op.name: _implement(op) for op in OPS.values()}
