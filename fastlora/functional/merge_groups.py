@@ -18,8 +18,8 @@ from fastlora.backends.merge_lists.undo import Undo, all_or_none
 from fastlora.functional import snapshots
 from fastlora.functional.checks import merge as checks
 from fastlora.functional.receipt import Adapter, Columns, MergeReceipt, columns, new_receipt
-from fastlora.ops import dispatch
 from fastlora.ops import call as ops
+from fastlora.ops import dispatch
 
 _Value = TypeVar("_Value")
 
