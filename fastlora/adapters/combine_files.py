@@ -143,7 +143,7 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
     """The first config, of these layers and ranks; lora_alpha equals r, so that scaling is 1."""
     ranks = {name: A.shape[0] for name, (A, _, _) in layers.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {matching.whole(name): rank for name, rank in ranks.items() if rank != r}
+    others = {matching.escape_name(name): rank for name, rank in ranks.items() if rank != r}
     first = sources[0].config
     chosen = {name: getattr(first, name) for name in _CHOICE}
     alike = all(
@@ -154,7 +154,7 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
     if not alike:
         # A bare name may well be the end of another layer's, which is not to be seen here.
         bare = (f"*.{name}" for name in layers if "." not in name)
-        chosen = dict.fromkeys(_CHOICE) | {"target_modules": matching.exactly(layers, bare)}
+        chosen = dict.fromkeys(_CHOICE) | {"target_modules": matching.name_exactly(layers, bare)}
     return replace(
         first,
         r=r,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlora.adapters import hints
 from fastlora.config import LoRAConfig, matching, refusals
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -78,7 +78,7 @@ def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> L
         )
     values = read_json(path)
     try:
-        config = LoRAConfig.from_dict(refusals.without_history(values, trainable))
+        config = LoRAConfig.from_dict(refusals.drop_history(values, trainable))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     if len(config.rank_pattern) < 2 and len(config.alpha_pattern) < 2:
@@ -92,8 +92,8 @@ def in_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoR
     _warn_of_lost_order(where, config.alpha_pattern, ranks)
     return replace(
         config,
-        rank_pattern=matching.settled(config.rank_pattern, ranks, ranks),
-        alpha_pattern=matching.settled(config.alpha_pattern, ranks),
+        rank_pattern=matching.resolve_overlaps(config.rank_pattern, ranks, ranks),
+        alpha_pattern=matching.resolve_overlaps(config.alpha_pattern, ranks),
     )
 
 
@@ -102,14 +102,14 @@ def _layers(tensors: Mapping[str, object]) -> list[str]:
 
 
 def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterable[str]) -> None:
-    overlaps = matching.overlapping(pattern, names)
+    overlaps = matching.find_overlaps(pattern, names)
     if not overlaps or list(pattern) != sorted(pattern):
         return
     alike: dict[str, list[str]] = {}
     for name, keys in overlaps.items():
         listed = " or ".join(f"{value:g} ({key!r})" for key, value in keys.items())
         alike.setdefault(listed, []).append(name)
-    said = "; ".join(f"{some(set(of))}: {listed}" for listed, of in list(alike.items())[:4])
+    said = "; ".join(f"{list_some(set(of))}: {listed}" for listed, of in list(alike.items())[:4])
     warnings.warn(
         f"{where}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
         "writes keys in the order of the alphabet, not in that in which they counted in training: "
@@ -172,9 +172,9 @@ def compare(
     """``check_shapes`` of an adapter that is elsewhere."""
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
     if missing or extra:
-        parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(extra)}"] * bool(
-            extra
-        )
+        parts = [f"missing {list_some(missing)}"] * bool(missing) + [
+            f"unexpected {list_some(extra)}"
+        ] * bool(extra)
         if any(".lora_" not in name for name in extra):
             parts.append("PEFT leaves base weights out with save_embedding_layers=False")
         raise ValueError(f"{where}: it does not fit this model and config: {'; '.join(parts)}")
@@ -215,8 +215,8 @@ def write(
     names = _layers(tensors)
     config = replace(
         config,
-        rank_pattern=matching.settled(config.rank_pattern, names),
-        alpha_pattern=matching.settled(config.alpha_pattern, names),
+        rank_pattern=matching.resolve_overlaps(config.rank_pattern, names),
+        alpha_pattern=matching.resolve_overlaps(config.alpha_pattern, names),
     )
     folder = folder_of(directory)
     if folder.exists() and not folder.is_dir():

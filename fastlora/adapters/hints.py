@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # What PEFT's modules are called: the adapter's name stands where its files have none.
@@ -58,6 +58,7 @@ def elsewhere(folder: Path, name: str) -> str:
     if not inner:
         return ""
     return (
-        f"; there is one in {some(inner)}: give that folder (PEFT saves an adapter that is not "
+        f"; there is one in {list_some(inner)}: give that folder (PEFT saves an adapter that is "
+        "not "
         "called 'default' in one of its name)"
     )

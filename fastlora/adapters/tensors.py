@@ -24,7 +24,7 @@ def given_config(config: object, shapes: Mapping[str, Shape]) -> LoRAConfig:
     else:
         LoRAConfig.check_pefts(config)
         fields = config.to_dict()  # pyright: ignore[reportAttributeAccessIssue]
-    own = LoRAConfig.from_dict(refusals.without_history(fields))
+    own = LoRAConfig.from_dict(refusals.drop_history(fields))
     return files.in_order("config", own, shapes) if isinstance(config, Mapping) else own
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.inspection import modes
 from fastlora.inspection.bypassed import bypassed, reader
 from fastlora.inspection.sources import LOOKS, METADATA, VIEWS
@@ -203,7 +203,7 @@ def _end(module: nn.Module) -> None:
         ]
         warnings.warn(
             "layers with adapters were never called in this forward, while their weight was read: "
-            f"{some(said)}. What their adapters add is not computed, nor trained: leave "
+            f"{list_some(said)}. What their adapters add is not computed, nor trained: leave "
             "them out (exclude_modules)",
             stacklevel=2,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.inspection.bypassed import bypassed
 from fastlora.inspection.wrapping import places
 from fastlora.merge_files.adapters import AdapterFolder
@@ -61,7 +61,7 @@ def unfit(base: Checkpoint, adapter: AdapterFolder, its_places: Places) -> dict[
         files = {other: its_places.files.get(other, other) for other in others}
         others = {other for other, file in files.items() if f"{file}.weight" not in base.holder}
         if others and module is not model.get_output_embeddings():  # pyright: ignore
-            found[name] = f"its weight is also that of {some(others)}, which would change too"
+            found[name] = f"its weight is also that of {list_some(others)}, which would change too"
     return found
 
 

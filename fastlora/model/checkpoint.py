@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastlora.adapters import base_copies, files
 from fastlora.adapters.base_copies import Copies
 from fastlora.adapters.files import Shape
-from fastlora.config import LoRAConfig, matching, moves_base
-from fastlora.config.listing import some
+from fastlora.config import LoRAConfig, has_split_base, matching
+from fastlora.config.listing import list_some
 from fastlora.functional.receipt import Adapter
 from fastlora.inspection.wrapping import matrix_of, plain_name, unwrapped
 from fastlora.model.replace import inject
@@ -75,7 +75,7 @@ def save_adapter(
         names, own = [name for name, _ in layers], {layer for _, layer in layers}
         modules = unwrapped(model).named_modules(remove_duplicate=False)
         others = {plain_name(name) for name, module in modules if module not in own} - {*names}
-        values["target_modules"] = matching.exactly(names, others)
+        values["target_modules"] = matching.name_exactly(names, others)
     with gathering.gathered(tensors) as whole:
         if whole is not None:
             files.write(directory, LoRAConfig.from_dict(values), whole)
@@ -163,7 +163,7 @@ def read_adapter(
     biases = _biases(inner, config, set(weights))
     biases = {key: bias for key, bias in biases.items() if key not in whole}
     expected |= {key: tuple(t.shape) for key, t in (biases | whole).items()}
-    moved = moves_base(config.init_lora_weights)
+    moved = has_split_base(config.init_lora_weights)
     fixed = "which is not swapped: unmerge_adapter, load_adapter and merge_adapter"
     copies = base_copies.read(
         directory, inner, weights, expected, trained, moved, merged, fixed if merged else None
@@ -278,8 +278,8 @@ def _saved(model: nn.Module, config: LoRAConfig, chosen: Plan | None) -> dict[st
     found, there = saved_modules.find(model, config), saved(model)
     if found.keys() != there.keys():
         raise ValueError(
-            f"modules_to_save: the model trains {some(there) or 'nothing'} whole, the adapter "
-            f"{some(found) or 'nothing'}"
+            f"modules_to_save: the model trains {list_some(there) or 'nothing'} whole, the adapter "
+            f"{list_some(found) or 'nothing'}"
         )
     return there
 
@@ -298,7 +298,7 @@ def _check_existing(layers: dict[str, LoRALayer], config: LoRAConfig, merged: bo
             raise ValueError(f"{name}: lora_bias: the layer and the adapter's config disagree")
         own, wanted = layer.init_lora_weights, config.init_lora_weights
         alike = own == wanted and layer.scaling == config.scaling_of(name)
-        if (moves_base(own) or moves_base(wanted)) and not alike:
+        if (has_split_base(own) or has_split_base(wanted)) and not alike:
             raise ValueError(
                 f"{name}: init_lora_weights: the adapter is for what {wanted!r} leaves of the base "
                 f"at a scaling of {config.scaling_of(name):g}, the layer has what {own!r} leaves "

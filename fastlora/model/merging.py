@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlora import functional as F
 from fastlora.backends.merge_lists import undo as each
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.functional.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional.merge import foreach_remerge_
 from fastlora.functional.receipt import MergeReceipt
@@ -98,7 +98,7 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     layers = _layers(model, merged=True)
     if saved(model):
         raise ValueError(
-            f"modules_to_save: the adapter trains {some(saved(model))} whole, which is not "
+            f"modules_to_save: the adapter trains {list_some(saved(model))} whole, which is not "
             "swapped: unmerge_adapter, load_adapter and merge_adapter"
         )
     loaded = checkpoint.read_adapter(model, directory, merged=True)

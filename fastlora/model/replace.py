@@ -10,8 +10,8 @@ from torch import nn
 
 from fastlora.adapters.files import check_name
 from fastlora.backends.merge_lists import undo as each
-from fastlora.config import LoRAConfig, moves_base
-from fastlora.config.listing import some
+from fastlora.config import LoRAConfig, has_split_base
+from fastlora.config.listing import list_some
 from fastlora.inspection import trial
 from fastlora.inspection.wrapping import is_conv1d, unwrapped
 from fastlora.model.heads import unsaved
@@ -58,7 +58,7 @@ def replace_linear(
     if rows is not None and chosen.saved:
         raise ValueError(
             "modules_to_save: of adapters trained together none trains modules whole, got "
-            f"{some(chosen.saved)} (task_type={given.task_type!r})"
+            f"{list_some(chosen.saved)} (task_type={given.task_type!r})"
         )
     saved_modules.check_found(settings, chosen.saved)
     present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]
@@ -74,7 +74,7 @@ def replace_linear(
         warnings.warn(lost, stacklevel=2)
     for name, places in chosen.elsewhere.items():
         warnings.warn(
-            f"{name}: the same layer is also at {some(places)}, and has its adapter at {name} "
+            f"{name}: the same layer is also at {list_some(places)}, and has its adapter at {name} "
             "alone, as in PEFT: exclude it, or give each place a layer of its own, to mean another",
             stacklevel=2,
         )
@@ -102,7 +102,7 @@ def inject(
     }
     saved = saved_modules.copied(chosen.saved)
     with each.all_or_none() as done:
-        if moves_base(config.init_lora_weights):
+        if has_split_base(config.init_lora_weights):
             _refuse_tied(inner, chosen, config)
             initial.split_bases(layers, str(config.init_lora_weights), done)
         for name, (linear, names) in chosen.linears.items():
@@ -149,7 +149,7 @@ def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
     for name, (linear, _) in chosen.linears.items():
         if linear in found:
             raise ValueError(
-                f"{name}: its weight is tied with {some(found[linear])}, which "
+                f"{name}: its weight is tied with {list_some(found[linear])}, which "
                 f"init_lora_weights={config.init_lora_weights!r} would change too: exclude the "
                 "layer, or untie it first"
             )

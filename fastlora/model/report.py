@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.config import LoRAConfig
-from fastlora.config.listing import by_reason
+from fastlora.config.listing import group_by_reason
 from fastlora.functional.fidelity import Fidelity
 from fastlora.inspection.trial import noted
 from fastlora.inspection.wrapping import peft_layers, unwrapped
@@ -81,11 +81,13 @@ class Report:
             worst = min(self.fidelity, key=lambda name: self.fidelity[name].gain)
             lines.append(f"least of its adapter arrived in {worst}: {self.fidelity[worst]}")
         lines += [f"untied {name} from {', '.join(of)}" for name, of in self.untied.items()]
-        lines += [f"added onto the base's own output: {each}" for each in by_reason(self.around)]
-        lines += [f"not as PEFT would save it: {each}" for each in by_reason(self.misstated)]
+        lines += [
+            f"added onto the base's own output: {each}" for each in group_by_reason(self.around)
+        ]
+        lines += [f"not as PEFT would save it: {each}" for each in group_by_reason(self.misstated)]
         unseen = {name: f"never called, but read by {of}" for name, of in self.bypassed.items()}
-        lines += [f"without effect: {each}" for each in by_reason(unseen)]
-        lines += [f"skipped {each}" for each in by_reason(self.skipped)]
+        lines += [f"without effect: {each}" for each in group_by_reason(unseen)]
+        lines += [f"skipped {each}" for each in group_by_reason(self.skipped)]
         return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fastlora.config import LoRAConfig, matching
-from fastlora.config.listing import by_reason, some
+from fastlora.config.listing import group_by_reason, list_some
 from fastlora.inspection.bypassed import bypassed, rescaled
 from fastlora.inspection.wrapping import is_linear, peft_layers, places, unsupported, unwrapped
 from fastlora.modules import saved_modules
@@ -76,7 +76,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             if others:
                 elsewhere[first] = others
     if refused:
-        listed = some(by_reason(refused), _REASONS, "; ")
+        listed = list_some(group_by_reason(refused), _REASONS, "; ")
         raise ValueError(
             f"target_modules: cannot replace {listed} (name other layers, or use exclude_modules)"
         )
@@ -93,17 +93,17 @@ def unused(config: LoRAConfig, chosen: Plan) -> list[str]:
     wanted = config.target_modules if isinstance(config.target_modules, tuple) else ()
     known = [*replaced, *chosen.skipped]
     found = {
-        "target_modules": [n for n in wanted if not any(matching.matches((n,), k) for k in known)]
+        "target_modules": [n for n in wanted if not any(matching.is_match((n,), k) for k in known)]
     }
     for field_name in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, field_name) or {}
         found[field_name] = [
             key
             for key in keys
-            if not any(matching.overridden({key: True}, name, False) for name in replaced)
+            if not any(matching.look_up({key: True}, name, False) for name in replaced)
         ]
     return [
-        f"{name}: no layer that was replaced is called {some(map(repr, of), _SHOWN)}"
+        f"{name}: no layer that was replaced is called {list_some(map(repr, of), _SHOWN)}"
         for name, of in found.items()
         if of
     ]
@@ -119,17 +119,19 @@ def _no_match(model: nn.Module, config: LoRAConfig, skipped: dict[str, str]) -> 
     linears = [n for n, m in model.named_modules() if is_linear(m)]
     asked = config.target_modules
     many = isinstance(asked, tuple) and len(asked) > _SHOWN
-    shown = f"({some(map(repr, asked or ()), _SHOWN)})" if many else repr(asked)
+    shown = f"({list_some(map(repr, asked or ()), _SHOWN)})" if many else repr(asked)
     message = f"target_modules: no linear layer matches {shown}"
     if config.layers_to_transform is not None:
         pattern = f" of {config.layers_pattern!r}" if config.layers_pattern else ""
         message += f" within layers_to_transform={config.layers_to_transform!r}{pattern}"
     if skipped:
-        message += f" ({len(skipped)} skipped: {some(by_reason(skipped), _REASONS, '; ')})"
+        message += (
+            f" ({len(skipped)} skipped: {list_some(group_by_reason(skipped), _REASONS, '; ')})"
+        )
     if not linears:
         return message + "; the model has no nn.Linear"
     suffixes = sorted({name.rpartition(".")[2] for name in linears})
     wanted = [asked] if isinstance(asked, str) else (asked or ())[:_SHOWN]
     near = [m for w in wanted for m in difflib.get_close_matches(w, suffixes + linears, cutoff=0.5)]
-    hint = f"; near names: {some(dict.fromkeys(near), _SHOWN)}" if near else ""
-    return f"{message}{hint}; its linears end in {some(suffixes, _SHOWN)}"
+    hint = f"; near names: {list_some(dict.fromkeys(near), _SHOWN)}" if near else ""
+    return f"{message}{hint}; its linears end in {list_some(suffixes, _SHOWN)}"

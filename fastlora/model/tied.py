@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.functional.checks.merge import overlap
 from fastlora.inspection.plain import is_plain
 from fastlora.inspection.wrapping import places
@@ -64,7 +64,7 @@ def refuse(
     for name, layer in layers.items():
         if layer in found:
             error = RuntimeError(
-                f"{name}: its weight is tied with {some(found[layer])}, which merging would "
+                f"{name}: its weight is tied with {list_some(found[layer])}, which merging would "
                 f"change too; {remedy}"
             )
             error.named = True  # pyright: ignore[reportAttributeAccessIssue]

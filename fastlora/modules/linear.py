@@ -53,7 +53,7 @@ class LoRALayer(Mergeable, ABC):
     ) -> None:
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.init_lora_weights = float(lora_dropout), init_lora_weights
-        self.scaling = settings.scaling(lora_alpha, r, use_rslora)
+        self.scaling = settings.compute_scaling(lora_alpha, r, use_rslora)
         self.adapter_disabled = False
         self._receipt = None
         self._fidelity = None
@@ -90,7 +90,7 @@ class LoRALayer(Mergeable, ABC):
     def _frozen(cls: type[_Layer], linear: nn.Module, r: int, **options: Any) -> _Layer:
         layer = cls._sharing(linear, r, **options)
         how = layer.init_lora_weights
-        if settings.moves_base(how):
+        if settings.has_split_base(how):
             with each.all_or_none() as done:
                 initial.split_bases({"": layer}, str(how), done)
         for parameter in (layer.weight, layer.bias):
@@ -105,7 +105,7 @@ class LoRALayer(Mergeable, ABC):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **kind))
         extra = nn.Parameter(torch.empty(self.out_features, **kind)) if lora_bias else None
         self.register_parameter("lora_bias", extra)
-        if not settings.moves_base(self.init_lora_weights):
+        if not settings.has_split_base(self.init_lora_weights):
             self.reset_lora_parameters()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -128,7 +128,7 @@ class LoRALayer(Mergeable, ABC):
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Initialises the adapter as ``init_lora_weights`` says."""
-        if settings.moves_base(self.init_lora_weights):
+        if settings.has_split_base(self.init_lora_weights):
             raise RuntimeError(
                 f"init_lora_weights: {self.init_lora_weights!r} has split the base's weight, which "
                 "cannot be done again: load the base, and make the layer from it"
@@ -187,7 +187,7 @@ class LoRALayer(Mergeable, ABC):
         if (
             alone
             and prefix + "weight" in state_dict
-            and settings.moves_base(self.init_lora_weights)
+            and settings.has_split_base(self.init_lora_weights)
         ):
             error_msgs.append(
                 f"{prefix}weight: the adapter holds a part of the base (init_lora_weights="
@@ -287,7 +287,7 @@ class FastLoRALinear(LoRALayer, nn.Linear):
 def check_drawn(init_lora_weights: object) -> None:
     """Raises unless it needs no weight that is there already."""
     settings.check_init(init_lora_weights)
-    if settings.moves_base(init_lora_weights):
+    if settings.has_split_base(init_lora_weights):
         raise ValueError(
             f"init_lora_weights: {init_lora_weights!r} splits a weight that is there: use "
             "replace_linear, or make the layer from another"

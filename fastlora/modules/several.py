@@ -13,7 +13,7 @@ from torch.nn import functional as nnf
 
 from fastlora import config as settings
 from fastlora import functional as F
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.inspection.wrapping import SharedWeight, lora_dtype_for, plain_name, unwrapped
 from fastlora.modules.init import init_lora
 from fastlora.modules.linear import check_drawn
@@ -222,7 +222,7 @@ class TrainingRows(Routing):
     def index(self, name: object) -> int:
         """Where ``name`` stands among the adapters; ValueError where it does not."""
         if name not in self.adapters:
-            known = some(self.adapters, 8)
+            known = list_some(self.adapters, 8)
             raise ValueError(f"adapter_names: expected one of {known}, got {name!r}")
         return self.adapters.index(str(name))
 
@@ -267,7 +267,7 @@ class TrainableMultiLoRALinear(SharedWeight):
         check_drawn(init_lora_weights)
         layer = cls.around(linear)
         layer.r, layer.lora_alpha, layer.lora_dropout = r, lora_alpha, float(lora_dropout)
-        layer.scaling = settings.scaling(lora_alpha, r, use_rslora)
+        layer.scaling = settings.compute_scaling(lora_alpha, r, use_rslora)
         layer.adapter_disabled = False
         layer.routing = routing
         base = layer.matrix

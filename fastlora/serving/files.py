@@ -13,7 +13,7 @@ from fastlora.adapters import base_copies, files
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.stored import Held, differing
 from fastlora.config import LoRAConfig
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.model.checkpoint import adapter_shapes
 from fastlora.serving.bank.layout import Factors
 
@@ -106,7 +106,7 @@ class Reader:
         if config.all_linear:
             named &= self.served.keys()
         if not named or not named <= self.served.keys():
-            found = some(named - self.served.keys()) or "no layer at all"
+            found = list_some(named - self.served.keys()) or "no layer at all"
             raise ValueError(
                 f"target_modules: the adapter is for {found}, which is not served here"
             )

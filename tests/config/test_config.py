@@ -351,7 +351,7 @@ def test_every_name_matches_as_in_peft(name, target, ranks):
 )
 def test_settled_patterns_mean_the_same_in_any_order(known, ranks, order, values):
     """By PEFT's matching; what keys do not contradict stays, what tensors say counts."""
-    found = matching.settled(ranks, known)
+    found = matching.resolve_overlaps(ranks, known)
     keys = list(found)
     order.shuffle(keys)
     for name in known:
@@ -359,10 +359,10 @@ def test_settled_patterns_mean_the_same_in_any_order(known, ranks, order, values
         for shuffled in (keys, sorted(keys)):
             again = {key: found[key] for key in shuffled}
             assert again.get(get_pattern_key(again, name), 99) == want
-    overlaps = matching.overlapping(ranks, known)
+    overlaps = matching.find_overlaps(ranks, known)
     assert overlaps or found == ranks
     told = dict(zip(known, values, strict=False))
-    said = matching.settled(ranks, known, told)
+    said = matching.resolve_overlaps(ranks, known, told)
     for name, of in overlaps.items():
         want = told[name] if told[name] in of.values() else next(iter(of.values()))
         assert said.get(get_pattern_key(sorted(said), name)) == want

@@ -11,7 +11,7 @@ import peft
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from fastlora.config.listing import by_reason, some
+from fastlora.config.listing import group_by_reason, list_some
 from fastlora.inspection import trial
 from fastlora.inspection.bypassed import bypassed
 from fastlora.inspection.wrapping import unwrapped
@@ -111,7 +111,8 @@ def patch(model: nn.Module, strict: bool) -> Report:
     if len(reasons) == len(layers) or (strict and reasons):
         raise ValueError(
             f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
-            f"{some(by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT computes it"
+            f"{list_some(group_by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT "
+            "computes it"
         )
     for name, layer in layers.items():
         if name not in reasons:

@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from fastlora.config.listing import by_reason, some
+from fastlora.config.listing import group_by_reason, list_some
 from fastlora.inspection import trial
 from fastlora.inspection.bypassed import bypassed, rescaled
 
@@ -37,7 +37,7 @@ def warn(model: nn.Module, layers: Mapping[str, nn.Module], stacklevel: int) -> 
     if found:
         warnings.warn(
             "peft_model: PEFT's adapters of these layers are not what the model computes with, "
-            f"unless they are merged: {some(by_reason(found), 8, '; ')}",
+            f"unless they are merged: {list_some(group_by_reason(found), 8, '; ')}",
             stacklevel=stacklevel,
         )
 

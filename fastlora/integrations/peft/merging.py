@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.inspection.plain import is_plain, unreadable
 from fastlora.integrations.peft.parts import adapter_of, product, unknown
 from fastlora.modules.gathering import is_sharded
@@ -128,7 +128,8 @@ def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
     ]
     if lost:
         warnings.warn(
-            f"PEFT's merging leaves the adapter out of weights of optimum-quanto: {some(lost)} "
+            "PEFT's merging leaves the adapter out of weights of optimum-quanto: "
+            f"{list_some(lost)} "
             "stay as they are and count as merged; keep the adapter beside them",
             stacklevel=5,
         )

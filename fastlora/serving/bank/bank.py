@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from fastlora.config import check_rank
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.serving.bank.device import Device, Pages
 from fastlora.serving.bank.entry import BankStats, Entry, Lease, Read, let_go
 from fastlora.serving.bank.layout import Layout, check_factors, digest
@@ -258,7 +258,7 @@ class AdapterBank:
 
     def _entry(self, name: object, argument: str = "adapter_name") -> Entry:
         if not isinstance(name, str) or name not in self._entries:
-            loaded = some(self._entries, 8) or "none"
+            loaded = list_some(self._entries, 8) or "none"
             raise ValueError(f"{argument}: no adapter {name!r} is loaded (loaded: {loaded})")
         return self._entries[name]
 

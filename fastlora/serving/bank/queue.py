@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.serving.bank.device import Device
 from fastlora.serving.bank.entry import Entry, Lease, Waiter
 from fastlora.serving.bank.layout import Image, Layout
@@ -162,8 +162,8 @@ class Residency(Shelf):
                 return True
             if self._make_leave(entry, waiter.different):
                 return False
-            pinned = some(set(self.pins)) or "nothing"
-        names = some(e.name for e in waiter.different if e is not entry) or "nothing"
+            pinned = list_some(set(self.pins)) or "nothing"
+        names = list_some(e.name for e in waiter.different if e is not entry) or "nothing"
         what = f"what is pinned ({pinned}) and runs beside it ({names}) leaves no room"
         if not self.device.holds(entry.ranks):
             what = f"it is larger than the device's {self.device.nbytes} bytes of pages"
