@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters import files
 from fastlora.adapters.stored import Rows, Stored, differing, same
-from fastlora.inspection.wrapping import plain_name
+from fastlora.inspection.wrappers import strip_wrappers
 from fastlora.modules import gathering
 from fastlora.modules.saved_modules import Saved
 
@@ -97,7 +97,7 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
     found = [module for getter in getters if callable(getter) for module in (_of(getter),)]
     ends = {id(module) for module in found if module is not None}
     named = model.named_modules(remove_duplicate=False) if ends else ()
-    return {plain_name(name): module for name, module in named if name and id(module) in ends}
+    return {strip_wrappers(name): module for name, module in named if name and id(module) in ends}
 
 
 def held(

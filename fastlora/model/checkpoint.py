@@ -15,7 +15,8 @@ from fastlora.adapters.files import Shape
 from fastlora.config import LoRAConfig, has_split_base, matching
 from fastlora.config.listing import list_some
 from fastlora.functional.receipt import Adapter
-from fastlora.inspection.wrapping import matrix_of, plain_name, unwrapped
+from fastlora.inspection.layers import get_matrix
+from fastlora.inspection.wrappers import strip_wrappers, unwrap
 from fastlora.model.replace import inject
 from fastlora.model.report import (
     Injection,
@@ -64,7 +65,7 @@ def save_adapter(
     tensors = _tensors(model, adapter_name)
     settings = injection(model).config
     base = settings.base_model_name_or_path or getattr(
-        getattr(unwrapped(model), "config", None), "name_or_path", None
+        getattr(unwrap(model), "config", None), "name_or_path", None
     )
     layers = list(_layers(model))
     values = settings.to_dict() | {"base_model_name_or_path": base or None}
@@ -73,8 +74,8 @@ def save_adapter(
     if settings.all_linear:
         # As PEFT does: the file names the layers, so that it means the same to every reader.
         names, own = [name for name, _ in layers], {layer for _, layer in layers}
-        modules = unwrapped(model).named_modules(remove_duplicate=False)
-        others = {plain_name(name) for name, module in modules if module not in own} - {*names}
+        modules = unwrap(model).named_modules(remove_duplicate=False)
+        others = {strip_wrappers(name) for name, module in modules if module not in own} - {*names}
         values["target_modules"] = matching.name_exactly(names, others)
     with gathering.gathered(tensors) as whole:
         if whole is not None:
@@ -109,7 +110,7 @@ def load_adapter(
     if adapter_name is not None:
         config = files.read_config(directory, is_trainable)
         return _load_one(model, directory, config, adapter_name, is_trainable)
-    if next(trained_layers(unwrapped(model)), None):
+    if next(trained_layers(unwrap(model)), None):
         raise ValueError("adapter_name: expected which of the model's adapters to fill, got None")
     read_adapter(model, directory, trainable=is_trainable).fill(model, is_trainable)
     return model
@@ -144,7 +145,7 @@ def read_adapter(
     trainable: bool = False,
 ) -> LoadedAdapter:
     """The adapter in ``directory`` for ``model``; merged: for one whose layers are."""
-    config, inner = files.read_config(directory, trainable), unwrapped(model)
+    config, inner = files.read_config(directory, trainable), unwrap(model)
     existing = dict(lora_layers(inner))
     chosen = None
     if existing:
@@ -152,7 +153,9 @@ def read_adapter(
         weights = {name: layer.matrix for name, layer in existing.items()}
     else:
         chosen = plan(inner, config)
-        weights = {plain_name(n): matrix_of(linear) for n, (linear, _) in chosen.linears.items()}
+        weights = {
+            strip_wrappers(n): get_matrix(linear) for n, (linear, _) in chosen.linears.items()
+        }
     expected = {
         key: shape
         for name, weight in weights.items()
@@ -247,7 +250,7 @@ def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Ten
         for name, layer in layers.items()
         for kind, parameter in layer.adapter_parameters().items()
     }
-    inner, config = unwrapped(model), injection(model).config
+    inner, config = unwrap(model), injection(model).config
     whole = saved_modules.tensors(saved(inner), config)
     bases = base_copies.held(inner, layers, saved(inner))
     tensors |= {name: bases[name] for name in sorted(carries(inner)) if name in bases}
@@ -261,13 +264,13 @@ def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[st
         return found
     # PEFT's files name a bias that is tied with another twice.
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, last = plain_name(name).rpartition(".")
+        owner, _, last = strip_wrappers(name).rpartition(".")
         if last != "bias":
             continue
         if owner in replaced:
             found[f"{owner}.base_layer.{last}"] = parameter
         elif config.bias == "all":
-            found[plain_name(name)] = parameter
+            found[strip_wrappers(name)] = parameter
     return found
 
 

@@ -17,11 +17,12 @@ from fastlora.config.listing import list_some
 from fastlora.functional.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional.merge import foreach_remerge_
 from fastlora.functional.receipt import MergeReceipt
-from fastlora.inspection import trial
-from fastlora.inspection.wrapping import unwrapped
+from fastlora.inspection import first_forward
+from fastlora.inspection.wrappers import unwrap
 from fastlora.model import checkpoint, tied
-from fastlora.model.report import forget, missing, saved, swap
+from fastlora.model.report import forget, missing, saved
 from fastlora.modules.linear import LoRALayer, lora_layers
+from fastlora.modules.replacement import replace_module
 from fastlora.modules.several import trained_layers
 
 _SETTINGS = ("lora_alpha", "use_rslora", "scaling", "lora_dropout", "_fidelity")
@@ -61,7 +62,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     before stay so, once they were seen to be what their merge left. untie, errors and their
     guarantee as in ``merge_adapter``.
     """
-    inner = unwrapped(model)
+    inner = unwrap(model)
     layers = dict(lora_layers(inner))
     if not layers:
         raise missing(model)
@@ -77,12 +78,12 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         _merge(model, fresh, untie, done=done)
         plain = {layer: layer.to_linear() for layer in layers.values()}
         for layer, linear in plain.items():
-            done.append(lambda layer=layer: swap(inner, names[layer], layer))
-            swap(inner, names[layer], linear)
+            done.append(lambda layer=layer: replace_module(inner, names[layer], layer))
+            replace_module(inner, names[layer], linear)
         if saved(inner):
             done.append(tied.note_untied(inner))
         forget(inner)
-    trial.stop_all(inner)
+    first_forward.unwatch_all(inner)
     return model
 
 
@@ -136,7 +137,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer in before:
             layer.adapter_disabled = True
-        with _originals_in_place(unwrapped(model)):
+        with _originals_in_place(unwrap(model)):
             yield model
     finally:
         for layer, state in before.items():
@@ -149,11 +150,11 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
     there = {name: model.get_submodule(name) for name in saved(model)}
     try:
         for name, module in saved(model).items():
-            swap(model, [name], module.follow())
+            replace_module(model, [name], module.follow())
         yield
     finally:
         for name, module in there.items():
-            swap(model, [name], module)
+            replace_module(model, [name], module)
 
 
 def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
@@ -177,14 +178,14 @@ def _merge(
     done: list[Callable[[], Any]] | None = None,
 ) -> None:
     """done: gets the way back, which what comes after may still want."""
-    inner = unwrapped(model)
+    inner = unwrap(model)
     with each.all_or_none() as own, _by_name(layers):
         done = own if done is None else done
         for name, layer in layers.items():
             with _by_name({name: layer}):
                 layer.check_mergeable()
         adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
-        trial.refuse(inner, adding)
+        first_forward.refuse_idle(inner, adding)
         if untie:
             done.append(tied.untie(inner, layers))
         else:

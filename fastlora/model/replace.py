@@ -12,16 +12,18 @@ from fastlora.adapters.files import check_name
 from fastlora.backends.merge_lists import undo as each
 from fastlora.config import LoRAConfig, has_split_base
 from fastlora.config.listing import list_some
-from fastlora.inspection import trial
-from fastlora.inspection.wrapping import is_conv1d, unwrapped
+from fastlora.inspection import first_forward
+from fastlora.inspection.layers import is_conv1d
+from fastlora.inspection.wrappers import unwrap
 from fastlora.model.heads import unsaved
-from fastlora.model.report import Injection, forget, remember, swap
+from fastlora.model.report import Injection, forget, remember
 from fastlora.model.targets import Plan, plan, unused
 from fastlora.model.tied import tied
 from fastlora.modules import init as initial
 from fastlora.modules import saved_modules
 from fastlora.modules.conv1d import FastLoRAConv1D
 from fastlora.modules.linear import FastLoRALinear, lora_layers
+from fastlora.modules.replacement import replace_module
 from fastlora.modules.several import TrainableMultiLoRALinear, TrainingRows, trained_layers
 from fastlora.rows.entry import Watch
 
@@ -70,7 +72,7 @@ def replace_linear(
     inject(model, settings, chosen, rows, freeze_base)
     if idle := unused(settings, chosen):
         warnings.warn("; ".join(idle), stacklevel=2)
-    if lost := unsaved(unwrapped(model), settings, chosen):
+    if lost := unsaved(unwrap(model), settings, chosen):
         warnings.warn(lost, stacklevel=2)
     for name, places in chosen.elsewhere.items():
         warnings.warn(
@@ -96,7 +98,7 @@ def inject(
     freeze_base: bool = True,
 ) -> None:
     """Does what was ``chosen``, all of it or, on an error, nothing."""
-    inner = unwrapped(model)
+    inner = unwrap(model)
     layers = {
         name: _layer(name, linear, config, rows) for name, (linear, _) in chosen.linears.items()
     }
@@ -106,17 +108,19 @@ def inject(
             _refuse_tied(inner, chosen, config)
             initial.split_bases(layers, str(config.init_lora_weights), done)
         for name, (linear, names) in chosen.linears.items():
-            done.append(lambda names=names, linear=linear: swap(inner, names, linear))
-            swap(inner, names, layers[name])
+            done.append(lambda names=names, linear=linear: replace_module(inner, names, linear))
+            replace_module(inner, names, layers[name])
         for name, module in saved.items():
-            done.append(lambda name=name, module=module: swap(inner, [name], module.original))
-            swap(inner, [name], module.trained)
+            done.append(
+                lambda name=name, module=module: replace_module(inner, [name], module.original)
+            )
+            replace_module(inner, [name], module.trained)
         done.append(lambda: forget(inner))
         watch = None if rows is None else Watch(inner, rows, layers.values())
         remember(inner, Injection(config, chosen.skipped, rows, saved, watch=watch))
     if freeze_base:
         _freeze(inner, config, saved)
-    trial.watch(inner)
+    first_forward.watch(inner)
 
 
 def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
@@ -158,7 +162,7 @@ def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
 def _checked(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(unwrapped(model), nn.Linear):
+    if isinstance(unwrap(model), nn.Linear):
         raise ValueError(
             "model: expected a module that contains linears, got a linear itself: use "
             "FastLoRALinear.from_linear"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import nn
 from fastlora.config import LoRAConfig
 from fastlora.config.listing import group_by_reason
 from fastlora.functional.fidelity import Fidelity
-from fastlora.inspection.trial import noted
-from fastlora.inspection.wrapping import peft_layers, unwrapped
+from fastlora.inspection.first_forward import get_reading_module
+from fastlora.inspection.layers import find_peft_layers
+from fastlora.inspection.wrappers import unwrap
 from fastlora.modules.linear import lora_layers
 from fastlora.modules.saved_modules import Saved
 from fastlora.modules.several import MultiLoRALinear, TrainingRows, trained_layers
@@ -96,7 +97,7 @@ def report(model: nn.Module) -> Report:
 
     Of any model: one without LoRA layers has nothing replaced. Raises TypeError for no model.
     """
-    inner = unwrapped(model)
+    inner = unwrap(model)
     layers = dict(lora_layers(inner))
     served = {
         n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
@@ -113,7 +114,9 @@ def report(model: nn.Module) -> Report:
         fidelity={n: layer.fidelity for n, layer in layers.items() if layer.fidelity is not None},
         untied={name: layer.untied for name, layer in layers.items() if layer.untied},
         modules_to_save=tuple(record.saved) if record else (),
-        bypassed={n: who for n, m in inner.named_modules() if (who := noted(m)) is not None},
+        bypassed={
+            n: who for n, m in inner.named_modules() if (who := get_reading_module(m)) is not None
+        },
     )
     for describe in others:
         more = describe(inner)
@@ -125,7 +128,7 @@ def report(model: nn.Module) -> Report:
 
 def injection(model: nn.Module) -> Injection:
     """What ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
-    record = getattr(unwrapped(model), _RECORD, None)
+    record = getattr(unwrap(model), _RECORD, None)
     if record is None:
         raise RuntimeError(
             "model: expected one that went through fastlora.replace_linear, found "
@@ -142,13 +145,13 @@ def missing(model: nn.Module) -> RuntimeError:
 
 def saved(model: nn.Module) -> dict[str, Saved]:
     """By name, the modules of ``model`` that are trained whole; often none."""
-    record: Injection | None = getattr(unwrapped(model), _RECORD, None)
+    record: Injection | None = getattr(unwrap(model), _RECORD, None)
     return dict(record.saved) if record else {}
 
 
 def carries(model: nn.Module) -> frozenset[str]:
     """The tensors of ``model``'s base in which an adapter's rows are; often none."""
-    record: Injection | None = getattr(unwrapped(model), _RECORD, None)
+    record: Injection | None = getattr(unwrap(model), _RECORD, None)
     return record.carried if record else frozenset()
 
 
@@ -165,7 +168,7 @@ def training_rows(model: nn.Module) -> TrainingRows:
 def _in_their_place(model: nn.Module) -> str:
     if next(trained_layers(model), None) is not None:
         return "several adapters in training: save one and load it alone"
-    if peft_layers(unwrapped(model)):
+    if find_peft_layers(unwrap(model)):
         return (
             "PEFT's: call the PEFT model's own methods, patched or not (save_pretrained, "
             "merge_adapter, disable_adapter, …)"
@@ -175,16 +178,9 @@ def _in_their_place(model: nn.Module) -> str:
 
 def remember(model: nn.Module, record: Injection) -> None:
     """Notes on ``model`` what its LoRA layers are, for ``injection``."""
-    setattr(unwrapped(model), _RECORD, record)
+    setattr(unwrap(model), _RECORD, record)
 
 
 def forget(model: nn.Module) -> None:
     """Takes the note away, where there is one."""
-    vars(unwrapped(model)).pop(_RECORD, None)
-
-
-def swap(model: nn.Module, names: Iterable[str], layer: nn.Module) -> None:
-    """Puts ``layer`` where ``model`` has a module under each of ``names``."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(unwrapped(model).get_submodule(parent), child, layer)
+    vars(unwrap(model)).pop(_RECORD, None)

@@ -9,8 +9,9 @@ from torch import nn
 
 from fastlora.config import LoRAConfig, matching
 from fastlora.config.listing import group_by_reason, list_some
-from fastlora.inspection.bypassed import bypassed, rescaled
-from fastlora.inspection.wrapping import is_linear, peft_layers, places, unsupported, unwrapped
+from fastlora.inspection.bypass import explain_bypass, explain_rescaling
+from fastlora.inspection.layers import explain_unsupported, find_peft_layers, find_places, is_linear
+from fastlora.inspection.wrappers import unwrap
 from fastlora.modules import saved_modules
 
 _SHOWN = 20  # names in an error: all of a usual model's kinds of layers
@@ -38,8 +39,8 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             "target_modules: expected a list of names, a regular expression or "
             '"all-linear", got None'
         )
-    inner = unwrapped(model)
-    if theirs := peft_layers(inner):
+    inner = unwrap(model)
+    if theirs := find_peft_layers(inner):
         # Their parts are linears too, lora_A and lora_B among them.
         raise ValueError(
             f"model: PEFT has put adapters into {len(theirs)} of its layers ({theirs[0]}, …): give "
@@ -51,7 +52,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     refused: dict[str, str] = {}
     elsewhere: dict[str, list[str]] = {}
     head = _output_embedding(inner)
-    for module, (known_as, others) in places(inner).items():
+    for module, (known_as, others) in find_places(inner).items():
         # As in PEFT: a layer goes by its first name, and gets its adapter in that place.
         first = known_as[0]
         named = config.targets(first)
@@ -59,7 +60,11 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
             for name in filter(config.targets, (*known_as[1:], *others)):
                 skipped[name] = f"it is the same layer as {first}, whose name the config must mean"
             continue
-        reason = bypassed(inner, known_as) or rescaled(inner, known_as) or unsupported(module)
+        reason = (
+            explain_bypass(inner, known_as)
+            or explain_rescaling(inner, known_as)
+            or explain_unsupported(module)
+        )
         if config.excludes(first):
             whole = matching.is_within(config.modules_to_save or (), first)
             skipped[first] = (

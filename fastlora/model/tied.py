@@ -10,8 +10,8 @@ from torch import nn
 
 from fastlora.config.listing import list_some
 from fastlora.functional.checks.merge import overlap
-from fastlora.inspection.plain import is_plain
-from fastlora.inspection.wrapping import places
+from fastlora.inspection.layers import find_places
+from fastlora.inspection.plain_tensors import is_plain
 from fastlora.modules.linear import LoRALayer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -31,7 +31,7 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
                 owners.setdefault(_memory(parameter), []).append(
                     (f"{name}.{kind}", module, parameter)
                 )
-    found, elsewhere = {}, places(model)
+    found, elsewhere = {}, find_places(model)
     for layer in layers:
         weight = layer._parameters["weight"]
         assert weight is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import config as settings
-from fastlora.inspection.wrapping import is_conv1d, matrix_of
+from fastlora.inspection.layers import get_matrix, is_conv1d
 from fastlora.modules.linear import LoRALayer, check_drawn
 
 
@@ -76,7 +76,7 @@ class FastLoRAConv1D(LoRALayer):
 
     @classmethod
     def _like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRAConv1D:
-        nf, nx = matrix_of(linear).shape
+        nf, nx = get_matrix(linear).shape
         return cls(nf, nx, r, **options)
 
     def _plain(self) -> nn.Module:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from fastlora import config as settings
 from fastlora import functional as F
 from fastlora.backends.merge_lists import undo as each
-from fastlora.inspection.wrapping import adopt, lora_dtype_for, plain_name, unsupported, unwrapped
+from fastlora.inspection.layers import choose_lora_dtype, explain_unsupported
+from fastlora.inspection.wrappers import strip_wrappers, unwrap
 from fastlora.modules import init as initial
 from fastlora.modules import sharded as sharding
 from fastlora.modules.merging import Mergeable
+from fastlora.modules.replacement import adopt
 
 _LORA_NAMES = ("lora_A", "lora_B", "lora_bias")
 # FastLoRALinear's attributes that a plain linear does not inherit from it.
@@ -73,7 +75,7 @@ class LoRALayer(Mergeable, ABC):
         **options: Any,
     ) -> _Layer:
         """Around ``linear``'s weight, which an init that splits it has not changed yet."""
-        reason = unsupported(linear) or cls._misfit(linear)
+        reason = explain_unsupported(linear) or cls._misfit(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
         clash = {"bias", "device", "dtype"} & options.keys()
@@ -100,7 +102,7 @@ class LoRALayer(Mergeable, ABC):
 
     def _add_lora(self, lora_bias: bool, dtype: torch.dtype | None) -> None:
         base = self.weight
-        kind = {"device": base.device, "dtype": lora_dtype_for(base.dtype, dtype)}
+        kind = {"device": base.device, "dtype": choose_lora_dtype(base.dtype, dtype)}
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **kind))
         extra = nn.Parameter(torch.empty(self.out_features, **kind)) if lora_bias else None
@@ -296,6 +298,6 @@ def check_drawn(init_lora_weights: object) -> None:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
     """(full name, layer) of every FastLoRALinear and FastLoRAConv1D in ``model``, each once."""
-    for name, module in unwrapped(model).named_modules():
+    for name, module in unwrap(model).named_modules():
         if isinstance(module, LoRALayer):
-            yield plain_name(name), module
+            yield strip_wrappers(name), module

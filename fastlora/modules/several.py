@@ -14,10 +14,12 @@ from torch.nn import functional as nnf
 from fastlora import config as settings
 from fastlora import functional as F
 from fastlora.config.listing import list_some
-from fastlora.inspection.wrapping import SharedWeight, lora_dtype_for, plain_name, unwrapped
+from fastlora.inspection.layers import choose_lora_dtype
+from fastlora.inspection.wrappers import strip_wrappers, unwrap
 from fastlora.modules.init import init_lora
 from fastlora.modules.linear import check_drawn
 from fastlora.modules.routing import Routing
+from fastlora.modules.shared_weight import SharedWeight
 from fastlora.ops.invariance import asked
 from fastlora.rows.statements import Statement
 
@@ -55,7 +57,7 @@ class MultiLoRALinear(SharedWeight):
         S, R, weight = max_adapters, max_rank, layer.weight
         zeros = {
             "device": weight.device,
-            "dtype": lora_dtype_for(weight.dtype, lora_dtype or weight.dtype),
+            "dtype": choose_lora_dtype(weight.dtype, lora_dtype or weight.dtype),
         }
         buffers = {
             "lora_A": torch.zeros(S, R, layer.in_features, **zeros),
@@ -271,7 +273,7 @@ class TrainableMultiLoRALinear(SharedWeight):
         layer.adapter_disabled = False
         layer.routing = routing
         base = layer.matrix
-        kind = {"device": base.device, "dtype": lora_dtype_for(base.dtype, lora_dtype)}
+        kind = {"device": base.device, "dtype": choose_lora_dtype(base.dtype, lora_dtype)}
         N, K = base.shape
         keys = [_key(name) for name in routing.adapters]
         layer.lora_A = nn.ParameterDict({key: torch.empty(r, K, **kind) for key in keys})
@@ -322,6 +324,6 @@ def _key(name: str) -> str:
 
 def trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainableMultiLoRALinear]]:
     """(full name, layer) of every TrainableMultiLoRALinear in ``model``, each once."""
-    for name, module in unwrapped(model).named_modules():
+    for name, module in unwrap(model).named_modules():
         if isinstance(module, TrainableMultiLoRALinear):
-            yield plain_name(name), module
+            yield strip_wrappers(name), module

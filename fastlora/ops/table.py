@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import Parameter
 
-from fastlora.inspection.plain import unreadable
+from fastlora.inspection.plain_tensors import explain_unreadable
 from fastlora.ops import dispatch, flops
 from fastlora.ops.invariance import unmarked
 
@@ -255,7 +255,7 @@ def _refuse_sharded(name: str, args: Sequence[Any]) -> None:
 def _name_unreadable(name: str, args: Sequence[Any], error: Exception) -> None:
     """TypeError for an operand, as a quantized weight, whose class does not know the op."""
     for argument, part in _operands(name, args):
-        found = unreadable(part) if isinstance(part, Tensor) else None
+        found = explain_unreadable(part) if isinstance(part, Tensor) else None
         if found is not None:
             raise TypeError(f"{argument}: expected a plain tensor, got {found}") from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.inspection.wrapping import unwrapped
+from fastlora.inspection.wrappers import unwrap
 from fastlora.rows.eagerly import Eagerly
 from fastlora.rows.frame import Frame, Place
 from fastlora.rows.inputs import Inputs, encoder_of
@@ -38,7 +38,7 @@ class Watch:
     def __init__(
         self, model: nn.Module, routing: Any, layers: Iterable[nn.Module] | None = None
     ) -> None:
-        self.root = unwrapped(model)
+        self.root = unwrap(model)
         self.routing = routing
         self.verdicts: dict[Any, dict[int, Place]] = {}
         # {signature without lengths: (what was found last, what was found of two lengths)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastlora.inspection.wrapping import unwrapped
+from fastlora.inspection.wrappers import unwrap
 
 # Inputs of a model whose first dimension is the batch, by the contract of whoever calls it.
 _BATCH = (
@@ -75,8 +75,6 @@ def encoder_of(root: nn.Module) -> nn.Module | None:
 
 def copies_in(model: nn.Module, options: Mapping[str, Any]) -> int:
     """How many neighbours ``generate`` makes of a row: its beams, or the texts it returns."""
-    config = options.get("generation_config") or getattr(
-        unwrapped(model), "generation_config", None
-    )
+    config = options.get("generation_config") or getattr(unwrap(model), "generation_config", None)
     names = ("num_beams", "num_return_sequences")
     return max(options.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastlora.inspection.wrapping import plain_name, unwrapped
+from fastlora.inspection.wrappers import strip_wrappers, unwrap
 
 
 class Statement(NamedTuple):
@@ -18,7 +18,7 @@ class Statement(NamedTuple):
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    return {plain_name(name): module for name, module in unwrapped(model).named_modules()}
+    return {strip_wrappers(name): module for name, module in unwrap(model).named_modules()}
 
 
 def check_dims(model: nn.Module, batch_dims: Mapping[str, int] | None) -> dict[str, Statement]:

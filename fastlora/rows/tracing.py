@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.inspection import modes
+from fastlora.inspection import mode_stack
 from fastlora.rows.computing import rule_for
 from fastlora.rows.marks import Marks
 from fastlora.rows.op import Op, Rule, tensors_in
@@ -98,7 +98,7 @@ class Trace(TorchDispatchMode):
         self._reads.__enter__()
 
     def close(self) -> None:
-        modes.leave(self._reads)
+        mode_stack.remove_mode(self._reads)
         self.__exit__(None, None, None)
         _running.trace = self._before
 

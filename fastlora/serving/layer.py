@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.inspection.wrapping import SharedWeight
 from fastlora.modules.routing import Routing
+from fastlora.modules.shared_weight import SharedWeight
 from fastlora.serving.bank.bank import AdapterBank
 
 

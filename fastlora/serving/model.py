@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fastlora.adapters import files
 from fastlora.config import LoRAConfig, check_number, check_rank
-from fastlora.inspection import trial
-from fastlora.inspection.wrapping import is_linear, matrix_of, unwrapped
-from fastlora.model.report import swap
+from fastlora.inspection import first_forward
+from fastlora.inspection.layers import get_matrix, is_linear
+from fastlora.inspection.wrappers import unwrap
 from fastlora.model.targets import plan
+from fastlora.modules.replacement import replace_module
 from fastlora.modules.routing import Routing
 from fastlora.rows.entry import Watch
 from fastlora.rows.inputs import copies_in
@@ -90,9 +91,9 @@ class MultiLoRAModel(nn.Module):
             layout, max_adapters, device_bytes=device_bytes, host_bytes=host_bytes
         )
         self._reader = Reader(
-            unwrapped(model),
+            unwrap(model),
             {name: (layer.N, layer.K) for name, layer in layout.layers.items()},
-            frozenset(n for n, m in unwrapped(model).named_modules() if is_linear(m)),
+            frozenset(n for n, m in unwrap(model).named_modules() if is_linear(m)),
             max_rank,
         )
         self._batch = _Batch("call the MultiLoRAModel, not the model in it")
@@ -101,11 +102,11 @@ class MultiLoRAModel(nn.Module):
             for name, linear in linears.items()
         }
         for name, layer in self._layers.items():
-            swap(model, chosen.linears[name][1], layer)
+            replace_module(model, chosen.linears[name][1], layer)
         self.rows = Watch(model, self._batch)
         self.model = model
         self.skipped = chosen.skipped
-        trial.watch(model)
+        first_forward.watch(model)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -317,7 +318,7 @@ class _Batch(Routing, threading.local):
 def _layout(linears: dict[str, Any], max_rank: int, lora_dtype: torch.dtype | None) -> Layout:
     shapes = {}
     for name, linear in linears.items():
-        N, K = matrix_of(linear).shape
+        N, K = get_matrix(linear).shape
         shapes[name] = (N, K, linear.weight.device, lora_dtype or linear.weight.dtype)
     return Layout(shapes, max_rank)
 

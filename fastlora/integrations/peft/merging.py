@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlora import functional as F
 from fastlora.config.listing import list_some
-from fastlora.inspection.plain import is_plain, unreadable
+from fastlora.inspection.plain_tensors import explain_unreadable, is_plain
 from fastlora.integrations.peft.parts import adapter_of, product, unknown
 from fastlora.modules.gathering import is_sharded
 
@@ -145,6 +145,7 @@ def _refuse_wrapped(name: str, base: nn.Module) -> None:
     if weight is None or is_plain(weight) or is_sharded(weight):
         return
     raise TypeError(
-        f"adapter {name!r}: its base's weight is {unreadable(weight)}: what is added to it may be "
+        f"adapter {name!r}: its base's weight is {explain_unreadable(weight)}: what is added to it "
+        "may be "
         "lost; merge before quantizing, or keep the adapter beside it"
     )

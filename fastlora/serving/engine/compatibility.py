@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.inspection.wrapping import unwrapped
+from fastlora.inspection.wrappers import unwrap
 from fastlora.serving.attention_hook import hooked
 from fastlora.serving.engine.cache import Kind, RowCache
 from fastlora.serving.engine.request import check_count
@@ -40,7 +40,7 @@ def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
     """Raises TypeError or ValueError naming what does not fit."""
     if max_length is not None:
         check_count("max_length", max_length)
-    model: Any = unwrapped(server.model)
+    model: Any = unwrap(server.model)
     config = getattr(model, "config", None)
     kind = type(model).__name__
     if not hasattr(type(config), "_attn_implementation"):
@@ -70,7 +70,7 @@ def fitting(server: MultiLoRAModel, max_length: int | None) -> Fit:
 
 def eos_of(server: MultiLoRAModel) -> frozenset[int]:
     """The tokens that end a text, by the model's generation_config."""
-    config = getattr(unwrapped(server.model), "generation_config", None)
+    config = getattr(unwrap(server.model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.inspection.wrapping import SharedWeight, unwrapped
+from fastlora.inspection.wrappers import unwrap
+from fastlora.modules.shared_weight import SharedWeight
 from fastlora.serving.attention_hook import attending
 from fastlora.serving.engine.attention import Piece, Step
 from fastlora.serving.engine.cache import RowCache
@@ -42,7 +43,7 @@ class Runner:
     def __init__(self, server: MultiLoRAModel, cache: RowCache, followed: bool = False) -> None:
         self.server, self.cache, self._followed = server, cache, followed
         self.device = device_of(server)
-        model: Any = unwrapped(server.model)
+        model: Any = unwrap(server.model)
         # Of a head with adapters every token is a row of the batch, and must come to it.
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters and not (
             isinstance(model.get_output_embeddings(), SharedWeight)
@@ -79,5 +80,5 @@ class Runner:
 
 def device_of(server: MultiLoRAModel) -> torch.device:
     """Where token ids go."""
-    model: Any = unwrapped(server.model)
+    model: Any = unwrap(server.model)
     return model.get_input_embeddings().weight.device

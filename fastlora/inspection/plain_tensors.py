@@ -12,7 +12,7 @@ def is_plain(t: Tensor) -> bool:
     return own is plain
 
 
-def unreadable(t: Tensor) -> str | None:
+def explain_unreadable(t: Tensor) -> str | None:
     """Why no op of ours can read a tensor: what it is instead of a plain one.
 
     torch's own stand-ins (fake and functional tensors) are plain, and so are subclasses that only

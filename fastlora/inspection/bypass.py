@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastlora.inspection.sources import ANY, Path, Uses, uses_of
+from fastlora.inspection.sources import ANY, Path, Uses, read_uses
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -27,7 +27,7 @@ class Reader(NamedTuple):
     called: bool
 
 
-def bypassed(model: nn.Module, names: Iterable[str]) -> str | None:
+def explain_bypass(model: nn.Module, names: Iterable[str]) -> str | None:
     """Why a layer of ``model``, known under ``names``, would not be called by who reads it."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
@@ -36,20 +36,20 @@ def bypassed(model: nn.Module, names: Iterable[str]) -> str | None:
             return "nn.MultiheadAttention reads its weight and never calls it"
         if isinstance(parent, nn.TransformerEncoderLayer) and child in ("linear1", "linear2"):
             return "nn.TransformerEncoderLayer's fast path reads its weight and does not call it"
-        found = reader(model, name)
-        if found is not None and not found.called:
-            kind = type(found.module).__qualname__
-            return f"{kind}.{found.method} reads its weight and never calls it"
+        reader = find_reader(model, name)
+        if reader is not None and not reader.called:
+            kind = type(reader.module).__qualname__
+            return f"{kind}.{reader.method} reads its weight and never calls it"
     return None
 
 
-def rescaled(model: nn.Module, names: Iterable[str]) -> str | None:
+def explain_rescaling(model: nn.Module, names: Iterable[str]) -> str | None:
     """Which forward above a layer of ``model`` changes its weight in place, which an adapter's part
     of the output does not follow."""
     for name in names:
         parts = tuple(name.split("."))
-        for depth, module in enumerate(_above(model, parts)):
-            uses = _uses(module)
+        for depth, module in enumerate(_list_above(model, parts)):
+            uses = _read_uses(module)
             for changed, method in (uses.changed if uses else {}).items():
                 if _fits(changed, parts[depth:]):
                     kind = type(module).__qualname__
@@ -57,39 +57,39 @@ def rescaled(model: nn.Module, names: Iterable[str]) -> str | None:
     return None
 
 
-def reader(model: nn.Module, name: str) -> Reader | None:
+def find_reader(model: nn.Module, name: str) -> Reader | None:
     """Who computes with the weight of the layer ``name``, as the modules above it are written."""
     parts = tuple(name.split("."))
-    found, called, above = None, False, _above(model, parts)
+    read_in, called, above = None, False, _list_above(model, parts)
     for depth, module in enumerate(above):
-        uses, path = _uses(module), parts[depth:]
+        uses, path = _read_uses(module), parts[depth:]
         if uses is None:
             continue
         for read, method in uses.read.items():
-            if found is None and _fits(read, path):
-                found = module, method
-        called = called or any(_fits(one, path) for one in (*uses.called, *uses.handed))
+            if read_in is None and _fits(read, path):
+                read_in = module, method
+        called = called or any(_fits(pattern, path) for pattern in (*uses.called, *uses.handed))
         if len(path) == 1 or (len(path) == 2 and isinstance(above[-1], _CONTAINERS)):
             # Who is given all that holds the layer may call it.
-            called = called or any(_fits(one, path[:-1]) for one in uses.handed)
-    return None if found is None else Reader(*found, called)
+            called = called or any(_fits(pattern, path[:-1]) for pattern in uses.handed)
+    return None if read_in is None else Reader(*read_in, called)
 
 
-def _above(model: nn.Module, parts: Path) -> list[nn.Module]:
+def _list_above(model: nn.Module, parts: Path) -> list[nn.Module]:
     """The modules above a layer, from the model to its parent."""
-    found = [model]
+    modules = [model]
     for part in parts[:-1]:
-        found.append(getattr(found[-1], part))
-    return found
+        modules.append(getattr(modules[-1], part))
+    return modules
 
 
-def _uses(module: nn.Module) -> Uses | None:
+def _read_uses(module: nn.Module) -> Uses | None:
     # A forward of its own, on the instance, says nothing of the class's; PEFT's only pass calls on.
-    own = "forward" in vars(module) or type(module).__module__.startswith("peft.")
-    return None if own else uses_of(type(module))
+    is_other = "forward" in vars(module) or type(module).__module__.startswith("peft.")
+    return None if is_other else read_uses(type(module))
 
 
 def _fits(pattern: Path, path: Path) -> bool:
     return len(pattern) == len(path) and all(
-        wanted in (ANY, part) for wanted, part in zip(pattern, path, strict=True)
+        expected in (ANY, part) for expected, part in zip(pattern, path, strict=True)
     )
