@@ -34,7 +34,7 @@ from fastlora.model.report import Report, report
 from fastlora.model.training import adapter_parameters, use_adapters
 from fastlora.modules.conv1d import FastLoRAConv1D
 from fastlora.modules.linear import FastLoRALinear
-from fastlora.modules.several import MultiLoRALinear
+from fastlora.modules.served import MultiLoRALinear
 from fastlora.ops.dispatch import backend, use_backend
 from fastlora.ops.invariance import batch_invariant
 from fastlora.serving import MultiLoRAModel

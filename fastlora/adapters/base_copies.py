@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastlora.adapters import files
 from fastlora.adapters.stored import Rows, Stored, differing, same
 from fastlora.inspection.wrappers import strip_wrappers
-from fastlora.modules import gathering
-from fastlora.modules.saved_modules import Saved
+from fastlora.modules import dtensors
+from fastlora.modules.saved_modules import SavedModule
 
 _TRAINED = ".modules_to_save."
 # Where PEFT's wrappers keep the base's module.
@@ -48,7 +48,7 @@ class Copies:
         with torch.no_grad():
             for tensor, rows in self.changes.values():
                 if isinstance(rows, Tensor):
-                    gathering.fill(tensor, rows)
+                    dtensors.copy_whole(tensor, rows)
                 else:
                     tensor[rows.indices.to(tensor.device)] = rows.values.to(tensor)
 
@@ -101,7 +101,7 @@ def embeddings(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def held(
-    model: nn.Module, adapted: Collection[str], saved: Mapping[str, Saved]
+    model: nn.Module, adapted: Collection[str], saved: Mapping[str, SavedModule]
 ) -> dict[str, Tensor]:
     """{name that PEFT's files have for it: tensor} of all of the base that may be in one.
 
@@ -124,7 +124,7 @@ def read(
     model: nn.Module,
     adapted: Collection[str],
     expected: Iterable[str],
-    saved: Mapping[str, Saved] | None = None,
+    saved: Mapping[str, SavedModule] | None = None,
     moved: bool = False,
     merged: bool = False,
     fixed: str | None = None,
@@ -163,7 +163,7 @@ def read(
                 f"{path}: it has {place_of(name)} along, which is merged here and cannot be "
                 "compared: unmerge_adapter, load_adapter and merge_adapter"
             )
-        if gathering.is_sharded(base) or base.is_meta or (frozen(name) and moved):
+        if dtensors.is_dtensor(base) or base.is_meta or (frozen(name) and moved):
             changes[name] = Change(base, stored.read())
             continue
         rows = differing(stored, lambda start, stop, base=base: base[start:stop])

@@ -29,10 +29,10 @@ from fastlora.model.report import (
     training_rows,
 )
 from fastlora.model.targets import Plan, plan
-from fastlora.modules import gathering, saved_modules
-from fastlora.modules.linear import LoRALayer, lora_layers
-from fastlora.modules.saved_modules import Saved
-from fastlora.modules.several import TrainableMultiLoRALinear, trained_layers
+from fastlora.modules import dtensors, saved_modules
+from fastlora.modules.layer import LoRALayer, find_lora_layers
+from fastlora.modules.saved_modules import SavedModule
+from fastlora.modules.trained import TrainableMultiLoRALinear, find_trained_layers
 
 # PEFT's name of each adapter parameter.
 _KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
@@ -61,7 +61,7 @@ def save_adapter(
     merged or in flat parts (FSDP1, ZeRO), ValueError for a bad directory or a name the model does
     not have.
     """
-    gathering.reshard(model)
+    dtensors.reshard(model)
     tensors = _tensors(model, adapter_name)
     settings = injection(model).config
     base = settings.base_model_name_or_path or getattr(
@@ -77,7 +77,7 @@ def save_adapter(
         modules = unwrap(model).named_modules(remove_duplicate=False)
         others = {strip_wrappers(name) for name, module in modules if module not in own} - {*names}
         values["target_modules"] = matching.name_exactly(names, others)
-    with gathering.gathered(tensors) as whole:
+    with dtensors.gather(tensors) as whole:
         if whole is not None:
             files.write(directory, LoRAConfig.from_dict(values), whole)
 
@@ -106,11 +106,11 @@ def load_adapter(
     FileNotFoundError for a missing file; RuntimeError for a merged model, or flat parts of one
     (FSDP1, ZeRO).
     """
-    gathering.reshard(model)
+    dtensors.reshard(model)
     if adapter_name is not None:
         config = files.read_config(directory, is_trainable)
         return _load_one(model, directory, config, adapter_name, is_trainable)
-    if next(trained_layers(unwrap(model)), None):
+    if next(find_trained_layers(unwrap(model)), None):
         raise ValueError("adapter_name: expected which of the model's adapters to fill, got None")
     read_adapter(model, directory, trainable=is_trainable).fill(model, is_trainable)
     return model
@@ -146,7 +146,7 @@ def read_adapter(
 ) -> LoadedAdapter:
     """The adapter in ``directory`` for ``model``; merged: for one whose layers are."""
     config, inner = files.read_config(directory, trainable), unwrap(model)
-    existing = dict(lora_layers(inner))
+    existing = dict(find_lora_layers(inner))
     chosen = None
     if existing:
         _check_existing(existing, config, merged)
@@ -162,7 +162,7 @@ def read_adapter(
         for key, shape in adapter_shapes(name, weight.shape, config).items()
     }
     trained = _saved(inner, config, chosen)
-    whole = saved_modules.tensors(trained, config)
+    whole = saved_modules.list_tensors(trained, config)
     biases = _biases(inner, config, set(weights))
     biases = {key: bias for key, bias in biases.items() if key not in whole}
     expected |= {key: tuple(t.shape) for key, t in (biases | whole).items()}
@@ -195,7 +195,7 @@ def _load_one(
     is_trainable: bool,
 ) -> nn.Module:
     """Fills one of the adapters that ``model`` trains side by side."""
-    layers = dict(trained_layers(model))
+    layers = dict(find_trained_layers(model))
     training_rows(model).index(adapter_name)
     config.check_plain("of adapters trained together none")
     expected = {}
@@ -213,23 +213,23 @@ def _load_one(
     with torch.no_grad():
         for name, layer in layers.items():
             for kind, parameter in layer.adapter_parameters(adapter_name).items():
-                gathering.fill(parameter, tensors[f"{name}.{_KEYS[kind]}"])
+                dtensors.copy_whole(parameter, tensors[f"{name}.{_KEYS[kind]}"])
                 parameter.requires_grad_(is_trainable)
     return model
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer | TrainableMultiLoRALinear]]:
-    yield from lora_layers(model)
-    yield from trained_layers(model)
+    yield from find_lora_layers(model)
+    yield from find_trained_layers(model)
 
 
 def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
+    layers, trained = dict(find_lora_layers(model)), dict(find_trained_layers(model))
     if trained or adapter_name is not None:
         training_rows(model).index(adapter_name)
         for name, layer in trained.items():
             parameters = layer.adapter_parameters(str(adapter_name))
-            gathering.check_whole(name, layer, layer.r, parameters)
+            dtensors.check_whole(name, layer, layer.r, parameters)
         return {
             f"{name}.{_KEYS[kind]}": parameter
             for name, layer in trained.items()
@@ -244,14 +244,14 @@ def _tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str, Ten
             "save the whole model after merge_and_unload"
         )
     for name, layer in layers.items():
-        gathering.check_whole(name, layer, layer.r, layer.adapter_parameters())
+        dtensors.check_whole(name, layer, layer.r, layer.adapter_parameters())
     tensors: dict[str, Tensor] = {
         f"{name}.{_KEYS[kind]}": parameter
         for name, layer in layers.items()
         for kind, parameter in layer.adapter_parameters().items()
     }
     inner, config = unwrap(model), injection(model).config
-    whole = saved_modules.tensors(saved(inner), config)
+    whole = saved_modules.list_tensors(saved(inner), config)
     bases = base_copies.held(inner, layers, saved(inner))
     tensors |= {name: bases[name] for name in sorted(carries(inner)) if name in bases}
     return tensors | _biases(inner, config, set(layers)) | whole
@@ -274,10 +274,10 @@ def _biases(model: nn.Module, config: LoRAConfig, replaced: set[str]) -> dict[st
     return found
 
 
-def _saved(model: nn.Module, config: LoRAConfig, chosen: Plan | None) -> dict[str, Saved]:
+def _saved(model: nn.Module, config: LoRAConfig, chosen: Plan | None) -> dict[str, SavedModule]:
     """By name, what the adapter trains whole, if it has not been copied yet as its own copy."""
     if chosen is not None:
-        return {name: Saved(module, module) for name, module in chosen.saved.items()}
+        return {name: SavedModule(module, module) for name, module in chosen.saved.items()}
     found, there = saved_modules.find(model, config), saved(model)
     if found.keys() != there.keys():
         raise ValueError(
@@ -294,7 +294,7 @@ def _check_existing(layers: dict[str, LoRALayer], config: LoRAConfig, merged: bo
                 f"{name} is merged: unmerge_adapter before loading another adapter, or swap_adapter"
             )
         _check_named(name, layer.r, config)
-        gathering.check_whole(
+        dtensors.check_whole(
             name, layer, layer.r, {"weight": layer.weight, **layer.adapter_parameters()}
         )
         if (layer.lora_bias is not None) != config.lora_bias:
@@ -329,16 +329,16 @@ def _apply(model: nn.Module, loaded: LoadedAdapter, is_trainable: bool) -> None:
     loaded.copies.fill()
     with torch.no_grad():
         for key, bias in biases.items():
-            gathering.fill(bias, tensors[key])
-        for name, layer in lora_layers(model):
+            dtensors.copy_whole(bias, tensors[key])
+        for name, layer in find_lora_layers(model):
             layer.lora_alpha, layer.use_rslora = config.alpha_of(name), config.use_rslora
             layer.scaling, layer.lora_dropout = config.scaling_of(name), config.lora_dropout
             for kind, parameter in layer.adapter_parameters().items():
-                gathering.fill(parameter, tensors[f"{name}.{_KEYS[kind]}"])
+                dtensors.copy_whole(parameter, tensors[f"{name}.{_KEYS[kind]}"])
                 parameter.requires_grad_(is_trainable)
         for name, module in saved(model).items():
             module.trained.requires_grad_(is_trainable)
-            for key, tensor in saved_modules.state(name, module.trained).items():
-                gathering.fill(tensor, tensors[key])
+            for key, tensor in saved_modules.list_state(name, module.trained).items():
+                dtensors.copy_whole(tensor, tensors[key])
     for bias in biases.values():
         bias.requires_grad_(is_trainable)

@@ -21,9 +21,9 @@ from fastlora.inspection import first_forward
 from fastlora.inspection.wrappers import unwrap
 from fastlora.model import checkpoint, tied
 from fastlora.model.report import forget, missing, saved
-from fastlora.modules.linear import LoRALayer, lora_layers
+from fastlora.modules.layer import LoRALayer, find_lora_layers
 from fastlora.modules.replacement import replace_module
-from fastlora.modules.several import trained_layers
+from fastlora.modules.trained import find_trained_layers
 
 _SETTINGS = ("lora_alpha", "use_rslora", "scaling", "lora_dropout", "_fidelity")
 
@@ -63,7 +63,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     guarantee as in ``merge_adapter``.
     """
     inner = unwrap(model)
-    layers = dict(lora_layers(inner))
+    layers = dict(find_lora_layers(inner))
     if not layers:
         raise missing(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
@@ -128,7 +128,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     (init_lora_weights "pissa", "olora") stays what that left. What was merged is merged again at
     the end, whatever became of the adapter in between.
     """
-    layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
+    layers, trained = dict(find_lora_layers(model)), dict(find_trained_layers(model))
     if not layers and not trained:
         raise missing(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
@@ -150,7 +150,7 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
     there = {name: model.get_submodule(name) for name in saved(model)}
     try:
         for name, module in saved(model).items():
-            replace_module(model, [name], module.follow())
+            replace_module(model, [name], module.match_copy())
         yield
     finally:
         for name, module in there.items():
@@ -158,7 +158,7 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
-    layers = dict(lora_layers(model))
+    layers = dict(find_lora_layers(model))
     if not layers:
         raise missing(model)
     wrong = [name for name, layer in layers.items() if layer.merged != merged]

@@ -22,10 +22,12 @@ from fastlora.model.tied import tied
 from fastlora.modules import init as initial
 from fastlora.modules import saved_modules
 from fastlora.modules.conv1d import FastLoRAConv1D
-from fastlora.modules.linear import FastLoRALinear, lora_layers
+from fastlora.modules.layer import find_lora_layers
+from fastlora.modules.linear import FastLoRALinear
 from fastlora.modules.replacement import replace_module
-from fastlora.modules.several import TrainableMultiLoRALinear, TrainingRows, trained_layers
-from fastlora.rows.entry import Watch
+from fastlora.modules.trained import TrainableMultiLoRALinear, find_trained_layers
+from fastlora.modules.training_rows import TrainingRows
+from fastlora.rows.watch import Watch
 
 
 def replace_linear(
@@ -62,8 +64,8 @@ def replace_linear(
             "modules_to_save: of adapters trained together none trains modules whole, got "
             f"{list_some(chosen.saved)} (task_type={given.task_type!r})"
         )
-    saved_modules.check_found(settings, chosen.saved)
-    present = [name for name, _ in (*lora_layers(model), *trained_layers(model))]
+    saved_modules.check_names(settings, chosen.saved)
+    present = [name for name, _ in (*find_lora_layers(model), *find_trained_layers(model))]
     if present:
         raise ValueError(
             f"model: {len(present)} layers have LoRA already ({present[0]}, …) and one config must "
@@ -102,7 +104,7 @@ def inject(
     layers = {
         name: _layer(name, linear, config, rows) for name, (linear, _) in chosen.linears.items()
     }
-    saved = saved_modules.copied(chosen.saved)
+    saved = saved_modules.copy_modules(chosen.saved)
     with each.all_or_none() as done:
         if has_split_base(config.init_lora_weights):
             _refuse_tied(inner, chosen, config)
@@ -144,7 +146,7 @@ def _layer(name: str, linear: nn.Module, config: LoRAConfig, rows: TrainingRows 
     if rows is not None:
         return TrainableMultiLoRALinear.from_linear(linear, rows, r, **options)
     kind = FastLoRAConv1D if is_conv1d(linear) else FastLoRALinear
-    return kind._sharing(linear, r, lora_bias=config.lora_bias, **options)
+    return kind._share(linear, r, lora_bias=config.lora_bias, **options)
 
 
 def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
@@ -173,11 +175,11 @@ def _checked(model: nn.Module) -> nn.Module:
 def _freeze(
     model: nn.Module,
     config: LoRAConfig,
-    saved: Mapping[str, saved_modules.Saved],
+    saved: Mapping[str, saved_modules.SavedModule],
 ) -> None:
-    layers = list(lora_layers(model))
+    layers = list(find_lora_layers(model))
     adapters = {id(p) for _, layer in layers for p in layer.adapter_parameters().values()}
-    for _, layer in trained_layers(model):
+    for _, layer in find_trained_layers(model):
         adapters |= {id(p) for p in (*layer.lora_A.values(), *layer.lora_B.values())}
     for module in saved.values():
         adapters |= {id(p) for p in module.trained.parameters()}

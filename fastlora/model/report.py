@@ -14,10 +14,12 @@ from fastlora.functional.fidelity import Fidelity
 from fastlora.inspection.first_forward import get_reading_module
 from fastlora.inspection.layers import find_peft_layers
 from fastlora.inspection.wrappers import unwrap
-from fastlora.modules.linear import lora_layers
-from fastlora.modules.saved_modules import Saved
-from fastlora.modules.several import MultiLoRALinear, TrainingRows, trained_layers
-from fastlora.rows.entry import Watch
+from fastlora.modules.layer import find_lora_layers
+from fastlora.modules.saved_modules import SavedModule
+from fastlora.modules.served import MultiLoRALinear
+from fastlora.modules.trained import find_trained_layers
+from fastlora.modules.training_rows import TrainingRows
+from fastlora.rows.watch import Watch
 
 _RECORD = "_fastlora_injection"
 
@@ -37,7 +39,7 @@ class Injection:
     config: LoRAConfig
     skipped: dict[str, str]
     rows: TrainingRows | None = None
-    saved: dict[str, Saved] = field(default_factory=dict)
+    saved: dict[str, SavedModule] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
     watch: Watch | None = None
 
@@ -98,11 +100,11 @@ def report(model: nn.Module) -> Report:
     Of any model: one without LoRA layers has nothing replaced. Raises TypeError for no model.
     """
     inner = unwrap(model)
-    layers = dict(lora_layers(inner))
+    layers = dict(find_lora_layers(inner))
     served = {
         n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
     }
-    trained = {name: layer.r for name, layer in trained_layers(inner)}
+    trained = {name: layer.r for name, layer in find_trained_layers(inner)}
     parameters = list(inner.parameters())
     record: Injection | None = getattr(inner, _RECORD, None)
     found = Report(
@@ -143,7 +145,7 @@ def missing(model: nn.Module) -> RuntimeError:
     return RuntimeError(f"model: expected one with FastLoRALinear layers, found {found}")
 
 
-def saved(model: nn.Module) -> dict[str, Saved]:
+def saved(model: nn.Module) -> dict[str, SavedModule]:
     """By name, the modules of ``model`` that are trained whole; often none."""
     record: Injection | None = getattr(unwrap(model), _RECORD, None)
     return dict(record.saved) if record else {}
@@ -166,7 +168,7 @@ def training_rows(model: nn.Module) -> TrainingRows:
 
 
 def _in_their_place(model: nn.Module) -> str:
-    if next(trained_layers(model), None) is not None:
+    if next(find_trained_layers(model), None) is not None:
         return "several adapters in training: save one and load it alone"
     if find_peft_layers(unwrap(model)):
         return (

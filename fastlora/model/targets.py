@@ -88,7 +88,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Plan:
     if not linears:
         raise ValueError(_no_match(inner, config, skipped))
     saved = saved_modules.find(inner, config)
-    saved_modules.check_apart(saved, [name for _, names in linears.values() for name in names])
+    saved_modules.check_disjoint(saved, [name for _, names in linears.values() for name in names])
     return Plan(linears, skipped, saved, elsewhere)
 
 

@@ -12,7 +12,7 @@ from fastlora.config.listing import list_some
 from fastlora.functional.checks.merge import overlap
 from fastlora.inspection.layers import find_places
 from fastlora.inspection.plain_tensors import is_plain
-from fastlora.modules.linear import LoRALayer
+from fastlora.modules.layer import LoRALayer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 

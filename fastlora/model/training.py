@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from fastlora.model.report import injection, training_rows
-from fastlora.modules import gathering
-from fastlora.modules.several import trained_layers
+from fastlora.modules import dtensors
+from fastlora.modules.trained import find_trained_layers
 from fastlora.rows.statements import check_dims, check_rows
 
 
@@ -44,8 +44,8 @@ def use_adapters(
     stated = dims | check_rows(model, adapter_rows, len(adapter_names), dims)
     rows, watch = training_rows(model), injection(model).watch
     assert watch is not None
-    named = rows.named(adapter_names, gathering.anywhere(model), watch.state(stated))
-    with named, watch.eagerly_at_first():
+    named = rows.run_named(adapter_names, dtensors.make_any_flags(model), watch.hook_stated(stated))
+    with named, watch.run_first_eagerly():
         yield model
 
 
@@ -56,5 +56,5 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter
     name that the model does not have, RuntimeError for a model without several adapters.
     """
     training_rows(model).index(adapter_name)
-    layers = [layer for _, layer in trained_layers(model)]
+    layers = [layer for _, layer in find_trained_layers(model)]
     return [p for layer in layers for p in layer.adapter_parameters(adapter_name).values()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlora import config as settings
 from fastlora.inspection.layers import get_matrix, is_conv1d
-from fastlora.modules.linear import LoRALayer, check_drawn
+from fastlora.modules.layer import LoRALayer, check_drawn
 
 
 class FastLoRAConv1D(LoRALayer):
@@ -46,14 +46,14 @@ class FastLoRAConv1D(LoRALayer):
         self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(nf, device=device, dtype=dtype))
         self.reset_parameters()
-        self._settle(
+        self._set_up(
             r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
         )
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module, r: int = 8, **options: Any) -> FastLoRAConv1D:
         """A layer around a ``Conv1D``'s weight and bias, frozen by it; as ``from_linear``."""
-        return cls._frozen(conv1d, r, **options)
+        return cls._share_frozen(conv1d, r, **options)
 
     @property
     def matrix(self) -> Tensor:
@@ -71,15 +71,15 @@ class FastLoRAConv1D(LoRALayer):
         return f"nf={self.nf}, nx={self.nx}" + super().extra_repr()
 
     @classmethod
-    def _misfit(cls, linear: nn.Module) -> str | None:
+    def _explain_misfit(cls, linear: nn.Module) -> str | None:
         return None if is_conv1d(linear) else "it is for FastLoRALinear.from_linear"
 
     @classmethod
-    def _like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRAConv1D:
+    def _make_like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRAConv1D:
         nf, nx = get_matrix(linear).shape
         return cls(nf, nx, r, **options)
 
-    def _plain(self) -> nn.Module:
+    def _make_plain(self) -> nn.Module:
         kind = importlib.import_module("transformers.pytorch_utils").Conv1D
         with torch.device("meta"):
             return kind(self.nf, self.nx)

@@ -19,45 +19,45 @@ _ABOVE = np.iinfo(np.int32).max
 Owners = np.ndarray[Any, np.dtype[np.int32]]
 
 
-def constant(owner: int, ndim: int) -> Owners:
+def fill_owner(owner: int, ndim: int) -> Owners:
     """One owner for all of a tensor."""
     return np.full((1,) * ndim, owner, np.int32)
 
 
-def along(dim: int, owners: Sequence[int] | Owners, ndim: int) -> Owners:
+def spread_along(dim: int, owners: Sequence[int] | Owners, ndim: int) -> Owners:
     """``owners``, one an index of ``dim``, for a tensor of ``ndim`` dimensions."""
     shape = [1] * ndim
     shape[dim] = len(owners)
-    return compressed(np.asarray(owners, np.int32).reshape(shape))
+    return compress(np.asarray(owners, np.int32).reshape(shape))
 
 
-def aligned(o: Owners, ndim: int) -> Owners:
+def align(o: Owners, ndim: int) -> Owners:
     """With dimensions of size 1 before its own, as broadcasting has it."""
     return o if o.ndim >= ndim else o.reshape((1,) * (ndim - o.ndim) + o.shape)
 
 
-def join(*given: Owners | None) -> Owners | None:
+def join(*owners: Owners | None) -> Owners | None:
     """Of elements computed of one another: the one owner, or several, whom nothing parts again."""
-    found: Owners | None = None
-    for o in given:
-        if o is None or o is found:
+    joined: Owners | None = None
+    for o in owners:
+        if o is None or o is joined:
             continue
-        if found is None:
-            found = o
+        if joined is None:
+            joined = o
             continue
-        ndim = max(o.ndim, found.ndim)
-        found = _pair(aligned(found, ndim), aligned(o, ndim))
-    return found
+        ndim = max(o.ndim, joined.ndim)
+        joined = _join_two(align(joined, ndim), align(o, ndim))
+    return joined
 
 
-def _pair(a: Owners, b: Owners) -> Owners:
+def _join_two(a: Owners, b: Owners) -> Owners:
     if a.shape == b.shape and (a == b).all():
         return a
     both = np.where(a == b, a, np.int32(MIXED))
-    return compressed(np.where(a == NOBODY, b, np.where(b == NOBODY, a, both)))
+    return compress(np.where(a == NOBODY, b, np.where(b == NOBODY, a, both)))
 
 
-def over(o: Owners | None, dims: Iterable[int]) -> Owners | None:
+def join_along(o: Owners | None, dims: Iterable[int]) -> Owners | None:
     """Joined along ``dims``, which stay, of size 1."""
     if o is None:
         return None
@@ -70,7 +70,7 @@ def over(o: Owners | None, dims: Iterable[int]) -> Owners | None:
     return np.where(low == _ABOVE, np.int32(NOBODY), one).astype(np.int32)
 
 
-def compressed(o: Owners) -> Owners:
+def compress(o: Owners) -> Owners:
     """With size 1 wherever the owner does not change along a dimension."""
     for dim, size in enumerate(o.shape):
         if size > 1:
@@ -80,7 +80,7 @@ def compressed(o: Owners) -> Owners:
     return o
 
 
-def full(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
+def expand(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
     """Expanded to ``shape`` along ``dims``."""
     target = list(o.shape)
     for dim in dims:
@@ -88,10 +88,10 @@ def full(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
     return np.broadcast_to(o, target)
 
 
-def reshaped(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
+def reshape(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
     """Of the elements of a tensor of shape ``old``, in order, in the shape ``new``."""
     if math.prod(old) == 0 or o.size == 1:
-        return constant(int(o.flat[0]) if o.size else NOBODY, len(new))
+        return fill_owner(int(o.flat[0]) if o.size else NOBODY, len(new))
     middle: list[int] = []
     expanded: list[int] = []
     i = j = 0
@@ -113,4 +113,4 @@ def reshaped(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
         else:
             expanded += old[first:i]
             middle += new[begin:j]
-    return compressed(np.broadcast_to(o, expanded).reshape(middle))
+    return compress(np.broadcast_to(o, expanded).reshape(middle))

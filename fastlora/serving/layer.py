@@ -35,7 +35,7 @@ class ServedLinear(SharedWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., in_features), whose rows the routing knows, to (..., out_features)."""
-        groups, scales = self.routing.groups_and_scales(input, self)
+        groups, scales = self.routing.prepare_groups(input, self)
         pages = self.bank.pages(self.key)
         return F.multi_lora_linear(
             input, self.matrix, pages.lora_A, pages.lora_B, groups, pages.scalings,

@@ -20,9 +20,9 @@ from fastlora.inspection.wrappers import unwrap
 from fastlora.model.targets import plan
 from fastlora.modules.replacement import replace_module
 from fastlora.modules.routing import Routing
-from fastlora.rows.entry import Watch
-from fastlora.rows.inputs import copies_in
+from fastlora.rows.inputs import count_copies
 from fastlora.rows.statements import Statement, check_dims, check_rows
+from fastlora.rows.watch import Watch
 from fastlora.serving.bank.bank import AdapterBank
 from fastlora.serving.bank.entry import Read
 from fastlora.serving.bank.layout import Layout
@@ -205,7 +205,7 @@ class MultiLoRAModel(nn.Module):
         not known, or what reading an adapter raised.
         """
         routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs)
-        with routed, self.rows.called(args, kwargs):
+        with routed, self.rows.follow_call(args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -223,9 +223,9 @@ class MultiLoRAModel(nn.Module):
         row's.
         """
         model: Any = self.model
-        copies = copies_in(model, kwargs)
+        copies = count_copies(model, kwargs)
         routed = self._routed(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
-        with routed, self.rows.generating(args, kwargs), self.rows.eagerly_at_first():
+        with routed, self.rows.follow_generate(args, kwargs), self.rows.run_first_eagerly():
             return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
@@ -257,8 +257,10 @@ class MultiLoRAModel(nn.Module):
         per_token: every token is a row, wherever its sequence begins and ends. stated: whose the
         rows of modules are.
         """
-        found = self.rows.state(self._batch_dims if stated is None else stated)
-        with self._batch.running(list(slots), self.max_adapters, copies, scales, per_token, found):
+        found = self.rows.hook_stated(self._batch_dims if stated is None else stated)
+        with self._batch.run_batch(
+            list(slots), self.max_adapters, copies, scales, per_token, found
+        ):
             yield
 
     @contextmanager

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.config import matching, refusals
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.models import llama
 
 OWN = {f.name for f in dataclasses.fields(LoRAConfig)}
@@ -278,7 +278,7 @@ def test_the_same_layers_ranks_and_scalings_as_peft(options):
         if isinstance(layer, peft.tuners.lora.LoraLayer)
     }
     ours = fastlora.replace_linear(llama(), peft.LoraConfig(**options))
-    assert {n: (layer.r, layer.scaling) for n, layer in lora_layers(ours)} == wanted
+    assert {n: (layer.r, layer.scaling) for n, layer in find_lora_layers(ours)} == wanted
     assert wanted
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.inspection.bypass import explain_bypass, find_reader
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.models import (
     bert,
     error,
@@ -69,13 +69,15 @@ def test_layers_of_real_models_are_refused_when_named_and_else_skipped(name):
         fastlora.MultiLoRAModel(model, target_modules=[one])
     fastlora.replace_linear(model, ALL)
     assert found <= set(fastlora.report(model).skipped)
-    assert {n for n, _ in lora_layers(model)} == set(linears) - set(fastlora.report(model).skipped)
+    assert {n for n, _ in find_lora_layers(model)} == set(linears) - set(
+        fastlora.report(model).skipped
+    )
 
 
 def test_of_wavlm_every_layer_that_is_replaced_gets_a_gradient():
     model = fastlora.replace_linear(wavlm(), ALL)
     model(**AUDIO).logits.square().mean().backward()
-    assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in lora_layers(model))
+    assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in find_lora_layers(model))
 
 
 @pytest.mark.parametrize("build", [llama, bert, gpt2, t5])

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastlora
 from fastlora import functional as F
 from fastlora.inspection.plain_tensors import explain_unreadable
-from fastlora.modules.several import TrainableMultiLoRALinear, TrainingRows
+from fastlora.modules.trained import TrainableMultiLoRALinear
+from fastlora.modules.training_rows import TrainingRows
 from tests.support.helpers import Wrapped
 from tests.support.models import untouched
 
@@ -114,7 +115,7 @@ class Dumb(Deaf):
 @pytest.mark.parametrize("kind", [Deaf, Dumb])
 def test_quantized_once_it_is_replaced(kind):
     """As torchao's quantize_ does to all subclasses of nn.Linear: each call says which operand."""
-    said = f"weight: expected a plain tensor.*test_plain.{kind.__name__}, which holds"
+    said = f"weight: expected a plain tensor.*test_plain_tensors.{kind.__name__}, which holds"
     given = fastlora.replace_linear(model(), SETTINGS).eval()
     many = fastlora.MultiLoRALinear.from_linear(model()[1], 2, 2)
     for layer in (given[1], many):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.model.report import training_rows
-from fastlora.modules.several import TrainableMultiLoRALinear
+from fastlora.modules.trained import TrainableMultiLoRALinear
 from tests.support.helpers import same_bits
 from tests.support.models import error, llama, logits, tokens, untouched
 from tests.support.trained_models import CONFIG, losses, per_adapter, together

@@ -15,7 +15,7 @@ from fastlora import functional as F
 from fastlora.config.listing import list_some
 from fastlora.inspection.plain_tensors import explain_unreadable, is_plain
 from fastlora.integrations.peft.parts import adapter_of, product, unknown
-from fastlora.modules.gathering import is_sharded
+from fastlora.modules.dtensors import is_dtensor
 
 
 class Merged(NamedTuple):
@@ -142,7 +142,7 @@ def _is_quantos(weight: object) -> bool:
 def _refuse_wrapped(name: str, base: nn.Module) -> None:
     """TypeError for a weight, quantized since the patch, of which PEFT would write a copy."""
     weight = base._parameters.get("weight")
-    if weight is None or is_plain(weight) or is_sharded(weight):
+    if weight is None or is_plain(weight) or is_dtensor(weight):
         return
     raise TypeError(
         f"adapter {name!r}: its base's weight is {explain_unreadable(weight)}: what is added to it "

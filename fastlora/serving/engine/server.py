@@ -40,5 +40,5 @@ def routed(
         if ids is None:
             yield
         else:
-            with server.rows.tokens(ids):
+            with server.rows.follow_tokens(ids):
                 yield

@@ -20,7 +20,7 @@ from fastlora.backends import dropout
 from fastlora.functional.autograd import LoRALinear
 from fastlora.functional.checks import linear as checks
 from fastlora.functional.rows import as_rows, kind_of
-from fastlora.modules.gathering import is_sharded
+from fastlora.modules.dtensors import is_dtensor
 from fastlora.ops import dispatch, invariance
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def lora_linear(
     Raises TypeError naming the operand that is no DTensor, ValueError for one on another mesh or a
     weight that is placed otherwise.
     """
-    if not is_sharded(weight):
+    if not is_dtensor(weight):
         return F.lora_linear(
             x, weight, lora_A, lora_B, scaling,
             bias=bias, lora_bias=lora_bias, dropout_p=dropout_p, training=training,
@@ -66,29 +66,29 @@ def lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     mesh: DeviceMesh = weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    splits = _splits(x, weight)
+    splits = _list_splits(x, weight)
     shape = (*x.shape[:-1], weight.shape[0])
 
     def local(name: str, value: Tensor | None) -> Any:
-        return None if value is None else _Local.apply(value, *_placements(splits, name))
+        return None if value is None else _ToLocal.apply(value, *_list_placements(splits, name))
 
     x, weight = local("x", x), local("weight", weight)
     lora_A, lora_B = local("lora_A", lora_A), local("lora_B", lora_B)
-    bias, lora_bias = (_added_once(local("bias", b), splits, mesh) for b in (bias, lora_bias))
+    bias, lora_bias = (_add_once(local("bias", b), splits, mesh) for b in (bias, lora_bias))
     drops = training and dropout.threshold(dropout_p) > 0
-    p, seed = (dropout_p, _seed(x.device, splits, mesh)) if drops else (0.0, None)
+    p, seed = (dropout_p, _draw_seed(x.device, splits, mesh)) if drops else (0.0, None)
     backend = invariance.marked(dispatch.choose("lora_linear", *kind_of(x, lora_A)))
     y, _ = LoRALinear.apply(
         as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed, backend
     )
     y = y.view(*x.shape[:-1], y.shape[1])
-    return _Whole.apply(y, mesh, torch.Size(shape), *_placements(splits, "y"))
+    return _ToWhole.apply(y, mesh, torch.Size(shape), *_list_placements(splits, "y"))
 
 
 def _check_beside(weight: Any, name: str, value: object) -> None:
     if value is None:
         return
-    if not is_sharded(value):
+    if not is_dtensor(value):
         raise TypeError(
             f"{name}: expected a DTensor beside a weight that is sharded over processes, got "
             f"{type(value).__name__}: parallelize_module places a layer's input and parameters, "
@@ -99,7 +99,7 @@ def _check_beside(weight: Any, name: str, value: object) -> None:
         raise ValueError(f"{name}: expected the weight's mesh {weight.device_mesh}, got {mesh}")
 
 
-def _splits(x: Any, weight: Any) -> list[Split]:
+def _list_splits(x: Any, weight: Any) -> list[Split]:
     """Of each mesh dimension {operand: (its placement, that of its gradient)}."""
     last = x.dim() - 1
     return [
@@ -129,12 +129,12 @@ def _split(x: Placement, weight: Placement, last: int) -> Split:
     return {"x": rows, "y": rows} | dict.fromkeys(("weight", "lora_A", "lora_B", "bias"), others)
 
 
-def _placements(splits: list[Split], name: str) -> tuple[list[Placement], list[Placement]]:
+def _list_placements(splits: list[Split], name: str) -> tuple[list[Placement], list[Placement]]:
     """An operand's placements, and those of its gradient as each process will compute it."""
     return [split[name][0] for split in splits], [split[name][1] for split in splits]
 
 
-def _added_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> Tensor | None:
+def _add_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> Tensor | None:
     """The bias where y is a sum over processes: the first one's, zero in the others."""
     coordinate = mesh.get_coordinate() or ()
     summed = (split["y"][0].is_partial() for split in splits)
@@ -144,7 +144,7 @@ def _added_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> T
     return bias.where(torch.zeros((), dtype=torch.bool, device=bias.device), 0)
 
 
-def _seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor:
+def _draw_seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor:
     """The first process's seed, and another for each part of x; Philox takes any as a key."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -156,7 +156,7 @@ def _seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor
     return drawn.to_local() + part
 
 
-class _Local(Function):
+class _ToLocal(Function):
     """(DTensor, placements, its gradient's placements) -> what this process then holds of it."""
 
     @staticmethod
@@ -170,13 +170,13 @@ class _Local(Function):
         from torch.distributed.tensor import Replicate
 
         mesh, before, shape = ctx.whole
-        grad = _dtensor(grads[0], mesh, ctx.gradients, shape)
+        grad = _make_dtensor(grads[0], mesh, ctx.gradients, shape)
         # The gradient of a sum's part is the sum's.
         placements = [Replicate() if p.is_partial() else p for p in before]
         return grad.redistribute(placements=placements), None, None
 
 
-class _Whole(Function):
+class _ToWhole(Function):
     """(local tensor, mesh, the whole's shape, placements, its gradient's placements) -> DTensor."""
 
     @staticmethod
@@ -184,7 +184,7 @@ class _Whole(Function):
         ctx: Any, local: Tensor, mesh: Any, shape: torch.Size, placements: Any, gradients: Any
     ) -> Tensor:
         ctx.gradients = gradients
-        return _dtensor(local, mesh, placements, shape)
+        return _make_dtensor(local, mesh, placements, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -192,7 +192,7 @@ class _Whole(Function):
         return local, None, None, None, None
 
 
-def _dtensor(local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> Any:
+def _make_dtensor(local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> Any:
     """Shards need not be equal: only the whole's shape says what they are of."""
     from torch.distributed.tensor import DTensor
 

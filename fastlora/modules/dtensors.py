@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(value: object) -> bool:
+def is_dtensor(value: object) -> bool:
     """Whether ``value`` is a DTensor; nothing is imported to find out."""
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(value, loaded.DTensor)
@@ -30,7 +30,7 @@ def reshard(model: nn.Module) -> None:
                 loaded.FSDPModule.reshard(module)
 
 
-def anywhere(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
+def make_any_flags(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
     """Of flags those that any process of a ``fully_shard`` model has set; else the flags.
 
     Its processes exchange the gradients that there are, which must be the same ones in all.
@@ -50,31 +50,31 @@ def anywhere(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
 
 
 @contextmanager
-def gathered(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
+def gather(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
     """The tensors with every DTensor whole, for the one process that is to write them.
 
     All processes must call, in which the others get None and wait at the end; without DTensors
     each is the one.
     """
-    if not any(map(is_sharded, tensors.values())):
+    if not any(map(is_dtensor, tensors.values())):
         yield dict(tensors)
         return
-    whole = {name: _whole(t) if is_sharded(t) else t for name, t in tensors.items()}
+    whole = {name: _make_whole(t) if is_dtensor(t) else t for name, t in tensors.items()}
     try:
         yield whole if torch.distributed.get_rank() == 0 else None
     finally:
         torch.distributed.barrier()
 
 
-def _whole(tensor: Any) -> Tensor:
+def _make_whole(tensor: Any) -> Tensor:
     # Parameters offloaded to the CPU are gathered by the devices, whose mesh it is.
     return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
+def copy_whole(parameter: Tensor, value: Tensor) -> None:
     """Copies a whole tensor, the same in every process, into ``parameter``, sharded or not."""
-    if is_sharded(parameter):
+    if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         to: Any = parameter

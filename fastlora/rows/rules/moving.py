@@ -8,29 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlora.rows.op import Found, Op, Rule
 from fastlora.rows.owners import (
     MIXED,
     NOBODY,
     Owners,
-    aligned,
-    compressed,
-    constant,
+    align,
+    compress,
+    fill_owner,
     join,
-    reshaped,
+    reshape,
 )
+from fastlora.rows.rules.op import Op, OpOwners, Rule, assign
 
 
-def _viewed(op: Op) -> Found:
+def _view(op: Op) -> OpOwners:
     x, out = op.args[0], op.outs[0]
-    o = op.own(x)
+    o = op.owners_of(x)
     if o is None or isinstance(op.args[1] if len(op.args) > 1 else None, torch.dtype):
-        return o if o is None or x.shape == out.shape else constant(MIXED, out.dim())
-    return reshaped(o, tuple(x.shape), tuple(out.shape))
+        return o if o is None or x.shape == out.shape else fill_owner(MIXED, out.dim())
+    return reshape(o, tuple(x.shape), tuple(out.shape))
 
 
-def _permuted(op: Op) -> Found:
-    o, ndim = op.own(op.args[0]), op.args[0].dim()
+def _permute(op: Op) -> OpOwners:
+    o, ndim = op.owners_of(op.args[0]), op.args[0].dim()
     if o is None:
         return None
     dims = list(range(ndim))
@@ -44,22 +44,22 @@ def _permuted(op: Op) -> Found:
     return o.transpose(dims)
 
 
-def _expanded(op: Op) -> Found:
-    o = op.own(op.args[0])
-    return None if o is None else aligned(o, op.outs[0].dim())
+def _expand(op: Op) -> OpOwners:
+    o = op.owners_of(op.args[0])
+    return None if o is None else align(o, op.outs[0].dim())
 
 
-def _repeated(op: Op) -> Found:
-    o = op.own(op.args[0])
+def _repeat(op: Op) -> OpOwners:
+    o = op.owners_of(op.args[0])
     if o is None:
         return None
-    o = aligned(o, op.outs[0].dim())
+    o = align(o, op.outs[0].dim())
     times = [n if size > 1 else 1 for n, size in zip(op.args[1], o.shape, strict=True)]
     return np.tile(o, times)
 
 
-def _selected(op: Op) -> Found:
-    o = op.own(op.args[0])
+def _select(op: Op) -> OpOwners:
+    o = op.owners_of(op.args[0])
     if o is None:
         return None
     dim = op.arg("dim") % o.ndim
@@ -67,8 +67,8 @@ def _selected(op: Op) -> Found:
     return o[(slice(None),) * dim + (index,)]
 
 
-def _sliced(op: Op) -> Found:
-    o = op.own(op.args[0])
+def _slice(op: Op) -> OpOwners:
+    o = op.owners_of(op.args[0])
     if o is None:
         return None
     dim = (op.arg("dim") or 0) % o.ndim
@@ -78,53 +78,55 @@ def _sliced(op: Op) -> Found:
     return o[(slice(None),) * dim + (part,)]
 
 
-def _split(op: Op) -> Found:
-    o = op.own(op.args[0])
+def _split(op: Op) -> OpOwners:
+    o = op.owners_of(op.args[0])
     if o is None:
         return None
-    dim, begin, found = (op.arg("dim") or 0) % o.ndim, 0, []
+    dim, begin, parts = (op.arg("dim") or 0) % o.ndim, 0, []
     for out in op.outs:
         gone = out.dim() < op.args[0].dim()
         end = begin + (1 if gone else out.shape[dim])
         part = o if o.shape[dim] == 1 else o[(slice(None),) * dim + (slice(begin, end),)]
-        found.append(part.squeeze(dim) if gone else part)
+        parts.append(part.squeeze(dim) if gone else part)
         begin = end
-    return found
+    return parts
 
 
-def _concatenated(op: Op) -> Found:
+def _concatenate(op: Op) -> OpOwners:
     out = op.outs[0]
     parts = [t for t in op.args[0] if t.dim() == out.dim()]
-    return _one_after_another(op, parts, (op.arg("dim") or 0) % out.dim(), list(map(op.own, parts)))
+    return _concatenate_owners(
+        op, parts, (op.arg("dim") or 0) % out.dim(), list(map(op.owners_of, parts))
+    )
 
 
-def _stacked(op: Op) -> Found:
+def _stack(op: Op) -> OpOwners:
     dim = (op.arg("dim") or 0) % op.outs[0].dim()
-    owners = [None if o is None else np.expand_dims(o, dim) for o in map(op.own, op.args[0])]
-    return _one_after_another(op, [t.unsqueeze(dim) for t in op.args[0]], dim, owners)
+    owners = [None if o is None else np.expand_dims(o, dim) for o in map(op.owners_of, op.args[0])]
+    return _concatenate_owners(op, [t.unsqueeze(dim) for t in op.args[0]], dim, owners)
 
 
-def _one_after_another(
+def _concatenate_owners(
     op: Op, parts: Sequence[Tensor], dim: int, owners: Sequence[Owners | None]
-) -> Found:
-    given = [o for o in owners if o is not None]
+) -> OpOwners:
+    known = [o for o in owners if o is not None]
     # Beside one row's, one after another, what is nobody's may be another row.
-    apart = dim == 0 and len(given) < len(owners) and any(o.size == 1 for o in given)
-    if all(o.shape[dim] == 1 for o in given) and not apart:
+    unclear = dim == 0 and len(known) < len(owners) and any(o.size == 1 for o in known)
+    if all(o.shape[dim] == 1 for o in known) and not unclear:
         # What is nobody's beside it along another dimension than that of the rows is theirs.
-        found = join(*given)
-        if found is None or not (found == MIXED).any():
-            return found
-    sizes = [max(o.shape[d] for o in given) for d in range(parts[0].dim())]
+        joined = join(*known)
+        if joined is None or not (joined == MIXED).any():
+            return joined
+    sizes = [max(o.shape[d] for o in known) for d in range(parts[0].dim())]
     whole = []
     for t, o in zip(parts, owners, strict=True):
         sizes[dim] = t.shape[dim]
-        whole.append(np.broadcast_to(constant(NOBODY, t.dim()) if o is None else o, sizes))
-    return compressed(np.concatenate(whole, dim))
+        whole.append(np.broadcast_to(fill_owner(NOBODY, t.dim()) if o is None else o, sizes))
+    return compress(np.concatenate(whole, dim))
 
 
-def _padded(op: Op) -> Found:
-    o, pad = op.own(op.args[0]), list(op.args[1])
+def _pad(op: Op) -> OpOwners:
+    o, pad = op.owners_of(op.args[0]), list(op.args[1])
     if o is None:
         return None
     for i in range(len(pad) // 2):
@@ -138,31 +140,25 @@ def _padded(op: Op) -> Found:
     return o
 
 
-def _rolled(op: Op) -> Found:
-    o = op.own(op.args[0])
+def _roll(op: Op) -> OpOwners:
+    o = op.owners_of(op.args[0])
     if o is None or not op.arg("dims"):
-        return o if o is None or o.size == 1 else constant(MIXED, o.ndim)
+        return o if o is None or o.size == 1 else fill_owner(MIXED, o.ndim)
     if op.func._schema.name == "aten::flip":
         return np.flip(o, op.arg("dims"))
     return np.roll(o, op.arg("shifts"), op.arg("dims"))
 
 
-def _table(rule: Rule, names: str) -> dict[str, Rule]:
-    return dict.fromkeys((f"aten::{name}" for name in names.split()), rule)
-
-
 MOVING: dict[str, Rule] = {
-    **_table(
-        _viewed, "view _unsafe_view _reshape_alias reshape squeeze unsqueeze flatten unflatten"
-    ),
-    **_table(_permuted, "permute transpose t"),
-    **_table(_expanded, "expand"),
-    **_table(_repeated, "repeat"),
-    **_table(_selected, "select"),
-    **_table(_sliced, "slice"),
-    **_table(_split, "split split_with_sizes unsafe_split unsafe_split_with_sizes unbind"),
-    **_table(_concatenated, "cat"),
-    **_table(_stacked, "stack"),
-    **_table(_padded, "constant_pad_nd"),
-    **_table(_rolled, "roll flip"),
+    **assign(_view, "view _unsafe_view _reshape_alias reshape squeeze unsqueeze flatten unflatten"),
+    **assign(_permute, "permute transpose t"),
+    **assign(_expand, "expand"),
+    **assign(_repeat, "repeat"),
+    **assign(_select, "select"),
+    **assign(_slice, "slice"),
+    **assign(_split, "split split_with_sizes unsafe_split unsafe_split_with_sizes unbind"),
+    **assign(_concatenate, "cat"),
+    **assign(_stack, "stack"),
+    **assign(_pad, "constant_pad_nd"),
+    **assign(_roll, "roll flip"),
 }
