@@ -1,4 +1,4 @@
-"""Rows: which adapter each belongs to, followed from a model's entry through every op to its layers.
+"""Rows: which adapter each belongs to, followed from the model through every op to its layers.
 
 watch.py: where a batch comes into a model, with hooks.py; inputs.py: which inputs are the batch;
 image_rows.py: models whose images belong to rows by the tokens that stand for them. frame.py,
