@@ -15,7 +15,7 @@ from fastlora.config.listing import group_by_reason, list_some
 from fastlora.inspection import first_forward
 from fastlora.inspection.bypass import explain_bypass
 from fastlora.inspection.wrappers import unwrap
-from fastlora.integrations.peft import explain_bypass as peft_bypassed
+from fastlora.integrations.peft import bypassed as peft_bypassed
 from fastlora.integrations.peft import rows as peft_rows
 from fastlora.integrations.peft import tied as peft_tied
 from fastlora.integrations.peft.linear import Linear
