@@ -21,7 +21,7 @@ from fastlora.config import LoRAConfig
 from fastlora.functional.fidelity import FidelityWarning
 from fastlora.integrations import patch_peft, unpatch_peft
 from fastlora.merge_files import merge_checkpoint
-from fastlora.model.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.model.load import load_adapter
 from fastlora.model.merging import (
     disable_adapter,
     merge_adapter,
@@ -31,6 +31,7 @@ from fastlora.model.merging import (
 )
 from fastlora.model.replace import replace_linear
 from fastlora.model.report import Report, report
+from fastlora.model.save import adapter_state_dict, save_adapter
 from fastlora.model.training import adapter_parameters, use_adapters
 from fastlora.modules.conv1d import FastLoRAConv1D
 from fastlora.modules.linear import FastLoRALinear

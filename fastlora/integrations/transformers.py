@@ -14,7 +14,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastlora.adapters.files import WEIGHTS_NAME
-from fastlora.model.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.model.load import load_adapter
+from fastlora.model.save import adapter_state_dict, save_adapter
 from fastlora.modules.dtensors import is_dtensor
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from fastlora.functional.merge import foreach_remerge_
 from fastlora.functional.receipt import MergeReceipt
 from fastlora.inspection import first_forward
 from fastlora.inspection.wrappers import unwrap
-from fastlora.model import checkpoint, tied
-from fastlora.model.report import forget, missing, saved
+from fastlora.model import tied
+from fastlora.model.load import read_adapter
+from fastlora.model.record import forget, get_saved_modules, make_missing_error
 from fastlora.modules.layer import LoRALayer, find_lora_layers
 from fastlora.modules.replacement import replace_module
 from fastlora.modules.trained import find_trained_layers
@@ -65,7 +66,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     inner = unwrap(model)
     layers = dict(find_lora_layers(inner))
     if not layers:
-        raise missing(model)
+        raise make_missing_error(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     fresh = {name: layer for name, layer in layers.items() if not layer.merged}
     names: dict[nn.Module, list[str]] = {layer: [] for layer in layers.values()}
@@ -80,7 +81,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         for layer, linear in plain.items():
             done.append(lambda layer=layer: replace_module(inner, names[layer], layer))
             replace_module(inner, names[layer], linear)
-        if saved(inner):
+        if get_saved_modules(inner):
             done.append(tied.note_untied(inner))
         forget(inner)
     first_forward.unwatch_all(inner)
@@ -97,12 +98,13 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     ``load_adapter`` and ``merge_adapter``, every byte as before.
     """
     layers = _layers(model, merged=True)
-    if saved(model):
+    if get_saved_modules(model):
         raise ValueError(
-            f"modules_to_save: the adapter trains {list_some(saved(model))} whole, which is not "
+            f"modules_to_save: the adapter trains {list_some(get_saved_modules(model))} whole, "
+            "which is not "
             "swapped: unmerge_adapter, load_adapter and merge_adapter"
         )
-    loaded = checkpoint.read_adapter(model, directory, merged=True)
+    loaded = read_adapter(model, directory, merged=True)
     adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]
     with each.all_or_none() as done, _by_name(layers):
         before = [(layer, layer.needed_receipt()) for layer in layers.values()]
@@ -130,7 +132,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     layers, trained = dict(find_lora_layers(model)), dict(find_trained_layers(model))
     if not layers and not trained:
-        raise missing(model)
+        raise make_missing_error(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     receipts = _unmerge(merged)
     before = {layer: layer.adapter_disabled for layer in (*layers.values(), *trained.values())}
@@ -147,9 +149,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _originals_in_place(model: nn.Module) -> Iterator[None]:
-    there = {name: model.get_submodule(name) for name in saved(model)}
+    there = {name: model.get_submodule(name) for name in get_saved_modules(model)}
     try:
-        for name, module in saved(model).items():
+        for name, module in get_saved_modules(model).items():
             replace_module(model, [name], module.match_copy())
         yield
     finally:
@@ -160,7 +162,7 @@ def _originals_in_place(model: nn.Module) -> Iterator[None]:
 def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
     layers = dict(find_lora_layers(model))
     if not layers:
-        raise missing(model)
+        raise make_missing_error(model)
     wrong = [name for name, layer in layers.items() if layer.merged != merged]
     if wrong:
         state = "not merged" if merged else "merged already"
@@ -189,7 +191,7 @@ def _merge(
         if untie:
             done.append(tied.untie(inner, layers))
         else:
-            tied.refuse(inner, layers)
+            tied.refuse_tied(inner, layers)
         before = [layer.sampled() for layer in layers.values()]
         adapters = [layer.adapter for layer in layers.values()]
         weights = [layer.matrix for layer in layers.values()]

@@ -15,10 +15,10 @@ from fastlora.config.listing import list_some
 from fastlora.inspection import first_forward
 from fastlora.inspection.layers import is_conv1d
 from fastlora.inspection.wrappers import unwrap
-from fastlora.model.heads import unsaved
-from fastlora.model.report import Injection, forget, remember
-from fastlora.model.targets import Plan, plan, unused
-from fastlora.model.tied import tied
+from fastlora.model.heads import explain_unsaved_head
+from fastlora.model.record import Injection, forget, remember
+from fastlora.model.targets import Plan, find_unused_names, make_plan
+from fastlora.model.tied import find_tied
 from fastlora.modules import init as initial
 from fastlora.modules import saved_modules
 from fastlora.modules.conv1d import FastLoRAConv1D
@@ -55,38 +55,38 @@ def replace_linear(
     alpha_pattern is no layer's, as a mistyped one, and where no layer lies as fan_in_fan_out says;
     their own kind decides.
     """
-    given = LoRAConfig.of(config)
-    model, settings = _checked(model), given.with_heads()
-    rows = None if adapter_names is None else _rows_for(adapter_names, given)
-    chosen = plan(model, settings)
+    original = LoRAConfig.of(config)
+    model, settings = _check_model(model), original.with_heads()
+    rows = None if adapter_names is None else _make_training_rows(adapter_names, original)
+    chosen = make_plan(model, settings)
     if rows is not None and chosen.saved:
         raise ValueError(
             "modules_to_save: of adapters trained together none trains modules whole, got "
-            f"{list_some(chosen.saved)} (task_type={given.task_type!r})"
+            f"{list_some(chosen.saved)} (task_type={original.task_type!r})"
         )
     saved_modules.check_names(settings, chosen.saved)
-    present = [name for name, _ in (*find_lora_layers(model), *find_trained_layers(model))]
-    if present:
+    adapted = [name for name, _ in (*find_lora_layers(model), *find_trained_layers(model))]
+    if adapted:
         raise ValueError(
-            f"model: {len(present)} layers have LoRA already ({present[0]}, …) and one config must "
+            f"model: {len(adapted)} layers have LoRA already ({adapted[0]}, …) and one config must "
             "speak for all: name all layers at once, rank_pattern and alpha_pattern tell them apart"
         )
     inject(model, settings, chosen, rows, freeze_base)
-    if idle := unused(settings, chosen):
-        warnings.warn("; ".join(idle), stacklevel=2)
-    if lost := unsaved(unwrap(model), settings, chosen):
-        warnings.warn(lost, stacklevel=2)
+    if unused := find_unused_names(settings, chosen):
+        warnings.warn("; ".join(unused), stacklevel=2)
+    if unsaved := explain_unsaved_head(unwrap(model), settings, chosen):
+        warnings.warn(unsaved, stacklevel=2)
     for name, places in chosen.elsewhere.items():
         warnings.warn(
             f"{name}: the same layer is also at {list_some(places)}, and has its adapter at {name} "
             "alone, as in PEFT: exclude it, or give each place a layer of its own, to mean another",
             stacklevel=2,
         )
-    lies = {is_conv1d(linear) for linear, _ in chosen.linears.values()}
-    if given.fan_in_fan_out not in lies:
+    orientations = {is_conv1d(linear) for linear, _ in chosen.linears.values()}
+    if original.fan_in_fan_out not in orientations:
         warnings.warn(
-            f"fan_in_fan_out={given.fan_in_fan_out} holds for none of the layers that were "
-            f"replaced ({next(iter(chosen.linears))}, …): taken as {not given.fan_in_fan_out}",
+            f"fan_in_fan_out={original.fan_in_fan_out} holds for none of the layers that were "
+            f"replaced ({next(iter(chosen.linears))}, …): taken as {not original.fan_in_fan_out}",
             stacklevel=2,
         )
     return model
@@ -102,7 +102,8 @@ def inject(
     """Does what was ``chosen``, all of it or, on an error, nothing."""
     inner = unwrap(model)
     layers = {
-        name: _layer(name, linear, config, rows) for name, (linear, _) in chosen.linears.items()
+        name: _make_layer(name, linear, config, rows)
+        for name, (linear, _) in chosen.linears.items()
     }
     saved = saved_modules.copy_modules(chosen.saved)
     with each.all_or_none() as done:
@@ -125,7 +126,7 @@ def inject(
     first_forward.watch(inner)
 
 
-def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
+def _make_training_rows(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
     names = [check_name(name) for name in adapter_names]
@@ -135,7 +136,7 @@ def _rows_for(adapter_names: Sequence[str], config: LoRAConfig) -> TrainingRows:
     return TrainingRows(names)
 
 
-def _layer(name: str, linear: nn.Module, config: LoRAConfig, rows: TrainingRows | None) -> Any:
+def _make_layer(name: str, linear: nn.Module, config: LoRAConfig, rows: TrainingRows | None) -> Any:
     options = {
         "lora_alpha": config.alpha_of(name),
         "lora_dropout": config.lora_dropout,
@@ -151,17 +152,17 @@ def _layer(name: str, linear: nn.Module, config: LoRAConfig, rows: TrainingRows 
 
 def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
     """A weight that is split must be nobody else's."""
-    found = tied(model, [linear for linear, _ in chosen.linears.values()])
+    names_of_tied = find_tied(model, [linear for linear, _ in chosen.linears.values()])
     for name, (linear, _) in chosen.linears.items():
-        if linear in found:
+        if linear in names_of_tied:
             raise ValueError(
-                f"{name}: its weight is tied with {list_some(found[linear])}, which "
+                f"{name}: its weight is tied with {list_some(names_of_tied[linear])}, which "
                 f"init_lora_weights={config.init_lora_weights!r} would change too: exclude the "
                 "layer, or untie it first"
             )
 
 
-def _checked(model: nn.Module) -> nn.Module:
+def _check_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(unwrap(model), nn.Linear):

@@ -1,4 +1,4 @@
-"""What was done to a model, noted on it, and the report of it."""
+"""The report of what was done to a model."""
 
 from __future__ import annotations
 
@@ -8,40 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config import LoRAConfig
 from fastlora.config.listing import group_by_reason
 from fastlora.functional.fidelity import Fidelity
 from fastlora.inspection.first_forward import get_reading_module
-from fastlora.inspection.layers import find_peft_layers
 from fastlora.inspection.wrappers import unwrap
+from fastlora.model.record import RECORD, Injection
 from fastlora.modules.layer import find_lora_layers
-from fastlora.modules.saved_modules import SavedModule
 from fastlora.modules.served import MultiLoRALinear
 from fastlora.modules.trained import find_trained_layers
-from fastlora.modules.training_rows import TrainingRows
-from fastlora.rows.watch import Watch
-
-_RECORD = "_fastlora_injection"
 
 # What others, who know layers of other kinds, have to say of a model: fields of ``Report``.
-others: list[Callable[[nn.Module], dict[str, Any]]] = []
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What ``replace_linear`` was asked for, and what it left alone and why.
-
-    rows: of several adapters in training, which the batch's rows belong to; watch: where it comes
-    into the model. saved: by name, the modules that are trained whole. carried: tensors of the
-    base, by their names in PEFT's files, in which an adapter has put rows of its own.
-    """
-
-    config: LoRAConfig
-    skipped: dict[str, str]
-    rows: TrainingRows | None = None
-    saved: dict[str, SavedModule] = field(default_factory=dict)
-    carried: frozenset[str] = frozenset()
-    watch: Watch | None = None
+describers: list[Callable[[nn.Module], dict[str, Any]]] = []
 
 
 @dataclass(frozen=True)
@@ -106,8 +83,8 @@ def report(model: nn.Module) -> Report:
     }
     trained = {name: layer.r for name, layer in find_trained_layers(inner)}
     parameters = list(inner.parameters())
-    record: Injection | None = getattr(inner, _RECORD, None)
-    found = Report(
+    record: Injection | None = getattr(inner, RECORD, None)
+    result = Report(
         replaced={name: layer.r for name, layer in layers.items()} | served | trained,
         skipped=dict(record.skipped) if record else {},
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -117,72 +94,14 @@ def report(model: nn.Module) -> Report:
         untied={name: layer.untied for name, layer in layers.items() if layer.untied},
         modules_to_save=tuple(record.saved) if record else (),
         bypassed={
-            n: who for n, m in inner.named_modules() if (who := get_reading_module(m)) is not None
+            n: reader
+            for n, m in inner.named_modules()
+            if (reader := get_reading_module(m)) is not None
         },
     )
-    for describe in others:
-        more = describe(inner)
-        merged = found.merged + more.pop("merged", ())
-        fields = {key: getattr(found, key) | value for key, value in more.items()}
-        found = replace(found, merged=merged, **fields)
-    return found
-
-
-def injection(model: nn.Module) -> Injection:
-    """What ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
-    record = getattr(unwrap(model), _RECORD, None)
-    if record is None:
-        raise RuntimeError(
-            "model: expected one that went through fastlora.replace_linear, found "
-            f"{_in_their_place(model)}"
-        )
-    return record
-
-
-def missing(model: nn.Module) -> RuntimeError:
-    """The error where a model has no ``FastLoRALinear``; says what it has in their place."""
-    found = _in_their_place(model)
-    return RuntimeError(f"model: expected one with FastLoRALinear layers, found {found}")
-
-
-def saved(model: nn.Module) -> dict[str, SavedModule]:
-    """By name, the modules of ``model`` that are trained whole; often none."""
-    record: Injection | None = getattr(unwrap(model), _RECORD, None)
-    return dict(record.saved) if record else {}
-
-
-def carries(model: nn.Module) -> frozenset[str]:
-    """The tensors of ``model``'s base in which an adapter's rows are; often none."""
-    record: Injection | None = getattr(unwrap(model), _RECORD, None)
-    return record.carried if record else frozenset()
-
-
-def training_rows(model: nn.Module) -> TrainingRows:
-    """What ``use_adapters`` tells the layers of ``model``."""
-    rows = injection(model).rows
-    if rows is None:
-        raise RuntimeError(
-            "model: expected one with several adapters, of replace_linear(..., adapter_names=)"
-        )
-    return rows
-
-
-def _in_their_place(model: nn.Module) -> str:
-    if next(find_trained_layers(model), None) is not None:
-        return "several adapters in training: save one and load it alone"
-    if find_peft_layers(unwrap(model)):
-        return (
-            "PEFT's: call the PEFT model's own methods, patched or not (save_pretrained, "
-            "merge_adapter, disable_adapter, …)"
-        )
-    return "none"
-
-
-def remember(model: nn.Module, record: Injection) -> None:
-    """Notes on ``model`` what its LoRA layers are, for ``injection``."""
-    setattr(unwrap(model), _RECORD, record)
-
-
-def forget(model: nn.Module) -> None:
-    """Takes the note away, where there is one."""
-    vars(unwrap(model)).pop(_RECORD, None)
+    for describe in describers:
+        details = describe(inner)
+        merged = result.merged + details.pop("merged", ())
+        fields = {key: getattr(result, key) | value for key, value in details.items()}
+        result = replace(result, merged=merged, **fields)
+    return result

@@ -21,8 +21,8 @@ class ColwiseParallel(parallel.ColwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        before = _before(module)
-        return _placed(super()._apply(module, device_mesh), before, Replicate())
+        before = _list_trained(module)
+        return _place_adapter(super()._apply(module, device_mesh), before, Replicate())
 
 
 class RowwiseParallel(parallel.RowwiseParallel):
@@ -32,11 +32,11 @@ class RowwiseParallel(parallel.RowwiseParallel):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        before = _before(module)
-        return _placed(super()._apply(module, device_mesh), before, Shard(1))
+        before = _list_trained(module)
+        return _place_adapter(super()._apply(module, device_mesh), before, Shard(1))
 
 
-def _before(module: nn.Module) -> dict[str, bool]:
+def _list_trained(module: nn.Module) -> dict[str, bool]:
     """Which parameters are trained."""
     if getattr(module, "holds_lora", False) and not isinstance(module, FastLoRALinear):
         kind = type(module).__name__
@@ -46,11 +46,11 @@ def _before(module: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in module.named_parameters()}
 
 
-def _placed(module: nn.Module, trained: dict[str, bool], lora_A: Placement) -> nn.Module:
+def _place_adapter(module: nn.Module, trained: dict[str, bool], lora_A: Placement) -> nn.Module:
     if isinstance(module, FastLoRALinear):
-        whole = module.lora_A.data
-        assert isinstance(whole, DTensor)
-        module.lora_A = nn.Parameter(whole.redistribute(placements=[lora_A]))
+        lora_A_whole = module.lora_A.data
+        assert isinstance(lora_A_whole, DTensor)
+        module.lora_A = nn.Parameter(lora_A_whole.redistribute(placements=[lora_A]))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trained[name])
     return module

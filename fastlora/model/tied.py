@@ -17,7 +17,7 @@ from fastlora.modules.layer import LoRALayer
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
-def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
+def find_tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
     """Of each layer whose weight has elements in common with others' parameters, their names.
 
     Tied parameters and overlapping views count; slices of one storage that do not overlap are none.
@@ -28,14 +28,14 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
         # Buffers too: what reads one would change as well.
         for kind, parameter in (*module._parameters.items(), *module._buffers.items()):
             if parameter is not None and parameter.numel():
-                owners.setdefault(_memory(parameter), []).append(
+                owners.setdefault(_find_memory(parameter), []).append(
                     (f"{name}.{kind}", module, parameter)
                 )
-    found, elsewhere = {}, find_places(model)
+    names_of_tied, elsewhere = {}, find_places(model)
     for layer in layers:
         weight = layer._parameters["weight"]
         assert weight is not None
-        sharing = owners.get(_memory(weight), [])
+        sharing = owners.get(_find_memory(weight), [])
         others = [
             name
             for name, module, parameter in sharing
@@ -45,61 +45,62 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
         if not getattr(layer, "holds_lora", False):
             others += [f"{name}.weight" for name in elsewhere.get(layer, ([], []))[1]]
         if others:
-            found[layer] = others
-    return found
+            names_of_tied[layer] = others
+    return names_of_tied
 
 
-def _memory(parameter: torch.Tensor) -> int:
+def _find_memory(parameter: torch.Tensor) -> int:
     # Of a subclass that wraps others (quantized, say) there is no storage, only the object.
     return parameter.untyped_storage().data_ptr() if is_plain(parameter) else -id(parameter)
 
 
-def refuse(
+def refuse_tied(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     remedy: str = "exclude the layer, or merge with untie=True to give it a copy",
 ) -> None:
     """RuntimeError, with the remedy, where merging into one of ``layers`` would change others."""
-    found = tied(model, layers.values())
+    names_of_tied = find_tied(model, layers.values())
     for name, layer in layers.items():
-        if layer in found:
+        if layer in names_of_tied:
             error = RuntimeError(
-                f"{name}: its weight is tied with {list_some(found[layer])}, which merging would "
+                f"{name}: its weight is tied with {list_some(names_of_tied[layer])}, which merging "
+                "would "
                 f"change too; {remedy}"
             )
             error.named = True  # pyright: ignore[reportAttributeAccessIssue]
             raise error
 
 
-def _tying_configs(model: nn.Module) -> list[Any]:
+def _find_tying_configs(model: nn.Module) -> list[Any]:
     """A transformers model's config, and its text model's, where they tie the embeddings."""
     config = getattr(model, "config", None)
-    found = (config, getattr(config, "text_config", None))
-    return [each for each in found if getattr(each, "tie_word_embeddings", False) is True]
+    configs = (config, getattr(config, "text_config", None))
+    return [each for each in configs if getattr(each, "tie_word_embeddings", False) is True]
 
 
 def note_untied(model: nn.Module) -> Callable[[], None]:
     """Where the embeddings no longer share a weight, the config says so; returns the way back."""
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weights = [getattr(end, "weight", None) for end in ends]
-    apart = None not in weights and weights[0] is not weights[1]
-    configs = _tying_configs(model) if apart else []
+    is_untied = None not in weights and weights[0] is not weights[1]
+    configs = _find_tying_configs(model) if is_untied else []
     for config in configs:
         config.tie_word_embeddings = False
 
-    def back() -> None:
+    def undo() -> None:
         for config in configs:
             config.tie_word_embeddings = True
 
-    return back
+    return undo
 
 
 def untie(model: nn.Module, layers: dict[str, LoRALayer]) -> Callable[[], None]:
     """A weight of its own for each of ``layers`` that is tied; returns what ties them again."""
     before: list[tuple[LoRALayer, nn.Parameter | None]] = []
-    configs = _tying_configs(model)
+    configs = _find_tying_configs(model)
 
-    def back() -> None:
+    def undo() -> None:
         for config in configs:
             config.tie_word_embeddings = True
         for layer, weight in before:
@@ -107,16 +108,16 @@ def untie(model: nn.Module, layers: dict[str, LoRALayer]) -> Callable[[], None]:
             layer.untied = ()
 
     try:
-        for layer, others in tied(model, layers.values()).items():
-            own = layer.weight.detach().clone()
+        for layer, others in find_tied(model, layers.values()).items():
+            weight_copy = layer.weight.detach().clone()
             before.append((layer, layer._parameters["weight"]))
-            layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
+            layer.weight = nn.Parameter(weight_copy, requires_grad=layer.weight.requires_grad)
             layer.untied = tuple(others)
         if before:
             # Or tie_weights(), and whoever reads the saved config, would tie them again.
             for config in configs:
                 config.tie_word_embeddings = False
     except BaseException:
-        back()
+        undo()
         raise
-    return back
+    return undo

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from fastlora.model.report import injection, training_rows
+from fastlora.model.record import get_injection, get_training_rows
 from fastlora.modules import dtensors
 from fastlora.modules.trained import find_trained_layers
 from fastlora.rows.statements import check_dims, check_rows
@@ -42,10 +42,12 @@ def use_adapters(
         raise TypeError(f"adapter_names: expected a list with a name a row, got {adapter_names!r}")
     dims = check_dims(model, batch_dims)
     stated = dims | check_rows(model, adapter_rows, len(adapter_names), dims)
-    rows, watch = training_rows(model), injection(model).watch
+    rows, watch = get_training_rows(model), get_injection(model).watch
     assert watch is not None
-    named = rows.run_named(adapter_names, dtensors.make_any_flags(model), watch.hook_stated(stated))
-    with named, watch.run_first_eagerly():
+    running = rows.run_named(
+        adapter_names, dtensors.make_any_flags(model), watch.hook_stated(stated)
+    )
+    with running, watch.run_first_eagerly():
         yield model
 
 
@@ -55,6 +57,6 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter
     lora_A (R, K) and lora_B (N, R) of every layer, in the model's order. Raises ValueError for a
     name that the model does not have, RuntimeError for a model without several adapters.
     """
-    training_rows(model).index(adapter_name)
+    get_training_rows(model).index(adapter_name)
     layers = [layer for _, layer in find_trained_layers(model)]
     return [p for layer in layers for p in layer.adapter_parameters(adapter_name).values()]

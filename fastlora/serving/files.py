@@ -14,7 +14,7 @@ from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.stored import Held, differing
 from fastlora.config import LoRAConfig
 from fastlora.config.listing import list_some
-from fastlora.model.checkpoint import adapter_shapes
+from fastlora.model.adapter_tensors import list_adapter_shapes
 from fastlora.serving.bank.layout import Factors
 
 # What to do about an adapter that changes what is not an adapter's.
@@ -59,7 +59,8 @@ class Reader:
         self, config: LoRAConfig, read: Callable[[Mapping[str, files.Shape]], Mapping[str, Tensor]]
     ) -> dict[str, Factors]:
         expected = {
-            name: adapter_shapes(name, self.served[name], config) for name in self._targeted(config)
+            name: list_adapter_shapes(name, self.served[name], config)
+            for name in self._targeted(config)
         }
         every = {key: shape for shapes in expected.values() for key, shape in shapes.items()}
         tensors, found = read(every), {}

@@ -17,7 +17,7 @@ from fastlora.config import LoRAConfig, check_number, check_rank
 from fastlora.inspection import first_forward
 from fastlora.inspection.layers import get_matrix, is_linear
 from fastlora.inspection.wrappers import unwrap
-from fastlora.model.targets import plan
+from fastlora.model.targets import make_plan
 from fastlora.modules.replacement import replace_module
 from fastlora.modules.routing import Routing
 from fastlora.rows.inputs import count_copies
@@ -77,7 +77,7 @@ class MultiLoRAModel(nn.Module):
             n if isinstance(n, str) or n is None else tuple(n)
             for n in (target_modules, exclude_modules)
         ]
-        chosen = plan(model, LoRAConfig(target_modules=names[0], exclude_modules=names[1]))
+        chosen = make_plan(model, LoRAConfig(target_modules=names[0], exclude_modules=names[1]))
         experts = [name for name in chosen.linears if _EXPERT.search(name)]
         if experts:
             raise ValueError(
