@@ -54,7 +54,7 @@ def check_name(adapter_name: object) -> str:
     return adapter_name
 
 
-def folder_of(directory: str | os.PathLike[str]) -> Path:
+def as_folder(directory: str | os.PathLike[str]) -> Path:
     """As a Path; TypeError for anything that is none."""
     if not isinstance(directory, (str, os.PathLike)):
         raise TypeError(f"directory: expected the path of a folder, got {directory!r}")
@@ -71,7 +71,7 @@ def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> L
     alpha_pattern do, in the order of the alphabet, so that the one they were given in is lost, the
     first counts, with a warning: PEFT takes it too.
     """
-    path = _file(directory, CONFIG_NAME)
+    path = _find_file(directory, CONFIG_NAME)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
             f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
@@ -83,12 +83,12 @@ def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> L
         raise ValueError(f"{path}: {error}") from None
     if len(config.rank_pattern) < 2 and len(config.alpha_pattern) < 2:
         return config
-    return in_order(str(path), config, read_shapes(directory))
+    return restore_order(str(path), config, read_shapes(directory))
 
 
-def in_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoRAConfig:
+def restore_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoRAConfig:
     """A config from a file, whose patterns may have lost their order, as its tensors know it."""
-    ranks = {name: shapes[name + _A][0] for name in _layers(shapes) if shapes[name + _A]}
+    ranks = {name: shapes[name + _A][0] for name in _list_layers(shapes) if shapes[name + _A]}
     _warn_of_lost_order(where, config.alpha_pattern, ranks)
     return replace(
         config,
@@ -97,7 +97,7 @@ def in_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoR
     )
 
 
-def _layers(tensors: Mapping[str, object]) -> list[str]:
+def _list_layers(tensors: Mapping[str, object]) -> list[str]:
     return [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
 
 
@@ -105,13 +105,16 @@ def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterabl
     overlaps = matching.find_overlaps(pattern, names)
     if not overlaps or list(pattern) != sorted(pattern):
         return
-    alike: dict[str, list[str]] = {}
+    names_by_keys: dict[str, list[str]] = {}
     for name, keys in overlaps.items():
         listed = " or ".join(f"{value:g} ({key!r})" for key, value in keys.items())
-        alike.setdefault(listed, []).append(name)
-    said = "; ".join(f"{list_some(set(of))}: {listed}" for listed, of in list(alike.items())[:4])
+        names_by_keys.setdefault(listed, []).append(name)
+    examples = "; ".join(
+        f"{list_some(set(of))}: {listed}" for listed, of in list(names_by_keys.items())[:4]
+    )
     warnings.warn(
-        f"{where}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
+        f"{where}: alpha_pattern: more than one key matches, and the first counts: {examples}. "
+        "PEFT "
         "writes keys in the order of the alphabet, not in that in which they counted in training: "
         "taken as they stand, as PEFT does; full names as keys, which fastlora writes, would tell",
         stacklevel=4,
@@ -132,8 +135,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
     """{tensor name without PEFT's prefix: shape}, from the header alone."""
-    path = _file(directory, WEIGHTS_NAME)
-    header = _header(path)
+    path = _find_file(directory, WEIGHTS_NAME)
+    header = _read_header(path)
     hints.check_names(path, header)
     shapes = {}
     for key, entry in header.items():
@@ -160,10 +163,10 @@ def check_shapes(
     besides: Set[str] = frozenset(),
 ) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
-    compare(str(Path(directory) / WEIGHTS_NAME), found, expected, besides)
+    compare_shapes(str(Path(directory) / WEIGHTS_NAME), found, expected, besides)
 
 
-def compare(
+def compare_shapes(
     where: str,
     found: Mapping[str, Shape],
     expected: Mapping[str, Shape],
@@ -193,7 +196,7 @@ def read_tensors(
     besides: names of others that may be there, and are not read.
     """
     check_shapes(directory, read_shapes(directory), expected, besides)
-    path = _file(directory, WEIGHTS_NAME)
+    path = _find_file(directory, WEIGHTS_NAME)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
@@ -212,13 +215,13 @@ def write(
     Patterns whose keys overlap are written with layers' full names, so that readers who sort them
     find the same ranks and scalings.
     """
-    names = _layers(tensors)
+    names = _list_layers(tensors)
     config = replace(
         config,
         rank_pattern=matching.resolve_overlaps(config.rank_pattern, names),
         alpha_pattern=matching.resolve_overlaps(config.alpha_pattern, names),
     )
-    folder = folder_of(directory)
+    folder = as_folder(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: expected a directory, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,8 +239,8 @@ def write(
         settings.unlink(missing_ok=True)
 
 
-def _file(directory: str | os.PathLike[str], name: str) -> Path:
-    folder = folder_of(directory)
+def _find_file(directory: str | os.PathLike[str], name: str) -> Path:
+    folder = as_folder(directory)
     path = folder / name
     if path.is_file():
         return path
@@ -250,11 +253,11 @@ def _file(directory: str | os.PathLike[str], name: str) -> Path:
         )
     raise FileNotFoundError(
         f"directory: expected {name} in {folder}, a local folder (nothing is downloaded)"
-        f"{hints.elsewhere(folder, name)}"
+        f"{hints.hint_elsewhere(folder, name)}"
     )
 
 
-def _header(path: Path) -> dict[str, dict[str, object]]:
+def _read_header(path: Path) -> dict[str, dict[str, object]]:
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")

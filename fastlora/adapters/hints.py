@@ -31,10 +31,10 @@ def check_names(where: Path | str, tensors: Iterable[str]) -> None:
     """ValueError where names of tensors tell that something else than PEFT's saving wrote them."""
     names = set(tensors)
     for name in sorted(names):
-        found = _NAMED.fullmatch(name)
-        if found:
+        match = _NAMED.fullmatch(name)
+        if match:
             raise ValueError(
-                f"{where}: tensor {name!r} has an adapter's name in it, {found[1]!r}, as in a "
+                f"{where}: tensor {name!r} has an adapter's name in it, {match[1]!r}, as in a "
                 "model's state_dict; PEFT's files have none. Save with "
                 "model.save_pretrained(folder), or peft.get_peft_model_state_dict(model) in the "
                 "state_dict's place"
@@ -48,7 +48,7 @@ def check_names(where: Path | str, tensors: Iterable[str]) -> None:
             )
 
 
-def elsewhere(folder: Path, name: str) -> str:
+def hint_elsewhere(folder: Path, name: str) -> str:
     """Where file ``name`` is, if not in ``folder`` itself: to be put behind an error, or empty."""
     if folder.is_file():
         return f"; {folder.name} is a file: give the folder that holds both"

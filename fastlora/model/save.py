@@ -103,6 +103,6 @@ def _list_tensors(model: nn.Module, adapter_name: str | None = None) -> dict[str
     }
     inner, config = unwrap(model), get_injection(model).config
     saved_tensors = saved_modules.list_tensors(get_saved_modules(inner), config)
-    bases = base_copies.held(inner, layers, get_saved_modules(inner))
+    bases = base_copies.find_base_tensors(inner, layers, get_saved_modules(inner))
     tensors |= {name: bases[name] for name in sorted(get_carried(inner)) if name in bases}
     return tensors | find_biases(inner, config, set(layers)) | saved_tensors

@@ -110,9 +110,9 @@ def find_unused_names(config: LoRAConfig, chosen: Plan) -> list[str]:
             if not any(matching.look_up({key: True}, name, False) for name in replaced)
         ]
     return [
-        f"{name}: no layer that was replaced is called {list_some(map(repr, of), _SHOWN)}"
-        for name, of in unused_names.items()
-        if of
+        f"{field_name}: no layer that was replaced is called {list_some(map(repr, names), _SHOWN)}"
+        for field_name, names in unused_names.items()
+        if names
     ]
 
 

@@ -14,7 +14,7 @@ from fastlora import functional as F
 from fastlora.backends.merge_lists import undo as each
 from fastlora.inspection.layers import choose_lora_dtype, explain_unsupported
 from fastlora.inspection.wrappers import strip_wrappers, unwrap
-from fastlora.modules import dtensor_linear as sharding
+from fastlora.modules import dtensor_linear
 from fastlora.modules import init as initial
 from fastlora.modules.merging import Mergeable
 from fastlora.modules.replacement import adopt
@@ -150,7 +150,7 @@ class LoRALayer(Mergeable, ABC):
         if self.adapter_disabled:
             return F.base_linear(input, self.matrix, self.bias)
         matrix = self.matrix
-        return (F if type(matrix) in _PLAIN else sharding).lora_linear(
+        return (F if type(matrix) in _PLAIN else dtensor_linear).lora_linear(
             input,
             matrix,
             self.lora_A,

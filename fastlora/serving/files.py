@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastlora.adapters import base_copies, files
-from fastlora.adapters import tensors as adapter_tensors
-from fastlora.adapters.stored import Held, differing
+from fastlora.adapters import in_memory as adapter_tensors
+from fastlora.adapters.stored import InMemory, find_differing_rows
 from fastlora.config import LoRAConfig
 from fastlora.config.listing import list_some
 from fastlora.model.adapter_tensors import list_adapter_shapes
@@ -48,11 +48,13 @@ class Reader:
 
         config: a LoRAConfig, PEFT's, or the fields of its file. Raises TypeError or ValueError.
         """
-        given = adapter_tensors.by_name(tensors)
-        settings = adapter_tensors.given_config(config, adapter_tensors.shapes_of(given))
+        given = adapter_tensors.index_by_name(tensors)
+        settings = adapter_tensors.resolve_config(config, adapter_tensors.read_shapes(given))
         return self._factors(
             settings,
-            lambda shapes: adapter_tensors.copied(given, shapes, self._held_copies(given, shapes)),
+            lambda shapes: adapter_tensors.copy_expected(
+                given, shapes, self._held_copies(given, shapes)
+            ),
         )
 
     def _factors(
@@ -89,14 +91,18 @@ class Reader:
         self, tensors: Mapping[str, Tensor], expected: Mapping[str, files.Shape]
     ) -> frozenset[str]:
         """``_copies`` of tensors in memory."""
-        bases = base_copies.held(self.model, self.served, {})
+        bases = base_copies.find_base_tensors(self.model, self.served, {})
         copies = tensors.keys() & bases.keys() - expected.keys()
         for name in copies:
             base, copy = bases[name], tensors[name]
             alike = copy.shape == base.shape
-            rows = differing(Held(copy), lambda i, j, base=base: base[i:j]) if alike else None
+            rows = (
+                find_differing_rows(InMemory(copy), lambda i, j, base=base: base[i:j])
+                if alike
+                else None
+            )
             if rows is not None or not alike:
-                own = base_copies.of_its_own(base_copies.place_of(name), rows)
+                own = base_copies.describe_own_rows(base_copies.strip_peft_wrappers(name), rows)
                 raise ValueError(f"tensors: {own}, {_FIXED}")
         return frozenset(copies)
 

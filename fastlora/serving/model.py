@@ -127,7 +127,7 @@ class MultiLoRAModel(nn.Module):
         served, lora_bias and trained biases, modules_to_save, an init_lora_weights that has split
         the base's weights, or rows of the embeddings that are not this base's (another vocabulary).
         """
-        folder = os.path.abspath(files.folder_of(directory))
+        folder = os.path.abspath(files.as_folder(directory))
         self._add(adapter_name, lambda: AdapterFiles(folder, self._reader), pin)
 
     def _add(self, adapter_name: str, source: Callable[[], Read], pin: bool) -> None:
