@@ -92,7 +92,7 @@ class OwnRows:
         """Whether they are the last ones, but not all: as a larger vocabulary's new ones."""
         return 0 < int(self.indices[0]) == self.of - len(self.indices)
 
-    def has_same_bits(self, other: OwnRows | None) -> bool:
+    def is_same(self, other: OwnRows | None) -> bool:
         """Whether the other's are the same rows with the same bits."""
         return (
             other is not None
