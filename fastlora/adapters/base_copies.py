@@ -37,7 +37,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Copies:
-    """Of a file's copies what is not the base's. names: those in the file that are copies."""
+    """Changes to the base that a file holds. names: tensors of the file that are copies."""
 
     names: frozenset[str]
     changes: Mapping[str, Change]
@@ -59,7 +59,7 @@ class Copies:
 
 
 def describe_own_rows(name: str, rows: OwnRows | None) -> str:
-    """What an adapter's file holds of a base's tensor, for errors and warnings."""
+    """Says what an adapter's file holds of a base's tensor, for errors and warnings."""
     if rows is None:
         return f"it has a {name} of its own"
     kind = "the last " if rows.added else ""
@@ -67,7 +67,7 @@ def describe_own_rows(name: str, rows: OwnRows | None) -> str:
 
 
 def strip_peft_wrappers(name: str) -> str:
-    """The base's name of a tensor that PEFT's wrappers give another."""
+    """Returns the base's name of a tensor that PEFT's wrappers give another."""
     for wrapper in _WRAPPED:
         name = name.replace(wrapper, ".")
     return name
@@ -76,7 +76,7 @@ def strip_peft_wrappers(name: str) -> str:
 def find_embedding_tensors(
     shapes: Mapping[str, files.Shape], expected: Iterable[str]
 ) -> frozenset[str]:
-    """Names of the embeddings' tensors beside ``expected`` in a file whose model is not known.
+    """Finds the embeddings' names beside ``expected`` in a file whose model is not known.
 
     None where they cannot be that: of more than two modules, or of two shapes.
     """
@@ -96,7 +96,7 @@ def is_frozen_weight(name: str) -> bool:
 
 
 def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """The input and the output embedding by every name that the model has for them."""
+    """Finds the input and the output embedding by every name that the model has for them."""
     getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
     modules = [
         module for getter in getters if callable(getter) for module in (_call_getter(getter),)
@@ -109,7 +109,7 @@ def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def find_base_tensors(
     model: nn.Module, adapted: Collection[str], saved: Mapping[str, SavedModule]
 ) -> dict[str, Tensor]:
-    """{name that PEFT's files have for it: tensor} of all of the base that may be in one.
+    """Finds {name that PEFT's files have for it: tensor} of all of the base that may be in one.
 
     adapted: layers that get LoRA. saved: modules that are trained whole.
     """
@@ -135,7 +135,7 @@ def read(
     merged: bool = False,
     fixed: str | None = None,
 ) -> Copies:
-    """What the adapter in ``directory`` has of the base's own weights, compared with ``model``'s.
+    """Reads the base's weights in the adapter in ``directory``, compared with ``model``'s.
 
     Streamed: no more of the file is held than a few rows, and those that differ. expected: names of
     the adapter's own tensors. moved: the layers' weights will be others (init_lora_weights).
@@ -222,7 +222,7 @@ def _check_vocabulary(
     bases: Mapping[str, Tensor],
     fixed: str | None,
 ) -> None:
-    """Rows are counted alike in the file and in the model."""
+    """Raises ValueError where the file and the model count different rows."""
     for name, base in bases.items():
         shape = shapes.get(name) or shapes.get(strip_peft_wrappers(name))
         if shape is None or len(shape) != base.dim() or shape[1:] != tuple(base.shape)[1:]:
@@ -246,7 +246,7 @@ def _check_twice(path: Path, name: str, trained_name: str) -> None:
 
 
 def _check_tied(path: Path, compared: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
-    """Names of one tensor of the model bring the same to it."""
+    """Raises ValueError where names of one tensor of the model bring different numbers."""
     first: dict[int, str] = {}
     for name, base in compared.items():
         before = first.setdefault(id(base), name)
@@ -269,7 +269,7 @@ def _is_same_change(a: Change | None, b: Change | None) -> bool:
 def _explain_missing_rows(
     bases: Mapping[str, Tensor], shapes: Mapping[str, files.Shape], changes: Mapping[str, Change]
 ) -> str | None:
-    """What an adapter with rows of one embedding does not have of the other."""
+    """Says what an adapter with rows of one embedding does not have of the other."""
     added = [c.tensor for c in changes.values() if isinstance(c.rows, OwnRows) and c.rows.added]
     for name, base in bases.items():
         plain = strip_peft_wrappers(name)

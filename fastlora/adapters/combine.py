@@ -37,7 +37,7 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> Adapter:
-    """One adapter in place of several on the same layer; none of them is changed.
+    """Combines several adapters of the same layer into one; none of them is changed.
 
     adapters: ``(lora_A (R, K), lora_B (N, R), scaling)`` each, float16 to float64, on one device.
     weights: a finite number each, negative ones subtract; s below is weight * scaling.
@@ -88,7 +88,7 @@ def combine(
 
 @dataclass(frozen=True)
 class Combination:
-    """The settings of ``combine``, checked; good for any number of layers."""
+    """Settings of ``combine``, checked; good for any number of layers."""
 
     combination_type: str
     svd_rank: int | None
@@ -120,11 +120,11 @@ class Combination:
         return self.combination_type.removesuffix("_svd")
 
     def for_count(self, count: int) -> Combination:
-        """This one for so many adapters: a single one is merely scaled."""
+        """Returns the settings for so many adapters: a single one is merely scaled."""
         return replace(self, combination_type="linear") if count == 1 else self
 
     def apply(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-        """What ``combine`` returns, of adapters that each fulfil ``check_adapter``."""
+        """Combines adapters that each fulfil ``check_adapter``, as ``combine`` does."""
         self._check_together(adapters)
         dtype = adapters[0][0].dtype
         for A, B, _ in adapters:
@@ -165,7 +165,7 @@ class Combination:
         return sum_pruned(method, tensors, weights, density, self.majority_sign_method)
 
     def _svd_of_factors(self, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """B @ A (N, K) cut to a rank, of A (R, K) and B (N, R): the SVD is of an (R, R) core."""
+        """Cuts B @ A (N, K) to a rank, A (R, K), B (N, R): the SVD is of an (R, R) core."""
         _check_fits(A, B)
         left, core_left = torch.linalg.qr(B)  # (N, R), (R, R)
         right, core_right = torch.linalg.qr(A.T)  # (K, R), (R, R)
@@ -248,7 +248,7 @@ def check_adapter(name: str, adapter: object) -> None:
 
 
 def _stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """A (R, K) and B (N, R) of all adapters; R is the sum of their ranks, A bears the weights."""
+    """Stacks A (R, K) and B (N, R) of all adapters; R is the sum of ranks, A bears the weights."""
     A = [A * weight * s for (A, _, s), weight in zip(adapters, weights, strict=True)]
     return torch.cat(A), torch.cat([B for _, B, _ in adapters], dim=1)
 

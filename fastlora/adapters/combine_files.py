@@ -1,4 +1,4 @@
-"""Adapter folders combined into one that PEFT and fastlora load."""
+"""Folders of adapters, combined into one that PEFT and fastlora load."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class _Source(NamedTuple):
 def _find_copies(
     directories: Sequence[str | os.PathLike[str]], sources: Sequence[_Source]
 ) -> dict[str, Stored]:
-    """The base's embeddings that any of the files has along; ValueError where two differ."""
+    """Finds the base's embeddings that any of the files has; ValueError where two differ."""
     first_copies: dict[str, tuple[str | os.PathLike[str], Stored]] = {}
     for folder, source in zip(directories, sources, strict=True):
         for name, stored in source.copies.items():
@@ -113,7 +113,7 @@ def _find_copies(
 
 
 def _read(folder: str | os.PathLike[str]) -> _Source:
-    """An adapter without its model: its layers are those that the file has."""
+    """Reads an adapter without its model: its layers are those that the file has."""
     config = files.read_config(folder)
     folder_path = Path(folder)
     try:
@@ -145,7 +145,7 @@ def _read(folder: str | os.PathLike[str]) -> _Source:
 
 
 def _make_config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRAConfig:
-    """The first config, of these layers and ranks; lora_alpha equals r, so that scaling is 1."""
+    """Makes the first config one of these layers and ranks; lora_alpha is r: scaling is 1."""
     ranks = {name: A.shape[0] for name, (A, _, _) in layers.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     others = {matching.escape_name(name): rank for name, rank in ranks.items() if rank != r}

@@ -42,7 +42,7 @@ Shape = tuple[int, ...]
 
 
 def check_name(adapter_name: object) -> str:
-    """The name, if it matches ``[A-Za-z0-9._-]{1,128}`` (and is no path such as ``..``)."""
+    """Returns the name, if it matches ``[A-Za-z0-9._-]{1,128}`` (and is no path such as ``..``)."""
     if (
         not isinstance(adapter_name, str)
         or not _NAME.fullmatch(adapter_name)
@@ -55,14 +55,14 @@ def check_name(adapter_name: object) -> str:
 
 
 def as_folder(directory: str | os.PathLike[str]) -> Path:
-    """As a Path; TypeError for anything that is none."""
+    """Returns a Path; TypeError for anything that is none."""
     if not isinstance(directory, (str, os.PathLike)):
         raise TypeError(f"directory: expected the path of a folder, got {directory!r}")
     return Path(directory)
 
 
 def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> LoRAConfig:
-    """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad.
+    """Reads the config of the adapter in ``directory``; ValueError or FileNotFoundError if bad.
 
     trainable: whether it is to be trained on. How it began (EVA and others that leave the base as
     it is) is not asked; one whose base was changed (CorDA, LoRA-GA, LoftQ) is refused.
@@ -87,7 +87,7 @@ def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> L
 
 
 def restore_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoRAConfig:
-    """A config from a file, whose patterns may have lost their order, as its tensors know it."""
+    """Restores the order of a file's patterns, as far as its tensors know it."""
     ranks = {name: shapes[name + _A][0] for name in _list_layers(shapes) if shapes[name + _A]}
     _warn_of_lost_order(where, config.alpha_pattern, ranks)
     return replace(
@@ -122,7 +122,7 @@ def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterabl
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError where it holds anything else."""
+    """Reads the JSON object in a file; ValueError where it holds anything else."""
     hints.check_content(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
-    """{tensor name without PEFT's prefix: shape}, from the header alone."""
+    """Reads {tensor name without PEFT's prefix: shape}, from the header alone."""
     path = _find_file(directory, WEIGHTS_NAME)
     header = _read_header(path)
     hints.check_names(path, header)
@@ -172,7 +172,7 @@ def compare_shapes(
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> None:
-    """``check_shapes`` of an adapter that is elsewhere."""
+    """Compares shapes as ``check_shapes`` does, of an adapter that is elsewhere."""
     missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
     if missing or extra:
         parts = [f"missing {list_some(missing)}"] * bool(missing) + [
@@ -191,7 +191,7 @@ def read_tensors(
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The tensors of the adapter on the CPU, by name, after ``check_shapes``.
+    """Reads the tensors of the adapter, on the CPU, by name, after ``check_shapes``.
 
     besides: names of others that may be there, and are not read.
     """

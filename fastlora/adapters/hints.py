@@ -1,4 +1,4 @@
-"""What a folder holds that is no adapter as PEFT saves one, and what to do with it."""
+"""Hints: what a folder holds that is no adapter as PEFT saves one, and what to do with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BESIDE_ALPHA = tuple(
 
 
 def check_content(path: Path) -> None:
-    """ValueError where a file is only Git's note of where its content lies."""
+    """Raises ValueError where a file is only Git's note of where its content lies."""
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(
@@ -28,7 +28,7 @@ def check_content(path: Path) -> None:
 
 
 def check_names(where: Path | str, tensors: Iterable[str]) -> None:
-    """ValueError where names of tensors tell that something else than PEFT's saving wrote them."""
+    """Raises ValueError where names of tensors tell that something else than PEFT wrote them."""
     names = set(tensors)
     for name in sorted(names):
         match = _NAMED.fullmatch(name)
@@ -49,7 +49,7 @@ def check_names(where: Path | str, tensors: Iterable[str]) -> None:
 
 
 def hint_elsewhere(folder: Path, name: str) -> str:
-    """Where file ``name`` is, if not in ``folder`` itself: to be put behind an error, or empty."""
+    """Says where file ``name`` is, if not in ``folder``: an end for an error, or empty."""
     if folder.is_file():
         return f"; {folder.name} is a file: give the folder that holds both"
     if not folder.is_dir():

@@ -13,7 +13,7 @@ from fastlora.config import LoRAConfig, refusals
 
 
 def resolve_config(config: object, shapes: Mapping[str, Shape]) -> LoRAConfig:
-    """Settings from a LoRAConfig, PEFT's, or the fields of its file, for tensors of these shapes.
+    """Makes settings of a LoRAConfig, PEFT's, or its file's fields, for tensors of these shapes.
 
     Raises TypeError or ValueError; warns as reading the file would.
     """
@@ -31,7 +31,7 @@ def resolve_config(config: object, shapes: Mapping[str, Shape]) -> LoRAConfig:
 
 
 def index_by_name(tensors: object) -> dict[str, Tensor]:
-    """The tensors by names without PEFT's prefix; TypeError or ValueError for what are none."""
+    """Returns the tensors by names without PEFT's prefix; TypeError or ValueError for others."""
     if not isinstance(tensors, Mapping):
         raise TypeError(
             f"tensors: expected {{name: tensor}}, as adapter_state_dict gives them, got {tensors!r}"
@@ -56,7 +56,7 @@ def index_by_name(tensors: object) -> dict[str, Tensor]:
 def copy_expected(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Shape], besides: Set[str]
 ) -> dict[str, Tensor]:
-    """Copies on the CPU of exactly the expected ones, beside which ``besides`` may be there."""
+    """Copies exactly the expected ones to the CPU, beside which ``besides`` may be there."""
     files.compare_shapes("tensors", read_shapes(tensors), expected, besides)
     return {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in expected}
 

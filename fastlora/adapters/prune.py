@@ -27,7 +27,7 @@ class Method(NamedTuple):
 
 
 def prune_by_magnitude(t: Tensor, density: float) -> Tensor:
-    """The ``int(density * t.numel())`` entries of largest magnitude, zeros elsewhere.
+    """Keeps the ``int(density * t.numel())`` entries of largest magnitude, zeros elsewhere.
 
     Which of several equal ones stay is ``topk``'s choice. Reference: Han et al. 2015; step one of
     TIES.
@@ -40,7 +40,7 @@ def prune_by_magnitude(t: Tensor, density: float) -> Tensor:
 
 
 def prune_at_random(t: Tensor, density: float) -> Tensor:
-    """Each entry with probability ``density``, then divided by it; zeros elsewhere.
+    """Keeps each entry with probability ``density``, divided by it; zeros elsewhere.
 
     Draws ``t.numel()`` numbers from torch's generator of t's device. Reference: DARE, Yu et al.
     2023.
@@ -60,7 +60,7 @@ METHODS = {
 def sum_pruned(
     method: Method, tensors: Iterable[Tensor], weights: Sequence[float], density: float, vote: str
 ) -> Tensor:
-    """The tensors pruned and then summed; ``vote`` is one of MAJORITIES, read where signs elect.
+    """Prunes the tensors and sums them; ``vote``, one of MAJORITIES, is read where signs elect.
 
     ``tensors`` may be a generator: those of a plain sum are alive one at a time.
     """
@@ -73,13 +73,13 @@ def sum_pruned(
 
 
 def sum_weighted(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """Task arithmetic, Ilharco et al. 2022."""
+    """Sums tensors times weights: task arithmetic, Ilharco et al. 2022."""
     # One after the other, as torch sums a stack of few, without the stack.
     return reduce(add, (t * weight for t, weight in zip(tensors, weights, strict=True)))
 
 
 def average_elected(tensors: Sequence[Tensor], weights: Sequence[float], vote: str) -> Tensor:
-    """Per entry, the weighted sum of what has the elected sign, over how many those are.
+    """Averages, per entry, the weighted numbers that have the elected sign.
 
     The sign is that of the tensors' sum (``vote="total"``) or of most of them ("frequency"), plus
     where they balance. Weights have no vote. Reference: TIES, Yadav et al. 2023.

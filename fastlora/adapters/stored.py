@@ -41,7 +41,7 @@ class Stored:
             return _DTYPES.get(file.get_slice(self.key).get_dtype())
 
     def read(self) -> Tensor:
-        """All of it, on the CPU."""
+        """Reads all of it, to the CPU."""
         with self._open() as file:
             return file.get_tensor(self.key)
 
@@ -81,7 +81,7 @@ def have_same_rows(a: Stored, b: Stored) -> bool:
 
 @dataclass(frozen=True)
 class OwnRows:
-    """Rows of a tensor of ``of`` rows: their indices (n,), ascending, and their values (n, ...)."""
+    """Rows that differ, of a tensor of ``of``: indices (n,), ascending, and values (n, ...)."""
 
     indices: Tensor
     values: Tensor
@@ -104,7 +104,7 @@ class OwnRows:
 def find_differing_rows(
     stored: Stored | InMemory, rows_of: Callable[[int, int], Tensor]
 ) -> OwnRows | None:
-    """The rows of ``stored`` that are others than the base's, ``rows_of(start, stop)``; or None.
+    """Finds the rows of ``stored`` that are not the base's, ``rows_of(start, stop)``; or None.
 
     Those that the base does not have are.
 
@@ -130,12 +130,12 @@ def has_same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _view_bits(t: Tensor) -> Tensor:
-    """As integers, by which zeros of either sign differ and NaN does not from itself."""
+    """Views numbers as integers, by which zeros of either sign differ and NaN equals itself."""
     return t.contiguous().view(_INTEGERS[t.element_size()])
 
 
 def _find_other_rows(copy: Tensor, base: Tensor) -> Tensor:
-    """Of each row of (n, ...), whether it is another than the base's."""
+    """Tells for each row of (n, ...) whether it is another than the base's."""
     other = _find_unequal_rows(copy.to(base.dtype), base)
     for dtype in (copy.dtype, *_HALVES):
         if not other.any():

@@ -30,7 +30,7 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What ``replace_linear`` does, by PEFT's names and with PEFT's defaults.
+    """Settings of ``replace_linear``, by PEFT's names and with PEFT's defaults.
 
     r, lora_alpha: rank and numerator of ``scaling = lora_alpha / r`` (``/ sqrt(r)`` with
     use_rslora). lora_dropout: probability on the LoRA branch. lora_bias: a trained bias beside
@@ -146,7 +146,7 @@ class LoRAConfig:
         return matching.ends_with_any(self.modules_to_save or (), name)
 
     def check_plain(self, whose: str) -> None:
-        """ValueError where there is more to it than lora_A and lora_B beside the base as it is."""
+        """Raises ValueError where there is more than lora_A and lora_B beside the base as it is."""
         if self.lora_bias or self.bias != "none":
             raise ValueError(
                 f"config: {whose} has biases of its own, got lora_bias={self.lora_bias}, "
@@ -164,7 +164,7 @@ class LoRAConfig:
             )
 
     def with_heads(self) -> LoRAConfig:
-        """With the heads in modules_to_save that PEFT's model of this task_type trains whole."""
+        """Adds the heads to modules_to_save that PEFT's model of this task_type trains whole."""
         return replace(self, modules_to_save=(*(self.modules_to_save or ()), *self.heads) or None)
 
     @property
@@ -186,13 +186,13 @@ class LoRAConfig:
         return compute_scaling(self.alpha_of(name), self.rank_of(name), self.use_rslora)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of PEFT's ``adapter_config.json``."""
+        """Returns the fields of PEFT's ``adapter_config.json``."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"peft_type": "LORA", "inference_mode": True, **values}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> LoRAConfig:
-        """From PEFT's fields; those fastlora does not have pass when null, false or empty."""
+        """Reads PEFT's fields; those fastlora does not have pass when null, false or empty."""
         kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
         if kind not in (None, "LORA"):
             raise ValueError(f"peft_type: expected LORA, got {kind!r}")
@@ -212,7 +212,7 @@ class LoRAConfig:
 
     @staticmethod
     def of(config: object) -> LoRAConfig:
-        """A LoRAConfig as it is, a ``peft.LoraConfig`` translated; anything else is a TypeError."""
+        """Returns a LoRAConfig as is, a ``peft.LoraConfig`` translated; else raises TypeError."""
         if isinstance(config, LoRAConfig):
             return config
         LoRAConfig.check_pefts(config)
@@ -220,7 +220,7 @@ class LoRAConfig:
 
     @staticmethod
     def check_pefts(config: object) -> None:
-        """TypeError for what is no ``peft.LoraConfig``."""
+        """Raises TypeError for what is no ``peft.LoraConfig``."""
         # By name, so that peft need not be installed, let alone imported, to say no.
         if any(base.__name__ == "LoraConfig" for base in type(config).__mro__):
             return
@@ -255,7 +255,7 @@ def check_dropout(value: object) -> None:
 
 
 def check_layer(r: object, lora_alpha: object, lora_dropout: object) -> None:
-    """Raises unless they can be a layer's."""
+    """Raises unless r, lora_alpha and lora_dropout can be a layer's."""
     check_rank("r", r)
     check_number("lora_alpha", lora_alpha)
     check_dropout(lora_dropout)
@@ -277,7 +277,7 @@ def check_init(value: object) -> None:
 
 
 def parse_iterations(init: object) -> int | None:
-    """n of "pissa_niter_n"; None for anything else."""
+    """Returns n of "pissa_niter_n"; None for anything else."""
     match = _NITER.fullmatch(init) if isinstance(init, str) else None
     return int(match[1]) if match else None
 

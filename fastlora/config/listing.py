@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 
 def list_some(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
-    """The first of ``names``, in their order (of a set in alphabetical order), and how many more.
+    """Lists the first of ``names``, in their order (a set's alphabetically), and how many more.
 
     Empty where there are none. What is listed is meant to be short itself.
     """
@@ -16,7 +16,7 @@ def list_some(names: Iterable[object], shown: int = 4, separator: str = ", ") ->
 
 
 def group_by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Of {layer: reason} each reason once, with the first of its layers."""
+    """Lists each reason of {layer: reason} once, with the first of its layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name)

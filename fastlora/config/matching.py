@@ -1,4 +1,4 @@
-"""Which of a model's modules the names in a config mean, as PEFT reads them."""
+"""Matching of a config's names with a model's modules, as PEFT reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ANY_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 def is_match(names: Names, name: str) -> bool:
-    """One of ``names`` whole or after a dot; or one regular expression, in full."""
+    """Whether one of ``names`` is it, whole or after a dot; or one regular expression, in full."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == wanted or name.endswith("." + wanted) for wanted in names)
@@ -33,7 +33,7 @@ def ends_with_any(modules: Iterable[str], name: str) -> bool:
 
 
 def find_layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
-    """The first number in ``name`` that follows one of ``patterns``, or any name but the first."""
+    """Finds the first number in ``name`` after one of ``patterns``, or any name but the first."""
     # PEFT's default wants a name before it, so that a dot must come first.
     for regex in map(BEFORE_INDEX.format, patterns) if patterns else [_ANY_INDEX]:
         match = re.match(regex, name)
@@ -44,7 +44,7 @@ def find_layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
 
 
 def look_up(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that is a regular expression for the end of ``name``."""
+    """Returns the value of the first key that is a regular expression for the end of ``name``."""
     for key, value in pattern.items():
         if _compile_ending(key).match(name):
             return value
@@ -52,7 +52,7 @@ def look_up(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def find_overlaps(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{name: {key: value}} where keys of different values match, so that their order decides."""
+    """Finds {name: {key: value}} where keys of different values match: order decides."""
     if len(pattern) < 2:
         return {}
     keys = [(key, value, _compile_ending(key)) for key, value in pattern.items()]
@@ -63,7 +63,7 @@ def find_overlaps(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str,
 def resolve_overlaps(
     pattern: Mapping[str, Any], names: Iterable[str], values: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """``pattern`` with the same values for ``names`` in whatever order its keys are read.
+    """Returns ``pattern`` with the same values for ``names`` in whatever order it is read.
 
     Keys that overlap give way to the full names of all that they match. values: {name: value} that
     count where keys overlap and one of them has it, instead of the first one's.
@@ -83,12 +83,12 @@ def resolve_overlaps(
 
 
 def escape_name(name: str) -> str:
-    """A key for ``name`` alone: others match the ends of names too, with any character at a dot."""
+    """Makes a key for ``name`` alone: others match ends of names, and any character at a dot."""
     return f"^{re.escape(name)}"
 
 
 def name_exactly(names: Iterable[str], others: Iterable[str]) -> Names:
-    """Names that none of ``others`` ends in, as they are; else a regular expression for them."""
+    """Returns names that none of ``others`` ends in as they are; else a regular expression."""
     names = tuple(dict.fromkeys(names))
     suffixes = {*names}
     for other in others:
@@ -105,7 +105,7 @@ def _compile_ending(key: str) -> re.Pattern[str]:
 
 
 def check_names_or_regex(field_name: str, value: object) -> Names | None:
-    """A field's names, or its regular expression, checked."""
+    """Checks a field's names, or its regular expression."""
     if isinstance(value, str):
         if field_name == "exclude_modules" or value.lower() != "all-linear":
             check_regex(field_name, value)
@@ -114,7 +114,7 @@ def check_names_or_regex(field_name: str, value: object) -> Names | None:
 
 
 def check_indices(value: object) -> int | tuple[int, ...] | None:
-    """layers_to_transform, checked."""
+    """Checks layers_to_transform."""
     listed = (value,) if isinstance(value, int) else value
     if listed is None:
         return None
@@ -126,7 +126,7 @@ def check_indices(value: object) -> int | tuple[int, ...] | None:
 
 
 def check_patterns(value: object) -> Names | None:
-    """layers_pattern, checked."""
+    """Checks layers_pattern."""
     listed = (value,) if isinstance(value, str) else value
     names = _check_names("layers_pattern", listed, "a name or a list of them")
     for pattern in names or ():
@@ -135,7 +135,7 @@ def check_patterns(value: object) -> Names | None:
 
 
 def check_modules(value: object) -> tuple[str, ...] | None:
-    """modules_to_save, checked."""
+    """Checks modules_to_save."""
     names = _check_names("modules_to_save", value, "a list of names")
     for name in names or ():
         if not name:
@@ -156,7 +156,7 @@ def _check_names(field_name: str, value: object, expected: str) -> tuple[str, ..
 
 
 def check_regex(field_name: str, pattern: str, around: str = "{}") -> None:
-    """ValueError unless ``pattern`` is a regular expression, also within ``around``."""
+    """Raises ValueError unless ``pattern`` is a regular expression, also within ``around``."""
     try:
         re.compile(around.format(pattern))
     except re.error as error:

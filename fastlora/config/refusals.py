@@ -1,4 +1,4 @@
-"""What PEFT's configs can ask for and fastlora does not do, by name, and why."""
+"""Refusals: what PEFT's configs can ask for and fastlora does not do, by name, and why."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _HOW_IT_BEGAN = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 
 
 def drop_history(values: Mapping[str, Any], trainable: bool = False) -> dict[str, Any]:
-    """A file's fields without those that only say how its adapter began, where its base is plain.
+    """Drops a file's fields that only say how its adapter began, where its base is plain.
 
     trainable: whether it is to be trained on. Raises ValueError for an adapter of another base.
     """
@@ -69,7 +69,7 @@ def drop_history(values: Mapping[str, Any], trainable: bool = False) -> dict[str
 
 
 def describe_fields(refused: dict[str, object]) -> str:
-    """The values and the reasons, of fields that are not fastlora's."""
+    """Lists the values and the reasons of fields that are not fastlora's."""
     unknown = "a field that this version does not know"
     return "; ".join(
         f"{key}={value!r} ({FIELDS.get(key, unknown)})" for key, value in sorted(refused.items())

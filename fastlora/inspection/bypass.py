@@ -28,7 +28,7 @@ class Reader(NamedTuple):
 
 
 def explain_bypass(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Why a layer of ``model``, known under ``names``, would not be called by who reads it."""
+    """Says why a layer of ``model``, known under ``names``, would be read and not called."""
     for name in names:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
@@ -44,8 +44,7 @@ def explain_bypass(model: nn.Module, names: Iterable[str]) -> str | None:
 
 
 def explain_rescaling(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Which forward above a layer of ``model`` changes its weight in place, which an adapter's part
-    of the output does not follow."""
+    """Names a forward above a layer that changes its weight in place, and not its adapter."""
     for name in names:
         parts = tuple(name.split("."))
         for depth, module in enumerate(_list_above(model, parts)):
@@ -58,7 +57,7 @@ def explain_rescaling(model: nn.Module, names: Iterable[str]) -> str | None:
 
 
 def find_reader(model: nn.Module, name: str) -> Reader | None:
-    """Who computes with the weight of the layer ``name``, as the modules above it are written."""
+    """Finds the module that computes with the weight of the layer ``name``, by its source."""
     parts = tuple(name.split("."))
     read_in, called, above = None, False, _list_above(model, parts)
     for depth, module in enumerate(above):
@@ -76,7 +75,7 @@ def find_reader(model: nn.Module, name: str) -> Reader | None:
 
 
 def _list_above(model: nn.Module, parts: Path) -> list[nn.Module]:
-    """The modules above a layer, from the model to its parent."""
+    """Lists the modules above a layer, from the model to its parent."""
     modules = [model]
     for part in parts[:-1]:
         modules.append(getattr(modules[-1], part))

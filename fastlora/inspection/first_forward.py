@@ -1,4 +1,4 @@
-"""A model's first forward, watched for layers whose weight is read while they are never called.
+"""First forward of a model, watched for layers whose weight is read while they are never called.
 
 For what the source of a model's classes does not say: see ``bypassed``. A mode sees each function
 of torch's that gets a layer's weight; in whose forward that is, the stack says.
@@ -53,7 +53,7 @@ def watch(model: nn.Module) -> None:
 
 
 def refuse_idle(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """RuntimeError where merging would put an adapter to work that has had no part so far."""
+    """Raises RuntimeError where merging would put an adapter to work that had no part so far."""
     names = {layer: name for name, layer in model.named_modules()}
     for name, layer in layers.items():
         who = get_reading_module(layer)
@@ -83,7 +83,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def get_reading_module(layer: nn.Module) -> str | None:
-    """Whose forward was seen to read the layer's weight, without calling it."""
+    """Returns the class whose forward was seen to read the layer's weight without calling it."""
     return vars(layer).get(_NOTE)
 
 
@@ -133,7 +133,7 @@ class _FirstForward(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def interrupted(self) -> bool:
-        """Whether its forward was left without a word, by Ctrl-C: hooks hear of errors alone."""
+        """Whether its forward was left by Ctrl-C, of which hooks do not hear."""
         try:
             if self.frame is not None:
                 self.frame.clear()
@@ -218,7 +218,7 @@ def _stop_forward(forward: _FirstForward) -> None:
 
 
 def _drop_hooks(module: nn.Module) -> None:
-    """No more hooks on what was watched, but for the other mode where that may differ."""
+    """Drops the hooks on what was watched, but for the other mode where that may differ."""
     with _lock:
         for part in (module, *module.children()):
             hooks = [
@@ -237,7 +237,7 @@ def _has_compiled_graphs() -> bool:
 
 
 def _list_running(root: nn.Module) -> list[nn.Module]:
-    """The modules in whose forwards this thread is, the innermost first."""
+    """Lists the modules in whose forwards this thread is, the innermost first."""
     modules: list[nn.Module] = []
     frame: FrameType | None = sys._getframe(3)
     while frame is not None and not (modules and modules[-1] is root):

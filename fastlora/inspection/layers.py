@@ -29,12 +29,12 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 
 def find_peft_layers(model: nn.Module) -> list[str]:
-    """The names of the layers into which PEFT has put an adapter; PEFT is not imported for it."""
+    """Lists the names of layers into which PEFT has put an adapter; PEFT is not imported for it."""
     return [name for name, module in model.named_modules() if is_peft_layer(module)]
 
 
 def find_places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]]:
-    """Of each module of a model its names in the first place where it is, and those in others.
+    """Finds each module's names in the first place where it is, and those in others.
 
     A place is an attribute of one parent, which may itself be reached by several names.
     """
@@ -50,14 +50,14 @@ def find_places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]
 
 
 def get_matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out_features, in_features), the very one or a view."""
+    """Returns a linear layer's weight as (out_features, in_features), the very one or a view."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if is_conv1d(module) else weight
 
 
 def explain_unsupported(module: nn.Module) -> str | None:
-    """Why ``module`` cannot be wrapped, or None for a plain ``nn.Linear`` or ``Conv1D``."""
+    """Says why ``module`` cannot be wrapped; None for a plain ``nn.Linear`` or ``Conv1D``."""
     kind = type(module)
     if getattr(module, "holds_lora", False):
         return f"it is a {kind.__name__} already"
@@ -91,7 +91,7 @@ def explain_unsupported(module: nn.Module) -> str | None:
 
 
 def choose_lora_dtype(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
-    """PEFT's choice: float32 adapters on a half-precision base, the base's dtype otherwise.
+    """Chooses as PEFT does: float32 adapters on a half-precision base, else the base's dtype.
 
     Raises ValueError for an ``asked`` dtype that is not a floating one.
     """

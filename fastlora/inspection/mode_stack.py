@@ -1,4 +1,4 @@
-"""Modes that hooks enter and leave, in whatever order those come."""
+"""Stack of torch's modes, from which hooks take theirs in whatever order."""
 
 from __future__ import annotations
 

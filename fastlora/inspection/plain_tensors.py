@@ -1,4 +1,4 @@
-"""Whether a tensor's numbers can be read where it lies."""
+"""Plain tensors, whose numbers can be read where they lie."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def is_plain(t: Tensor) -> bool:
 
 
 def explain_unreadable(t: Tensor) -> str | None:
-    """Why no op of ours can read a tensor: what it is instead of a plain one.
+    """Says why no op of ours can read a tensor: what it is instead of a plain one.
 
     torch's own stand-ins (fake and functional tensors) are plain, and so are subclasses that only
     have other functions or attributes. A DTensor is not: who can take one asks before.

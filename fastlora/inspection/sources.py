@@ -1,4 +1,4 @@
-"""What a class's forward does with the modules under it, as its source says; nothing is run.
+"""Sources of classes: what a forward does with the modules under it; nothing is run.
 
 A path is attribute names from ``self`` on, with ``ANY`` for an index. All methods that the forward
 comes to are read; names that stand for modules are followed through plain assignments and loops.
@@ -39,7 +39,7 @@ _SAME = frozenset({"enumerate", "iter", "list", "reversed", "sorted", "tuple", "
 
 @dataclass
 class Uses:
-    """By path: whose weight is computed with, in which method; what is called, or handed on.
+    """Uses of modules, by path: weights read, in which method; modules called, or handed on.
 
     changed: whose weight is written in place.
     """
@@ -52,7 +52,7 @@ class Uses:
 
 @functools.cache
 def read_uses(kind: type) -> Uses | None:
-    """What the forward of a class does with modules under it; None where there is no source."""
+    """Reads what a class's forward does with modules under it; None where there is no source."""
     uses, todo, done = Uses(), [("forward", 0)], set()
     while todo:
         name, start = todo.pop()
@@ -70,7 +70,7 @@ def read_uses(kind: type) -> Uses | None:
 
 
 def _find_definition(kind: type, name: str, start: int) -> tuple[str, int, object] | None:
-    """The function that ``name`` is in a class, from that place of its bases on, and the place."""
+    """Finds the function ``name`` in a class, from that place of its bases on, and its place."""
     for place, base in enumerate(kind.__mro__[start:], start):
         value = vars(base).get(name)
         if isinstance(value, property):
@@ -93,7 +93,7 @@ def _parse(function: object) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
 
 
 class _Reader:
-    """One method, added to ``uses``: methods and inherited are what it comes to beside."""
+    """A reader of one method, for ``uses``. methods, inherited: what it comes to beside."""
 
     def __init__(
         self, tree: ast.FunctionDef | ast.AsyncFunctionDef, method: str, uses: Uses
@@ -144,7 +144,7 @@ class _Reader:
                     self.names.setdefault(name.id, set()).update(paths)
 
     def _find_paths(self, node: ast.AST) -> set[Path]:
-        """The modules or tensors that an expression stands for."""
+        """Finds the modules or tensors that an expression stands for."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
@@ -225,7 +225,7 @@ class _Reader:
 
 
 def _get_called_name(node: ast.AST | None) -> str | None:
-    """The last name of what is called, where something is."""
+    """Returns the last name of what is called, where something is."""
     if not isinstance(node, ast.Call):
         return None
     function = node.func

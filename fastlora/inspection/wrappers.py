@@ -9,7 +9,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``torch.compile``, data parallelism and checkpointing."""
+    """Returns the model inside wrappers of ``torch.compile``, data parallelism, checkpointing."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     while True:
@@ -24,7 +24,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def strip_wrappers(name: str) -> str:
-    """A module's full name without the wrappers inside the model, which files know nothing of."""
+    """Leaves wrappers inside the model out of a module's full name, as files do."""
     if not any(wrapped in name for wrapped in _WRAPPED):
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)

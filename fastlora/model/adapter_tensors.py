@@ -15,7 +15,7 @@ KEYS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora
 
 
 def list_adapter_shapes(name: str, base: Sequence[int], config: LoRAConfig) -> dict[str, Shape]:
-    """{tensor name: shape} of an adapter for linear ``name`` of (N, K): A, B, and a bias if any."""
+    """Lists {tensor name: shape} of an adapter for linear ``name`` of (N, K)."""
     (N, K), r = base, config.rank_of(name)
     shapes: dict[str, Shape] = {
         f"{name}.{KEYS['lora_A']}": (r, K),
@@ -29,7 +29,7 @@ def list_adapter_shapes(name: str, base: Sequence[int], config: LoRAConfig) -> d
 def find_biases(
     model: nn.Module, config: LoRAConfig, replaced: set[str]
 ) -> dict[str, nn.Parameter]:
-    """{PEFT's name: parameter} of the base's biases that belong to the adapter."""
+    """Finds {PEFT's name: parameter} of the base's biases that belong to the adapter."""
     biases = {}
     if config.bias == "none":
         return biases

@@ -16,7 +16,7 @@ _TASKS = {
 
 
 def explain_unsaved_head(model: nn.Module, config: LoRAConfig, chosen: Plan) -> str | None:
-    """Why a transformers classifier's head is lost when only the adapter is saved, or None.
+    """Says why a transformers classifier's head is lost when only the adapter is saved, or None.
 
     It is new where the checkpoint was of another class, as its config tells, or there was none:
     then the whole model is new, which matters only to who adapts the head unaware.

@@ -69,7 +69,7 @@ def load_adapter(
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter read from files and found to fit a model, which it has not changed yet."""
+    """Adapter that was read from files and fits a model, which it has not changed yet."""
 
     config: LoRAConfig
     chosen: Plan | None  # the linears to replace, where the model has no LoRA layers yet
@@ -78,7 +78,7 @@ class LoadedAdapter:
     copies: Copies
 
     def adapter_of(self, name: str, layer: LoRALayer) -> Adapter:
-        """(lora_A, lora_B, scaling) as ``layer``, of that name, will hold them."""
+        """Returns (lora_A, lora_B, scaling) as ``layer``, of that name, will hold them."""
         A, B = (self.tensors[f"{name}.{KEYS[kind]}"] for kind in ("lora_A", "lora_B"))
         return A.to(layer.lora_A), B.to(layer.lora_B), self.config.scaling_of(name)
 
@@ -95,7 +95,7 @@ def read_adapter(
     merged: bool = False,
     trainable: bool = False,
 ) -> LoadedAdapter:
-    """The adapter in ``directory`` for ``model``; merged: for one whose layers are."""
+    """Reads the adapter in ``directory`` for ``model``; merged: for one whose layers are."""
     config, inner = files.read_config(directory, trainable), unwrap(model)
     existing = dict(find_lora_layers(inner))
     chosen = None
@@ -167,7 +167,7 @@ def _load_one(
 def _find_saved(
     model: nn.Module, config: LoRAConfig, chosen: Plan | None
 ) -> dict[str, SavedModule]:
-    """By name, what the adapter trains whole, if it has not been copied yet as its own copy."""
+    """Finds the modules that the adapter trains whole; one without a copy stands for its own."""
     if chosen is not None:
         return {name: SavedModule(module, module) for name, module in chosen.saved.items()}
     named, present = saved_modules.find(model, config), get_saved_modules(model)

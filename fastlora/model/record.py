@@ -19,7 +19,7 @@ RECORD = "_fastlora_injection"
 
 @dataclass(frozen=True)
 class Injection:
-    """What ``replace_linear`` was asked for, and what it left alone and why.
+    """Settings that ``replace_linear`` was given, and what it left alone and why.
 
     rows: of several adapters in training, which the batch's rows belong to; watch: where it comes
     into the model. saved: by name, the modules that are trained whole. carried: tensors of the
@@ -35,7 +35,7 @@ class Injection:
 
 
 def get_injection(model: nn.Module) -> Injection:
-    """What ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
+    """Returns what ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
     record = getattr(unwrap(model), RECORD, None)
     if record is None:
         raise RuntimeError(
@@ -46,25 +46,25 @@ def get_injection(model: nn.Module) -> Injection:
 
 
 def make_missing_error(model: nn.Module) -> RuntimeError:
-    """The error where a model has no ``FastLoRALinear``; says what it has in their place."""
+    """Makes the error for a model without ``FastLoRALinear``; it says what there is instead."""
     description = _describe_layers(model)
     return RuntimeError(f"model: expected one with FastLoRALinear layers, found {description}")
 
 
 def get_saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """By name, the modules of ``model`` that are trained whole; often none."""
+    """Returns the modules of ``model`` that are trained whole, by name; often none."""
     record: Injection | None = getattr(unwrap(model), RECORD, None)
     return dict(record.saved) if record else {}
 
 
 def get_carried(model: nn.Module) -> frozenset[str]:
-    """The tensors of ``model``'s base in which an adapter's rows are; often none."""
+    """Returns the tensors of ``model``'s base in which an adapter's rows are; often none."""
     record: Injection | None = getattr(unwrap(model), RECORD, None)
     return record.carried if record else frozenset()
 
 
 def get_training_rows(model: nn.Module) -> TrainingRows:
-    """What ``use_adapters`` tells the layers of ``model``."""
+    """Returns what ``use_adapters`` tells the layers of ``model``."""
     rows = get_injection(model).rows
     if rows is None:
         raise RuntimeError(

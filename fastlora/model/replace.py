@@ -1,4 +1,4 @@
-"""Putting LoRA into a whole model."""
+"""LoRA put into a whole model, in the place of its linears."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _make_layer(name: str, linear: nn.Module, config: LoRAConfig, rows: Training
 
 
 def _refuse_tied(model: nn.Module, chosen: Plan, config: LoRAConfig) -> None:
-    """A weight that is split must be nobody else's."""
+    """Raises ValueError where a weight that is to be split is another module's too."""
     names_of_tied = find_tied(model, [linear for linear, _ in chosen.linears.values()])
     for name, (linear, _) in chosen.linears.items():
         if linear in names_of_tied:

@@ -72,7 +72,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What has been done to ``model``: replaced, skipped and why, trainable, merged.
+    """Reports what has been done to ``model``: replaced, skipped and why, trainable, merged.
 
     Of any model: one without LoRA layers has nothing replaced. Raises TypeError for no model.
     """

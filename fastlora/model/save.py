@@ -24,7 +24,7 @@ from fastlora.modules.trained import TrainableMultiLoRALinear, find_trained_laye
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors, biases and whole modules it trains, under PEFT's names, not copied.
+    """Returns the adapter's tensors, biases and modules trained whole, by PEFT's names, not copied.
 
     adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
     parallelism) they are DTensors. Raises ValueError for a name it does not have, RuntimeError when

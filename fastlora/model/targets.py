@@ -1,4 +1,4 @@
-"""Which layers of a model a config means: all of it checked before anything is changed."""
+"""Layers of a model that a config means: all of it checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
-    """Which linears and whole modules of ``model`` ``config`` names; nothing is changed."""
+    """Finds the linears and whole modules of ``model`` that ``config`` names; changes nothing."""
     if config.target_modules is None:
         raise ValueError(
             "target_modules: expected a list of names, a regular expression or "
@@ -93,7 +93,7 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
 
 
 def find_unused_names(config: LoRAConfig, chosen: Plan) -> list[str]:
-    """Of names in the config that no layer goes by, as mistyped ones: a sentence a field."""
+    """Lists names in the config that no layer goes by, as mistyped ones: a sentence a field."""
     replaced = [name for _, names in chosen.linears.values() for name in names]
     targets = config.target_modules if isinstance(config.target_modules, tuple) else ()
     known_names = [*replaced, *chosen.skipped]

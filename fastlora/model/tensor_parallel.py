@@ -15,7 +15,7 @@ from fastlora.modules.linear import FastLoRALinear
 
 
 class ColwiseParallel(parallel.ColwiseParallel):
-    """torch's; lora_B (N, r) is sharded as the weight is, lora_A replicated.
+    """``torch``'s style; lora_B (N, r) is sharded as the weight is, lora_A replicated.
 
     Raises RuntimeError for a merged layer, TypeError for one of several adapters.
     """
@@ -26,7 +26,7 @@ class ColwiseParallel(parallel.ColwiseParallel):
 
 
 class RowwiseParallel(parallel.RowwiseParallel):
-    """torch's; lora_A (r, K) is sharded as the weight is, lora_B replicated.
+    """``torch``'s style; lora_A (r, K) is sharded as the weight is, lora_B replicated.
 
     Raises RuntimeError for a merged layer, TypeError for one of several adapters.
     """
@@ -37,7 +37,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
 
 
 def _list_trained(module: nn.Module) -> dict[str, bool]:
-    """Which parameters are trained."""
+    """Lists which parameters are trained."""
     if getattr(module, "holds_lora", False) and not isinstance(module, FastLoRALinear):
         kind = type(module).__name__
         raise TypeError(f"module: expected a linear with one adapter or none, got a {kind}")

@@ -18,7 +18,7 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def find_tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
-    """Of each layer whose weight has elements in common with others' parameters, their names.
+    """Finds the layers whose weight shares elements with other parameters, and the names of those.
 
     Tied parameters and overlapping views count; slices of one storage that do not overlap are none.
     So do other places of a plain layer, which has no adapter there.
@@ -59,7 +59,7 @@ def refuse_tied(
     layers: Mapping[str, nn.Module],
     remedy: str = "exclude the layer, or merge with untie=True to give it a copy",
 ) -> None:
-    """RuntimeError, with the remedy, where merging into one of ``layers`` would change others."""
+    """Raises RuntimeError, with the remedy, where merging into ``layers`` would change others."""
     names_of_tied = find_tied(model, layers.values())
     for name, layer in layers.items():
         if layer in names_of_tied:
@@ -73,14 +73,14 @@ def refuse_tied(
 
 
 def _find_tying_configs(model: nn.Module) -> list[Any]:
-    """A transformers model's config, and its text model's, where they tie the embeddings."""
+    """Finds a transformers model's config, and its text model's, where they tie the embeddings."""
     config = getattr(model, "config", None)
     configs = (config, getattr(config, "text_config", None))
     return [each for each in configs if getattr(each, "tie_word_embeddings", False) is True]
 
 
 def note_untied(model: nn.Module) -> Callable[[], None]:
-    """Where the embeddings no longer share a weight, the config says so; returns the way back."""
+    """Tells the config where the embeddings no longer share a weight; returns the way back."""
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weights = [getattr(end, "weight", None) for end in ends]
     is_untied = None not in weights and weights[0] is not weights[1]
@@ -96,7 +96,7 @@ def note_untied(model: nn.Module) -> Callable[[], None]:
 
 
 def untie(model: nn.Module, layers: dict[str, LoRALayer]) -> Callable[[], None]:
-    """A weight of its own for each of ``layers`` that is tied; returns what ties them again."""
+    """Gives each of ``layers`` that is tied a weight of its own; returns what ties them again."""
     before: list[tuple[LoRALayer, nn.Parameter | None]] = []
     configs = _find_tying_configs(model)
 

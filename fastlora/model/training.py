@@ -1,4 +1,4 @@
-"""Training several adapters on one base: whose each row of a batch is, and what is each one's."""
+"""Training of several adapters on one base: which rows are whose, and each one's parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def use_adapters(
     adapter_rows: Mapping[str, Sequence[int]] | None = None,
     batch_dims: Mapping[str, int] | None = None,
 ) -> Iterator[nn.Module]:
-    """Inside the block row i of the batch goes through ``adapter_names[i]``; None is the base.
+    """Sends row i of the batch through ``adapter_names[i]`` inside the block; None is the base.
 
     For models of ``replace_linear(..., adapter_names=)``. Each adapter gets the gradients that its
     rows alone would give it; one without rows gets none (DistributedDataParallel then needs
@@ -52,7 +52,7 @@ def use_adapters(
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    """The parameters of one of several adapters, for an optimizer or a gradient norm of its own.
+    """Lists one adapter's parameters, for an optimizer or a gradient norm of its own.
 
     lora_A (R, K) and lora_B (N, R) of every layer, in the model's order. Raises ValueError for a
     name that the model does not have, RuntimeError for a model without several adapters.

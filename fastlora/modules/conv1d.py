@@ -52,7 +52,7 @@ class FastLoRAConv1D(LoRALayer):
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module, r: int = 8, **options: Any) -> FastLoRAConv1D:
-        """A layer around a ``Conv1D``'s weight and bias, frozen by it; as ``from_linear``."""
+        """Makes a layer around a ``Conv1D``'s weight and bias, frozen by it; as ``from_linear``."""
         return cls._share_frozen(conv1d, r, **options)
 
     @property

@@ -44,7 +44,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """``functional.lora_linear``, also of operands that are all DTensors.
+    """Computes ``functional.lora_linear``, also of operands that are all DTensors.
 
     Returns a DTensor (..., N) then: Shard(-1) where the weight is Shard(0), Partial where it is
     Shard(1), otherwise as x is. Gradients are placed as what they are of. Processes with the same
@@ -100,7 +100,7 @@ def _check_beside(weight: Any, name: str, value: object) -> None:
 
 
 def _list_splits(x: Any, weight: Any) -> list[Split]:
-    """Of each mesh dimension {operand: (its placement, that of its gradient)}."""
+    """Lists for each mesh dimension {operand: (its placement, that of its gradient)}."""
     last = x.dim() - 1
     return [
         _split(of_x, of_weight, last)
@@ -130,12 +130,12 @@ def _split(x: Placement, weight: Placement, last: int) -> Split:
 
 
 def _list_placements(splits: list[Split], name: str) -> tuple[list[Placement], list[Placement]]:
-    """An operand's placements, and those of its gradient as each process will compute it."""
+    """Lists an operand's placements, and its gradient's as each process will compute it."""
     return [split[name][0] for split in splits], [split[name][1] for split in splits]
 
 
 def _add_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> Tensor | None:
-    """The bias where y is a sum over processes: the first one's, zero in the others."""
+    """Keeps the bias in the first process alone where y is a sum over processes; zero elsewhere."""
     coordinate = mesh.get_coordinate() or ()
     summed = (split["y"][0].is_partial() for split in splits)
     if bias is None or not any(at and part for at, part in zip(coordinate, summed, strict=True)):
@@ -145,7 +145,7 @@ def _add_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> Ten
 
 
 def _draw_seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor:
-    """The first process's seed, and another for each part of x; Philox takes any as a key."""
+    """Draws the first process's seed, and another for each part of x; Philox takes any as a key."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     drawn = distribute_tensor(dropout.new_seed(device), mesh, [Replicate()] * mesh.ndim)
@@ -193,7 +193,7 @@ class _ToWhole(Function):
 
 
 def _make_dtensor(local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> Any:
-    """Shards need not be equal: only the whole's shape says what they are of."""
+    """Makes a DTensor of shards that may be unequal: the whole's shape says what they are of."""
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()

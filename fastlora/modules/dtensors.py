@@ -1,4 +1,4 @@
-"""Adapters of a model whose parameters are DTensors: whole to be saved, in parts to be loaded."""
+"""DTensors as a model's parameters: adapters whole to be saved, in parts to be loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def make_any_flags(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
-    """Of flags those that any process of a ``fully_shard`` model has set; else the flags.
+    """Returns a function: flags that any process of a ``fully_shard`` model has set.
 
     Its processes exchange the gradients that there are, which must be the same ones in all.
     """
@@ -51,7 +51,7 @@ def make_any_flags(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
 
 @contextmanager
 def gather(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
-    """The tensors with every DTensor whole, for the one process that is to write them.
+    """Yields the tensors with every DTensor whole, to the one process that is to write them.
 
     All processes must call, in which the others get None and wait at the end; without DTensors
     each is the one.
@@ -86,7 +86,7 @@ def copy_whole(parameter: Tensor, value: Tensor) -> None:
 
 
 def check_whole(name: str, layer: Any, r: int, parameters: Mapping[str, Tensor]) -> None:
-    """RuntimeError where a process holds a flat part of a layer's parameters: FSDP1's, ZeRO's."""
+    """Raises RuntimeError where a process holds a flat part of parameters: FSDP1's, ZeRO's."""
     N, K = layer.out_features, layer.in_features
     weight = (K, N) if layer.fan_in_fan_out else (N, K)
     shapes = {"weight": weight, "lora_A": (r, K), "lora_B": (N, r), "lora_bias": (N,)}

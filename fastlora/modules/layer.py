@@ -1,4 +1,4 @@
-"""What linear layers with one adapter have in common, whichever way their weight lies."""
+"""Linear layers with one adapter: what they share, whichever way their weight lies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 class LoRALayer(Mergeable, ABC):
-    """What linear layers with LoRA have in common, whichever way their weight lies."""
+    """A linear layer with LoRA, whichever way its weight lies."""
 
     holds_lora = True
     fan_in_fan_out = False
@@ -77,7 +77,7 @@ class LoRALayer(Mergeable, ABC):
         init_lora_weights: bool | str = True,
         **options: Any,
     ) -> _Layer:
-        """Around ``linear``'s weight, which an init that splits it has not changed yet."""
+        """Makes a layer around ``linear``'s weight, before an init that splits it changes it."""
         reason = explain_unsupported(linear) or cls._explain_misfit(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")
@@ -114,7 +114,7 @@ class LoRALayer(Mergeable, ABC):
             self.reset_lora_parameters()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name: lora_A, lora_B and, where there is one, lora_bias.
+        """Returns the adapter's parameters by name: lora_A, lora_B and any lora_bias.
 
         Raises RuntimeError where one is no parameter but computed at each call.
         """
@@ -143,7 +143,7 @@ class LoRALayer(Mergeable, ABC):
             nn.init.zeros_(self.lora_bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (..., in_features) of the weight's dtype to (..., out_features)."""
+        """Maps input (..., in_features) of the weight's dtype to (..., out_features)."""
         if self._receipt is not None:
             self._refuse_training()
             return F.base_linear(input, self.matrix, self.merged_bias())
@@ -163,7 +163,7 @@ class LoRALayer(Mergeable, ABC):
         )
 
     def to_linear(self) -> nn.Module:
-        """The plain layer around the weight as it is, with ``merged_bias`` if merged."""
+        """Makes the plain layer around the weight as it is, with ``merged_bias`` if merged."""
         bias = self.merged_bias() if self.merged else self.bias
         linear = self._make_plain()
         adopt(linear, self, without=_OWN)
@@ -208,20 +208,20 @@ class LoRALayer(Mergeable, ABC):
     @classmethod
     @abstractmethod
     def _explain_misfit(cls, linear: nn.Module) -> str | None:
-        """Why this class is not for ``linear``, which can have LoRA."""
+        """Says why this class is not for ``linear``, which can have LoRA."""
 
     @classmethod
     @abstractmethod
     def _make_like(cls: type[_Layer], linear: nn.Module, r: int, **options: Any) -> _Layer:
-        """A layer of ``linear``'s shape."""
+        """Makes a layer of ``linear``'s shape."""
 
     @abstractmethod
     def _make_plain(self) -> nn.Module:
-        """Without LoRA, and without memory."""
+        """Makes the layer without LoRA, and without memory."""
 
 
 def check_drawn(init_lora_weights: object) -> None:
-    """Raises unless it needs no weight that is there already."""
+    """Raises where an init needs a weight that is there already."""
     settings.check_init(init_lora_weights)
     if settings.has_split_base(init_lora_weights):
         raise ValueError(
@@ -231,7 +231,7 @@ def check_drawn(init_lora_weights: object) -> None:
 
 
 def find_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(full name, layer) of every FastLoRALinear and FastLoRAConv1D in ``model``, each once."""
+    """Yields (full name, layer) of every FastLoRALinear and FastLoRAConv1D, each once."""
     for name, module in unwrap(model).named_modules():
         if isinstance(module, LoRALayer):
             yield strip_wrappers(name), module

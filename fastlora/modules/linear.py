@@ -53,7 +53,7 @@ class FastLoRALinear(LoRALayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **options: Any) -> FastLoRALinear:
-        """A layer around ``linear``'s weight and bias, frozen by it; options as in ``__init__``.
+        """Makes a layer around ``linear``'s weight and bias, frozen by it; options of ``__init__``.
 
         Hooks, training mode and other attributes of ``linear`` come along. Raises TypeError, with
         the reason, for anything that is not a plain ``nn.Linear``: a subclass (quantised layers are

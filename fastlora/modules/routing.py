@@ -1,4 +1,4 @@
-"""Which rows of the running batch are which adapter's: every layer asks, sorted once."""
+"""Routing: which rows of the running batch are which adapter's, grouped once for all layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BATCH_FIELDS = (
 
 
 class Routing:
-    """The slot of each row of the batch that is running, grouped once a step; -1 = no adapter.
+    """Slots of the rows of the batch that is running, grouped once a step; -1 = no adapter.
 
     outside: what to do, in the error of a layer that runs while no batch does. watched: whether
     somebody says where the batch comes into the model; if not, who calls a layer calls it with the
@@ -68,7 +68,7 @@ class Routing:
         per_token: bool = False,
         stated: Mapping[int, Statement] | None = None,
     ) -> Iterator[None]:
-        """Within, row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples).
+        """Runs a batch: row i goes through ``slots[i]``, and so do its ``copies`` (beams, samples).
 
         scales: numbers that row i's adapter part is multiplied by. per_token: a row is a token,
         wherever the layers' inputs break lines: (1, T, K), (T, K). stated: of modules, by id.
@@ -97,7 +97,7 @@ class Routing:
             self.frame = self.frame.outer
 
     def find_rows(self, x: Tensor, layer: nn.Module | None = None) -> Place | Owners | None:
-        """Where a layer's input x (..., K) has the batch's rows, or whose each of its is.
+        """Finds where a layer's input x (..., K) has the batch's rows, or the owner of each of its.
 
         None: all are one adapter's. Raises RuntimeError where it is not known.
         """
@@ -152,7 +152,7 @@ class Routing:
             self.places[id(layer)] = None
 
     def _find_again(self, x: Tensor, layer: nn.Module | None) -> Place | Owners:
-        """Of a layer that runs once more in a backward: what its forward found."""
+        """Returns what its forward found, for a layer that runs once more in a backward."""
         place = self.places.get(id(layer))
         if place is None:
             reason = "it ran with other rows in turn, and which of them a backward has is not known"
@@ -171,14 +171,14 @@ class Routing:
         )
 
     def make_count_error(self, names: int, rows: int) -> Exception:
-        """Of another number of names than the batch has rows."""
+        """Makes the error for another number of names than the batch has rows."""
         return RuntimeError(
             f"x: expected {names} rows first, one an adapter name, got {rows}: adapter_names has "
             "another number of names than the batch has rows"
         )
 
     def prepare_groups(self, x: Tensor, layer: nn.Module) -> tuple[F.RowGroups, Tensor | None]:
-        """``groups_of`` and ``scales_of``, made once a forward that sees its rows as before."""
+        """Makes groups and scales once a forward that sees its rows as before."""
         frame = self.frame
         if torch.compiler.is_compiling() or frame is None or not frame.plain:
             rows = self.find_rows(x, layer)
@@ -194,11 +194,11 @@ class Routing:
         return prepared
 
     def group_input(self, x: Tensor, layer: nn.Module | None = None) -> F.RowGroups:
-        """The groups of a layer's input x (..., K), whose first dimensions are rows and tokens."""
+        """Groups a layer's input x (..., K), whose first dimensions are rows and tokens."""
         return self.make_groups(self.find_rows(x, layer), x)
 
     def make_groups(self, place: Place | Owners | None, x: Tensor) -> F.RowGroups:
-        """As ``groups_for``, of what ``whose`` has found for x."""
+        """Makes the groups of what ``find_rows`` has found for x."""
         lead = tuple(x.shape[:-1])
         owners = self._owners(place, lead)
         assert self.slots is not None
@@ -222,7 +222,7 @@ class Routing:
         return replace(groups, shape=lead)
 
     def make_scales(self, place: Place | Owners | None, x: Tensor) -> Tensor | None:
-        """row_scales for a layer's input x (..., K): one a row, or None where all are 1."""
+        """Makes row_scales for a layer's input x (..., K): one a row, or None where all are 1."""
         if self.scales is None:
             return None
         lead = tuple(x.shape[:-1])
@@ -241,7 +241,7 @@ class Routing:
         return scales.view(lead)
 
     def _owners(self, place: Place | Owners | None, lead: tuple[int, ...]) -> Owners | None:
-        """Of each row and token, where it takes more than the batch's rows in order to say."""
+        """Returns an owner for each row and token; None where the batch's rows in order say it."""
         # Numbers of rows are not looked at in compiled code, which is for any.
         if place is None or torch.compiler.is_compiling():
             return None

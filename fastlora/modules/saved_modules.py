@@ -23,7 +23,7 @@ class SavedModule(NamedTuple):
     trained: nn.Module
 
     def match_copy(self) -> nn.Module:
-        """The original, brought to where and into the mode in which its copy is by now."""
+        """Brings the original to where, and into the mode in which, its copy is by now."""
         self.original.train(self.trained.training)
         pairs = zip(_iterate_tensors(self.original), _iterate_tensors(self.trained), strict=True)
         for tensor, target in pairs:
@@ -36,7 +36,7 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def find(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """{full name: module} of what modules_to_save means, checked.
+    """Finds {full name: module} of what modules_to_save means, and checks it.
 
     As in PEFT a name is meant whose end it is, wherever it begins, and a module of several such
     names gets a copy in each of its places. ValueError where one cannot be copied.
@@ -57,7 +57,7 @@ def find(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 
 
 def check_disjoint(saved: Mapping[str, nn.Module], linears: Iterable[str]) -> None:
-    """ValueError where one of ``linears``, which get LoRA, is to be trained whole or lies in it."""
+    """Raises ValueError where one of ``linears``, which get LoRA, is in what is trained whole."""
     for linear in linears:
         for name in saved:
             if f"{linear}.".startswith(f"{name}."):
@@ -68,14 +68,14 @@ def check_disjoint(saved: Mapping[str, nn.Module], linears: Iterable[str]) -> No
 
 
 def check_names(config: LoRAConfig, saved: Mapping[str, nn.Module]) -> None:
-    """ValueError where a name means nothing, unless it is a head that PEFT names for the task."""
+    """Raises ValueError where a name means nothing, unless PEFT names that head for the task."""
     for wanted in config.modules_to_save or ():
         if wanted not in config.heads and not any(name.endswith(wanted) for name in saved):
             raise ValueError(f"modules_to_save: no module's name ends in {wanted!r}")
 
 
 def copy_modules(modules: Mapping[str, nn.Module]) -> dict[str, SavedModule]:
-    """Each with a copy to train; they are as they were."""
+    """Makes of each a copy to train; the originals are as they were."""
     copies = {name: SavedModule(module, copy.deepcopy(module)) for name, module in modules.items()}
     for module in copies.values():
         module.trained.requires_grad_(True)
@@ -83,7 +83,7 @@ def copy_modules(modules: Mapping[str, nn.Module]) -> dict[str, SavedModule]:
 
 
 def list_tensors(saved: Mapping[str, SavedModule], config: LoRAConfig) -> dict[str, Tensor]:
-    """{PEFT's name: tensor} of modules trained whole, not copied."""
+    """Lists {PEFT's name: tensor} of modules trained whole, not copied."""
     tensors: dict[str, Tensor] = {}
     for name, module in saved.items():
         tensors |= list_state(name, module.trained)
@@ -97,7 +97,7 @@ def list_tensors(saved: Mapping[str, SavedModule], config: LoRAConfig) -> dict[s
 
 
 def list_state(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """{PEFT's name: tensor} of a module's parameters and buffers, not copied."""
+    """Lists {PEFT's name: tensor} of a module's parameters and buffers, not copied."""
     return {f"{name}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
 
 

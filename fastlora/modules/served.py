@@ -35,7 +35,7 @@ class MultiLoRALinear(SharedWeight):
         max_rank: int,
         lora_dtype: torch.dtype | None = None,
     ) -> MultiLoRALinear:
-        """A layer around ``linear``'s weight and bias, with S = max_adapters slots of R = max_rank.
+        """Makes a layer around ``linear``'s weight and bias, S = max_adapters slots, R = max_rank.
 
         lora_dtype: of the slots; None is the weight's. Raises TypeError for anything that is not a
         plain ``nn.Linear``, TypeError or ValueError for sizes that are not positive integers.
@@ -60,7 +60,7 @@ class MultiLoRALinear(SharedWeight):
         return layer
 
     def forward(self, input: Tensor, adapter_ids: Tensor | F.RowGroups | None = None) -> Tensor:
-        """input (T, K) with ids (T,), or (B, ..., K) with ids (B,), to (..., N).
+        """Maps input (T, K) with ids (T,), or (B, ..., K) with ids (B,), to (..., N).
 
         ids: int32 or int64, the slot of each row, -1 = none; by default ``routing``'s, without
         which RuntimeError is raised. Other errors as in ``functional.multi_lora_linear``.
@@ -147,5 +147,5 @@ def _check_factor(name: str, factor: object) -> None:
 
 
 def _lay_rank_major(lora_B: Tensor) -> Tensor:
-    """lora_B (S, N, R) as its kernels read it best: on a GPU a rank's columns lie together."""
+    """Lays lora_B (S, N, R) out as kernels read it best: on a GPU a rank's columns together."""
     return lora_B.mT.contiguous().mT if lora_B.is_cuda else lora_B.contiguous()

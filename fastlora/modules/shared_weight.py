@@ -13,7 +13,7 @@ _Layer = TypeVar("_Layer", bound="SharedWeight")
 
 
 class SharedWeight(nn.Linear):
-    """Around a linear's weight, or a ``Conv1D``'s, which lies transposed."""
+    """A layer around a linear's weight, or a ``Conv1D``'s, which lies transposed."""
 
     holds_lora = True
     fan_in_fan_out = False
@@ -25,7 +25,7 @@ class SharedWeight(nn.Linear):
 
     @classmethod
     def around(cls: type[_Layer], linear: nn.Module) -> _Layer:
-        """A layer in ``linear``'s place; TypeError where it cannot be taken."""
+        """Makes a layer in ``linear``'s place; TypeError where it cannot be taken."""
         reason = explain_unsupported(linear)
         if reason is not None:
             raise TypeError(f"linear: {reason}")

@@ -73,7 +73,7 @@ class TrainableMultiLoRALinear(SharedWeight):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (..., in_features), whose rows the routing knows, to (..., out_features)."""
+        """Maps input (..., in_features), whose rows the routing knows, to (..., out_features)."""
         if self.adapter_disabled:
             return F.base_linear(input, self.matrix, self.bias)
         self.routing.check(self)
@@ -92,7 +92,7 @@ class TrainableMultiLoRALinear(SharedWeight):
         return F.multi_lora_add_(y, nnf.dropout(input, self.lora_dropout), *factors)
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """One adapter's parameters: lora_A, lora_B."""
+        """Returns one adapter's parameters: lora_A, lora_B."""
         return {"lora_A": self.lora_A[_make_key(name)], "lora_B": self.lora_B[_make_key(name)]}
 
     def extra_repr(self) -> str:
@@ -101,19 +101,19 @@ class TrainableMultiLoRALinear(SharedWeight):
 
 
 def _stack(parameters: nn.ParameterDict, keys: list[str]) -> Tensor:
-    """Those of ``keys`` (len(keys), ...), which may be none."""
+    """Stacks the parameters of ``keys`` (len(keys), ...), which may be none."""
     if not keys:
         return next(iter(parameters.values()))[None][:0]
     return torch.stack([parameters[key] for key in keys])
 
 
 def _make_key(name: str) -> str:
-    """An adapter's name as a parameter's, which has no dots; "%" is in no adapter's name."""
+    """Turns an adapter's name into a parameter's, without dots; "%" is in no adapter's name."""
     return name.replace(".", "%2E")
 
 
 def find_trained_layers(model: nn.Module) -> Iterator[tuple[str, TrainableMultiLoRALinear]]:
-    """(full name, layer) of every TrainableMultiLoRALinear in ``model``, each once."""
+    """Yields (full name, layer) of every TrainableMultiLoRALinear in ``model``, each once."""
     for name, module in unwrap(model).named_modules():
         if isinstance(module, TrainableMultiLoRALinear):
             yield strip_wrappers(name), module

@@ -16,7 +16,7 @@ from fastlora.rows.statements import Statement
 
 
 class TrainingRows(Routing):
-    """Whose each row of the batch in training is; only adapters that are present get a slot.
+    """Which adapter each training row belongs to. Only adapters in the batch get a slot.
 
     One thread's at a time: backward runs in threads of its own, which must see it too.
     """
@@ -42,7 +42,7 @@ class TrainingRows(Routing):
         share_present: Callable[[list[bool]], list[bool]] = list,
         stated: Mapping[int, Statement] | None = None,
     ) -> Iterator[None]:
-        """Within, row i of the batch trains ``adapter_names[i]``, or none.
+        """Runs a block in which row i of the batch trains ``adapter_names[i]``, or none.
 
         everywhere: which adapters other processes have rows of, of which we have. stated: whose the
         rows of modules are, by the modules' ids.
@@ -75,7 +75,7 @@ class TrainingRows(Routing):
             raise RuntimeError(f"these are not the rows of its forward: {self.outside}")
 
     def index(self, name: object) -> int:
-        """Where ``name`` stands among the adapters; ValueError where it does not."""
+        """Finds where ``name`` stands among the adapters; ValueError where it does not."""
         if name not in self.adapters:
             known = list_some(self.adapters, 8)
             raise ValueError(f"adapter_names: expected one of {known}, got {name!r}")

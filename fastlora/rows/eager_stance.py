@@ -1,4 +1,4 @@
-"""What is followed runs as it was written: compiled code has no ops that could be seen."""
+"""A stance in which nothing compiled runs, for the ops of compiled code cannot be seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _stance: Any = None
 
 
 class EagerStance:
-    """From ``begin`` to ``end``, each once at most, nothing compiled runs, in any thread."""
+    """A span in which nothing compiled runs, in any thread.
+
+    From ``begin`` to ``end``, each of which is called once at most.
+    """
 
     def __init__(self) -> None:
         self._on = False

@@ -1,4 +1,4 @@
-"""One forward of a batch: whose the rows are that came in, and which of them each layer sees."""
+"""One forward of a batch: which batch rows came in, and where each layer sees them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastlora.rows.tracing import Trace
 
 
 class Place(NamedTuple):
-    """The rows that came in, all of them in order, each ``copies`` times, along ``dim``."""
+    """A place where all rows that came in are in order, each ``copies`` times, along ``dim``."""
 
     dim: int
     copies: int
 
 
 class Frame:
-    """rows: the batch row of each row that came in. trace: None where ``found`` holds already."""
+    """One forward. rows: batch rows of the rows in it. trace: None where places are known."""
 
     def __init__(
         self,
@@ -53,15 +53,15 @@ class Frame:
         return self.watch.get_name(layer)
 
     def nest_in(self, outer: Frame) -> Frame:
-        """Part of a call that is followed whole."""
+        """Makes it a part of a call that is followed whole."""
         self.outer = outer
         return self
 
     def close(self, output: object = None) -> None:
-        """At the end of its module."""
+        """Ends the frame, at the end of its module."""
 
     def find_rows(self, layer: nn.Module, x: Tensor) -> Place | Owners | str:
-        """Where the batch is in x (..., K), or an owner for each of its rows, or why nobody knows.
+        """Finds the batch in x (..., K): its place, or an owner for each row, or why nobody knows.
 
         Owners have x's dimensions but the last, of size 1 where they do not change.
         """
@@ -87,7 +87,7 @@ class Frame:
         return self._shorten(o, x)
 
     def _shorten(self, o: Owners, x: Tensor) -> Place | Owners:
-        """The shorter word for it, if it is the batch in order."""
+        """Returns the place instead of the owners, if they are the batch in order."""
         count, size = len(self.rows), o.size
         for dim, n in enumerate(o.shape):
             length = x.shape[dim]
@@ -113,7 +113,7 @@ class Frame:
 
 
 def _iterate_slices(o: Owners, x: Tensor) -> Any:
-    """Owners of whole slices: constants within a row's slice are that row's."""
+    """Yields owners of whole slices: constants within a row's slice are that row's."""
     for dim in range(o.ndim):
         # Along a dimension of no rows there are no slices of theirs.
         if o.shape[dim] == 1 and x.shape[dim] > 1:

@@ -1,4 +1,4 @@
-"""Models whose images go to prompts by the tokens that stand for them.
+"""Models whose images belong to the prompts that have tokens for them.
 
 By the names of transformers' classes: what is said here was read in its 5.23, and nowhere else is
 an image taken for a row of the batch.
@@ -17,7 +17,7 @@ RowsByInput = dict[str, list[int]]
 
 
 def find_image_rows(model: nn.Module, inputs: Mapping[str, Any]) -> RowsByInput | None:
-    """Of a forward's inputs to a model that is known; None of any other, and without images.
+    """Finds the rows of a known model's images; None for other models, and without images.
 
     Rows are those of input_ids. An input that is not told apart is left out.
     """
@@ -32,12 +32,12 @@ def find_image_rows(model: nn.Module, inputs: Mapping[str, Any]) -> RowsByInput 
 
 
 def _count_tokens(ids: Tensor, token: object) -> list[int]:
-    """How many of them each text has."""
+    """Counts such tokens in each text."""
     return (ids == token).sum(1).tolist() if isinstance(token, int) else [0] * len(ids)
 
 
 def _assign_in_order(sizes: list[int], counts: list[int]) -> list[int] | None:
-    """The text of each image of so many tokens: the first text's images come first."""
+    """Gives images of so many tokens to texts: the first text's images come first."""
     owners, remaining, row = [], list(counts), 0
     for size in sizes:
         while row < len(remaining) and remaining[row] == 0:
@@ -50,7 +50,7 @@ def _assign_in_order(sizes: list[int], counts: list[int]) -> list[int] | None:
 
 
 def _assign_equally(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> RowsByInput:
-    """All images have as many tokens."""
+    """Gives images to texts where all images have as many tokens."""
     images = inputs.get("pixel_values")
     counts = _count_tokens(ids, getattr(model.config, "image_token_id", None))
     if not isinstance(images, Tensor) or not len(images) or sum(counts) % len(images):
@@ -62,7 +62,7 @@ def _assign_equally(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> RowsB
 
 
 def _assign_by_grid(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> RowsByInput:
-    """Rows of the input are patches, an image's together; merged ones are a token each."""
+    """Gives patches to texts: an image's patches lie together, and merged ones are a token each."""
     merged = model.config.vision_config.spatial_merge_size**2
     rows: RowsByInput = {}
     for pixels, grid, token in (
@@ -80,7 +80,7 @@ def _assign_by_grid(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> RowsB
 
 
 def _assign_pairs(model: Any, inputs: Mapping[str, Any], ids: Tensor) -> RowsByInput:
-    """Image i is text i's where the loss is asked for, which has them so; else every pair is."""
+    """Gives image i to text i where the loss is asked for; without it every pair counts."""
     images = inputs.get("pixel_values")
     if not inputs.get("return_loss") or not isinstance(images, Tensor) or len(images) != len(ids):
         return {}

@@ -1,4 +1,4 @@
-"""Which inputs of a call are the batch."""
+"""Inputs of a call, and which of them are the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BATCH_NAMES = (
 
 
 class Inputs:
-    """Of the modules of one model."""
+    """Inputs of the modules of one model."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -51,7 +51,7 @@ class Inputs:
         return names
 
     def find_batch(self, module: nn.Module, inputs: dict[str, Any]) -> list[Any]:
-        """Inputs that are the batch, the main one first."""
+        """Finds the inputs that are the batch, the main one first."""
         names = [getattr(self.root, "main_input_name", None)]
         if module is find_encoder(self.root):
             names.append(getattr(module, "main_input_name", None))
@@ -65,7 +65,7 @@ class Inputs:
 
 
 def find_encoder(root: nn.Module) -> nn.Module | None:
-    """What generate calls before the model."""
+    """Finds the module that ``generate`` calls before the model."""
     config = getattr(root, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or not hasattr(root, "get_encoder"):
         return None
@@ -74,7 +74,7 @@ def find_encoder(root: nn.Module) -> nn.Module | None:
 
 
 def count_copies(model: nn.Module, options: Mapping[str, Any]) -> int:
-    """How many neighbours ``generate`` makes of a row: its beams, or the texts it returns."""
+    """Counts the neighbours ``generate`` makes of a row: its beams, or the texts it returns."""
     config = options.get("generation_config") or getattr(unwrap(model), "generation_config", None)
     names = ("num_beams", "num_return_sequences")
     return max(options.get(name) or getattr(config, name, None) or 1 for name in names)

@@ -1,4 +1,4 @@
-"""Whose the elements of living tensors are, kept by the memory they lie in.
+"""Marks on living tensors: owners of their elements, kept by the memory they lie in.
 
 By memory, since autograd hands views on as other tensors than an op returned, and since what is
 written through one view is read through another.
@@ -19,7 +19,7 @@ NONE: Owners = fill_owner(NOBODY, 0)
 
 
 class _Memory:
-    """Owners of the views of one storage; ``each``: of its every element, once it is needed."""
+    """Owners of the views of one storage. elements: of its every element, once that is needed."""
 
     __slots__ = ("elements", "itemsize", "ref", "views")
 
@@ -41,14 +41,14 @@ class _Memory:
 
 
 class Marks:
-    """The owners of tensors. A storage that is gone keeps its place: its number comes no more."""
+    """Owners of tensors. A storage that is gone keeps its place: its number comes no more."""
 
     def __init__(self) -> None:
         self._memories: dict[int, _Memory] = {}
         self._next_sweep = 4096
 
     def get(self, t: Tensor) -> Owners | None:
-        """None: nobody's."""
+        """Returns the owners of a tensor, None for nobody's."""
         storage = _storage(t)
         if storage is None:
             return None
@@ -67,7 +67,7 @@ class Marks:
         return None if owners is NONE else owners
 
     def set(self, t: Tensor, owners: Owners | None) -> None:
-        """Of what an op has returned: a new tensor, or another view of one."""
+        """Notes the owners of what an op has returned: a new tensor, or another view of one."""
         storage = _storage(t)
         if storage is None:
             return
@@ -80,7 +80,7 @@ class Marks:
         memory.views[place] = NONE if owners is None else owners
 
     def write(self, t: Tensor, owners: Owners | None) -> None:
-        """Of what was written into ``t``, and is seen through every view of its memory."""
+        """Notes the owners of what was written into ``t``, as every view of its memory shows it."""
         storage = _storage(t)
         if storage is None:
             return

@@ -1,4 +1,4 @@
-"""A frame that follows what happens within it, from when it is opened to when it is closed."""
+"""A frame that follows what happens from when it is opened to when it is closed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastlora.rows.tracing import Trace
 
 
 class OuterFrame(Frame):
-    """A frame of its own, whose trace begins and ends with it."""
+    """A frame that no other is around: its trace begins and ends with it."""
 
     def __init__(
         self,

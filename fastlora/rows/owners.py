@@ -1,4 +1,4 @@
-"""An owner for every element of a tensor: a row of the batch, nobody, or several rows at once.
+"""Owners of a tensor's elements: a row of the batch, nobody, or several rows at once.
 
 An array of int32 with the tensor's number of dimensions, each of the tensor's size or, where the
 owner does not change along it, of size 1: broadcast, it has an owner an element. None in an array's
@@ -20,24 +20,24 @@ Owners = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def fill_owner(owner: int, ndim: int) -> Owners:
-    """One owner for all of a tensor."""
+    """Makes one owner for all of a tensor."""
     return np.full((1,) * ndim, owner, np.int32)
 
 
 def spread_along(dim: int, owners: Sequence[int] | Owners, ndim: int) -> Owners:
-    """``owners``, one an index of ``dim``, for a tensor of ``ndim`` dimensions."""
+    """Lays ``owners``, one an index of ``dim``, out for a tensor of ``ndim`` dimensions."""
     shape = [1] * ndim
     shape[dim] = len(owners)
     return compress(np.asarray(owners, np.int32).reshape(shape))
 
 
 def align(o: Owners, ndim: int) -> Owners:
-    """With dimensions of size 1 before its own, as broadcasting has it."""
+    """Adds dimensions of size 1 in front, as broadcasting does."""
     return o if o.ndim >= ndim else o.reshape((1,) * (ndim - o.ndim) + o.shape)
 
 
 def join(*owners: Owners | None) -> Owners | None:
-    """Of elements computed of one another: the one owner, or several, whom nothing parts again."""
+    """Joins the owners of elements that are computed of one another: the one owner, or MIXED."""
     joined: Owners | None = None
     for o in owners:
         if o is None or o is joined:
@@ -58,7 +58,7 @@ def _join_two(a: Owners, b: Owners) -> Owners:
 
 
 def join_along(o: Owners | None, dims: Iterable[int]) -> Owners | None:
-    """Joined along ``dims``, which stay, of size 1."""
+    """Joins owners along ``dims``, which stay, of size 1."""
     if o is None:
         return None
     dims = tuple(d for d in {d % max(o.ndim, 1) for d in dims} if o.ndim and o.shape[d] > 1)
@@ -71,7 +71,7 @@ def join_along(o: Owners | None, dims: Iterable[int]) -> Owners | None:
 
 
 def compress(o: Owners) -> Owners:
-    """With size 1 wherever the owner does not change along a dimension."""
+    """Cuts to size 1 every dimension along which the owner does not change."""
     for dim, size in enumerate(o.shape):
         if size > 1:
             first = o[(slice(None),) * dim + (slice(0, 1),)]
@@ -81,7 +81,7 @@ def compress(o: Owners) -> Owners:
 
 
 def expand(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
-    """Expanded to ``shape`` along ``dims``."""
+    """Expands owners to ``shape`` along ``dims``."""
     target = list(o.shape)
     for dim in dims:
         target[dim] = shape[dim]
@@ -89,7 +89,7 @@ def expand(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
 
 
 def reshape(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
-    """Of the elements of a tensor of shape ``old``, in order, in the shape ``new``."""
+    """Moves the owners of a tensor of shape ``old`` into the shape ``new``, in order."""
     if math.prod(old) == 0 or o.size == 1:
         return fill_owner(int(o.flat[0]) if o.size else NOBODY, len(new))
     middle: list[int] = []

@@ -1,4 +1,4 @@
-"""Whether a model's forward goes the same way each time that it is given the same kinds of inputs.
+"""Forwards that go the same way each time that they are given the same kinds of inputs.
 
 Of torch's and transformers' modules that is taken for granted, of no others: a class of somebody
 else's may keep a state anywhere, or ask a clock, and is followed each time. Before it is compiled,
@@ -26,7 +26,7 @@ _SIMPLE = (bool, int, float, str, bytes, type(None))
 
 
 def read_state(model: nn.Module) -> tuple[Any, ...] | None:
-    """What a forward's way can depend on besides its inputs; None: on more than can be seen."""
+    """Reads what a forward depends on besides its inputs; None where more than that can be."""
     states: list[Any] = []
     for module in model.modules():
         kind = type(module)
@@ -42,7 +42,7 @@ def read_state(model: nn.Module) -> tuple[Any, ...] | None:
 
 
 def has_foreign_hooks(model: nn.Module) -> bool:
-    """Whether somebody's hooks, or forwards of their own, may change what a forward does."""
+    """Whether other libraries' hooks or forwards may change what a forward does."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             if hooks and not all(map(_is_trusted_hook, hooks.values())):
@@ -70,7 +70,7 @@ def _is_trusted_class(kind: type) -> bool:
 
 @cache
 def _is_stateless(kind: type) -> bool:
-    """Whether its forward, and the methods of its own that this names, write nothing."""
+    """Whether a class's forward, and its methods that this names, write nothing."""
     checked: set[str] = set()
     pending = {"forward"}
     while pending:
@@ -95,7 +95,7 @@ def _is_stateless(kind: type) -> bool:
 
 
 def _collect_names(code: CodeType) -> set[str] | None:
-    """The names that it uses; None where it writes to what outlives it."""
+    """Collects the names that code uses; None where it writes to what outlives it."""
     names = set(code.co_names)
     for step in dis.get_instructions(code):
         if step.opname in _WRITES:

@@ -1,4 +1,4 @@
-"""What two forwards that go the same way have in common, values apart."""
+"""Signatures: what two forwards that go the same way have in common, values apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class UnknownInput(Exception):
-    """An input by which a forward may go, and which nobody looks into."""
+    """An input that a forward may depend on and that nobody looks into."""
 
 
 def find_tensors(value: Any) -> list[Tensor]:
@@ -33,7 +33,7 @@ def count_rows(batch: list[Any], dim: int) -> int | None:
 
 
 def make_signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a forward's way can depend on, values apart.
+    """Describes what a forward may depend on, values apart.
 
     While one token a row is decoded, how long the cache and its mask have become is left out.
     """
@@ -48,7 +48,7 @@ def make_signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def drop_lengths(signature: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Without the lengths of texts; None for other inputs than texts."""
+    """Leaves out the lengths of texts; None for other inputs than texts."""
     entries = []
     for name, look in signature:
         if isinstance(look, tuple) and isinstance(look[0], torch.dtype):
@@ -79,7 +79,7 @@ def _describe(value: Any, decoding: bool) -> Any:
 
 
 def _describe_cache(value: Any) -> Any:
-    """Whether a cache holds something, and which parts of an encoder's are known."""
+    """Describes whether a cache holds something, and which parts of an encoder's are known."""
     length = getattr(value, "get_seq_length", None)
     is_updated = getattr(value, "is_updated", None)
     is_filled = bool(length()) if callable(length) else None

@@ -1,4 +1,4 @@
-"""What the caller states of modules: whose their rows are, or which dimension is the batch."""
+"""Statements of the caller: which rows a module has, or which dimension is the batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastlora.inspection.wrappers import strip_wrappers, unwrap
 
 
 class Statement(NamedTuple):
-    """rows: the batch row of each index of ``dim``; None: the batch, in the caller's order."""
+    """A statement. rows: the batch row of each index of ``dim``; None: the batch, in order."""
 
     dim: int
     rows: tuple[int, ...] | None = None
@@ -22,7 +22,7 @@ def find_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_dims(model: nn.Module, batch_dims: Mapping[str, int] | None) -> dict[str, Statement]:
-    """``batch_dims`` as statements; TypeError or ValueError naming what does not fit."""
+    """Makes statements of ``batch_dims``; TypeError or ValueError names what does not fit."""
     statements: dict[str, Statement] = {}
     for name, dim in _check_names("batch_dims", model, batch_dims):
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0:
@@ -37,7 +37,7 @@ def check_rows(
     batch: int,
     dims: Mapping[str, Statement],
 ) -> dict[str, Statement]:
-    """``adapter_rows`` as statements, along the dimension that ``dims`` gives a module, else 0."""
+    """Makes statements of ``adapter_rows``, along a module's dimension in ``dims``, else 0."""
     statements: dict[str, Statement] = {}
     for name, rows in _check_names("adapter_rows", model, adapter_rows):
         if isinstance(rows, str) or not isinstance(rows, Sequence):

@@ -35,7 +35,7 @@ _HARMLESS = (
 
 
 class _Handling:
-    """What is to be done with an op."""
+    """How an op is handled."""
 
     __slots__ = ("decomposes", "reads", "rule", "view", "views_in_place", "writes")
 
@@ -69,7 +69,7 @@ _running = _Thread()
 
 
 def declare(t: Tensor, of: Tensor, *dims: int) -> None:
-    """Where a trace runs: ``t`` has the owners of ``of``, whose dimensions it has as ``dims``.
+    """Gives ``t``, where a trace runs, the owners of ``of``, whose dimensions it has as ``dims``.
 
     For what ops do not show, such as attention that takes keys from where it has put them.
     """
@@ -80,7 +80,7 @@ def declare(t: Tensor, of: Tensor, *dims: int) -> None:
 
 
 class Trace(TorchDispatchMode):
-    """Within ``open()`` and ``close()`` this thread's ops are followed.
+    """A mode that follows this thread's ops between ``open()`` and ``close()``.
 
     by_value: what was found holds for these values alone.
     """
@@ -106,7 +106,7 @@ class Trace(TorchDispatchMode):
         return self.marks.get(t)
 
     def note_read(self) -> None:
-        """Python has been handed a value."""
+        """Notes that Python has been handed a value."""
         self.by_value = self.by_value or not _is_harmless_read()
 
     def __torch_dispatch__(
@@ -171,7 +171,7 @@ class Trace(TorchDispatchMode):
 
 
 def _is_value_dependent(func: Any) -> bool:
-    """Whether values decide on the shape of its result, or come to Python by it."""
+    """Whether values decide on the shape of an op's result, or come to Python by it."""
     if func._schema.name == "aten::index":
         return False  # by a mask it does, see below
     tags = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
@@ -180,14 +180,14 @@ def _is_value_dependent(func: Any) -> bool:
 
 
 def _is_by_mask(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether it is ``x[mask]``, of as many elements as the mask has ones."""
+    """Whether a call is ``x[mask]``, of as many elements as the mask has ones."""
     return func._schema.name == "aten::index" and any(
         isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in args[1]
     )
 
 
 def _fit(owners: Owners | None, t: Tensor) -> Owners | None:
-    """Of a rule that had another form in mind than the result has: nobody knows."""
+    """Checks the owners that a rule gave: MIXED where they do not fit the result's form."""
     is_fitting = owners is None or (
         owners.ndim == t.dim()
         and all(a in (1, b) for a, b in zip(owners.shape, t.shape, strict=True))
@@ -196,7 +196,7 @@ def _fit(owners: Owners | None, t: Tensor) -> Owners | None:
 
 
 class _ReadWatch(TorchFunctionMode):
-    """Sees what reaches Python past all ops."""
+    """A mode that sees what reaches Python past all ops."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ _MOST = 256
 
 
 class Verdicts:
-    """Where the layers of one model saw the batch, by what its forwards have in common."""
+    """Places where the layers of one model saw the batch, by what its forwards have in common."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -42,7 +42,7 @@ class Verdicts:
         inputs: dict[str, Any],
         statements: Mapping[int, Statement],
     ) -> Any:
-        """What two forwards have in common that go the same way; None where nobody can tell."""
+        """Makes the key that forwards share which go the same way; None where nobody can tell."""
         if self._is_all_trusted is None:
             self._is_all_trusted = is_all_trusted(self.root)
         if not (self._is_all_trusted and self._are_reliable) or has_foreign_hooks(self.root):
@@ -56,7 +56,7 @@ class Verdicts:
         return id(module), module.training, owners, dims, modes, signature
 
     def find(self, key: Any) -> dict[int, Place] | None:
-        """The places of a forward of this key, or of texts of any length if all have agreed."""
+        """Finds the places of a forward of this key, or of any length if two have agreed."""
         if places := self.by_key.get(key):
             return places
         return self.by_key_without_lengths.get((key[:-1], drop_lengths(key[-1])), (0, None))[1]
@@ -83,5 +83,5 @@ class Verdicts:
         self._are_reliable = False
 
     def are_alike_when_compiled(self) -> bool:
-        """Whether a forward is taken to go the same way once it is compiled."""
+        """Whether forwards are taken to go the same way once they are compiled."""
         return self._are_reliable and read_state(self.root) is not None

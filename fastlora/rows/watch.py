@@ -26,7 +26,7 @@ from fastlora.rows.verdicts import Verdicts
 
 
 class Watch:
-    """What the modules of one model say when a batch comes in and leaves; every thread's.
+    """Hooks on the modules of one model, which open and close frames; for all threads.
 
     routing: of the thread that asks. layers: where the batch may come in at any module that
     contains one of these, not only at the model and its encoder.
@@ -61,7 +61,7 @@ class Watch:
                         module._forward_hooks_always_called.pop(key, None)
 
     def hook_stated(self, statements: Mapping[str, Statement]) -> dict[int, Statement]:
-        """By module, each of which says when it runs."""
+        """Hooks the modules that statements are about; returns the statements by module id."""
         modules = find_modules(self.root) if statements else {}
         for name in statements:
             self.add_hooks(modules[name])
@@ -136,12 +136,12 @@ class Watch:
         return OuterFrame(self, module, owners, trace, keep=key)
 
     def note_first(self, plain: bool) -> None:
-        """Whether a forward has shown every layer the batch's rows, first and in order."""
+        """Notes whether a forward has shown every layer the batch's rows, first and in order."""
         self.plain = plain and self.plain is not False
 
     @contextmanager
     def follow_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Around a call of the model, which may be compiled once its rows are known."""
+        """Follows a call of the model, which may be compiled once its rows are known."""
         self.enter(self.root, args, kwargs)
         try:
             yield
@@ -152,7 +152,7 @@ class Watch:
 
     @contextmanager
     def follow_tokens(self, ids: Tensor) -> Iterator[None]:
-        """Around a call in which every token is a row: layers must see ids (1, T) in order."""
+        """Follows a call in which every token is a row: layers must see ids (1, T) in order."""
         trace, order = Trace(), tuple(range(ids.shape[1]))
         trace.marks.set(ids, spread_along(1, order, 2))
         self.routing.frame = OuterFrame(self, None, order, trace)
@@ -163,7 +163,7 @@ class Watch:
 
     @contextmanager
     def run_first_eagerly(self) -> Iterator[None]:
-        """Around a batch whose calls may be compiled: the first runs as it was written."""
+        """Runs the first call of a batch as it was written, where later ones may be compiled."""
         routing, stance = self.routing, EagerStance()
         routing.batch_is_first = bool(self.plain)
         if not self.plain and not routing.uniform:
@@ -175,7 +175,7 @@ class Watch:
 
     @contextmanager
     def follow_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Around a call of the model's ``generate``, which may do more than forwards of the batch.
+        """Follows a call of the model's ``generate``, which may do more than forwards of the batch.
 
         transformers' own keeps all rows to the end, copies side by side; any other is followed from
         begin to end, and that one to its first forward where images are its rows' by their tokens.
@@ -209,7 +209,7 @@ class Watch:
         return OuterFrame(self, None, tuple(range(count)), trace, once=once)
 
     def _nest_frame(self, outer: Frame, module: nn.Module, inputs: dict[str, Any]) -> Frame:
-        """In a ``generate`` that is followed whole: rows come in as it has made them."""
+        """Opens a frame in a ``generate`` that is followed whole: rows are as it has made them."""
         trace = outer.trace
         assert trace is not None
         batch = [

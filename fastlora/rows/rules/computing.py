@@ -1,4 +1,4 @@
-"""What ops that compute make of their operands' owners; what moves elements is in moving.py.
+"""Rules of ops that compute with elements; those that move elements have theirs in moving.py.
 
 A rule takes an ``Op`` that has run and returns the owners of each of its tensors, or one for all.
 """
@@ -20,7 +20,7 @@ def join_elements(op: Op) -> OpOwners:
 
 
 def keep_first(op: Op) -> OpOwners:
-    """Elements stay where they are."""
+    """Keeps the first operand's owners: elements stay where they are."""
     return op.owners_of(op.args[0])
 
 
@@ -49,7 +49,7 @@ def reduce(op: Op) -> OpOwners:
 
 
 def join_dim(op: Op) -> OpOwners:
-    """Over one dimension, which stays: softmax, cumsum, sort."""
+    """Joins over one dimension, which stays: softmax, cumsum, sort."""
     x = op.args[0]
     dim = op.arg("dim")
     return join_along(op.owners_of(x), [-1 if dim is None else dim]) if x.dim() else op.owners_of(x)
@@ -60,7 +60,7 @@ def transform(op: Op) -> OpOwners:
 
 
 def normalise(op: Op) -> OpOwners:
-    """Over the last dimensions."""
+    """Joins over the last dimensions."""
     x = op.args[0]
     return join_along(op.owners_of(x), range(x.dim() - len(op.args[1]), x.dim()))
 
@@ -71,12 +71,12 @@ def normalise_groups(op: Op) -> OpOwners:
 
 
 def normalise_batch(op: Op) -> OpOwners:
-    """A statistic of all rows makes none of them another's."""
+    """Keeps owners: a statistic of all rows gives none of them to another."""
     return [op.owners_of(op.args[0]), *(None for _ in op.outs[1:])]
 
 
 def convolve(op: Op) -> OpOwners:
-    """Over all but the first dimension: convolutions, pools, resizing."""
+    """Joins over all but the first dimension: convolutions, pools, resizing."""
     inputs = [join_along(op.owners_of(t), range(1, t.dim())) for t in list_tensors(op.args[:1])]
     weights = [op.owners_of(t) for t in list_tensors(op.args[1:])]
     o = join(*inputs, *(join_all(each) for each in weights))
@@ -84,7 +84,7 @@ def convolve(op: Op) -> OpOwners:
 
 
 def join_all(o: Owners | None) -> Owners | None:
-    """The one owner of all, or several."""
+    """Joins all of a tensor's owners into one."""
     return None if o is None else join_along(o, range(o.ndim)).reshape(())  # pyright: ignore
 
 
@@ -117,7 +117,7 @@ def multiply_vector(op: Op) -> OpOwners:
 
 
 def multiply_rows(op: Op) -> OpOwners:
-    """A row is multiplied by a matrix of its own, which is nobody's."""
+    """Joins along a row: its matrix is nobody's."""
     return join_along(op.owners_of(op.args[0]), [-1])
 
 
@@ -137,14 +137,14 @@ def attend(op: Op) -> OpOwners:
 
 
 def _fit_result(o: Owners | None, rows: Sequence[int], out: Tensor) -> Owners | None:
-    """Of an attention's result, or of its sums (B, H, L); seeds are nobody's."""
+    """Fits owners to an attention's result, or to its sums (B, H, L); seeds are nobody's."""
     if o is None or out.shape[: len(rows)] != tuple(rows):
         return None
     return o if out.dim() == len(rows) + 1 else o.reshape(o.shape[:-1])
 
 
 def recur(op: Op) -> OpOwners:
-    """Over time, the first dimension of three, and over features."""
+    """Joins over time, the first dimension of three, and over features."""
     o = join_along(op.owners_of(op.args[0]), [0, 2])
     return [
         o if out.dim() == 3 and out.shape[1] == op.args[0].shape[1] else None for out in op.outs
@@ -152,13 +152,13 @@ def recur(op: Op) -> OpOwners:
 
 
 def run_fastlora(op: Op) -> OpOwners:
-    """Our own ops keep rows: the first result, or what is written, has x's."""
+    """Follows our own ops, which keep rows: the first result, or what is written, has x's."""
     x = join_along(op.owners_of(op.arg("x")), [-1])
     return [join(x, op.owners_of(op.arg("y"))), *(x for _ in op.outs[1:])]
 
 
 def run_bitsandbytes(op: Op) -> OpOwners:
-    """Quantized products, and what prepares their left operand: each row by itself.
+    """Follows quantized products, and what prepares their left operand, row by row.
 
     Which columns are outliers all rows decide together; nobody's row is another's by that.
     """
@@ -174,7 +174,7 @@ def run_bitsandbytes(op: Op) -> OpOwners:
 
 
 def pair_complex(op: Op) -> OpOwners:
-    """view_as_real: one dimension more; view_as_complex: one less."""
+    """Adds a dimension (view_as_real) or takes one away (view_as_complex)."""
     o, more = op.owners_of(op.args[0]), op.outs[0].dim() > op.args[0].dim()
     return None if o is None else o[..., None] if more else join_along(o, [-1])[..., 0]  # pyright: ignore
 
@@ -184,7 +184,7 @@ def sample(op: Op) -> OpOwners:
 
 
 def look_up(op: Op) -> OpOwners:
-    """embedding(weight, indices)."""
+    """Joins the weight's and the indices' owners: embedding(weight, indices)."""
     weight, indices = join_all(op.owners_of(op.args[0])), op.owners_of(op.args[1])
     return join(weight, None if indices is None else indices[..., None])
 
@@ -198,7 +198,7 @@ def keep_first_in_all(op: Op) -> OpOwners:
 
 
 def run_cell(op: Op) -> OpOwners:
-    """Of recurrent cells: (B, ...) in, (B, ...) out."""
+    """Joins over features: recurrent cells have (B, ...) in, (B, ...) out."""
     o = join(
         *(
             join_along(op.owners_of(t), range(1, t.dim()))

@@ -1,4 +1,4 @@
-"""Indices, masks and scatters: elements moved to where values say."""
+"""Rules of indices, masks and scatters: elements moved to where values say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastlora.rows.rules.op import Op, OpOwners, Rule, assign
 
 
 def _place(o: Owners | None, begin: int, count: int, ndim: int) -> Owners | None:
-    """Of ``count`` dimensions, as those from ``begin`` on of ``ndim``."""
+    """Puts owners of ``count`` dimensions at those from ``begin`` on of ``ndim``."""
     if o is None:
         return None
     o = align(o, count)
@@ -31,7 +31,7 @@ def _place(o: Owners | None, begin: int, count: int, ndim: int) -> Owners | None
 
 
 class Indices:
-    """Of ``x[indices]``: which dimensions of x they are for, and where theirs are in the result."""
+    """The indices of ``x[indices]``: dimensions of x they are for, and theirs in the result."""
 
     def __init__(self, indices: Sequence[Tensor | None]) -> None:
         self.indices, self.dims, at = list(indices), [], 0
@@ -56,7 +56,7 @@ class Indices:
         return tuple(v.astype(bool) if getattr(v, "dtype", None) == np.uint8 else v for v in values)
 
     def owners(self, op: Op) -> Owners | None:
-        """Of what is taken from nobody's: those of who asks."""
+        """Joins the owners of the indices, to whom belongs what is taken from nobody's."""
         owners = []
         for t in self.indices:
             o = op.owners_of(t)
@@ -101,7 +101,7 @@ def _gather(op: Op) -> OpOwners:
 
 
 def _sort(op: Op) -> OpOwners:
-    """sort, topk: what the indices say has come from where they say."""
+    """Follows sort and topk: elements have come from where the indices say."""
     o, dim = op.owners_of(op.args[0]), op.arg("dim")
     if o is None or not o.ndim or o.shape[-1 if dim is None else dim] == 1:
         return o
@@ -129,7 +129,7 @@ def _find_nonzero(op: Op) -> OpOwners:
 
 
 def _put(op: Op, x: Tensor, index: Sequence[Tensor | None], values: Any, adds: bool) -> OpOwners:
-    """``x[given] = values``, or ``+=``."""
+    """Follows ``x[index] = values``, or ``+=``."""
     x_owners, value_owners, indices = op.owners_of(x), op.owners_of(values), Indices(index)
     asks = indices.owners(op)
     if value_owners is None and (x_owners is not None or asks is None):

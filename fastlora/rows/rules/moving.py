@@ -1,4 +1,4 @@
-"""What ops that move elements make of their owners: the same as of the elements."""
+"""Rules of ops that move elements: the owners move with them."""
 
 from __future__ import annotations
 

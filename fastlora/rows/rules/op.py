@@ -34,7 +34,7 @@ class Op:
         return self.marks.get(value) if isinstance(value, Tensor) else None
 
     def read_values(self, t: Tensor) -> Any:
-        """What a tensor of indices or a mask holds, since rows go by it."""
+        """Reads a tensor of indices or a mask, whose values decide on rows."""
         self.by_value = True
         return t.detach().cpu().numpy()
 
@@ -50,7 +50,7 @@ def assign(rule: Rule, names: str, library: str = "aten") -> dict[str, Rule]:
 
 @cache
 def _read_parameters(func: Any) -> dict[str, tuple[int, Any]]:
-    """{name: (position, default)}."""
+    """Reads {name: (position, default)}."""
     return {a.name: (i, a.default_value) for i, a in enumerate(func._schema.arguments)}
 
 

@@ -1,4 +1,4 @@
-"""Which rule an op of torch's has.
+"""Table of the rules of torch's ops.
 
 What has none leaves its results to several rows at once, which every layer refuses.
 """
@@ -106,7 +106,7 @@ for _name in (
 
 
 def find_rule(func: Any) -> Rule | None:
-    """None for an op that is to be taken apart, if it can be."""
+    """Finds an op's rule; None where it is to be taken apart, if it can be."""
     name = func._schema.name
     if name.startswith("fastlora::"):
         return computing.run_fastlora
