@@ -38,19 +38,20 @@ def combine_adapters(
 ) -> LoRAConfig:
     """Combines the adapters in ``directories`` into one in ``directory``; returns its config.
 
-    Layer by layer what ``combining.combine`` does, where the types and options are explained. A
-    layer that only some of the adapters have is combined of those. svd_rank None: the largest rank
-    in any of the configs. device: where to compute; None: on the CPU.
+    - combination_type and its options: as in ``combining.combine``, which explains them
+    - svd_rank: None is the largest rank in any of the configs
+    - device: where to compute; None is the CPU
 
+    Each layer is combined by itself; one that only some of the adapters have is combined of those.
     The new config is the first adapter's but for its ranks, its layers and its scaling, which is 1
     everywhere. Random entries are drawn in alphabetical order of the layers. Embeddings of the base
-    that the adapters have along go along, the same in all that have them.
+    that adapters have along go along; they must be the same in all that have them.
 
     Raises ValueError, nothing written, for what ``load_adapter`` refuses in a file, for biases of
     an adapter's own (lora_bias or bias), modules_to_save, split bases (init_lora_weights), layers
     of other shapes or ranks than the type takes, embeddings that differ (rows that were added, or
-    trained, or of two bases), and bad options; FileNotFoundError for a missing
-    file; FileExistsError when ``directory`` holds an adapter already.
+    trained, or of two bases), and bad options; FileNotFoundError for a missing file;
+    FileExistsError when ``directory`` holds an adapter already.
     """
     combination = Combination(
         combination_type,

@@ -33,7 +33,7 @@ _MAX_HEADER_BYTES = 1 << 25
 _MAX_TENSORS = 100_000
 _MAX_BYTES = 1 << 36
 _DTYPES = ("F16", "BF16", "F32", "F64")
-# Of buffers of modules that are saved whole.
+# Dtypes of buffers of modules that are saved whole.
 _COUNTS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 _A = ".lora_A.weight"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -212,7 +212,7 @@ def write(
 ) -> None:
     """Writes both files, each in one piece: aside first, then renamed.
 
-    Patterns whose keys overlap are written with layers' full names, so that readers who sort them
+    Patterns whose keys overlap are written with layers' full names, so that readers that sort them
     find the same ranks and scalings.
     """
     names = _list_layers(tensors)

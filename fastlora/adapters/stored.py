@@ -106,11 +106,11 @@ def find_differing_rows(
 ) -> OwnRows | None:
     """Finds the rows of ``stored`` that are not the base's, ``rows_of(start, stop)``; or None.
 
-    Those that the base does not have are.
+    Rows beyond the base's last differ.
 
-    A row is the base's where it has its bits, in the base's dtype or in the file's; also where it
-    has those that rounding to float16 or bfloat16 leaves of the base's, as where the model was
-    trained in a half and upcast: it then tells nothing that the base does not tell better.
+    A row is the base's where it has the same bits, in the base's dtype or in the file's. So it is
+    where it has the bits of the base's row rounded to float16 or bfloat16, as after training in a
+    half and upcasting: the base then holds the better numbers.
     """
     index, values, count = [], [], 0
     for start, copy in stored.chunks():

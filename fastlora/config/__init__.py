@@ -32,22 +32,23 @@ _LARGEST = sys.float_info.max
 class LoRAConfig:
     """Settings of ``replace_linear``, by PEFT's names and with PEFT's defaults.
 
-    r, lora_alpha: rank and numerator of ``scaling = lora_alpha / r`` (``/ sqrt(r)`` with
-    use_rslora). lora_dropout: probability on the LoRA branch. lora_bias: a trained bias beside
-    lora_B. bias: which biases of the base train and are saved: "none", "all" or "lora_only".
-
-    target_modules, exclude_modules: names (matched whole or after a dot), or one regular expression
-    matched in full; target_modules may be "all-linear": every ``nn.Linear`` and transformers'
-    ``Conv1D`` but the output embedding. layers_to_transform: of the names after a dot only those in
-    layers of this index, or these; layers_pattern: what the list of layers is called, by default
-    anything. rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
-    lora_alpha, the first key that matches. modules_to_save: modules whose name ends so are trained
-    and saved whole, as a copy. fan_in_fan_out: what PEFT's files say of ``Conv1D``; each layer's
-    own kind decides.
-
-    init_lora_weights: True (lora_B zero), "gaussian" (likewise), "orthogonal", False (lora_B
-    random, for tests), or what moves a part of the base's weight into the adapter: "pissa",
-    "pissa_niter_16" (by 16 iterations instead of an exact decomposition), "olora".
+    - r, lora_alpha: rank and numerator of ``scaling = lora_alpha / r`` (``/ sqrt(r)`` with
+      use_rslora)
+    - lora_dropout: probability on the LoRA branch
+    - lora_bias: a trained bias beside lora_B
+    - bias: which biases of the base train and are saved: "none", "all" or "lora_only"
+    - target_modules, exclude_modules: names, matched whole or after a dot, or one regular expression
+      matched in full; target_modules may be "all-linear": every ``nn.Linear`` and transformers'
+      ``Conv1D`` but the output embedding
+    - layers_to_transform: only layers of this index, or these, of the names after a dot
+    - layers_pattern: what the list of layers is called, by default anything
+    - rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
+      lora_alpha; the first key that matches counts
+    - modules_to_save: modules whose name ends so are trained and saved whole, as a copy
+    - fan_in_fan_out: what PEFT's files say of ``Conv1D``; each layer's own kind decides
+    - init_lora_weights: True (lora_B zero), "gaussian" (likewise), "orthogonal", False (lora_B
+      random, for tests), or one that moves a part of the base's weight into the adapter: "pissa",
+      "pissa_niter_16" (by 16 iterations instead of an exact decomposition), "olora"
 
     Raises TypeError or ValueError naming the field. References: Hu et al. 2021; rsLoRA:
     Kalajdzievski 2023; PiSSA: Meng et al. 2024; OLoRA: Büyükakyüz 2024.

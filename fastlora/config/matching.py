@@ -9,7 +9,7 @@ from typing import Any
 
 Names = str | tuple[str, ...]
 
-# Around a name: it, or what is in it. Around what stands before a layer's index: the index.
+# WITHIN matches a name and what lies in it; BEFORE_INDEX finds the index behind a name.
 WITHIN = r"(^|.*\.){}($|\..*)"
 BEFORE_INDEX = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _ANY_INDEX = r".*?\.[^.]*\.(?P<idx>\d+)\."

@@ -33,7 +33,7 @@ INITS = {
     "lora_ga": "it takes gradients of the base to compute",
     "mica": "it trains lora_A alone (what PEFT has trained so loads)",
 }
-# What they are in a file. Some began beside the base as it is, which is history; others changed it.
+# The same values in a file. Some began beside the base as it is: history. Others changed it.
 _SAME_BASE = ("eva", "mica")
 _SUBTRACTED = (
     "PEFT subtracted what the adapter began as from the base's weights. Have PEFT save it with "

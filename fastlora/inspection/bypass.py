@@ -19,7 +19,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 class Reader(NamedTuple):
     """A module above a layer, which computes with its weight in a method.
 
-    called: whether it, or another, also calls the layer, or hands it to who may.
+    called: whether it, or another, also calls the layer, or hands it to code that may.
     """
 
     module: nn.Module
@@ -69,7 +69,7 @@ def find_reader(model: nn.Module, name: str) -> Reader | None:
                 read_in = module, method
         called = called or any(_fits(pattern, path) for pattern in (*uses.called, *uses.handed))
         if len(path) == 1 or (len(path) == 2 and isinstance(above[-1], _CONTAINERS)):
-            # Who is given all that holds the layer may call it.
+            # Code that is given all that holds the layer may call it.
             called = called or any(_fits(pattern, path[:-1]) for pattern in uses.handed)
     return None if read_in is None else Reader(*read_in, called)
 

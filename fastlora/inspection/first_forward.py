@@ -1,7 +1,7 @@
 """First forward of a model, watched for layers whose weight is read while they are never called.
 
 For what the source of a model's classes does not say: see ``bypassed``. A mode sees each function
-of torch's that gets a layer's weight; in whose forward that is, the stack says.
+of torch's that gets a layer's weight; the stack says in which module's forward that is.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fastlora.inspection.sources import LOOKS, METADATA, VIEWS
 from fastlora.inspection.wrappers import strip_wrappers, unwrap
 
 _NOTE = "_fastlora_bypassed"
-# Of its arguments the first is what is computed with.
+# Functions that compute with their first argument.
 _FIRST = frozenset({"to", "type", "type_as"})
 _here = threading.local()
-# Of all threads those that are under way: their hooks must stay until they have ended.
+# The watched forwards under way, in all threads: hooks must stay until they have ended.
 _under_way: set[int] = set()
 _lock = threading.Lock()
 

@@ -16,7 +16,7 @@ def explain_unreadable(t: Tensor) -> str | None:
     """Says why no op of ours can read a tensor: what it is instead of a plain one.
 
     torch's own stand-ins (fake and functional tensors) are plain, and so are subclasses that only
-    have other functions or attributes. A DTensor is not: who can take one asks before.
+    have other functions or attributes. A DTensor is not plain: code that can take one asks before.
     """
     kind = type(t)
     if not is_plain(t) and not kind.__module__.startswith("torch._subclasses."):

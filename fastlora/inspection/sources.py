@@ -41,7 +41,7 @@ _SAME = frozenset({"enumerate", "iter", "list", "reversed", "sorted", "tuple", "
 class Uses:
     """Uses of modules, by path: weights read, in which method; modules called, or handed on.
 
-    changed: whose weight is written in place.
+    changed: weights that are written in place.
     """
 
     read: dict[Path, str] = field(default_factory=dict)

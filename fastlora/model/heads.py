@@ -19,7 +19,7 @@ def explain_unsaved_head(model: nn.Module, config: LoRAConfig, chosen: Plan) -> 
     """Says why a transformers classifier's head is lost when only the adapter is saved, or None.
 
     It is new where the checkpoint was of another class, as its config tells, or there was none:
-    then the whole model is new, which matters only to who adapts the head unaware.
+    then the whole model is new, which matters only where the head is adapted unawares.
     """
     kind = type(model).__name__
     ending = next((suffix for suffix in _TASKS if kind.endswith(suffix)), None)

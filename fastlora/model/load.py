@@ -42,14 +42,17 @@ def load_adapter(
 ) -> nn.Module:
     """Loads an adapter that fastlora or PEFT saved into ``model``, in place; returns ``model``.
 
-    Replaces the linears that the adapter's config names, or, where the model has FastLoRALinear
-    layers already, fills exactly those and takes the file's settings. is_trainable=False freezes
-    the adapter. adapter_name: which one to fill, where the model trains several; what its layers
-    are set to must then be the file's settings. Of a sharded model every process must call: each
-    reads the files and keeps its part. Warns where keys of alpha_pattern overlap in the order of
-    the alphabet, which is PEFT's and not the one that counted. Embeddings that PEFT has saved along
-    are the base's, or rows that came with the adapter: those are put into the model's, as PEFT
-    does, with a UserWarning where they are not the last ones, as a resized vocabulary's are.
+    - is_trainable: False freezes the adapter
+    - adapter_name: which one to fill, where the model trains several; what its layers are set to
+      must then be the file's settings
+
+    Replaces the linears that the adapter's config names. Where the model has FastLoRALinear layers
+    already, it fills exactly those and takes the file's settings. For a sharded model every process
+    must call: each reads the files and keeps its part. Embeddings that PEFT has saved along are the
+    base's, or rows that came with the adapter; those are put into the model's, as PEFT does.
+
+    Warns where such rows are not the last ones, as a resized vocabulary's are, and where keys of
+    alpha_pattern overlap in the order of the alphabet, which is PEFT's and not the one that counted.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles, another

@@ -39,21 +39,23 @@ def replace_linear(
 ) -> nn.Module:
     """Replaces in place the linears that ``config`` names by ``FastLoRALinear``; returns ``model``.
 
-    config: ``LoRAConfig`` or ``peft.LoraConfig``. transformers' ``Conv1D`` becomes
-    ``FastLoRAConv1D``; what modules_to_save names, and the head that PEFT adds for task_type, a
-    copy of itself that trains. Where init_lora_weights splits the weights, they change (until all
-    are ready, they take their memory twice). freeze_base: everything but the adapters (and the
-    biases that ``config.bias`` asks for) stops requiring gradients. adapter_names: several adapters
-    on the one base instead, trained together: ``use_adapters`` says whose each row of a batch is,
-    ``save_adapter(..., adapter_name=)`` saves one. ``report(model)`` says what was replaced and
-    what was skipped and why.
+    - config: ``LoRAConfig`` or ``peft.LoraConfig``
+    - freeze_base: everything but the adapters, and the biases that ``config.bias`` asks for, stops
+      requiring gradients
+    - adapter_names: several adapters on the one base instead, trained together: ``use_adapters``
+      names each row's adapter, ``save_adapter(..., adapter_name=)`` saves one
+
+    transformers' ``Conv1D`` becomes ``FastLoRAConv1D``. Modules that modules_to_save names, and the
+    head that PEFT adds for task_type, are replaced by copies that train. Where init_lora_weights
+    splits the weights, they change; until all are ready, they take their memory twice.
+    ``report(model)`` says what was replaced, what was skipped and why.
 
     Raises ValueError, the model unchanged, when nothing matches (near names are listed), when a
-    layer that was named cannot be replaced, or the model has LoRA layers already, PEFT's among
-    them; for several adapters also when ``config`` asks for biases, whole modules or split weights,
-    which belong to no single one. Warns where a name in target_modules, rank_pattern or
-    alpha_pattern is no layer's, as a mistyped one, and where no layer lies as fan_in_fan_out says;
-    their own kind decides.
+    layer that was named cannot be replaced, and when the model has LoRA layers already, PEFT's
+    among them; for several adapters also when ``config`` asks for biases, whole modules or split
+    weights, which belong to no single one. Warns where a name in target_modules, rank_pattern or
+    alpha_pattern is no layer's, as a mistyped one, and where no layer lies as fan_in_fan_out says:
+    each layer's own kind decides.
     """
     original = LoRAConfig.of(config)
     model, settings = _check_model(model), original.with_heads()

@@ -17,22 +17,27 @@ from fastlora.modules.layer import find_lora_layers
 from fastlora.modules.served import MultiLoRALinear
 from fastlora.modules.trained import find_trained_layers
 
-# What others, who know layers of other kinds, have to say of a model: fields of ``Report``.
+# Functions that add what they know of layers of other kinds: fields of ``Report``.
 describers: list[Callable[[nn.Module], dict[str, Any]]] = []
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a model with LoRA; ``str()`` of it is for people.
+    """State of a model with LoRA; ``str()`` of it is for people.
 
-    replaced: {layer: rank}; skipped: {layer: reason}; trainable and total: how many parameters;
-    merged: layers whose weight holds the adapter; fidelity: {merged layer: how much of its adapter
-    has arrived}; untied: {layer: whose weight its was}; modules_to_save: modules that are trained
-    whole; around: {replaced layer of a PEFT model: why its base computes its own output, onto which
-    the adapter is added}; misstated: {layer of a PEFT model: which adapter runs at another rank or
-    scaling than its config says}, as after hot-swapping, where PEFT saves what the config says;
-    bypassed: {layer: in whose forward its weight was read, while it was
-    never called itself: its adapter has no effect}.
+    - replaced: {layer: rank}
+    - skipped: {layer: reason}
+    - trainable, total: how many parameters
+    - merged: layers whose weight holds the adapter
+    - fidelity: {merged layer: how much of its adapter has arrived}
+    - untied: {layer: the weights that its own was tied with}
+    - modules_to_save: modules that are trained whole
+    - around: {replaced layer of a PEFT model: why its base computes its own output, onto which the
+      adapter is added}
+    - misstated: {layer of a PEFT model: which adapter runs at another rank or scaling than its config
+      says}, as after hot-swapping, where PEFT saves what the config says
+    - bypassed: {layer: the module whose forward read its weight, while the layer was never called}:
+      its adapter has no effect
     """
 
     replaced: dict[str, int] = field(default_factory=dict)

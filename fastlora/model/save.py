@@ -24,11 +24,14 @@ from fastlora.modules.trained import TrainableMultiLoRALinear, find_trained_laye
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """Returns the adapter's tensors, biases and modules trained whole, by PEFT's names, not copied.
+    """Returns the adapter's tensors by PEFT's names, not copied, with biases and whole modules.
 
-    adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
-    parallelism) they are DTensors. Raises ValueError for a name it does not have, RuntimeError when
-    the model has no FastLoRALinear, its adapter is merged or in flat parts (FSDP1, ZeRO).
+    - adapter_name: which adapter, where the model trains several
+
+    The tensors of a sharded model (``fully_shard``, tensor parallelism) are DTensors.
+
+    Raises ValueError for a name that the model does not have; RuntimeError when it has no
+    FastLoRALinear, or its adapter is merged or in flat parts (FSDP1, ZeRO).
     """
     tensors = _list_tensors(model, adapter_name)
     return {files.PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -39,12 +42,14 @@ def save_adapter(
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT reads too.
 
-    adapter_name: which, where the model trains several. Of a sharded model (``fully_shard``, tensor
-    parallelism) every process must call: the tensors are gathered, the process of rank 0 writes,
-    and the others return when it has. Embeddings into which ``load_adapter`` has put rows of an
-    adapter's are saved along. Raises RuntimeError when the model has no adapter, or it is
-    merged or in flat parts (FSDP1, ZeRO), ValueError for a bad directory or a name the model does
-    not have.
+    - adapter_name: which adapter, where the model trains several
+
+    For a sharded model (``fully_shard``, tensor parallelism) every process must call: the tensors
+    are gathered, the process of rank 0 writes, and the others return when it has. Embeddings into
+    which ``load_adapter`` has put an adapter's rows are saved along.
+
+    Raises RuntimeError when the model has no adapter, or it is merged or in flat parts (FSDP1,
+    ZeRO); ValueError for a bad directory or a name that the model does not have.
     """
     dtensors.reshard(model)
     tensors = _list_tensors(model, adapter_name)

@@ -1,4 +1,4 @@
-"""Training of several adapters on one base: which rows are whose, and each one's parameters."""
+"""Training of several adapters on one base: each row's adapter, and each adapter's parameters."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ def use_adapters(
 ) -> Iterator[nn.Module]:
     """Sends row i of the batch through ``adapter_names[i]`` inside the block; None is the base.
 
-    For models of ``replace_linear(..., adapter_names=)``. Each adapter gets the gradients that its
-    rows alone would give it; one without rows gets none (DistributedDataParallel then needs
-    ``find_unused_parameters=True``; under ``fully_shard`` every process must enter, and an adapter
-    with rows in another one gets zeros from here). The batch is the first dimension of what the
-    model is called with; whose the rows are that a layer sees is followed from there, or stated, as
-    in ``MultiLoRAModel``: adapter_rows, the batch row of each row of a module, by its name;
-    batch_dims, the dimension along which its inputs have the batch. Where activations are
-    checkpointed, layers run once more in backward, which belongs into its forward's block: of two
-    batches that share their layers, each into its own. Of a compiled model the first block runs as
-    it was written, not compiled.
+    - model: of ``replace_linear(..., adapter_names=)``
+    - adapter_rows: {name of a module: the batch row of each of its rows}
+    - batch_dims: {name of a module: the dimension along which its inputs have the batch}
 
-    Raises TypeError when the names are no list, ValueError for one that the model does not have,
-    and for what is stated of no module or no row; RuntimeError for other models, for a layer whose
-    rows' owners are not known, and while another thread is in such a block of this model.
+    The batch is the first dimension of what the model is called with. The owners of a layer's rows
+    are followed from there, or stated by adapter_rows and batch_dims, as in ``MultiLoRAModel``.
+    Each adapter gets the gradients that its rows alone would give it; one without rows gets none.
+    DistributedDataParallel then needs ``find_unused_parameters=True``. Under ``fully_shard`` every
+    process must enter, and an adapter with rows in another process gets zeros from here.
+
+    Where activations are checkpointed, layers run once more in backward: run it in the block of its
+    forward, also where two batches share their layers. A compiled model runs its first block as it
+    was written, not compiled.
+
+    Raises TypeError when the names are no list, ValueError for a name that the model does not have
+    and for a statement about no module or no row. Raises RuntimeError for other models, for a layer
+    whose rows' owners are not known, and while another thread is in such a block of this model.
     """
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names: expected a list with a name a row, got {adapter_names!r}")

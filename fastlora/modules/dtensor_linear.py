@@ -3,8 +3,8 @@
 Along each dimension of the mesh the weight (N, K) says how the layer is split: Shard(0) gives each
 process columns of y, Shard(1) columns of x (column- and row-parallel in Shoeybi et al.,
 "Megatron-LM", 2019), Replicate leaves it whole, and x may be split along its batch. Every operand
-is brought to the placement that this asks for, and where processes hold parts of a sum it is added
-up: y's by who reads it, gradients' at once.
+is brought to the placement that this asks for. Where processes hold parts of a sum it is added up:
+y's by its reader, gradients' at once.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def gather(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
 
 
 def _make_whole(tensor: Any) -> Tensor:
-    # Parameters offloaded to the CPU are gathered by the devices, whose mesh it is.
+    # Parameters offloaded to the CPU are gathered by the devices of their mesh.
     return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
 
 

@@ -62,7 +62,7 @@ class LoRALayer(Mergeable, ABC):
         self.adapter_disabled = False
         self._receipt = None
         self._fidelity = None
-        # Whose weight its own once was: see merge_adapter(untie=True).
+        # Layers that its weight was tied with: see merge_adapter(untie=True).
         self.untied = ()
         self._add_lora(lora_bias, lora_dtype)
 

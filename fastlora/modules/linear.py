@@ -14,14 +14,15 @@ from fastlora.modules.layer import LoRALayer, check_drawn
 class FastLoRALinear(LoRALayer, nn.Linear):
     """``x @ weight.T + bias + scaling * ((dropout(x) @ lora_A.T) @ lora_B.T + lora_bias)``.
 
-    A subclass of ``nn.Linear`` whose state_dict holds weight, bias, lora_A (r, in_features), lora_B
-    (out_features, r) and, with lora_bias=True, lora_bias (out_features,); a checkpoint of the base
-    alone loads with ``strict=True`` and leaves the adapter as it is. scaling = lora_alpha / r, or /
-    sqrt(r) with use_rslora. init_lora_weights: True (lora_A Kaiming-uniform, lora_B zero),
-    "gaussian" (lora_A normal with standard deviation 1 / r, lora_B zero), "orthogonal" (B @ A is
-    zero), False (lora_B random too, for tests), or in ``from_linear`` one that splits its weight,
-    see ``LoRAConfig``. lora_dtype: the adapter's dtype; None is float32 on a half-precision base,
-    the base's otherwise.
+    A subclass of ``nn.Linear``. Its state_dict holds weight, bias, lora_A (r, in_features), lora_B
+    (out_features, r) and, with lora_bias=True, lora_bias (out_features,). A checkpoint of the base
+    alone loads with ``strict=True`` and leaves the adapter as it is.
+
+    - scaling: lora_alpha / r, or / sqrt(r) with use_rslora
+    - init_lora_weights: True (lora_A Kaiming-uniform, lora_B zero), "gaussian" (lora_A normal with
+      standard deviation 1 / r, lora_B zero), "orthogonal" (B @ A is zero), False (lora_B random too,
+      for tests), or in ``from_linear`` one that splits its weight, see ``LoRAConfig``
+    - lora_dtype: the adapter's dtype; None is float32 on a half-precision base, else the base's
 
     Raises TypeError or ValueError naming the argument. Names and defaults are PEFT's.
     """
@@ -55,10 +56,12 @@ class FastLoRALinear(LoRALayer, nn.Linear):
     def from_linear(cls, linear: nn.Linear, r: int = 8, **options: Any) -> FastLoRALinear:
         """Makes a layer around ``linear``'s weight and bias, frozen by it; options of ``__init__``.
 
-        Hooks, training mode and other attributes of ``linear`` come along. Raises TypeError, with
-        the reason, for anything that is not a plain ``nn.Linear``: a subclass (quantised layers are
-        such), a parametrised weight, another dtype than float16 to float64, a layer with LoRA. An
-        init that splits the weight ("pissa", "olora") changes it in place, for all who share it.
+        Hooks, training mode and other attributes of ``linear`` come along. An init that splits the
+        weight ("pissa", "olora") changes it in place, for all that share it.
+
+        Raises TypeError, with the reason, for anything that is not a plain ``nn.Linear``: a subclass
+        (quantised layers are such), a parametrised weight, another dtype than float16 to float64, a
+        layer with LoRA.
         """
         return cls._share_frozen(linear, r, **options)
 

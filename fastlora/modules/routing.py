@@ -28,9 +28,9 @@ _BATCH_FIELDS = (
 class Routing:
     """Slots of the rows of the batch that is running, grouped once a step; -1 = no adapter.
 
-    outside: what to do, in the error of a layer that runs while no batch does. watched: whether
-    somebody says where the batch comes into the model; if not, who calls a layer calls it with the
-    batch. recomputes: whether layers may run once more in a backward.
+    - outside: what to do, in the error of a layer that runs while no batch does
+    - watched: whether a ``Watch`` says where the batch comes in; if not, layers are called with it
+    - recomputes: whether layers may run once more in a backward
     """
 
     watched = False
@@ -55,7 +55,7 @@ class Routing:
         self.stated: dict[int, Statement] = {}
         # Whether compiled code may take the batch to be first.
         self.batch_is_first = False
-        # Of the layers that have run in this batch, what was found; None: not each time the same.
+        # Places by the layers that have run in this batch; None: not each time the same.
         self.places: dict[int, Any] = {}
 
     @contextmanager

@@ -38,8 +38,8 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 def find(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """Finds {full name: module} of what modules_to_save means, and checks it.
 
-    As in PEFT a name is meant whose end it is, wherever it begins, and a module of several such
-    names gets a copy in each of its places. ValueError where one cannot be copied.
+    As in PEFT, an entry means every module whose full name ends in it, and a module with several
+    such names gets a copy in each of its places. ValueError where one cannot be copied.
     """
     modules: dict[str, nn.Module] = {}
     places: set[tuple[nn.Module, str]] = set()

@@ -23,8 +23,8 @@ class TrainableMultiLoRALinear(SharedWeight):
     """A frozen linear and several adapters in training; a batch's rows each belong to one.
 
     Parameters: lora_A and lora_B, (r, in_features) and (out_features, r) for each adapter under its
-    name, in which "." is "%2E". Those that no row of a batch uses take no part in it: their
-    gradients stay None. ``routing``, which all layers of a model share, says whose each row is.
+    name, in which "." is "%2E". Adapters without rows in a batch take no part in it: their
+    gradients stay None. ``routing``, shared by all layers of a model, says which row is whose.
     Arithmetic as ``FastLoRALinear``'s; dropout is torch's own and draws a mask of x.
     """
 

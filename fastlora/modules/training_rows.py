@@ -18,7 +18,7 @@ from fastlora.rows.statements import Statement
 class TrainingRows(Routing):
     """Which adapter each training row belongs to. Only adapters in the batch get a slot.
 
-    One thread's at a time: backward runs in threads of its own, which must see it too.
+    One thread uses it at a time; its backward runs in other threads, which must see it too.
     """
 
     watched = recomputes = True
@@ -44,8 +44,8 @@ class TrainingRows(Routing):
     ) -> Iterator[None]:
         """Runs a block in which row i of the batch trains ``adapter_names[i]``, or none.
 
-        everywhere: which adapters other processes have rows of, of which we have. stated: whose the
-        rows of modules are, by the modules' ids.
+        share_present: turns flags of adapters with rows here into those with rows in any process.
+        stated: the owners of modules' rows, by the modules' ids.
         """
         rows = [-1 if name is None else self.index(name) for name in adapter_names]
         if self.owner not in (None, threading.get_ident()):

@@ -1,7 +1,7 @@
 """Models whose images belong to the prompts that have tokens for them.
 
-By the names of transformers' classes: what is said here was read in its 5.23, and nowhere else is
-an image taken for a row of the batch.
+Models are known by the names of transformers' classes, as of its 5.23. Nowhere else is an image
+taken for a row of the batch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlora.inspection.wrappers import unwrap
 
-# Inputs of a model whose first dimension is the batch, by the contract of whoever calls it.
+# Inputs of a model that have the batch first, by the contract of its callers.
 _BATCH_NAMES = (
     "input_ids",
     "inputs_embeds",

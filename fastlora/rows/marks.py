@@ -1,7 +1,7 @@
 """Marks on living tensors: owners of their elements, kept by the memory they lie in.
 
-By memory, since autograd hands views on as other tensors than an op returned, and since what is
-written through one view is read through another.
+By memory: autograd hands views on as other tensors than an op returned, and what is written
+through one view is read through another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.rows.owners import MIXED, NOBODY, Owners, compress, fill_owner
 
-# Of views that nobody owns anything of; it fits any shape.
+# The owners of views that are nobody's; they fit any shape.
 NONE: Owners = fill_owner(NOBODY, 0)
 
 

@@ -1,8 +1,8 @@
 """Forwards that go the same way each time that they are given the same kinds of inputs.
 
-Of torch's and transformers' modules that is taken for granted, of no others: a class of somebody
-else's may keep a state anywhere, or ask a clock, and is followed each time. Before it is compiled,
-what its code can be seen to do, and its attributes, decide.
+That is taken for granted of torch's and transformers' modules. Any other class may keep a state
+anywhere, or ask a clock: it is followed each time. Before such a class is compiled, its attributes
+and what its code can be seen to do decide.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _LEAVING_TORCH = {
     Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__,
     Tensor.__format__, Tensor.tensor_split, torch.tensor_split, torch.allclose, Tensor.allclose,
 }  # fmt: skip
-# Who reads values only to see whether a mask is needed at all: the same rows either way.
+# Files that read values only to see whether a mask is needed: the same rows either way.
 _HARMLESS = (
     "transformers/masking_utils.py",
     "transformers/modeling_attn_mask_utils.py",
@@ -71,7 +71,7 @@ _running = _Thread()
 def declare(t: Tensor, of: Tensor, *dims: int) -> None:
     """Gives ``t``, where a trace runs, the owners of ``of``, whose dimensions it has as ``dims``.
 
-    For what ops do not show, such as attention that takes keys from where it has put them.
+    For moves that no op shows, such as attention that takes keys from where it has put them.
     """
     trace = _running.trace
     if trace is not None:
@@ -82,7 +82,7 @@ def declare(t: Tensor, of: Tensor, *dims: int) -> None:
 class Trace(TorchDispatchMode):
     """A mode that follows this thread's ops between ``open()`` and ``close()``.
 
-    by_value: what was found holds for these values alone.
+    by_value: the owners hold for these values alone.
     """
 
     def __init__(self) -> None:

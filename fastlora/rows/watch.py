@@ -28,8 +28,8 @@ from fastlora.rows.verdicts import Verdicts
 class Watch:
     """Hooks on the modules of one model, which open and close frames; for all threads.
 
-    routing: of the thread that asks. layers: where the batch may come in at any module that
-    contains one of these, not only at the model and its encoder.
+    routing: the batch's, which may be one a thread. layers: the batch may come in at any module
+    that contains one of these, not only at the model and its encoder.
     """
 
     def __init__(

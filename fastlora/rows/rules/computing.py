@@ -160,7 +160,7 @@ def run_fastlora(op: Op) -> OpOwners:
 def run_bitsandbytes(op: Op) -> OpOwners:
     """Follows quantized products, and what prepares their left operand, row by row.
 
-    Which columns are outliers all rows decide together; nobody's row is another's by that.
+    All rows decide together which columns are outliers; that gives no row to another.
     """
     A = op.args[0]
     lead, owners = A.shape[:-1], []

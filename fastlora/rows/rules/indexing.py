@@ -153,7 +153,7 @@ def _put(op: Op, x: Tensor, index: Sequence[Tensor | None], values: Any, adds: b
     after = np.full(x.shape, NOBODY, np.int32)
     after[places] = value_owners
     if adds:
-        # All who come to one place must be the same.
+        # All owners that come to one place must be the same.
         low = np.full(x.shape, np.iinfo(np.int32).max, np.int32)
         np.minimum.at(low, places, value_owners)
         high = np.full(x.shape, np.iinfo(np.int32).min, np.int32)

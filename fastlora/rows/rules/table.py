@@ -1,6 +1,6 @@
 """Table of the rules of torch's ops.
 
-What has none leaves its results to several rows at once, which every layer refuses.
+An op without a rule gives its results to several rows at once, which every layer refuses.
 """
 
 from __future__ import annotations
