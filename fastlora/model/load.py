@@ -52,7 +52,7 @@ def load_adapter(
     base's, or rows that came with the adapter; those are put into the model's, as PEFT does.
 
     Warns where such rows are not the last ones, as a resized vocabulary's are, and where keys of
-    alpha_pattern overlap in the order of the alphabet, which is PEFT's and not the one that counted.
+    alpha_pattern overlap in the alphabet's order, which is PEFT's and not the one that counted.
 
     Raises ValueError, the model unchanged, for an unsupported config, missing, unexpected or
     wrongly shaped tensors, ranks that disagree, truncated or oversized files and pickles, another

@@ -34,8 +34,8 @@ class Report:
     - modules_to_save: modules that are trained whole
     - around: {replaced layer of a PEFT model: why its base computes its own output, onto which the
       adapter is added}
-    - misstated: {layer of a PEFT model: which adapter runs at another rank or scaling than its config
-      says}, as after hot-swapping, where PEFT saves what the config says
+    - misstated: {layer of a PEFT model: which adapter runs at another rank or scaling than its
+      config says}, as after hot-swapping, where PEFT saves what the config says
     - bypassed: {layer: the module whose forward read its weight, while the layer was never called}:
       its adapter has no effect
     """

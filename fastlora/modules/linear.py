@@ -20,8 +20,8 @@ class FastLoRALinear(LoRALayer, nn.Linear):
 
     - scaling: lora_alpha / r, or / sqrt(r) with use_rslora
     - init_lora_weights: True (lora_A Kaiming-uniform, lora_B zero), "gaussian" (lora_A normal with
-      standard deviation 1 / r, lora_B zero), "orthogonal" (B @ A is zero), False (lora_B random too,
-      for tests), or in ``from_linear`` one that splits its weight, see ``LoRAConfig``
+      standard deviation 1 / r, lora_B zero), "orthogonal" (B @ A is zero), False (lora_B random
+      too, for tests), or in ``from_linear`` one that splits its weight, see ``LoRAConfig``
     - lora_dtype: the adapter's dtype; None is float32 on a half-precision base, else the base's
 
     Raises TypeError or ValueError naming the argument. Names and defaults are PEFT's.
@@ -59,9 +59,9 @@ class FastLoRALinear(LoRALayer, nn.Linear):
         Hooks, training mode and other attributes of ``linear`` come along. An init that splits the
         weight ("pissa", "olora") changes it in place, for all that share it.
 
-        Raises TypeError, with the reason, for anything that is not a plain ``nn.Linear``: a subclass
-        (quantised layers are such), a parametrised weight, another dtype than float16 to float64, a
-        layer with LoRA.
+        Raises TypeError, with the reason, for anything that is not a plain ``nn.Linear``: a
+        subclass (quantised layers are such), a parametrised weight, another dtype than float16 to
+        float64, a layer with LoRA.
         """
         return cls._share_frozen(linear, r, **options)
 
