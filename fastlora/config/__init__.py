@@ -38,8 +38,8 @@ class LoRAConfig:
     - lora_bias: a trained bias beside lora_B
     - bias: which biases of the base train and are saved: "none", "all" or "lora_only"
     - target_modules, exclude_modules: names, matched whole or after a dot, or one regular
-      expression matched in full; target_modules may be "all-linear": every ``nn.Linear`` and transformers'
-      ``Conv1D`` but the output embedding
+      expression matched in full; target_modules may be "all-linear": every ``nn.Linear`` and
+      transformers' ``Conv1D`` but the output embedding
     - layers_to_transform: only layers of this index, or these, of the names after a dot
     - layers_pattern: what the list of layers is called, by default anything
     - rank_pattern, alpha_pattern: {name or regular expression: value} that override r and

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import config as settings
 from fastlora.inspection.layers import get_matrix, is_conv1d
-from fastlora.modules.layer import LoRALayer, check_drawn
+from fastlora.modules.layer import AdapterOptions, LoRALayer
 
 
 class FastLoRAConv1D(LoRALayer):
@@ -39,16 +38,15 @@ class FastLoRAConv1D(LoRALayer):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        settings.check_layer(r, lora_alpha, lora_dropout)
-        check_drawn(init_lora_weights)
+        options = AdapterOptions(
+            r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
+        ).check()
         super().__init__()
         self.nf, self.nx = self.out_features, self.in_features = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(nf, device=device, dtype=dtype))
         self.reset_parameters()
-        self._set_up(
-            r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
-        )
+        self._set_up(options)
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module, r: int = 8, **options: Any) -> FastLoRAConv1D:

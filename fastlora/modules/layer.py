@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,24 @@ _Layer = TypeVar("_Layer", bound="LoRALayer")
 _PLAIN = (nn.Parameter, Tensor)
 
 
+class AdapterOptions(NamedTuple):
+    """Options of a new layer's adapter, as the constructors take them."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    lora_bias: bool
+    init_lora_weights: bool | str
+    lora_dtype: torch.dtype | None
+
+    def check(self) -> AdapterOptions:
+        """Raises TypeError or ValueError naming the option that does not fit."""
+        settings.check_layer(self.r, self.lora_alpha, self.lora_dropout)
+        check_drawn(self.init_lora_weights)
+        return self
+
+
 class LoRALayer(Mergeable, ABC):
     """A linear layer with LoRA, whichever way its weight lies."""
 
@@ -46,25 +64,17 @@ class LoRALayer(Mergeable, ABC):
     init_lora_weights: bool | str
     untied: tuple[str, ...]
 
-    def _set_up(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        lora_bias: bool,
-        init_lora_weights: bool | str,
-        lora_dtype: torch.dtype | None,
-    ) -> None:
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.lora_dropout, self.init_lora_weights = float(lora_dropout), init_lora_weights
-        self.scaling = settings.compute_scaling(lora_alpha, r, use_rslora)
+    def _set_up(self, options: AdapterOptions) -> None:
+        self.r, self.lora_alpha, self.use_rslora = options.r, options.lora_alpha, options.use_rslora
+        self.lora_dropout = float(options.lora_dropout)
+        self.init_lora_weights = options.init_lora_weights
+        self.scaling = settings.compute_scaling(self.lora_alpha, self.r, self.use_rslora)
         self.adapter_disabled = False
         self._receipt = None
         self._fidelity = None
         # Layers that its weight was tied with: see merge_adapter(untie=True).
         self.untied = ()
-        self._add_lora(lora_bias, lora_dtype)
+        self._add_lora(options.lora_bias, options.lora_dtype)
 
     @classmethod
     def _share(

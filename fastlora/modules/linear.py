@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import config as settings
-from fastlora.modules.layer import LoRALayer, check_drawn
+from fastlora.modules.layer import AdapterOptions, LoRALayer
 
 
 class FastLoRALinear(LoRALayer, nn.Linear):
@@ -45,12 +44,11 @@ class FastLoRALinear(LoRALayer, nn.Linear):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        settings.check_layer(r, lora_alpha, lora_dropout)
-        check_drawn(init_lora_weights)
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._set_up(
+        options = AdapterOptions(
             r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
-        )
+        ).check()
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._set_up(options)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **options: Any) -> FastLoRALinear:
