@@ -171,8 +171,7 @@ def read(
         if is_frozen_weight(name) and merged:
             raise ValueError(
                 f"{path}: it has {strip_peft_wrappers(name)} along, which is merged here and "
-                "cannot be "
-                "compared: unmerge_adapter, load_adapter and merge_adapter"
+                "cannot be compared: unmerge_adapter, load_adapter and merge_adapter"
             )
         if dtensors.is_dtensor(base) or base.is_meta or (is_frozen_weight(name) and moved):
             changes[name] = Change(base, stored.read())
@@ -186,8 +185,8 @@ def read(
         elif not rows.added:
             raise ValueError(
                 f"{path}: {describe_own_rows(strip_peft_wrappers(name), rows)}, though PEFT "
-                "freezes the weight of a "
-                "layer with LoRA: it was trained on another base, load it into that"
+                "freezes the weight of a layer with LoRA: it was trained on another base, load it "
+                "into that"
             )
     if fixed is not None:
         for name, (_, rows) in changes.items():
@@ -231,8 +230,7 @@ def _check_vocabulary(
             resize = f"call model.resize_token_embeddings({shape[0]}) before load_adapter"
             raise ValueError(
                 f"{path}: {strip_peft_wrappers(name)} has {shape[0]} rows, {base.shape[0]} in this "
-                "model: the "
-                f"adapter is for another vocabulary, {fixed or resize}"
+                f"model: the adapter is for another vocabulary, {fixed or resize}"
             )
 
 
@@ -253,8 +251,8 @@ def _check_tied(path: Path, compared: Mapping[str, Tensor], changes: Mapping[str
         if before != name and not _is_same_change(changes.get(before), changes.get(name)):
             raise ValueError(
                 f"{path}: {strip_peft_wrappers(before)} and {strip_peft_wrappers(name)} differ, "
-                "and in this model they "
-                "are one tied weight: untie it first, with tie_word_embeddings=False"
+                "and in this model they are one tied weight: untie it first, with "
+                "tie_word_embeddings=False"
             )
 
 

@@ -167,12 +167,10 @@ class Combination:
     def _svd_of_factors(self, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Cuts B @ A (N, K) to a rank, A (R, K), B (N, R): the SVD is of an (R, R) core."""
         _check_fits(A, B)
-        left, core_left = torch.linalg.qr(B)  # (N, R), (R, R)
-        right, core_right = torch.linalg.qr(A.T)  # (K, R), (R, R)
-        U, S, Vh = torch.linalg.svd(
-            core_left @ core_right.T, full_matrices=False, driver=self.svd_driver
-        )
-        return Vh[:rank] @ right.T, left @ (U[:, :rank] * S[:rank])
+        Q_B, R_B = torch.linalg.qr(B)  # (N, R), (R, R)
+        Q_A, R_A = torch.linalg.qr(A.T)  # (K, R), (R, R)
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False, driver=self.svd_driver)
+        return Vh[:rank] @ Q_A.T, Q_B @ (U[:, :rank] * S[:rank])
 
     def _svd_of_dense(self, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         _check_fits(delta)

@@ -114,9 +114,9 @@ def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterabl
     )
     warnings.warn(
         f"{where}: alpha_pattern: more than one key matches, and the first counts: {examples}. "
-        "PEFT "
-        "writes keys in the order of the alphabet, not in that in which they counted in training: "
-        "taken as they stand, as PEFT does; full names as keys, which fastlora writes, would tell",
+        "PEFT writes keys in the order of the alphabet, not in that in which they counted in "
+        "training: taken as they stand, as PEFT does; full names as keys, which fastlora writes, "
+        "would tell",
         stacklevel=4,
     )
 
@@ -158,22 +158,22 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
 
 def check_shapes(
     directory: str | os.PathLike[str],
-    found: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
-    compare_shapes(str(Path(directory) / WEIGHTS_NAME), found, expected, besides)
+    compare_shapes(str(Path(directory) / WEIGHTS_NAME), shapes, expected, besides)
 
 
 def compare_shapes(
     where: str,
-    found: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> None:
     """Compares shapes as ``check_shapes`` does, of an adapter that is elsewhere."""
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys() - besides
     if missing or extra:
         parts = [f"missing {list_some(missing)}"] * bool(missing) + [
             f"unexpected {list_some(extra)}"
@@ -182,8 +182,8 @@ def compare_shapes(
             parts.append("PEFT leaves base weights out with save_embedding_layers=False")
         raise ValueError(f"{where}: it does not fit this model and config: {'; '.join(parts)}")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{where}: {name}: expected shape {shape}, got {found[name]}")
+        if shapes[name] != shape:
+            raise ValueError(f"{where}: {name}: expected shape {shape}, got {shapes[name]}")
 
 
 def read_tensors(
@@ -247,9 +247,8 @@ def _find_file(directory: str | os.PathLike[str], name: str) -> Path:
     if name == WEIGHTS_NAME and (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"{folder}: adapter_model.bin is a pickle, which can run code and is never read; "
-            "convert it where "
-            "you trust it: load it with torch.load(..., weights_only=True) and write it with "
-            "safetensors.torch.save_file as adapter_model.safetensors"
+            "convert it where you trust it: load it with torch.load(..., weights_only=True) and "
+            "write it with safetensors.torch.save_file as adapter_model.safetensors"
         )
     raise FileNotFoundError(
         f"directory: expected {name} in {folder}, a local folder (nothing is downloaded)"

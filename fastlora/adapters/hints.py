@@ -59,6 +59,5 @@ def hint_elsewhere(folder: Path, name: str) -> str:
         return ""
     return (
         f"; there is one in {list_some(inner)}: give that folder (PEFT saves an adapter that is "
-        "not "
-        "called 'default' in one of its name)"
+        "not called 'default' in one of its name)"
     )

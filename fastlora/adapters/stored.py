@@ -49,8 +49,8 @@ class Stored:
         """Its rows in order, some at a time, each time with the first one's number."""
         with self._open() as file:
             part = file.get_slice(self.key)
-            rows, *rest = part.get_shape()
-            step = max(1, _CHUNK // max(1, 8 * torch.Size(rest).numel()))
+            rows, *row_shape = part.get_shape()
+            step = max(1, _CHUNK // max(1, 8 * torch.Size(row_shape).numel()))
             for start in range(0, rows, step):
                 yield start, part[start : min(rows, start + step)]
 

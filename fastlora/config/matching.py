@@ -19,7 +19,7 @@ def is_match(names: Names, name: str) -> bool:
     """Whether one of ``names`` is it, whole or after a dot; or one regular expression, in full."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
-    return any(name == wanted or name.endswith("." + wanted) for wanted in names)
+    return any(name == target or name.endswith("." + target) for target in names)
 
 
 def is_within(modules: Iterable[str], name: str) -> bool:

@@ -125,14 +125,14 @@ class _FirstForward(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.compiler.is_compiling() and not self.over and not self.interrupted():
+        if not torch.compiler.is_compiling() and not self.over and not self.is_interrupted():
             for place, value in enumerate((*args, *kwargs.values())):
                 for one in value if isinstance(value, (list, tuple)) else (value,):
                     if isinstance(one, Tensor) and id(one) in self.weights:
                         self._see(one, _is_computed_with(func, place))
         return func(*args, **kwargs)
 
-    def interrupted(self) -> bool:
+    def is_interrupted(self) -> bool:
         """Whether its forward was left by Ctrl-C, of which hooks do not hear."""
         try:
             if self.frame is not None:
@@ -167,7 +167,7 @@ def _begin(module: nn.Module) -> None:
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != "_call_impl":
         frame = frame.f_back
-    if forward is not None and forward.interrupted():
+    if forward is not None and forward.is_interrupted():
         _stop_forward(forward)
         forward = None
     if forward is None:

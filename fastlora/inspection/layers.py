@@ -38,15 +38,15 @@ def find_places(model: nn.Module) -> dict[nn.Module, tuple[list[str], list[str]]
 
     A place is an attribute of one parent, which may itself be reached by several names.
     """
-    found: dict[nn.Module, tuple[list[str], list[str]]] = {}
+    names: dict[nn.Module, tuple[list[str], list[str]]] = {}
     first: dict[nn.Module, tuple[nn.Module, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
             parent, _, child = name.rpartition(".")
             place = (model.get_submodule(parent), child)
             other = first.setdefault(module, place) != place
-            found.setdefault(module, ([], []))[other].append(name)
-    return found
+            names.setdefault(module, ([], []))[other].append(name)
+    return names
 
 
 def get_matrix(module: nn.Module) -> Tensor:
@@ -79,10 +79,10 @@ def explain_unsupported(module: nn.Module) -> str | None:
     if hasattr(module.weight, "placements"):
         return "its weight is sharded over processes already: replace linears first, then shard"
     for name, parameter in module._parameters.items():
-        found = None if parameter is None else explain_unreadable(parameter)
-        if found is not None:
+        form = None if parameter is None else explain_unreadable(parameter)
+        if form is not None:
             return (
-                f"its {name} is {found}: dequantize it first, or keep the layer and add to its "
+                f"its {name} is {form}: dequantize it first, or keep the layer and add to its "
                 "output (functional.lora_add_)"
             )
     if module.weight.dtype not in _DTYPES:
@@ -90,16 +90,16 @@ def explain_unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def choose_lora_dtype(base: torch.dtype, asked: torch.dtype | None = None) -> torch.dtype:
+def choose_lora_dtype(base: torch.dtype, requested: torch.dtype | None = None) -> torch.dtype:
     """Chooses as PEFT does: float32 adapters on a half-precision base, else the base's dtype.
 
-    Raises ValueError for an ``asked`` dtype that is not a floating one.
+    Raises ValueError for a ``requested`` dtype that is not a floating one.
     """
-    if asked is None:
+    if requested is None:
         return torch.float32 if base in (torch.float16, torch.bfloat16) else base
-    if not isinstance(asked, torch.dtype) or not asked.is_floating_point:
-        raise ValueError(f"lora_dtype: expected a floating torch.dtype or None, got {asked!r}")
-    return asked
+    if not isinstance(requested, torch.dtype) or not requested.is_floating_point:
+        raise ValueError(f"lora_dtype: expected a floating torch.dtype or None, got {requested!r}")
+    return requested
 
 
 def _is_peft_class(kind: type) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 def is_plain(t: Tensor) -> bool:
     """Whether a tensor's numbers lie in memory as its dtype and strides say."""
-    plain, own = (getattr(kind, "__torch_dispatch__") for kind in (Tensor, type(t)))  # noqa: B009
-    return own is plain
+    plain, dispatch = (getattr(kind, "__torch_dispatch__") for kind in (Tensor, type(t)))  # noqa: B009
+    return dispatch is plain
 
 
 def explain_unreadable(t: Tensor) -> str | None:

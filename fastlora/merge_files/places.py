@@ -160,8 +160,8 @@ def _check_single(base: Checkpoint, adapter: AdapterFolder, found: Places, table
         raise ValueError(
             f"{adapter.folder}: {len(made)} of its layers have weights that transformers computes "
             f"while loading and that are not in {base.folder} as such ({list_some(made)}; the "
-            "first of "
-            f"{list_some(sources)}): load it into the model, merge_and_unload, and save that"
+            f"first of {list_some(sources)}): load it into the model, merge_and_unload, and save "
+            "that"
         )
 
 

@@ -141,8 +141,7 @@ def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial
         raise ValueError(
             f"{adapter.folder}: cannot be merged into {plan.base.folder}: "
             f"{list_some(group_by_reason(unfit), separator='; ')} (allow_partial=True, "
-            "--allow-partial, "
-            "leaves such layers out)"
+            "--allow-partial, leaves such layers out)"
         )
     plan.skipped += [f"{name} of {adapter.folder}: {reason}" for name, reason in unfit.items()]
     for name, layer in adapter.layers.items():

@@ -143,8 +143,7 @@ def _changed(
     if rows is not None and is_frozen_weight(stored.key) and _old(entry.shape[0], rows):
         raise ValueError(
             f"{adapter.folder}: {describe_own_rows(place, rows)}, though PEFT freezes the weight "
-            "of a "
-            f"layer with LoRA: {_ANOTHER}"
+            f"of a layer with LoRA: {_ANOTHER}"
         )
     return _Changed(rows)
 

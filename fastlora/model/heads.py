@@ -37,7 +37,6 @@ def explain_unsaved_head(model: nn.Module, config: LoRAConfig, chosen: Plan) -> 
     )
     return (
         f"task_type={config.task_type!r}: the {name} of {kind} is new ({origin}), but neither "
-        "trained "
-        f"whole nor saved with the adapter, which is of no use without it: give "
+        "trained whole nor saved with the adapter, which is of no use without it: give "
         f'task_type="{task}", or modules_to_save=["{name}"]'
     )

@@ -177,8 +177,7 @@ def _find_saved(
     if named.keys() != present.keys():
         raise ValueError(
             f"modules_to_save: the model trains {list_some(present) or 'nothing'} whole, the "
-            "adapter "
-            f"{list_some(named) or 'nothing'}"
+            f"adapter {list_some(named) or 'nothing'}"
         )
     return present
 
@@ -200,10 +199,8 @@ def _check_existing(layers: dict[str, LoRALayer], config: LoRAConfig, merged: bo
         if (has_split_base(layer_init) or has_split_base(adapter_init)) and not is_same:
             raise ValueError(
                 f"{name}: init_lora_weights: the adapter is for what {adapter_init!r} leaves of "
-                "the base "
-                f"at a scaling of {config.scaling_of(name):g}, the layer has what {layer_init!r} "
-                "leaves "
-                f"at {layer.scaling:g}: load it into the base itself"
+                f"the base at a scaling of {config.scaling_of(name):g}, the layer has what "
+                f"{layer_init!r} leaves at {layer.scaling:g}: load it into the base itself"
             )
 
 

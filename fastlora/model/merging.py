@@ -101,8 +101,7 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     if get_saved_modules(model):
         raise ValueError(
             f"modules_to_save: the adapter trains {list_some(get_saved_modules(model))} whole, "
-            "which is not "
-            "swapped: unmerge_adapter, load_adapter and merge_adapter"
+            "which is not swapped: unmerge_adapter, load_adapter and merge_adapter"
         )
     loaded = read_adapter(model, directory, merged=True)
     adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]

@@ -40,12 +40,12 @@ def make_plan(model: nn.Module, config: LoRAConfig) -> Plan:
             '"all-linear", got None'
         )
     inner = unwrap(model)
-    if theirs := find_peft_layers(inner):
+    if peft_names := find_peft_layers(inner):
         # Their parts are linears too, lora_A and lora_B among them.
         raise ValueError(
-            f"model: PEFT has put adapters into {len(theirs)} of its layers ({theirs[0]}, …): give "
-            "the base model instead (peft_model.unload() returns it), or keep PEFT's layers and "
-            "call fastlora.patch_peft"
+            f"model: PEFT has put adapters into {len(peft_names)} of its layers ({peft_names[0]}, "
+            "…): give the base model instead (peft_model.unload() returns it), or keep PEFT's "
+            "layers and call fastlora.patch_peft"
         )
     linears: dict[str, tuple[nn.Module, list[str]]] = {}
     skipped: dict[str, str] = {}

@@ -65,8 +65,7 @@ def refuse_tied(
         if layer in names_of_tied:
             error = RuntimeError(
                 f"{name}: its weight is tied with {list_some(names_of_tied[layer])}, which merging "
-                "would "
-                f"change too; {remedy}"
+                f"would change too; {remedy}"
             )
             error.named = True  # pyright: ignore[reportAttributeAccessIssue]
             raise error

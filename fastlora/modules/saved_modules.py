@@ -69,9 +69,9 @@ def check_disjoint(saved: Mapping[str, nn.Module], linears: Iterable[str]) -> No
 
 def check_names(config: LoRAConfig, saved: Mapping[str, nn.Module]) -> None:
     """Raises ValueError where a name means nothing, unless PEFT names that head for the task."""
-    for wanted in config.modules_to_save or ():
-        if wanted not in config.heads and not any(name.endswith(wanted) for name in saved):
-            raise ValueError(f"modules_to_save: no module's name ends in {wanted!r}")
+    for ending in config.modules_to_save or ():
+        if ending not in config.heads and not any(name.endswith(ending) for name in saved):
+            raise ValueError(f"modules_to_save: no module's name ends in {ending!r}")
 
 
 def copy_modules(modules: Mapping[str, nn.Module]) -> dict[str, SavedModule]:

@@ -129,8 +129,7 @@ def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
     if lost:
         warnings.warn(
             "PEFT's merging leaves the adapter out of weights of optimum-quanto: "
-            f"{list_some(lost)} "
-            "stay as they are and count as merged; keep the adapter beside them",
+            f"{list_some(lost)} stay as they are and count as merged; keep the adapter beside them",
             stacklevel=5,
         )
 
@@ -146,6 +145,5 @@ def _refuse_wrapped(name: str, base: nn.Module) -> None:
         return
     raise TypeError(
         f"adapter {name!r}: its base's weight is {explain_unreadable(weight)}: what is added to it "
-        "may be "
-        "lost; merge before quantizing, or keep the adapter beside it"
+        "may be lost; merge before quantizing, or keep the adapter beside it"
     )

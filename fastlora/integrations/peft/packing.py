@@ -34,9 +34,8 @@ def keep_unpacked(model: nn.Module, stacklevel: int = 2) -> None:
     if packed:
         warnings.warn(
             f"peft_model: {'; '.join(group_by_reason(packed))}. It is unpacked now, but packing "
-            "has "
-            "rounded the absmax of its blocks to bfloat16 for good: load the model anew for the "
-            "numbers that it was saved with, and patch it before its first forward",
+            "has rounded the absmax of its blocks to bfloat16 for good: load the model anew for "
+            "the numbers that it was saved with, and patch it before its first forward",
             stacklevel=stacklevel + 1,
         )
 

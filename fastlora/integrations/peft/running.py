@@ -50,8 +50,7 @@ def warn_before_saving(model: nn.Module, layers: Mapping[str, Any]) -> None:
     if said:
         warnings.warn(
             f"peft_model: {'; '.join(group_by_reason(said))}. PEFT's save_pretrained writes what "
-            "the "
-            "config says: set r, lora_alpha and their patterns in model.peft_config first",
+            "the config says: set r, lora_alpha and their patterns in model.peft_config first",
             stacklevel=4,
         )
 

@@ -128,7 +128,9 @@ def _find_nonzero(op: Op) -> OpOwners:
     return compress(place_owners[:, None]) if op.outs[0].dim() == 2 else compress(place_owners)
 
 
-def _put(op: Op, x: Tensor, index: Sequence[Tensor | None], values: Any, adds: bool) -> OpOwners:
+def _put(
+    op: Op, x: Tensor, index: Sequence[Tensor | None], values: Any, accumulates: bool
+) -> OpOwners:
     """Follows ``x[index] = values``, or ``+=``."""
     x_owners, value_owners, indices = op.owners_of(x), op.owners_of(values), Indices(index)
     asks = indices.owners(op)
@@ -152,7 +154,7 @@ def _put(op: Op, x: Tensor, index: Sequence[Tensor | None], values: Any, adds: b
     places = indices.numpy(op)
     after = np.full(x.shape, NOBODY, np.int32)
     after[places] = value_owners
-    if adds:
+    if accumulates:
         # All owners that come to one place must be the same.
         low = np.full(x.shape, np.iinfo(np.int32).max, np.int32)
         np.minimum.at(low, places, value_owners)
