@@ -29,7 +29,7 @@ class Injection:
     config: LoRAConfig
     skipped: dict[str, str]
     rows: TrainingRows | None = None
-    get_saved_modules: dict[str, SavedModule] = field(default_factory=dict)
+    saved: dict[str, SavedModule] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
     watch: Watch | None = None
 
