@@ -21,7 +21,7 @@ from fastlora.config import LoRAConfig
 from fastlora.functional.fidelity import FidelityWarning
 from fastlora.integrations import patch_peft, unpatch_peft
 from fastlora.merge_files import merge_checkpoint
-from fastlora.model.checkpoint import adapter_state_dict, load_adapter, save_adapter
+from fastlora.model.load import load_adapter
 from fastlora.model.merging import (
     disable_adapter,
     merge_adapter,
@@ -31,10 +31,11 @@ from fastlora.model.merging import (
 )
 from fastlora.model.replace import replace_linear
 from fastlora.model.report import Report, report
+from fastlora.model.save import adapter_state_dict, save_adapter
 from fastlora.model.training import adapter_parameters, use_adapters
 from fastlora.modules.conv1d import FastLoRAConv1D
 from fastlora.modules.linear import FastLoRALinear
-from fastlora.modules.several import MultiLoRALinear
+from fastlora.modules.served import MultiLoRALinear
 from fastlora.ops.dispatch import backend, use_backend
 from fastlora.ops.invariance import batch_invariant
 from fastlora.serving import MultiLoRAModel

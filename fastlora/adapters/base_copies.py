@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import files
-from fastlora.adapters.stored import Rows, Stored, differing, same
-from fastlora.inspection.wrapping import plain_name
-from fastlora.modules import gathering
-from fastlora.modules.saved_modules import Saved
+from fastlora.adapters.stored import OwnRows, Stored, find_differing_rows, has_same_bits
+from fastlora.inspection.wrappers import strip_wrappers
+from fastlora.modules import dtensors
+from fastlora.modules.saved_modules import SavedModule
 
 _TRAINED = ".modules_to_save."
 # Where PEFT's wrappers keep the base's module.
@@ -32,12 +32,12 @@ class Change(NamedTuple):
     """Rows for a tensor of the base, or, where it cannot be compared, all of it."""
 
     tensor: Tensor
-    rows: Rows | Tensor
+    rows: OwnRows | Tensor
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Of a file's copies what is not the base's. names: those in the file that are copies."""
+    """Changes to the base that a file holds. names: tensors of the file that are copies."""
 
     names: frozenset[str]
     changes: Mapping[str, Change]
@@ -48,7 +48,7 @@ class Copies:
         with torch.no_grad():
             for tensor, rows in self.changes.values():
                 if isinstance(rows, Tensor):
-                    gathering.fill(tensor, rows)
+                    dtensors.copy_whole(tensor, rows)
                 else:
                     tensor[rows.indices.to(tensor.device)] = rows.values.to(tensor)
 
@@ -58,65 +58,71 @@ class Copies:
             warnings.warn(self.warning, stacklevel=stacklevel + 1)
 
 
-def of_its_own(name: str, rows: Rows | None) -> str:
-    """What an adapter's file holds of a base's tensor, for errors and warnings."""
+def describe_own_rows(name: str, rows: OwnRows | None) -> str:
+    """Says what an adapter's file holds of a base's tensor, for errors and warnings."""
     if rows is None:
         return f"it has a {name} of its own"
     kind = "the last " if rows.added else ""
     return f"it has {kind}{len(rows.indices)} of {rows.of} rows of {name} of its own"
 
 
-def place_of(name: str) -> str:
-    """The base's name of a tensor that PEFT's wrappers give another."""
+def strip_peft_wrappers(name: str) -> str:
+    """Returns the base's name of a tensor that PEFT's wrappers give another."""
     for wrapper in _WRAPPED:
         name = name.replace(wrapper, ".")
     return name
 
 
-def of_embeddings(shapes: Mapping[str, files.Shape], expected: Iterable[str]) -> frozenset[str]:
-    """Names of the embeddings' tensors beside ``expected`` in a file whose model is not known.
+def find_embedding_tensors(
+    shapes: Mapping[str, files.Shape], expected: Iterable[str]
+) -> frozenset[str]:
+    """Finds the embeddings' names beside ``expected`` in a file whose model is not known.
 
     None where they cannot be that: of more than two modules, or of two shapes.
     """
-    along = {n for n in shapes.keys() - set(expected) if n.endswith((".weight", ".bias"))}
-    owners = {name.rpartition(".")[0] for name in along}
+    names = {n for n in shapes.keys() - set(expected) if n.endswith((".weight", ".bias"))}
+    owners = {name.rpartition(".")[0] for name in names}
     weights = {shapes.get(f"{owner}.weight", ()) for owner in owners}
-    fit = len(owners) <= 2 and len(weights) == 1 and all(len(shape) == 2 for shape in weights)
-    lora = any(".lora_" in name for name in along)
-    return frozenset(along if fit and not lora else ())
+    are_embeddings = (
+        len(owners) <= 2 and len(weights) == 1 and all(len(shape) == 2 for shape in weights)
+    )
+    lora = any(".lora_" in name for name in names)
+    return frozenset(names if are_embeddings and not lora else ())
 
 
-def frozen(name: str) -> bool:
+def is_frozen_weight(name: str) -> bool:
     """Whether a tensor of an adapter's file is the weight of a layer that has LoRA there."""
     return ".base_layer." in name
 
 
-def embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """The input and the output embedding by every name that the model has for them."""
+def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Finds the input and the output embedding by every name that the model has for them."""
     getters = (getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output"))
-    found = [module for getter in getters if callable(getter) for module in (_of(getter),)]
-    ends = {id(module) for module in found if module is not None}
-    named = model.named_modules(remove_duplicate=False) if ends else ()
-    return {plain_name(name): module for name, module in named if name and id(module) in ends}
+    modules = [
+        module for getter in getters if callable(getter) for module in (_call_getter(getter),)
+    ]
+    ids = {id(module) for module in modules if module is not None}
+    named = model.named_modules(remove_duplicate=False) if ids else ()
+    return {strip_wrappers(name): module for name, module in named if name and id(module) in ids}
 
 
-def held(
-    model: nn.Module, adapted: Collection[str], saved: Mapping[str, Saved]
+def find_base_tensors(
+    model: nn.Module, adapted: Collection[str], saved: Mapping[str, SavedModule]
 ) -> dict[str, Tensor]:
-    """{name that PEFT's files have for it: tensor} of all of the base that may be in one.
+    """Finds {name that PEFT's files have for it: tensor} of all of the base that may be in one.
 
     adapted: layers that get LoRA. saved: modules that are trained whole.
     """
-    found = {}
-    for name, module in embeddings(model).items():
+    tensors = {}
+    for name, module in find_embeddings(model).items():
         wrapper = ".base_layer" if name in adapted else ""
         if name in saved:
             wrapper, module = ".original_module", saved[name].original
         for kind in ("weight", "bias"):
             tensor = module._parameters.get(kind)
             if tensor is not None:
-                found[f"{name}{wrapper}.{kind}"] = tensor
-    return found
+                tensors[f"{name}{wrapper}.{kind}"] = tensor
+    return tensors
 
 
 def read(
@@ -124,12 +130,12 @@ def read(
     model: nn.Module,
     adapted: Collection[str],
     expected: Iterable[str],
-    saved: Mapping[str, Saved] | None = None,
+    saved: Mapping[str, SavedModule] | None = None,
     moved: bool = False,
     merged: bool = False,
     fixed: str | None = None,
 ) -> Copies:
-    """What the adapter in ``directory`` has of the base's own weights, compared with ``model``'s.
+    """Reads the base's weights in the adapter in ``directory``, compared with ``model``'s.
 
     Streamed: no more of the file is held than a few rows, and those that differ. expected: names of
     the adapter's own tensors. moved: the layers' weights will be others (init_lora_weights).
@@ -142,14 +148,18 @@ def read(
     """
     shapes = files.read_shapes(directory)
     path, expected = Path(directory) / files.WEIGHTS_NAME, frozenset(expected)
-    bases = held(model, adapted, saved or {})
+    bases = find_base_tensors(model, adapted, saved or {})
     # Beside a trained module PEFT saves it once more, by what holds it there.
-    twice = {name: name.replace(_TRAINED, ".") for name in shapes if _TRAINED in name}
-    twice = {name: own for name, own in twice.items() if own in expected and name not in expected}
-    there = {name: base for name, base in bases.items() if name in shapes.keys() - expected}
+    saved_twice = {name: name.replace(_TRAINED, ".") for name in shapes if _TRAINED in name}
+    saved_twice = {
+        name: trained_name
+        for name, trained_name in saved_twice.items()
+        if trained_name in expected and name not in expected
+    }
+    compared = {name: base for name, base in bases.items() if name in shapes.keys() - expected}
     _check_vocabulary(path, shapes, bases, fixed)
-    changes, said = {}, []
-    for name, base in there.items():
+    changes, exchanged = {}, []
+    for name, base in compared.items():
         if shapes[name] != tuple(base.shape):
             continue  # told by name and shape, with all else that does not fit
         stored = Stored(path, files.PREFIX + name)
@@ -158,48 +168,51 @@ def read(
                 f"{path}: {name}: expected floats beside floats, got {stored.dtype} for a base of "
                 f"{base.dtype}"
             )
-        if frozen(name) and merged:
+        if is_frozen_weight(name) and merged:
             raise ValueError(
-                f"{path}: it has {place_of(name)} along, which is merged here and cannot be "
-                "compared: unmerge_adapter, load_adapter and merge_adapter"
+                f"{path}: it has {strip_peft_wrappers(name)} along, which is merged here and "
+                "cannot be compared: unmerge_adapter, load_adapter and merge_adapter"
             )
-        if gathering.is_sharded(base) or base.is_meta or (frozen(name) and moved):
+        if dtensors.is_dtensor(base) or base.is_meta or (is_frozen_weight(name) and moved):
             changes[name] = Change(base, stored.read())
             continue
-        rows = differing(stored, lambda start, stop, base=base: base[start:stop])
+        rows = find_differing_rows(stored, lambda start, stop, base=base: base[start:stop])
         if rows is None:
             continue
         changes[name] = Change(base, rows)
-        if not rows.added and not frozen(name):
-            said.append(of_its_own(place_of(name), rows))
+        if not rows.added and not is_frozen_weight(name):
+            exchanged.append(describe_own_rows(strip_peft_wrappers(name), rows))
         elif not rows.added:
             raise ValueError(
-                f"{path}: {of_its_own(place_of(name), rows)}, though PEFT freezes the weight of a "
-                "layer with LoRA: it was trained on another base, load it into that"
+                f"{path}: {describe_own_rows(strip_peft_wrappers(name), rows)}, though PEFT "
+                "freezes the weight of a layer with LoRA: it was trained on another base, load it "
+                "into that"
             )
     if fixed is not None:
         for name, (_, rows) in changes.items():
-            own = of_its_own(place_of(name), None if isinstance(rows, Tensor) else rows)
-            raise ValueError(f"{path}: {own}, {fixed}")
-    for name, own in twice.items():
-        _check_twice(path, name, own)
-    _check_tied(path, there, changes)
-    lost = _lost(bases, shapes, changes)
-    warning = "; ".join(said)
+            description = describe_own_rows(
+                strip_peft_wrappers(name), None if isinstance(rows, Tensor) else rows
+            )
+            raise ValueError(f"{path}: {description}, {fixed}")
+    for name, trained_name in saved_twice.items():
+        _check_twice(path, name, trained_name)
+    _check_tied(path, compared, changes)
+    lost = _explain_missing_rows(bases, shapes, changes)
+    warning = "; ".join(exchanged)
     if warning:
         warning += ": the base's are exchanged for them, and disable_adapter does not undo it"
     warning = "; ".join(filter(None, (warning, lost)))
-    fit = {name for name in there if shapes[name] == tuple(there[name].shape)}
+    copied_names = {name for name in compared if shapes[name] == tuple(compared[name].shape)}
     warning = f"{path}: {warning}" if warning else None
-    return Copies(frozenset(fit | twice.keys()), changes, warning)
+    return Copies(frozenset(copied_names | saved_twice.keys()), changes, warning)
 
 
-def _of(getter: object) -> nn.Module | None:
+def _call_getter(getter: object) -> nn.Module | None:
     try:
-        found = getter()  # pyright: ignore[reportCallIssue]
+        module = getter()  # pyright: ignore[reportCallIssue]
     except (NotImplementedError, AttributeError, TypeError):  # of models without one
         return None
-    return found if isinstance(found, nn.Module) else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def _check_vocabulary(
@@ -208,55 +221,58 @@ def _check_vocabulary(
     bases: Mapping[str, Tensor],
     fixed: str | None,
 ) -> None:
-    """Rows are counted alike in the file and in the model."""
+    """Raises ValueError where the file and the model count different rows."""
     for name, base in bases.items():
-        given = shapes.get(name) or shapes.get(place_of(name))
-        if given is None or len(given) != base.dim() or given[1:] != tuple(base.shape)[1:]:
+        shape = shapes.get(name) or shapes.get(strip_peft_wrappers(name))
+        if shape is None or len(shape) != base.dim() or shape[1:] != tuple(base.shape)[1:]:
             continue
-        if given[0] != base.shape[0]:
-            resize = f"call model.resize_token_embeddings({given[0]}) before load_adapter"
+        if shape[0] != base.shape[0]:
+            resize = f"call model.resize_token_embeddings({shape[0]}) before load_adapter"
             raise ValueError(
-                f"{path}: {place_of(name)} has {given[0]} rows, {base.shape[0]} in this model: the "
-                f"adapter is for another vocabulary, {fixed or resize}"
+                f"{path}: {strip_peft_wrappers(name)} has {shape[0]} rows, {base.shape[0]} in this "
+                f"model: the adapter is for another vocabulary, {fixed or resize}"
             )
 
 
-def _check_twice(path: Path, name: str, own: str) -> None:
-    parts = zip(*(Stored(path, files.PREFIX + each).chunks() for each in (name, own)), strict=True)
+def _check_twice(path: Path, name: str, trained_name: str) -> None:
+    parts = zip(
+        *(Stored(path, files.PREFIX + each).chunks() for each in (name, trained_name)), strict=True
+    )
     for (_, a), (_, b) in parts:
-        if not same(a, b):
-            raise ValueError(f"{path}: {name} and {own} differ: expected the same numbers")
+        if not has_same_bits(a, b):
+            raise ValueError(f"{path}: {name} and {trained_name} differ: expected the same numbers")
 
 
-def _check_tied(path: Path, there: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
-    """Names of one tensor of the model bring the same to it."""
+def _check_tied(path: Path, compared: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
+    """Raises ValueError where names of one tensor of the model bring different numbers."""
     first: dict[int, str] = {}
-    for name, base in there.items():
+    for name, base in compared.items():
         before = first.setdefault(id(base), name)
-        if before != name and not _alike(changes.get(before), changes.get(name)):
+        if before != name and not _is_same_change(changes.get(before), changes.get(name)):
             raise ValueError(
-                f"{path}: {place_of(before)} and {place_of(name)} differ, and in this model they "
-                "are one tied weight: untie it first, with tie_word_embeddings=False"
+                f"{path}: {strip_peft_wrappers(before)} and {strip_peft_wrappers(name)} differ, "
+                "and in this model they are one tied weight: untie it first, with "
+                "tie_word_embeddings=False"
             )
 
 
-def _alike(a: Change | None, b: Change | None) -> bool:
+def _is_same_change(a: Change | None, b: Change | None) -> bool:
     if a is None or b is None:
         return a is b
-    if isinstance(a.rows, Rows):
-        return isinstance(b.rows, Rows) and a.rows.same(b.rows)
-    return isinstance(b.rows, Tensor) and same(a.rows, b.rows)
+    if isinstance(a.rows, OwnRows):
+        return isinstance(b.rows, OwnRows) and a.rows.is_same(b.rows)
+    return isinstance(b.rows, Tensor) and has_same_bits(a.rows, b.rows)
 
 
-def _lost(
+def _explain_missing_rows(
     bases: Mapping[str, Tensor], shapes: Mapping[str, files.Shape], changes: Mapping[str, Change]
 ) -> str | None:
-    """What an adapter with rows of one embedding does not have of the other."""
-    added = [c.tensor for c in changes.values() if isinstance(c.rows, Rows) and c.rows.added]
+    """Says what an adapter with rows of one embedding does not have of the other."""
+    added = [c.tensor for c in changes.values() if isinstance(c.rows, OwnRows) and c.rows.added]
     for name, base in bases.items():
-        plain = place_of(name)
-        known = any(base is c.tensor for c in changes.values()) or {name, plain} & shapes.keys()
-        if added and not known and base.dim() > 1 and len(base) == len(added[0]):
+        plain = strip_peft_wrappers(name)
+        is_known = any(base is c.tensor for c in changes.values()) or {name, plain} & shapes.keys()
+        if added and not is_known and base.dim() > 1 and len(base) == len(added[0]):
             return (
                 f"it has rows that were added to the vocabulary, but none for {plain}, which PEFT "
                 "leaves out where only the other embedding is a target: this model's are taken"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastlora.adapters.prune import MAJORITIES, METHODS, merged
+from fastlora.adapters.prune import MAJORITIES, METHODS, sum_pruned
 from fastlora.config import check_number, check_rank
 from fastlora.functional.receipt import Adapter
 
@@ -37,7 +37,7 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> Adapter:
-    """One adapter in place of several on the same layer; none of them is changed.
+    """Combines several adapters of the same layer into one; none of them is changed.
 
     adapters: ``(lora_A (R, K), lora_B (N, R), scaling)`` each, float16 to float64, on one device.
     weights: a finite number each, negative ones subtract; s below is weight * scaling.
@@ -88,7 +88,7 @@ def combine(
 
 @dataclass(frozen=True)
 class Combination:
-    """The settings of ``combine``, checked; good for any number of layers."""
+    """Settings of ``combine``, checked; good for any number of layers."""
 
     combination_type: str
     svd_rank: int | None
@@ -120,11 +120,11 @@ class Combination:
         return self.combination_type.removesuffix("_svd")
 
     def for_count(self, count: int) -> Combination:
-        """This one for so many adapters: a single one is merely scaled."""
+        """Returns the settings for so many adapters: a single one is merely scaled."""
         return replace(self, combination_type="linear") if count == 1 else self
 
     def apply(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-        """What ``combine`` returns, of adapters that each fulfil ``check_adapter``."""
+        """Combines adapters that each fulfil ``check_adapter``, as ``combine`` does."""
         self._check_together(adapters)
         dtype = adapters[0][0].dtype
         for A, B, _ in adapters:
@@ -134,45 +134,43 @@ class Combination:
         wide = torch.promote_types(dtype, least)
         with torch.no_grad():
             widened = [(A.to(wide), B.to(wide), float(s)) for A, B, s in adapters]
-            A, B = self._factors(widened, [float(weight) for weight in weights])
+            A, B = self._compute_factors(widened, [float(weight) for weight in weights])
             A, B = A.to(dtype), B.to(dtype)
             _check_fits(A, B)
         return A, B, 1.0
 
-    def _factors(
+    def _compute_factors(
         self, adapters: Sequence[Adapter], weights: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         if self.combination_type == "cat":
-            return _stacked(adapters, weights)
+            return _stack(adapters, weights)
         if self.combination_type in METHODS:
             # A weight belongs to the product: each factor takes its root, one of them its sign.
             shares = [weight * s for (_, _, s), weight in zip(adapters, weights, strict=True)]
             roots = [math.sqrt(abs(share)) for share in shares]
             signed = [math.copysign(root, share) for root, share in zip(roots, shares, strict=True)]
-            A = self._merged((A for A, _, _ in adapters), signed)
-            return A, self._merged((B for _, B, _ in adapters), roots)
+            A = self._sum_pruned((A for A, _, _ in adapters), signed)
+            return A, self._sum_pruned((B for _, B, _ in adapters), roots)
         rank = self.svd_rank or max(A.shape[0] for A, _, _ in adapters)
         if self.combination_type == "svd":
-            A, B = self._svd_of_factors(*_stacked(adapters, weights), rank)
+            A, B = self._svd_of_factors(*_stack(adapters, weights), rank)
         else:
-            delta = self._merged(((B @ A).mul_(s) for A, B, s in adapters), weights)
+            delta = self._sum_pruned(((B @ A).mul_(s) for A, B, s in adapters), weights)
             A, B = self._svd_of_dense(delta, rank)
-        return self._clamped(A, B)
+        return self._clamp(A, B)
 
-    def _merged(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    def _sum_pruned(self, tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
         density = 1.0 if self.density is None else self.density
         method = METHODS[self.method]
-        return merged(method, tensors, weights, density, self.majority_sign_method)
+        return sum_pruned(method, tensors, weights, density, self.majority_sign_method)
 
     def _svd_of_factors(self, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """B @ A (N, K) cut to a rank, of A (R, K) and B (N, R): the SVD is of an (R, R) core."""
+        """Cuts B @ A (N, K) to a rank, A (R, K), B (N, R): the SVD is of an (R, R) core."""
         _check_fits(A, B)
-        left, core_left = torch.linalg.qr(B)  # (N, R), (R, R)
-        right, core_right = torch.linalg.qr(A.T)  # (K, R), (R, R)
-        U, S, Vh = torch.linalg.svd(
-            core_left @ core_right.T, full_matrices=False, driver=self.svd_driver
-        )
-        return Vh[:rank] @ right.T, left @ (U[:, :rank] * S[:rank])
+        Q_B, R_B = torch.linalg.qr(B)  # (N, R), (R, R)
+        Q_A, R_A = torch.linalg.qr(A.T)  # (K, R), (R, R)
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False, driver=self.svd_driver)
+        return Vh[:rank] @ Q_A.T, Q_B @ (U[:, :rank] * S[:rank])
 
     def _svd_of_dense(self, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         _check_fits(delta)
@@ -181,7 +179,7 @@ class Combination:
         )
         return Vh[:rank].clone(), U[:, :rank] * S[:rank]  # a view would keep all of Vh alive
 
-    def _clamped(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    def _clamp(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         if self.svd_clamp is None:
             return A, B
         limit = float(torch.quantile(torch.cat([B.flatten(), A.flatten()]), self.svd_clamp))
@@ -196,11 +194,11 @@ class Combination:
         shapes = {(B.shape[0], A.shape[1]) for A, B, _ in adapters}
         if len(shapes) > 1:
             raise ValueError(
-                f"adapters: expected deltas of one shape (N, K), got {_listed(shapes)}"
+                f"adapters: expected deltas of one shape (N, K), got {_list_sorted(shapes)}"
             )
         devices = {t.device for A, B, _ in adapters for t in (A, B)}
         if len(devices) > 1:
-            raise ValueError(f"adapters: expected one device, got {_listed(devices)}")
+            raise ValueError(f"adapters: expected one device, got {_list_sorted(devices)}")
         if self.svd_driver is not None and next(iter(devices)).type != "cuda":
             raise ValueError(f"svd_driver: CUDA alone has drivers, got {self.svd_driver!r}")
         ranks = [A.shape[0] for A, _, _ in adapters]
@@ -211,17 +209,17 @@ class Combination:
             )
 
 
-def check_weights(weights: Sequence[float], name: str, given: Sequence[object]) -> None:
+def check_weights(weights: Sequence[float], name: str, items: Sequence[object]) -> None:
     """Raises unless there is a finite number for each of ``given``, and at least one."""
-    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
-        raise TypeError(f"{name}: expected a list, got {type(given).__name__}")
+    if isinstance(items, (str, Tensor)) or not isinstance(items, Sequence):
+        raise TypeError(f"{name}: expected a list, got {type(items).__name__}")
     if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
         raise TypeError(f"weights: expected a list of numbers, got {type(weights).__name__}")
-    if not given:
+    if not items:
         raise ValueError(f"{name}: expected at least one, got none")
-    if len(weights) != len(given):
+    if len(weights) != len(items):
         raise ValueError(
-            f"weights: expected one for each of {len(given)} {name}, got {len(weights)}"
+            f"weights: expected one for each of {len(items)} {name}, got {len(weights)}"
         )
     for index, weight in enumerate(weights):
         check_number(f"weights[{index}]", weight)
@@ -235,8 +233,8 @@ def check_adapter(name: str, adapter: object) -> None:
     check_number(f"{name}: scaling", scaling)
     for part, t in (("lora_A", A), ("lora_B", B)):
         if not isinstance(t, Tensor) or t.dtype not in _DTYPES:
-            found = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{name}: {part}: expected a tensor of float16 to float64, got {found}")
+            kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name}: {part}: expected a tensor of float16 to float64, got {kind}")
     if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0] or not A.shape[0]:
         raise ValueError(
             f"{name}: expected lora_A (R, K) and lora_B (N, R) with R at least 1, got "
@@ -247,8 +245,8 @@ def check_adapter(name: str, adapter: object) -> None:
             raise ValueError(f"{name}: {part}: expected finite numbers, got NaN or infinity")
 
 
-def _stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """A (R, K) and B (N, R) of all adapters; R is the sum of their ranks, A bears the weights."""
+def _stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Stacks A (R, K) and B (N, R) of all adapters; R is the sum of ranks, A bears the weights."""
     A = [A * weight * s for (A, _, s), weight in zip(adapters, weights, strict=True)]
     return torch.cat(A), torch.cat([B for _, B, _ in adapters], dim=1)
 
@@ -273,5 +271,5 @@ def _check_share(name: str, value: float | None) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
 
 
-def _listed(values: set) -> str:
+def _list_sorted(values: set) -> str:
     return ", ".join(sorted(map(str, values)))

@@ -1,4 +1,4 @@
-"""Adapter folders combined into one that PEFT and fastlora load."""
+"""Folders of adapters, combined into one that PEFT and fastlora load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from fastlora.adapters import base_copies, files
 from fastlora.adapters.combine import Combination, check_adapter, check_weights
-from fastlora.adapters.stored import Stored, agree
+from fastlora.adapters.stored import Stored, have_same_rows
 from fastlora.config import LoRAConfig, matching
 from fastlora.functional.receipt import Adapter
 
@@ -38,19 +38,20 @@ def combine_adapters(
 ) -> LoRAConfig:
     """Combines the adapters in ``directories`` into one in ``directory``; returns its config.
 
-    Layer by layer what ``combining.combine`` does, where the types and options are explained. A
-    layer that only some of the adapters have is combined of those. svd_rank None: the largest rank
-    in any of the configs. device: where to compute; None: on the CPU.
+    - combination_type and its options: as in ``combining.combine``, which explains them
+    - svd_rank: None is the largest rank in any of the configs
+    - device: where to compute; None is the CPU
 
+    Each layer is combined by itself; one that only some of the adapters have is combined of those.
     The new config is the first adapter's but for its ranks, its layers and its scaling, which is 1
     everywhere. Random entries are drawn in alphabetical order of the layers. Embeddings of the base
-    that the adapters have along go along, the same in all that have them.
+    that adapters have along go along; they must be the same in all that have them.
 
     Raises ValueError, nothing written, for what ``load_adapter`` refuses in a file, for biases of
     an adapter's own (lora_bias or bias), modules_to_save, split bases (init_lora_weights), layers
     of other shapes or ranks than the type takes, embeddings that differ (rows that were added, or
-    trained, or of two bases), and bad options; FileNotFoundError for a missing
-    file; FileExistsError when ``directory`` holds an adapter already.
+    trained, or of two bases), and bad options; FileNotFoundError for a missing file;
+    FileExistsError when ``directory`` holds an adapter already.
     """
     combination = Combination(
         combination_type,
@@ -66,19 +67,21 @@ def combine_adapters(
     sources = [_read(folder) for folder in directories]
     combination = combination.for_count(len(sources))
     if svd_rank is None:
-        combination = replace(combination, svd_rank=max(_rank(s.config) for s in sources))
+        combination = replace(
+            combination, svd_rank=max(_find_largest_rank(s.config) for s in sources)
+        )
     layers: dict[str, Adapter] = {}
     for name in sorted({name for source in sources for name in source.layers}):
-        chosen = [
-            (_on(device, source.layers[name]), weight)
+        shares = [
+            (_move(device, source.layers[name]), weight)
             for source, weight in zip(sources, weights, strict=True)
             if name in source.layers
         ]
         try:
-            layers[name] = combination.apply([a for a, _ in chosen], [w for _, w in chosen])
+            layers[name] = combination.apply([a for a, _ in shares], [w for _, w in shares])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    config, copies = _config(sources, layers), _copies(directories, sources)
+    config, copies = _make_config(sources, layers), _find_copies(directories, sources)
     tensors = {name + _A: A for name, (A, _, _) in layers.items()}
     tensors |= {name + _B: B for name, (_, B, _) in layers.items()}
     for name, stored in copies.items():
@@ -94,56 +97,59 @@ class _Source(NamedTuple):
     copies: dict[str, Stored]
 
 
-def _copies(
+def _find_copies(
     directories: Sequence[str | os.PathLike[str]], sources: Sequence[_Source]
 ) -> dict[str, Stored]:
-    """The base's embeddings that any of the files has along; ValueError where two differ."""
-    found: dict[str, tuple[str | os.PathLike[str], Stored]] = {}
+    """Finds the base's embeddings that any of the files has; ValueError where two differ."""
+    first_copies: dict[str, tuple[str | os.PathLike[str], Stored]] = {}
     for folder, source in zip(directories, sources, strict=True):
         for name, stored in source.copies.items():
-            first, other = found.setdefault(name, (folder, stored))
-            if not agree(stored, other):
+            first, other = first_copies.setdefault(name, (folder, stored))
+            if not have_same_rows(stored, other):
                 raise ValueError(
                     f"{first} and {folder}: they have different rows of {name}, and of two "
                     "bases or vocabularies there is no sum"
                 )
-    return {name: stored for name, (_, stored) in found.items()}
+    return {name: stored for name, (_, stored) in first_copies.items()}
 
 
 def _read(folder: str | os.PathLike[str]) -> _Source:
-    """An adapter without its model: its layers are those that the file has."""
+    """Reads an adapter without its model: its layers are those that the file has."""
     config = files.read_config(folder)
-    where = Path(folder)
+    folder_path = Path(folder)
     try:
         config.check_plain("of adapters to combine none")
     except ValueError as error:
-        raise ValueError(f"{where / files.CONFIG_NAME}: {error}") from None
-    found = files.read_shapes(folder)
-    names = {key.removesuffix(end) for key in found for end in (_A, _B) if key.endswith(end)}
+        raise ValueError(f"{folder_path / files.CONFIG_NAME}: {error}") from None
+    shapes = files.read_shapes(folder)
+    names = {key.removesuffix(end) for key in shapes for end in (_A, _B) if key.endswith(end)}
     if not names:
-        raise ValueError(f"{where / files.WEIGHTS_NAME}: expected a LoRA layer, found none")
+        raise ValueError(f"{folder_path / files.WEIGHTS_NAME}: expected a LoRA layer, found none")
     expected: dict[str, files.Shape] = {}
     for name in names:
         if not config.names(name):
-            raise ValueError(f"{where}: {name} has tensors, but the config does not name it")
-        r, K, N = config.rank_of(name), found.get(name + _A, ())[1:], found.get(name + _B, ())[:1]
+            raise ValueError(f"{folder_path}: {name} has tensors, but the config does not name it")
+        r, K, N = config.rank_of(name), shapes.get(name + _A, ())[1:], shapes.get(name + _B, ())[:1]
         expected |= {name + _A: (r, *K), name + _B: (*N, r)}
-    path = where / files.WEIGHTS_NAME
-    along = base_copies.of_embeddings(found, expected)
-    copies = {base_copies.place_of(name): Stored(path, files.PREFIX + name) for name in along}
-    tensors = files.read_tensors(folder, expected, along)
+    weights_path = folder_path / files.WEIGHTS_NAME
+    embedding_names = base_copies.find_embedding_tensors(shapes, expected)
+    copies = {
+        base_copies.strip_peft_wrappers(name): Stored(weights_path, files.PREFIX + name)
+        for name in embedding_names
+    }
+    tensors = files.read_tensors(folder, expected, embedding_names)
     layers = {}
     for name in names:
         layers[name] = tensors[name + _A], tensors[name + _B], config.scaling_of(name)
-        check_adapter(f"{where}: {name}", layers[name])
+        check_adapter(f"{folder_path}: {name}", layers[name])
     return _Source(config, layers, copies)
 
 
-def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRAConfig:
-    """The first config, of these layers and ranks; lora_alpha equals r, so that scaling is 1."""
+def _make_config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRAConfig:
+    """Makes the first config one of these layers and ranks; lora_alpha is r: scaling is 1."""
     ranks = {name: A.shape[0] for name, (A, _, _) in layers.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {matching.whole(name): rank for name, rank in ranks.items() if rank != r}
+    others = {matching.escape_name(name): rank for name, rank in ranks.items() if rank != r}
     first = sources[0].config
     chosen = {name: getattr(first, name) for name in _CHOICE}
     alike = all(
@@ -154,7 +160,7 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
     if not alike:
         # A bare name may well be the end of another layer's, which is not to be seen here.
         bare = (f"*.{name}" for name in layers if "." not in name)
-        chosen = dict.fromkeys(_CHOICE) | {"target_modules": matching.exactly(layers, bare)}
+        chosen = dict.fromkeys(_CHOICE) | {"target_modules": matching.name_exactly(layers, bare)}
     return replace(
         first,
         r=r,
@@ -166,11 +172,11 @@ def _config(sources: Sequence[_Source], layers: Mapping[str, Adapter]) -> LoRACo
     )
 
 
-def _rank(config: LoRAConfig) -> int:
+def _find_largest_rank(config: LoRAConfig) -> int:
     return max([config.r, *config.rank_pattern.values()])
 
 
-def _on(device: torch.device | str | None, adapter: Adapter) -> Adapter:
+def _move(device: torch.device | str | None, adapter: Adapter) -> Adapter:
     A, B, scaling = adapter
     return A.to(device or "cpu"), B.to(device or "cpu"), scaling
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlora.adapters import hints
 from fastlora.config import LoRAConfig, matching, refusals
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,7 +33,7 @@ _MAX_HEADER_BYTES = 1 << 25
 _MAX_TENSORS = 100_000
 _MAX_BYTES = 1 << 36
 _DTYPES = ("F16", "BF16", "F32", "F64")
-# Of buffers of modules that are saved whole.
+# Dtypes of buffers of modules that are saved whole.
 _COUNTS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 _A = ".lora_A.weight"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -42,7 +42,7 @@ Shape = tuple[int, ...]
 
 
 def check_name(adapter_name: object) -> str:
-    """The name, if it matches ``[A-Za-z0-9._-]{1,128}`` (and is no path such as ``..``)."""
+    """Returns the name, if it matches ``[A-Za-z0-9._-]{1,128}`` (and is no path such as ``..``)."""
     if (
         not isinstance(adapter_name, str)
         or not _NAME.fullmatch(adapter_name)
@@ -54,15 +54,15 @@ def check_name(adapter_name: object) -> str:
     return adapter_name
 
 
-def folder_of(directory: str | os.PathLike[str]) -> Path:
-    """As a Path; TypeError for anything that is none."""
+def as_folder(directory: str | os.PathLike[str]) -> Path:
+    """Returns a Path; TypeError for anything that is none."""
     if not isinstance(directory, (str, os.PathLike)):
         raise TypeError(f"directory: expected the path of a folder, got {directory!r}")
     return Path(directory)
 
 
 def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> LoRAConfig:
-    """The config of the adapter in ``directory``; ValueError or FileNotFoundError if bad.
+    """Reads the config of the adapter in ``directory``; ValueError or FileNotFoundError if bad.
 
     trainable: whether it is to be trained on. How it began (EVA and others that leave the base as
     it is) is not asked; one whose base was changed (CorDA, LoRA-GA, LoftQ) is refused.
@@ -71,55 +71,58 @@ def read_config(directory: str | os.PathLike[str], trainable: bool = False) -> L
     alpha_pattern do, in the order of the alphabet, so that the one they were given in is lost, the
     first counts, with a warning: PEFT takes it too.
     """
-    path = _file(directory, CONFIG_NAME)
+    path = _find_file(directory, CONFIG_NAME)
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
             f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
         )
     values = read_json(path)
     try:
-        config = LoRAConfig.from_dict(refusals.without_history(values, trainable))
+        config = LoRAConfig.from_dict(refusals.drop_history(values, trainable))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     if len(config.rank_pattern) < 2 and len(config.alpha_pattern) < 2:
         return config
-    return in_order(str(path), config, read_shapes(directory))
+    return restore_order(str(path), config, read_shapes(directory))
 
 
-def in_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoRAConfig:
-    """A config from a file, whose patterns may have lost their order, as its tensors know it."""
-    ranks = {name: shapes[name + _A][0] for name in _layers(shapes) if shapes[name + _A]}
+def restore_order(where: str, config: LoRAConfig, shapes: Mapping[str, Shape]) -> LoRAConfig:
+    """Restores the order of a file's patterns, as far as its tensors know it."""
+    ranks = {name: shapes[name + _A][0] for name in _list_layers(shapes) if shapes[name + _A]}
     _warn_of_lost_order(where, config.alpha_pattern, ranks)
     return replace(
         config,
-        rank_pattern=matching.settled(config.rank_pattern, ranks, ranks),
-        alpha_pattern=matching.settled(config.alpha_pattern, ranks),
+        rank_pattern=matching.resolve_overlaps(config.rank_pattern, ranks, ranks),
+        alpha_pattern=matching.resolve_overlaps(config.alpha_pattern, ranks),
     )
 
 
-def _layers(tensors: Mapping[str, object]) -> list[str]:
+def _list_layers(tensors: Mapping[str, object]) -> list[str]:
     return [name.removesuffix(_A) for name in tensors if name.endswith(_A)]
 
 
 def _warn_of_lost_order(where: str, pattern: Mapping[str, float], names: Iterable[str]) -> None:
-    overlaps = matching.overlapping(pattern, names)
+    overlaps = matching.find_overlaps(pattern, names)
     if not overlaps or list(pattern) != sorted(pattern):
         return
-    alike: dict[str, list[str]] = {}
+    names_by_keys: dict[str, list[str]] = {}
     for name, keys in overlaps.items():
         listed = " or ".join(f"{value:g} ({key!r})" for key, value in keys.items())
-        alike.setdefault(listed, []).append(name)
-    said = "; ".join(f"{some(set(of))}: {listed}" for listed, of in list(alike.items())[:4])
+        names_by_keys.setdefault(listed, []).append(name)
+    examples = "; ".join(
+        f"{list_some(set(of))}: {listed}" for listed, of in list(names_by_keys.items())[:4]
+    )
     warnings.warn(
-        f"{where}: alpha_pattern: more than one key matches, and the first counts: {said}. PEFT "
-        "writes keys in the order of the alphabet, not in that in which they counted in training: "
-        "taken as they stand, as PEFT does; full names as keys, which fastlora writes, would tell",
+        f"{where}: alpha_pattern: more than one key matches, and the first counts: {examples}. "
+        "PEFT writes keys in the order of the alphabet, not in that in which they counted in "
+        "training: taken as they stand, as PEFT does; full names as keys, which fastlora writes, "
+        "would tell",
         stacklevel=4,
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError where it holds anything else."""
+    """Reads the JSON object in a file; ValueError where it holds anything else."""
     hints.check_content(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -131,9 +134,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
-    """{tensor name without PEFT's prefix: shape}, from the header alone."""
-    path = _file(directory, WEIGHTS_NAME)
-    header = _header(path)
+    """Reads {tensor name without PEFT's prefix: shape}, from the header alone."""
+    path = _find_file(directory, WEIGHTS_NAME)
+    header = _read_header(path)
     hints.check_names(path, header)
     shapes = {}
     for key, entry in header.items():
@@ -155,32 +158,32 @@ def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
 
 def check_shapes(
     directory: str | os.PathLike[str],
-    found: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped tensors."""
-    compare(str(Path(directory) / WEIGHTS_NAME), found, expected, besides)
+    compare_shapes(str(Path(directory) / WEIGHTS_NAME), shapes, expected, besides)
 
 
-def compare(
+def compare_shapes(
     where: str,
-    found: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> None:
-    """``check_shapes`` of an adapter that is elsewhere."""
-    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys() - besides
+    """Compares shapes as ``check_shapes`` does, of an adapter that is elsewhere."""
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys() - besides
     if missing or extra:
-        parts = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(extra)}"] * bool(
-            extra
-        )
+        parts = [f"missing {list_some(missing)}"] * bool(missing) + [
+            f"unexpected {list_some(extra)}"
+        ] * bool(extra)
         if any(".lora_" not in name for name in extra):
             parts.append("PEFT leaves base weights out with save_embedding_layers=False")
         raise ValueError(f"{where}: it does not fit this model and config: {'; '.join(parts)}")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{where}: {name}: expected shape {shape}, got {found[name]}")
+        if shapes[name] != shape:
+            raise ValueError(f"{where}: {name}: expected shape {shape}, got {shapes[name]}")
 
 
 def read_tensors(
@@ -188,12 +191,12 @@ def read_tensors(
     expected: Mapping[str, Shape],
     besides: Set[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The tensors of the adapter on the CPU, by name, after ``check_shapes``.
+    """Reads the tensors of the adapter, on the CPU, by name, after ``check_shapes``.
 
     besides: names of others that may be there, and are not read.
     """
     check_shapes(directory, read_shapes(directory), expected, besides)
-    path = _file(directory, WEIGHTS_NAME)
+    path = _find_file(directory, WEIGHTS_NAME)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(PREFIX + name) for name in expected}
@@ -209,16 +212,16 @@ def write(
 ) -> None:
     """Writes both files, each in one piece: aside first, then renamed.
 
-    Patterns whose keys overlap are written with layers' full names, so that readers who sort them
+    Patterns whose keys overlap are written with layers' full names, so that readers that sort them
     find the same ranks and scalings.
     """
-    names = _layers(tensors)
+    names = _list_layers(tensors)
     config = replace(
         config,
-        rank_pattern=matching.settled(config.rank_pattern, names),
-        alpha_pattern=matching.settled(config.alpha_pattern, names),
+        rank_pattern=matching.resolve_overlaps(config.rank_pattern, names),
+        alpha_pattern=matching.resolve_overlaps(config.alpha_pattern, names),
     )
-    folder = folder_of(directory)
+    folder = as_folder(directory)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"directory: expected a directory, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,25 +239,24 @@ def write(
         settings.unlink(missing_ok=True)
 
 
-def _file(directory: str | os.PathLike[str], name: str) -> Path:
-    folder = folder_of(directory)
+def _find_file(directory: str | os.PathLike[str], name: str) -> Path:
+    folder = as_folder(directory)
     path = folder / name
     if path.is_file():
         return path
     if name == WEIGHTS_NAME and (folder / "adapter_model.bin").exists():
         raise ValueError(
             f"{folder}: adapter_model.bin is a pickle, which can run code and is never read; "
-            "convert it where "
-            "you trust it: load it with torch.load(..., weights_only=True) and write it with "
-            "safetensors.torch.save_file as adapter_model.safetensors"
+            "convert it where you trust it: load it with torch.load(..., weights_only=True) and "
+            "write it with safetensors.torch.save_file as adapter_model.safetensors"
         )
     raise FileNotFoundError(
         f"directory: expected {name} in {folder}, a local folder (nothing is downloaded)"
-        f"{hints.elsewhere(folder, name)}"
+        f"{hints.hint_elsewhere(folder, name)}"
     )
 
 
-def _header(path: Path) -> dict[str, dict[str, object]]:
+def _read_header(path: Path) -> dict[str, dict[str, object]]:
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")

@@ -1,4 +1,4 @@
-"""What a folder holds that is no adapter as PEFT saves one, and what to do with it."""
+"""Hints: what a folder holds that is no adapter as PEFT saves one, and what to do with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # What PEFT's modules are called: the adapter's name stands where its files have none.
@@ -18,7 +18,7 @@ _BESIDE_ALPHA = tuple(
 
 
 def check_content(path: Path) -> None:
-    """ValueError where a file is only Git's note of where its content lies."""
+    """Raises ValueError where a file is only Git's note of where its content lies."""
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(
@@ -28,13 +28,13 @@ def check_content(path: Path) -> None:
 
 
 def check_names(where: Path | str, tensors: Iterable[str]) -> None:
-    """ValueError where names of tensors tell that something else than PEFT's saving wrote them."""
+    """Raises ValueError where names of tensors tell that something else than PEFT wrote them."""
     names = set(tensors)
     for name in sorted(names):
-        found = _NAMED.fullmatch(name)
-        if found:
+        match = _NAMED.fullmatch(name)
+        if match:
             raise ValueError(
-                f"{where}: tensor {name!r} has an adapter's name in it, {found[1]!r}, as in a "
+                f"{where}: tensor {name!r} has an adapter's name in it, {match[1]!r}, as in a "
                 "model's state_dict; PEFT's files have none. Save with "
                 "model.save_pretrained(folder), or peft.get_peft_model_state_dict(model) in the "
                 "state_dict's place"
@@ -48,8 +48,8 @@ def check_names(where: Path | str, tensors: Iterable[str]) -> None:
             )
 
 
-def elsewhere(folder: Path, name: str) -> str:
-    """Where file ``name`` is, if not in ``folder`` itself: to be put behind an error, or empty."""
+def hint_elsewhere(folder: Path, name: str) -> str:
+    """Says where file ``name`` is, if not in ``folder``: an end for an error, or empty."""
     if folder.is_file():
         return f"; {folder.name} is a file: give the folder that holds both"
     if not folder.is_dir():
@@ -58,6 +58,6 @@ def elsewhere(folder: Path, name: str) -> str:
     if not inner:
         return ""
     return (
-        f"; there is one in {some(inner)}: give that folder (PEFT saves an adapter that is not "
-        "called 'default' in one of its name)"
+        f"; there is one in {list_some(inner)}: give that folder (PEFT saves an adapter that is "
+        "not called 'default' in one of its name)"
     )

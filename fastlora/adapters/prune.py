@@ -26,21 +26,21 @@ class Method(NamedTuple):
     elects: bool
 
 
-def by_magnitude(t: Tensor, density: float) -> Tensor:
-    """The ``int(density * t.numel())`` entries of largest magnitude, zeros elsewhere.
+def prune_by_magnitude(t: Tensor, density: float) -> Tensor:
+    """Keeps the ``int(density * t.numel())`` entries of largest magnitude, zeros elsewhere.
 
     Which of several equal ones stay is ``topk``'s choice. Reference: Han et al. 2015; step one of
     TIES.
     """
     flat = t.flatten()
     places = flat.abs().topk(int(density * t.numel()), sorted=False).indices
-    kept = torch.zeros_like(flat)
-    kept[places] = flat[places]
-    return kept.view(t.shape)
+    pruned = torch.zeros_like(flat)
+    pruned[places] = flat[places]
+    return pruned.view(t.shape)
 
 
-def at_random(t: Tensor, density: float) -> Tensor:
-    """Each entry with probability ``density``, then divided by it; zeros elsewhere.
+def prune_at_random(t: Tensor, density: float) -> Tensor:
+    """Keeps each entry with probability ``density``, divided by it; zeros elsewhere.
 
     Draws ``t.numel()`` numbers from torch's generator of t's device. Reference: DARE, Yu et al.
     2023.
@@ -50,17 +50,17 @@ def at_random(t: Tensor, density: float) -> Tensor:
 
 METHODS = {
     "linear": Method(None, elects=False),
-    "magnitude_prune": Method(by_magnitude, elects=False),
-    "ties": Method(by_magnitude, elects=True),
-    "dare_linear": Method(at_random, elects=False),
-    "dare_ties": Method(at_random, elects=True),
+    "magnitude_prune": Method(prune_by_magnitude, elects=False),
+    "ties": Method(prune_by_magnitude, elects=True),
+    "dare_linear": Method(prune_at_random, elects=False),
+    "dare_ties": Method(prune_at_random, elects=True),
 }
 
 
-def merged(
+def sum_pruned(
     method: Method, tensors: Iterable[Tensor], weights: Sequence[float], density: float, vote: str
 ) -> Tensor:
-    """The tensors pruned and then summed; ``vote`` is one of MAJORITIES, read where signs elect.
+    """Prunes the tensors and sums them; ``vote``, one of MAJORITIES, is read where signs elect.
 
     ``tensors`` may be a generator: those of a plain sum are alive one at a time.
     """
@@ -68,18 +68,18 @@ def merged(
     if prune is not None and density < 1:
         tensors = (prune(t, density) for t in tensors)
     if method.elects:
-        return elected_mean(list(tensors), weights, vote)
-    return weighted_sum(tensors, weights)
+        return average_elected(list(tensors), weights, vote)
+    return sum_weighted(tensors, weights)
 
 
-def weighted_sum(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
-    """Task arithmetic, Ilharco et al. 2022."""
+def sum_weighted(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sums tensors times weights: task arithmetic, Ilharco et al. 2022."""
     # One after the other, as torch sums a stack of few, without the stack.
     return reduce(add, (t * weight for t, weight in zip(tensors, weights, strict=True)))
 
 
-def elected_mean(tensors: Sequence[Tensor], weights: Sequence[float], vote: str) -> Tensor:
-    """Per entry, the weighted sum of what has the elected sign, over how many those are.
+def average_elected(tensors: Sequence[Tensor], weights: Sequence[float], vote: str) -> Tensor:
+    """Averages, per entry, the weighted numbers that have the elected sign.
 
     The sign is that of the tensors' sum (``vote="total"``) or of most of them ("frequency"), plus
     where they balance. Weights have no vote. Reference: TIES, Yadav et al. 2023.

@@ -31,30 +31,30 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        with self._opened() as file:
+        with self._open() as file:
             return tuple(file.get_slice(self.key).get_shape())
 
     @property
     def dtype(self) -> torch.dtype | None:
         """None of what is no float."""
-        with self._opened() as file:
+        with self._open() as file:
             return _DTYPES.get(file.get_slice(self.key).get_dtype())
 
     def read(self) -> Tensor:
-        """All of it, on the CPU."""
-        with self._opened() as file:
+        """Reads all of it, to the CPU."""
+        with self._open() as file:
             return file.get_tensor(self.key)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Its rows in order, some at a time, each time with the first one's number."""
-        with self._opened() as file:
+        with self._open() as file:
             part = file.get_slice(self.key)
-            rows, *rest = part.get_shape()
-            step = max(1, _CHUNK // max(1, 8 * torch.Size(rest).numel()))
+            rows, *row_shape = part.get_shape()
+            step = max(1, _CHUNK // max(1, 8 * torch.Size(row_shape).numel()))
             for start in range(0, rows, step):
                 yield start, part[start : min(rows, start + step)]
 
-    def _opened(self) -> safe_open:
+    def _open(self) -> safe_open:
         try:
             return safe_open(self.path, framework="pt")
         except SafetensorError as error:
@@ -62,7 +62,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """A tensor in memory, to be compared as one in a file."""
 
     tensor: Tensor
@@ -71,17 +71,17 @@ class Held:
         yield 0, self.tensor.detach().cpu()
 
 
-def agree(a: Stored, b: Stored) -> bool:
+def have_same_rows(a: Stored, b: Stored) -> bool:
     """Whether two hold the same rows: of two dtypes, as the narrower one rounds the other's."""
     if a.shape != b.shape or None in (a.dtype, b.dtype):
         return False
     tensor = b.read()
-    return differing(a, lambda start, stop: tensor[start:stop]) is None
+    return find_differing_rows(a, lambda start, stop: tensor[start:stop]) is None
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a tensor of ``of`` rows: their indices (n,), ascending, and their values (n, ...)."""
+class OwnRows:
+    """Rows that differ, of a tensor of ``of``: indices (n,), ascending, and values (n, ...)."""
 
     indices: Tensor
     values: Tensor
@@ -92,56 +92,58 @@ class Rows:
         """Whether they are the last ones, but not all: as a larger vocabulary's new ones."""
         return 0 < int(self.indices[0]) == self.of - len(self.indices)
 
-    def same(self, other: Rows | None) -> bool:
+    def is_same(self, other: OwnRows | None) -> bool:
         """Whether the other's are the same rows with the same bits."""
         return (
             other is not None
             and torch.equal(self.indices, other.indices)
-            and same(self.values, other.values)
+            and has_same_bits(self.values, other.values)
         )
 
 
-def differing(stored: Stored | Held, rows_of: Callable[[int, int], Tensor]) -> Rows | None:
-    """The rows of ``stored`` that are others than the base's, ``rows_of(start, stop)``; or None.
+def find_differing_rows(
+    stored: Stored | InMemory, rows_of: Callable[[int, int], Tensor]
+) -> OwnRows | None:
+    """Finds the rows of ``stored`` that are not the base's, ``rows_of(start, stop)``; or None.
 
-    Those that the base does not have are.
+    Rows beyond the base's last differ.
 
-    A row is the base's where it has its bits, in the base's dtype or in the file's; also where it
-    has those that rounding to float16 or bfloat16 leaves of the base's, as where the model was
-    trained in a half and upcast: it then tells nothing that the base does not tell better.
+    A row is the base's where it has the same bits, in the base's dtype or in the file's. So it is
+    where it has the bits of the base's row rounded to float16 or bfloat16, as after training in a
+    half and upcasting: the base then holds the better numbers.
     """
     index, values, count = [], [], 0
     for start, copy in stored.chunks():
         count = start + len(copy)
         base = rows_of(start, count).detach().cpu()
-        found = torch.ones(len(copy), dtype=torch.bool)  # those that the base does not have
-        found[: len(base)] = _others(copy[: len(base)], base)
-        if found.any():
-            index.append(found.nonzero().flatten() + start)
-            values.append(copy[found])
-    return Rows(torch.cat(index), torch.cat(values), count) if index else None
+        is_other = torch.ones(len(copy), dtype=torch.bool)  # those that the base does not have
+        is_other[: len(base)] = _find_other_rows(copy[: len(base)], base)
+        if is_other.any():
+            index.append(is_other.nonzero().flatten() + start)
+            values.append(copy[is_other])
+    return OwnRows(torch.cat(index), torch.cat(values), count) if index else None
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def has_same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are of one dtype and shape and have the same bits."""
-    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+    return a.dtype == b.dtype and torch.equal(_view_bits(a), _view_bits(b))
 
 
-def _bits(t: Tensor) -> Tensor:
-    """As integers, by which zeros of either sign differ and NaN does not from itself."""
+def _view_bits(t: Tensor) -> Tensor:
+    """Views numbers as integers, by which zeros of either sign differ and NaN equals itself."""
     return t.contiguous().view(_INTEGERS[t.element_size()])
 
 
-def _others(copy: Tensor, base: Tensor) -> Tensor:
-    """Of each row of (n, ...), whether it is another than the base's."""
-    other = _unequal(copy.to(base.dtype), base)
+def _find_other_rows(copy: Tensor, base: Tensor) -> Tensor:
+    """Tells for each row of (n, ...) whether it is another than the base's."""
+    other = _find_unequal_rows(copy.to(base.dtype), base)
     for dtype in (copy.dtype, *_HALVES):
         if not other.any():
             break
-        other &= _unequal(copy, base.to(dtype).to(copy.dtype))
+        other &= _find_unequal_rows(copy, base.to(dtype).to(copy.dtype))
     return other
 
 
-def _unequal(a: Tensor, b: Tensor) -> Tensor:
-    found = _bits(a) != _bits(b)
-    return found.flatten(1).any(1) if found.dim() > 1 else found
+def _find_unequal_rows(a: Tensor, b: Tensor) -> Tensor:
+    differs = _view_bits(a) != _view_bits(b)
+    return differs.flatten(1).any(1) if differs.dim() > 1 else differs

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastlora.commands.progress import Progress
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.functional.fidelity import Fidelity
 from fastlora.merge_files import Merged, durable, journal, merge_folder
 
@@ -114,7 +114,7 @@ def summary(merged: Merged, out: Path) -> str:
     lines += [f"left out: {line}" for line in merged.skipped]
     lines += [f"from the adapter: {line}" for line in merged.vocabulary]
     if merged.others.weights:
-        lines.append(f"copied as they are: {some(merged.others.weights)}")
+        lines.append(f"copied as they are: {list_some(merged.others.weights)}")
     lines += [f"note: {note}" for note in merged.others.notes()]
     found = sorted(merged.fidelity.items(), key=lambda item: item[1].gain)
     columns = [list(column) for column in zip(*(_columns(f) for _, f in found), strict=True)]

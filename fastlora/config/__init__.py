@@ -30,24 +30,25 @@ _LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What ``replace_linear`` does, by PEFT's names and with PEFT's defaults.
+    """Settings of ``replace_linear``, by PEFT's names and with PEFT's defaults.
 
-    r, lora_alpha: rank and numerator of ``scaling = lora_alpha / r`` (``/ sqrt(r)`` with
-    use_rslora). lora_dropout: probability on the LoRA branch. lora_bias: a trained bias beside
-    lora_B. bias: which biases of the base train and are saved: "none", "all" or "lora_only".
-
-    target_modules, exclude_modules: names (matched whole or after a dot), or one regular expression
-    matched in full; target_modules may be "all-linear": every ``nn.Linear`` and transformers'
-    ``Conv1D`` but the output embedding. layers_to_transform: of the names after a dot only those in
-    layers of this index, or these; layers_pattern: what the list of layers is called, by default
-    anything. rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
-    lora_alpha, the first key that matches. modules_to_save: modules whose name ends so are trained
-    and saved whole, as a copy. fan_in_fan_out: what PEFT's files say of ``Conv1D``; each layer's
-    own kind decides.
-
-    init_lora_weights: True (lora_B zero), "gaussian" (likewise), "orthogonal", False (lora_B
-    random, for tests), or what moves a part of the base's weight into the adapter: "pissa",
-    "pissa_niter_16" (by 16 iterations instead of an exact decomposition), "olora".
+    - r, lora_alpha: rank and numerator of ``scaling = lora_alpha / r`` (``/ sqrt(r)`` with
+      use_rslora)
+    - lora_dropout: probability on the LoRA branch
+    - lora_bias: a trained bias beside lora_B
+    - bias: which biases of the base train and are saved: "none", "all" or "lora_only"
+    - target_modules, exclude_modules: names, matched whole or after a dot, or one regular
+      expression matched in full; target_modules may be "all-linear": every ``nn.Linear`` and
+      transformers' ``Conv1D`` but the output embedding
+    - layers_to_transform: only layers of this index, or these, of the names after a dot
+    - layers_pattern: what the list of layers is called, by default anything
+    - rank_pattern, alpha_pattern: {name or regular expression: value} that override r and
+      lora_alpha; the first key that matches counts
+    - modules_to_save: modules whose name ends so are trained and saved whole, as a copy
+    - fan_in_fan_out: what PEFT's files say of ``Conv1D``; each layer's own kind decides
+    - init_lora_weights: True (lora_B zero), "gaussian" (likewise), "orthogonal", False (lora_B
+      random, for tests), or one that moves a part of the base's weight into the adapter: "pissa",
+      "pissa_niter_16" (by 16 iterations instead of an exact decomposition), "olora"
 
     Raises TypeError or ValueError naming the field. References: Hu et al. 2021; rsLoRA:
     Kalajdzievski 2023; PiSSA: Meng et al. 2024; OLoRA: Büyükakyüz 2024.
@@ -79,7 +80,7 @@ class LoRAConfig:
         if self.bias not in _BIASES:
             raise ValueError(f"bias: expected one of {', '.join(_BIASES)}, got {self.bias!r}")
         for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, matching.names_or_regex(name, getattr(self, name)))
+            object.__setattr__(self, name, matching.check_names_or_regex(name, getattr(self, name)))
         for name in ("use_rslora", "lora_bias", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -96,15 +97,17 @@ class LoRAConfig:
             check_number(f"alpha_pattern[{key!r}]", value)
         for key in (*self.rank_pattern, *self.alpha_pattern):
             matching.check_regex("rank_pattern or alpha_pattern", key)
-        object.__setattr__(self, "layers_to_transform", matching.indices(self.layers_to_transform))
-        object.__setattr__(self, "layers_pattern", matching.patterns(self.layers_pattern))
-        object.__setattr__(self, "modules_to_save", matching.modules(self.modules_to_save))
+        object.__setattr__(
+            self, "layers_to_transform", matching.check_indices(self.layers_to_transform)
+        )
+        object.__setattr__(self, "layers_pattern", matching.check_patterns(self.layers_pattern))
+        object.__setattr__(self, "modules_to_save", matching.check_modules(self.modules_to_save))
         self._check_layers()
 
     def _check_layers(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):
-            given = getattr(self, name)
-            if isinstance(self.target_modules, str) and given is not None:
+            value = getattr(self, name)
+            if isinstance(self.target_modules, str) and value is not None:
                 raise ValueError(
                     f"{name}: expected a list of names as target_modules beside it, got "
                     f"{self.target_modules!r}"
@@ -117,7 +120,7 @@ class LoRAConfig:
 
     def excludes(self, name: str) -> bool:
         """Whether exclude_modules names it, or it is in what modules_to_save trains whole."""
-        if self.exclude_modules is not None and matching.matches(self.exclude_modules, name):
+        if self.exclude_modules is not None and matching.is_match(self.exclude_modules, name):
             return True
         return matching.is_within(self.modules_to_save or (), name)
 
@@ -125,12 +128,14 @@ class LoRAConfig:
         """Whether the module of this full name is asked for ("all-linear" is not a name: False)."""
         if self.target_modules is None or self.all_linear:
             return False
-        found = matching.matches(self.target_modules, name)
+        matches = matching.is_match(self.target_modules, name)
         # A full name stands for itself, in whatever layer.
-        if not found or self.layers_to_transform in (None, ()) or name in self.target_modules:
-            return found
+        if not matches or self.layers_to_transform in (None, ()) or name in self.target_modules:
+            return matches
         patterns, layers = self.layers_pattern or (), self.layers_to_transform
-        index = matching.layer_index(name, (patterns,) if isinstance(patterns, str) else patterns)
+        index = matching.find_layer_index(
+            name, (patterns,) if isinstance(patterns, str) else patterns
+        )
         return index == layers if isinstance(layers, int) else index in (layers or ())
 
     def names(self, linear: str) -> bool:
@@ -139,10 +144,10 @@ class LoRAConfig:
 
     def saves(self, name: str) -> bool:
         """Whether the module of this full name is trained and saved whole."""
-        return matching.ends_in(self.modules_to_save or (), name)
+        return matching.ends_with_any(self.modules_to_save or (), name)
 
     def check_plain(self, whose: str) -> None:
-        """ValueError where there is more to it than lora_A and lora_B beside the base as it is."""
+        """Raises ValueError where there is more than lora_A and lora_B beside the base as it is."""
         if self.lora_bias or self.bias != "none":
             raise ValueError(
                 f"config: {whose} has biases of its own, got lora_bias={self.lora_bias}, "
@@ -153,14 +158,14 @@ class LoRAConfig:
                 f"config: {whose} trains modules whole, got modules_to_save="
                 f"{list(self.modules_to_save)}"
             )
-        if moves_base(self.init_lora_weights):
+        if has_split_base(self.init_lora_weights):
             raise ValueError(
                 f"config: {whose} wants another base, which init_lora_weights="
                 f"{self.init_lora_weights!r} leaves"
             )
 
     def with_heads(self) -> LoRAConfig:
-        """With the heads in modules_to_save that PEFT's model of this task_type trains whole."""
+        """Adds the heads to modules_to_save that PEFT's model of this task_type trains whole."""
         return replace(self, modules_to_save=(*(self.modules_to_save or ()), *self.heads) or None)
 
     @property
@@ -173,36 +178,42 @@ class LoRAConfig:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def rank_of(self, name: str) -> int:
-        return matching.overridden(self.rank_pattern, name, self.r)
+        return matching.look_up(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
-        return matching.overridden(self.alpha_pattern, name, self.lora_alpha)
+        return matching.look_up(self.alpha_pattern, name, self.lora_alpha)
 
     def scaling_of(self, name: str) -> float:
-        return scaling(self.alpha_of(name), self.rank_of(name), self.use_rslora)
+        return compute_scaling(self.alpha_of(name), self.rank_of(name), self.use_rslora)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of PEFT's ``adapter_config.json``."""
+        """Returns the fields of PEFT's ``adapter_config.json``."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"peft_type": "LORA", "inference_mode": True, **values}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> LoRAConfig:
-        """From PEFT's fields; those fastlora does not have pass when null, false or empty."""
+        """Reads PEFT's fields; those fastlora does not have pass when null, false or empty."""
         kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
         if kind not in (None, "LORA"):
             raise ValueError(f"peft_type: expected LORA, got {kind!r}")
-        own = {f.name for f in fields(LoRAConfig)}
-        refused = {k: v for k, v in values.items() if k not in own | _DESCRIPTIVE and not _empty(v)}
+        field_names = {f.name for f in fields(LoRAConfig)}
+        refused = {
+            k: v
+            for k, v in values.items()
+            if k not in field_names | _DESCRIPTIVE and not _is_empty(v)
+        }
         if refused:
-            raise ValueError(f"config: fastlora does not support {refusals.fields(refused)}")
+            raise ValueError(
+                f"config: fastlora does not support {refusals.describe_fields(refused)}"
+            )
         task = values.get("task_type")
-        known = {key: values[key] for key in own & set(values)}
-        return LoRAConfig(**{**known, "task_type": getattr(task, "value", task)})
+        supported = {key: values[key] for key in field_names & set(values)}
+        return LoRAConfig(**{**supported, "task_type": getattr(task, "value", task)})
 
     @staticmethod
     def of(config: object) -> LoRAConfig:
-        """A LoRAConfig as it is, a ``peft.LoraConfig`` translated; anything else is a TypeError."""
+        """Returns a LoRAConfig as is, a ``peft.LoraConfig`` translated; else raises TypeError."""
         if isinstance(config, LoRAConfig):
             return config
         LoRAConfig.check_pefts(config)
@@ -210,7 +221,7 @@ class LoRAConfig:
 
     @staticmethod
     def check_pefts(config: object) -> None:
-        """TypeError for what is no ``peft.LoraConfig``."""
+        """Raises TypeError for what is no ``peft.LoraConfig``."""
         # By name, so that peft need not be installed, let alone imported, to say no.
         if any(base.__name__ == "LoraConfig" for base in type(config).__mro__):
             return
@@ -219,7 +230,7 @@ class LoRAConfig:
         )
 
 
-def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+def compute_scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
@@ -245,18 +256,20 @@ def check_dropout(value: object) -> None:
 
 
 def check_layer(r: object, lora_alpha: object, lora_dropout: object) -> None:
-    """Raises unless they can be a layer's."""
+    """Raises unless r, lora_alpha and lora_dropout can be a layer's."""
     check_rank("r", r)
     check_number("lora_alpha", lora_alpha)
     check_dropout(lora_dropout)
 
 
 def check_init(value: object) -> None:
-    given = value if isinstance(value, str) else ""
-    reason = next((why for init, why in refusals.INITS.items() if given.startswith(init)), None)
+    name = value if isinstance(value, str) else ""
+    reason = next(
+        (because for init, because in refusals.INITS.items() if name.startswith(init)), None
+    )
     if reason is not None:
         raise ValueError(f"init_lora_weights: fastlora does not support {value!r}: {reason}")
-    if not isinstance(value, bool) and value not in _INITS and iterations(value) is None:
+    if not isinstance(value, bool) and value not in _INITS and parse_iterations(value) is None:
         known = ", ".join(f'"{init}"' for init in _INITS)
         raise ValueError(
             f'init_lora_weights: expected True, False, {known} or "pissa_niter_[number]", got '
@@ -264,17 +277,17 @@ def check_init(value: object) -> None:
         )
 
 
-def iterations(init: object) -> int | None:
-    """n of "pissa_niter_n"; None for anything else."""
-    found = _NITER.fullmatch(init) if isinstance(init, str) else None
-    return int(found[1]) if found else None
+def parse_iterations(init: object) -> int | None:
+    """Returns n of "pissa_niter_n"; None for anything else."""
+    match = _NITER.fullmatch(init) if isinstance(init, str) else None
+    return int(match[1]) if match else None
 
 
-def moves_base(init: object) -> bool:
+def has_split_base(init: object) -> bool:
     """Whether ``init_lora_weights`` takes a part out of the base's weight into the adapter."""
-    return init in ("pissa", "olora") or iterations(init) is not None
+    return init in ("pissa", "olora") or parse_iterations(init) is not None
 
 
-def _empty(value: object) -> bool:
+def _is_empty(value: object) -> bool:
     # 0 equals False, but layers_to_transform=0 names a layer.
     return value is None or value is False or value in ("", [], {}, ())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 
-def some(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
-    """The first of ``names``, in their order (of a set in alphabetical order), and how many more.
+def list_some(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
+    """Lists the first of ``names``, in their order (a set's alphabetically), and how many more.
 
     Empty where there are none. What is listed is meant to be short itself.
     """
@@ -15,8 +15,8 @@ def some(names: Iterable[object], shown: int = 4, separator: str = ", ") -> str:
     return separator.join(listed[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
-def by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Of {layer: reason} each reason once, with the first of its layers."""
+def group_by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Lists each reason of {layer: reason} once, with the first of its layers."""
     layers: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name)

@@ -1,4 +1,4 @@
-"""What PEFT's configs can ask for and fastlora does not do, by name, and why."""
+"""Refusals: what PEFT's configs can ask for and fastlora does not do, by name, and why."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INITS = {
     "lora_ga": "it takes gradients of the base to compute",
     "mica": "it trains lora_A alone (what PEFT has trained so loads)",
 }
-# What they are in a file. Some began beside the base as it is, which is history; others changed it.
+# The same values in a file. Some began beside the base as it is: history. Others changed it.
 _SAME_BASE = ("eva", "mica")
 _SUBTRACTED = (
     "PEFT subtracted what the adapter began as from the base's weights. Have PEFT save it with "
@@ -47,30 +47,30 @@ _OTHER_BASE = {
 _HOW_IT_BEGAN = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 
 
-def without_history(values: Mapping[str, Any], trainable: bool = False) -> dict[str, Any]:
-    """A file's fields without those that only say how its adapter began, where its base is plain.
+def drop_history(values: Mapping[str, Any], trainable: bool = False) -> dict[str, Any]:
+    """Drops a file's fields that only say how its adapter began, where its base is plain.
 
     trainable: whether it is to be trained on. Raises ValueError for an adapter of another base.
     """
-    how = values.get("init_lora_weights", True)
-    for init, why in _OTHER_BASE.items():
-        if str(how).startswith(init):
+    init = values.get("init_lora_weights", True)
+    for other, reason in _OTHER_BASE.items():
+        if str(init).startswith(other):
             raise ValueError(
-                f"init_lora_weights={how!r}: the adapter is for another base: {why}; where the "
+                f"init_lora_weights={init!r}: the adapter is for another base: {reason}; where the "
                 "model given is that base, write true for it in this file"
             )
-    if how == "mica" and trainable:
+    if init == "mica" and trainable:
         raise ValueError(
             "is_trainable: an adapter of init_lora_weights='mica' trains lora_A alone, which "
             "fastlora does not: load it without, or train it in PEFT"
         )
     plain = {key: value for key, value in values.items() if key not in _HOW_IT_BEGAN}
-    return plain | ({"init_lora_weights": True} if how in _SAME_BASE else {})
+    return plain | ({"init_lora_weights": True} if init in _SAME_BASE else {})
 
 
-def fields(given: dict[str, object]) -> str:
-    """The values and the reasons, of fields that are not fastlora's."""
+def describe_fields(refused: dict[str, object]) -> str:
+    """Lists the values and the reasons of fields that are not fastlora's."""
     unknown = "a field that this version does not know"
     return "; ".join(
-        f"{key}={value!r} ({FIELDS.get(key, unknown)})" for key, value in sorted(given.items())
+        f"{key}={value!r} ({FIELDS.get(key, unknown)})" for key, value in sorted(refused.items())
     )

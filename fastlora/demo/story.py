@@ -19,7 +19,7 @@ from fastlora.demo.model import byte_tokenizer, own_model, rows, small_llama
 from fastlora.demo.screen import Screen
 from fastlora.demo.stage import FULL, LARGE_MODEL, QUICK, SMALL_MODEL, Domain, Size, Stage
 from fastlora.demo.training import Recipe, held_out_loss, train
-from fastlora.model.targets import plan
+from fastlora.model.targets import make_plan
 
 PRETRAINING_RATE = 3e-3
 
@@ -55,7 +55,7 @@ def prepare(model: str | None, data: str | None, *, quick: bool, seed: int) -> S
         base = small_llama(size.hidden, size.layers, len(tokenizer), seed)
     else:
         base, tokenizer = own_model(model)
-    plan(base, LoRAConfig(**SETTINGS))  # says so when there is nothing to put LoRA into
+    make_plan(base, LoRAConfig(**SETTINGS))  # says so when there is nothing to put LoRA into
     length = min(size.length, getattr(base.config, "max_position_embeddings", size.length))
     domains = {}
     for name, text in texts.items():

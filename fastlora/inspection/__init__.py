@@ -1,1 +1,1 @@
-"""What can be told of a model and its layers without changing them."""
+"""Facts about a model and its layers, found without changing them."""

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.model import report as injection
-from fastlora.model.report import Report
+from fastlora.model.report import Report, describers
 
 
 def patch_peft(peft_model: nn.Module, *, strict: bool = False) -> Report:
@@ -57,4 +56,4 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return peft.describe(model)
 
 
-injection.others.append(_describe)
+describers.append(_describe)

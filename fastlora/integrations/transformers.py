@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fastlora.adapters.files import WEIGHTS_NAME
-from fastlora.model.checkpoint import adapter_state_dict, load_adapter, save_adapter
-from fastlora.modules.gathering import is_sharded
+from fastlora.model.load import load_adapter
+from fastlora.model.save import adapter_state_dict, save_adapter
+from fastlora.modules.dtensors import is_dtensor
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -39,7 +40,7 @@ class SaveAdapter(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
-        if state.is_world_process_zero or any(map(is_sharded, model.parameters())):
+        if state.is_world_process_zero or any(map(is_dtensor, model.parameters())):
             save_adapter(model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 

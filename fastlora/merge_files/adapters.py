@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fastlora.adapters import files
-from fastlora.adapters.base_copies import place_of
+from fastlora.adapters.base_copies import strip_peft_wrappers
 from fastlora.adapters.stored import Stored
-from fastlora.config import LoRAConfig, check_number, moves_base
+from fastlora.config import LoRAConfig, check_number, has_split_base
 from fastlora.merge_files import durable
 
 _PARTS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias": "lora_bias"}
@@ -63,7 +63,9 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
     _check_mergeable(folder, config)
     shapes = files.read_shapes(folder)
     along = {name for name in shapes if _is_copy(name, config)}
-    copies = {place_of(n): Stored(folder / files.WEIGHTS_NAME, files.PREFIX + n) for n in along}
+    copies = {
+        strip_peft_wrappers(n): Stored(folder / files.WEIGHTS_NAME, files.PREFIX + n) for n in along
+    }
     _check_finite(folder, copies)
     own = {name: shape for name, shape in shapes.items() if name not in along}
     tensors = files.read_tensors(folder, own, along)
@@ -107,7 +109,7 @@ def _check_mergeable(folder: Path, config: LoRAConfig) -> None:
             f"{list(config.modules_to_save)}), which files are not merged with: load it into the "
             "model, merge_and_unload, and save that"
         )
-    if moves_base(config.init_lora_weights):
+    if has_split_base(config.init_lora_weights):
         raise ValueError(
             f"{folder}: init_lora_weights={config.init_lora_weights!r} has split the base's "
             "weights: load it into the model, which splits them again, merge_and_unload, and save "

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config.listing import some
-from fastlora.inspection.bypassed import bypassed
-from fastlora.inspection.wrapping import places
+from fastlora.config.listing import list_some
+from fastlora.inspection.bypass import explain_bypass
+from fastlora.inspection.layers import find_places
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.places import Places
 from fastlora.merge_files.renaming import on_meta
@@ -42,7 +42,7 @@ def unfit(base: Checkpoint, adapter: AdapterFolder, its_places: Places) -> dict[
         model = on_meta(base)
     except LookupError:
         return {}
-    found, by_module, holders = {}, places(model), _holders(model)
+    found, by_module, holders = {}, find_places(model), _holders(model)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
@@ -53,7 +53,7 @@ def unfit(base: Checkpoint, adapter: AdapterFolder, its_places: Places) -> dict[
             continue
         module = modules[known]
         own = by_module[module][0]
-        reason = bypassed(model, own)
+        reason = explain_bypass(model, own)
         if reason is not None:
             found[name] = f"{reason}, so the adapter has had no part in the model"
             continue
@@ -61,7 +61,7 @@ def unfit(base: Checkpoint, adapter: AdapterFolder, its_places: Places) -> dict[
         files = {other: its_places.files.get(other, other) for other in others}
         others = {other for other, file in files.items() if f"{file}.weight" not in base.holder}
         if others and module is not model.get_output_embeddings():  # pyright: ignore
-            found[name] = f"its weight is also that of {some(others)}, which would change too"
+            found[name] = f"its weight is also that of {list_some(others)}, which would change too"
     return found
 
 

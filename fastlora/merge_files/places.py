@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.merge_files import renaming
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.renaming import Renaming
@@ -114,7 +114,7 @@ def _read(
     if len(best) > 1 and best[0] != ("", ""):
         prefixes = " and ".join(repr(before) if before else f"no {gone!r}" for gone, before in best)
         return ValueError(
-            f"{adapter.folder}: its layers ({some(adapter.layers)}) fit several parts of "
+            f"{adapter.folder}: its layers ({list_some(adapter.layers)}) fit several parts of "
             f"{base.folder}, with {prefixes}: expected names that say which"
         )
     return Places(files, *(best[0] if best else ("", "")), old=old)
@@ -159,8 +159,9 @@ def _check_single(base: Checkpoint, adapter: AdapterFolder, found: Places, table
         sources = made[min(made)]
         raise ValueError(
             f"{adapter.folder}: {len(made)} of its layers have weights that transformers computes "
-            f"while loading and that are not in {base.folder} as such ({some(made)}; the first of "
-            f"{some(sources)}): load it into the model, merge_and_unload, and save that"
+            f"while loading and that are not in {base.folder} as such ({list_some(made)}; the "
+            f"first of {list_some(sources)}): load it into the model, merge_and_unload, and save "
+            "that"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import functional
-from fastlora.config.listing import by_reason, some
+from fastlora.config.listing import group_by_reason, list_some
 from fastlora.functional.receipt import Adapter
 from fastlora.merge_files import model_code, places, vocabulary
 from fastlora.merge_files.adapters import AdapterFolder, Layer
@@ -140,8 +140,8 @@ def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial
     if unfit and (not allow_partial or len(left) == len(adapter.layers)):
         raise ValueError(
             f"{adapter.folder}: cannot be merged into {plan.base.folder}: "
-            f"{some(by_reason(unfit), separator='; ')} (allow_partial=True, --allow-partial, "
-            "leaves such layers out)"
+            f"{list_some(group_by_reason(unfit), separator='; ')} (allow_partial=True, "
+            "--allow-partial, leaves such layers out)"
         )
     plan.skipped += [f"{name} of {adapter.folder}: {reason}" for name, reason in unfit.items()]
     for name, layer in adapter.layers.items():
@@ -200,14 +200,14 @@ def _incomplete(
     if absent:
         said.append(
             f"{len(absent)} of its {len(adapter.layers)} layers are not in {base.folder}: "
-            f"{some(places.kinds(absent))}"
+            f"{list_some(places.kinds(absent))}"
         )
     if absent and found.unknown:
         said.append(found.unknown)
     if unfilled and not found.unknown:  # or they are the same layers by other names
         said.append(
             f"its config names {len(unfilled)} layers that its file lacks: "
-            f"{some(places.kinds(unfilled))}"
+            f"{list_some(places.kinds(unfilled))}"
         )
     if any(name.endswith("lm_head") for name in absent) and base.option(
         "tie_word_embeddings", True

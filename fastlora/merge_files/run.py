@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.functional import fidelity
 from fastlora.functional.fidelity import Fidelity, FidelityWarning
 from fastlora.merge_files import arguments, durable, journal, others, plan, shards
@@ -93,7 +93,7 @@ def merge_checkpoint(
     """
     merged = merge_folder(base, adapters, out, dtype=dtype, allow_partial=allow_partial)
     if merged.skipped:
-        left_out = some(merged.skipped, 8, "; ")
+        left_out = list_some(merged.skipped, 8, "; ")
         warnings.warn(f"{len(merged.skipped)} layers were left out: {left_out}", stacklevel=2)
     if merged.exchanged:
         warnings.warn("; ".join(merged.exchanged), stacklevel=2)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from fastlora.adapters.base_copies import frozen, of_its_own
-from fastlora.adapters.stored import Rows, Stored, agree, differing
+from fastlora.adapters.base_copies import describe_own_rows, is_frozen_weight
+from fastlora.adapters.stored import OwnRows, Stored, find_differing_rows, have_same_rows
 from fastlora.merge_files.adapters import AdapterFolder
 from fastlora.merge_files.places import Places
 from fastlora.merge_files.shards import Checkpoint, Entry, Shard
@@ -98,7 +98,7 @@ def find(
             continue
         (first, stored), *others = copies
         for other, another in others:
-            if not agree(stored, another):
+            if not have_same_rows(stored, another):
                 raise ValueError(
                     f"{first.folder} and {other.folder}: they have different rows of {place}: "
                     "merge one of them, and the other into what that gives"
@@ -120,7 +120,7 @@ def find(
 
 @dataclass(frozen=True)
 class _Changed:
-    rows: Rows | None  # None where there are only fewer
+    rows: OwnRows | None  # None where there are only fewer
 
 
 def _changed(
@@ -134,21 +134,21 @@ def _changed(
             f"{base.folder}, got {stored.shape}"
         )
     tensor = base.holder[place].read(place)
-    rows = differing(stored, lambda start, stop: tensor[start:stop])
+    rows = find_differing_rows(stored, lambda start, stop: tensor[start:stop])
     if rows is None and stored.shape == entry.shape:
         return None
     if entry.shape[0] != base.option("vocab_size"):
-        own = of_its_own(place, rows)
+        own = describe_own_rows(place, rows)
         raise ValueError(f"{adapter.folder}: {own}, which is no embedding: {_ANOTHER}")
-    if rows is not None and frozen(stored.key) and _old(entry.shape[0], rows):
+    if rows is not None and is_frozen_weight(stored.key) and _old(entry.shape[0], rows):
         raise ValueError(
-            f"{adapter.folder}: {of_its_own(place, rows)}, though PEFT freezes the weight of a "
-            f"layer with LoRA: {_ANOTHER}"
+            f"{adapter.folder}: {describe_own_rows(place, rows)}, though PEFT freezes the weight "
+            f"of a layer with LoRA: {_ANOTHER}"
         )
     return _Changed(rows)
 
 
-def _old(before: int, rows: Rows) -> int:
+def _old(before: int, rows: OwnRows) -> int:
     """How many of the rows are none that were added to ``before``, in the file or by its base."""
     return 0 if rows.of == before and rows.added else int((rows.indices < before).sum())
 
@@ -179,7 +179,7 @@ def _is_twin(base: Checkpoint, adapter: AdapterFolder, places: Places, name: str
     for other, stored in adapter.copies.items():
         owner = other.rpartition(".")[0]
         if other.endswith(kind) and f"{places.of(owner)}.{kind}" in base.holder:
-            if agree(adapter.copies[name], stored):
+            if have_same_rows(adapter.copies[name], stored):
                 return True
             raise ValueError(
                 f"{adapter.folder}: {name} and {other} differ, and in {base.folder} they are one "
@@ -197,7 +197,7 @@ def _is_twin(base: Checkpoint, adapter: AdapterFolder, places: Places, name: str
 
 def _is_copy(shard: Shard, entry: Entry, stored: Stored) -> bool:
     tensor = shard.read(entry.name)
-    return differing(stored, lambda start, stop: tensor[start:stop]) is None
+    return find_differing_rows(stored, lambda start, stop: tensor[start:stop]) is None
 
 
 def _missing(

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.undo import Undo, all_or_none
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.functional import merge_groups
 from fastlora.functional.fidelity import LOW_GAIN, FidelityWarning
 from fastlora.functional.receipt import Adapter, MergeReceipt
-from fastlora.inspection import trial
-from fastlora.inspection.wrapping import unwrapped
-from fastlora.model import checkpoint, tied
-from fastlora.model.report import forget, missing, saved, swap
-from fastlora.modules.linear import LoRALayer, lora_layers
-from fastlora.modules.several import trained_layers
+from fastlora.inspection import first_forward
+from fastlora.inspection.wrappers import unwrap
+from fastlora.model import tied
+from fastlora.model.load import read_adapter
+from fastlora.model.record import forget, get_saved_modules, make_missing_error
+from fastlora.modules.layer import LoRALayer, find_lora_layers
+from fastlora.modules.replacement import replace_module
+from fastlora.modules.trained import find_trained_layers
 
 _SETTINGS = ("lora_alpha", "use_rslora", "scaling", "lora_dropout", "_fidelity")
 
@@ -61,10 +63,10 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     before stay so, once they were seen to be what their merge left. untie, errors and their
     guarantee as in ``merge_adapter``.
     """
-    inner = unwrapped(model)
-    layers = dict(lora_layers(inner))
+    inner = unwrap(model)
+    layers = dict(find_lora_layers(inner))
     if not layers:
-        raise missing(model)
+        raise make_missing_error(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     fresh = {name: layer for name, layer in layers.items() if not layer.merged}
     names: dict[nn.Module, list[str]] = {layer: [] for layer in layers.values()}
@@ -77,12 +79,12 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         _merge(model, fresh, untie, False, undo)
         plain = {layer: layer.to_linear() for layer in layers.values()}
         for layer, linear in plain.items():
-            undo.push(swap, inner, names[layer], layer)
-            swap(inner, names[layer], linear)
-        if saved(inner):
+            undo.push(replace_module, inner, names[layer], layer)
+            replace_module(inner, names[layer], linear)
+        if get_saved_modules(inner):
             tied.note_untied(inner, undo)
         forget(inner)
-    trial.stop_all(inner)
+    first_forward.unwatch_all(inner)
     return model
 
 
@@ -96,12 +98,12 @@ def swap_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     ``load_adapter`` and ``merge_adapter``, every byte as before.
     """
     layers = _layers(model, merged=True)
-    if saved(model):
+    if get_saved_modules(model):
         raise ValueError(
-            f"modules_to_save: the adapter trains {some(saved(model))} whole, which is not "
-            "swapped: unmerge_adapter, load_adapter and merge_adapter"
+            f"modules_to_save: the adapter trains {list_some(get_saved_modules(model))} whole, "
+            "which is not swapped: unmerge_adapter, load_adapter and merge_adapter"
         )
-    loaded = checkpoint.read_adapter(model, directory, merged=True)
+    loaded = read_adapter(model, directory, merged=True)
     adapters = [loaded.adapter_of(name, layer) for name, layer in layers.items()]
     with all_or_none() as undo, errors.named(list(layers)):
         receipts = [layer.needed_receipt() for layer in layers.values()]
@@ -128,16 +130,16 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     (init_lora_weights "pissa", "olora") stays what that left. What was merged is merged again at
     the end, whatever became of the adapter in between.
     """
-    layers, trained = dict(lora_layers(model)), dict(trained_layers(model))
+    layers, trained = dict(find_lora_layers(model)), dict(find_trained_layers(model))
     if not layers and not trained:
-        raise missing(model)
+        raise make_missing_error(model)
     merged = {name: layer for name, layer in layers.items() if layer.merged}
     receipts = _unmerge(merged)
     before = {layer: layer.adapter_disabled for layer in (*layers.values(), *trained.values())}
     try:
         for layer in before:
             layer.adapter_disabled = True
-        with _originals_in_place(unwrapped(model)):
+        with _originals_in_place(unwrap(model)):
             yield model
     finally:
         for layer, state in before.items():
@@ -147,20 +149,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def _originals_in_place(model: nn.Module) -> Iterator[None]:
-    there = {name: model.get_submodule(name) for name in saved(model)}
+    there = {name: model.get_submodule(name) for name in get_saved_modules(model)}
     try:
-        for name, module in saved(model).items():
-            swap(model, [name], module.follow())
+        for name, module in get_saved_modules(model).items():
+            replace_module(model, [name], module.match_copy())
         yield
     finally:
         for name, module in there.items():
-            swap(model, [name], module)
+            replace_module(model, [name], module)
 
 
 def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
-    layers = dict(lora_layers(model))
+    layers = dict(find_lora_layers(model))
     if not layers:
-        raise missing(model)
+        raise make_missing_error(model)
     wrong = [name for name, layer in layers.items() if layer.merged != merged]
     if wrong:
         state = "not merged" if merged else "merged already"
@@ -173,16 +175,16 @@ def _layers(model: nn.Module, *, merged: bool) -> dict[str, LoRALayer]:
 def _merge(
     model: nn.Module, layers: dict[str, LoRALayer], untie: bool, snapshot: bool, undo: Undo
 ) -> None:
-    inner = unwrapped(model)
+    inner = unwrap(model)
     for name, layer in layers.items():
         with errors.named([name]):
             layer.check_mergeable()
     adding = {n: e for n, e in layers.items() if e.lora_bias is not None or e.lora_B.any()}
-    trial.refuse(inner, adding)
+    first_forward.refuse_idle(inner, adding)
     if untie:
         tied.untie(inner, layers, undo)
     else:
-        tied.refuse(inner, layers)
+        tied.refuse_tied(inner, layers)
     with errors.named(list(layers)):
         samples = [layer.sampled() for layer in layers.values()]
         adapters = [layer.adapter for layer in layers.values()]

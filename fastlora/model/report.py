@@ -1,58 +1,43 @@
-"""What was done to a model, noted on it, and the report of it."""
+"""The report of what was done to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from fastlora.config import LoRAConfig
-from fastlora.config.listing import by_reason
+from fastlora.config.listing import group_by_reason
 from fastlora.functional.fidelity import Fidelity
-from fastlora.inspection.trial import noted
-from fastlora.inspection.wrapping import peft_layers, unwrapped
-from fastlora.modules.linear import lora_layers
-from fastlora.modules.saved_modules import Saved
-from fastlora.modules.several import MultiLoRALinear, TrainingRows, trained_layers
-from fastlora.rows.entry import Watch
+from fastlora.inspection.first_forward import get_reading_module
+from fastlora.inspection.wrappers import unwrap
+from fastlora.model.record import RECORD, Injection
+from fastlora.modules.layer import find_lora_layers
+from fastlora.modules.served import MultiLoRALinear
+from fastlora.modules.trained import find_trained_layers
 
-_RECORD = "_fastlora_injection"
-
-# What others, who know layers of other kinds, have to say of a model: fields of ``Report``.
-others: list[Callable[[nn.Module], dict[str, Any]]] = []
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What ``replace_linear`` was asked for, and what it left alone and why.
-
-    rows: of several adapters in training, which the batch's rows belong to; watch: where it comes
-    into the model. saved: by name, the modules that are trained whole. carried: tensors of the
-    base, by their names in PEFT's files, in which an adapter has put rows of its own.
-    """
-
-    config: LoRAConfig
-    skipped: dict[str, str]
-    rows: TrainingRows | None = None
-    saved: dict[str, Saved] = field(default_factory=dict)
-    carried: frozenset[str] = frozenset()
-    watch: Watch | None = None
+# Functions that add what they know of layers of other kinds: fields of ``Report``.
+describers: list[Callable[[nn.Module], dict[str, Any]]] = []
 
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a model with LoRA; ``str()`` of it is for people.
+    """State of a model with LoRA; ``str()`` of it is for people.
 
-    replaced: {layer: rank}; skipped: {layer: reason}; trainable and total: how many parameters;
-    merged: layers whose weight holds the adapter; fidelity: {merged layer: how much of its adapter
-    has arrived}; untied: {layer: whose weight its was}; modules_to_save: modules that are trained
-    whole; around: {replaced layer of a PEFT model: why its base computes its own output, onto which
-    the adapter is added}; misstated: {layer of a PEFT model: which adapter runs at another rank or
-    scaling than its config says}, as after hot-swapping, where PEFT saves what the config says;
-    bypassed: {layer: in whose forward its weight was read, while it was
-    never called itself: its adapter has no effect}.
+    - replaced: {layer: rank}
+    - skipped: {layer: reason}
+    - trainable, total: how many parameters
+    - merged: layers whose weight holds the adapter
+    - fidelity: {merged layer: how much of its adapter has arrived}
+    - untied: {layer: the weights that its own was tied with}
+    - modules_to_save: modules that are trained whole
+    - around: {replaced layer of a PEFT model: why its base computes its own output, onto which the
+      adapter is added}
+    - misstated: {layer of a PEFT model: which adapter runs at another rank or scaling than its
+      config says}, as after hot-swapping, where PEFT saves what the config says
+    - bypassed: {layer: the module whose forward read its weight, while the layer was never called}:
+      its adapter has no effect
     """
 
     replaced: dict[str, int] = field(default_factory=dict)
@@ -81,28 +66,30 @@ class Report:
             worst = min(self.fidelity, key=lambda name: self.fidelity[name].gain)
             lines.append(f"least of its adapter arrived in {worst}: {self.fidelity[worst]}")
         lines += [f"untied {name} from {', '.join(of)}" for name, of in self.untied.items()]
-        lines += [f"added onto the base's own output: {each}" for each in by_reason(self.around)]
-        lines += [f"not as PEFT would save it: {each}" for each in by_reason(self.misstated)]
+        lines += [
+            f"added onto the base's own output: {each}" for each in group_by_reason(self.around)
+        ]
+        lines += [f"not as PEFT would save it: {each}" for each in group_by_reason(self.misstated)]
         unseen = {name: f"never called, but read by {of}" for name, of in self.bypassed.items()}
-        lines += [f"without effect: {each}" for each in by_reason(unseen)]
-        lines += [f"skipped {each}" for each in by_reason(self.skipped)]
+        lines += [f"without effect: {each}" for each in group_by_reason(unseen)]
+        lines += [f"skipped {each}" for each in group_by_reason(self.skipped)]
         return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
-    """What has been done to ``model``: replaced, skipped and why, trainable, merged.
+    """Reports what has been done to ``model``: replaced, skipped and why, trainable, merged.
 
     Of any model: one without LoRA layers has nothing replaced. Raises TypeError for no model.
     """
-    inner = unwrapped(model)
-    layers = dict(lora_layers(inner))
+    inner = unwrap(model)
+    layers = dict(find_lora_layers(inner))
     served = {
         n: m.lora_A.shape[1] for n, m in inner.named_modules() if isinstance(m, MultiLoRALinear)
     }
-    trained = {name: layer.r for name, layer in trained_layers(inner)}
+    trained = {name: layer.r for name, layer in find_trained_layers(inner)}
     parameters = list(inner.parameters())
-    record: Injection | None = getattr(inner, _RECORD, None)
-    found = Report(
+    record: Injection | None = getattr(inner, RECORD, None)
+    result = Report(
         replaced={name: layer.r for name, layer in layers.items()} | served | trained,
         skipped=dict(record.skipped) if record else {},
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -111,78 +98,15 @@ def report(model: nn.Module) -> Report:
         fidelity={n: layer.fidelity for n, layer in layers.items() if layer.fidelity is not None},
         untied={name: layer.untied for name, layer in layers.items() if layer.untied},
         modules_to_save=tuple(record.saved) if record else (),
-        bypassed={n: who for n, m in inner.named_modules() if (who := noted(m)) is not None},
+        bypassed={
+            n: reader
+            for n, m in inner.named_modules()
+            if (reader := get_reading_module(m)) is not None
+        },
     )
-    for describe in others:
-        more = describe(inner)
-        merged = found.merged + more.pop("merged", ())
-        fields = {key: getattr(found, key) | value for key, value in more.items()}
-        found = replace(found, merged=merged, **fields)
-    return found
-
-
-def injection(model: nn.Module) -> Injection:
-    """What ``replace_linear`` noted on ``model``; RuntimeError when it never ran."""
-    record = getattr(unwrapped(model), _RECORD, None)
-    if record is None:
-        raise RuntimeError(
-            "model: expected one that went through fastlora.replace_linear, found "
-            f"{_in_their_place(model)}"
-        )
-    return record
-
-
-def missing(model: nn.Module) -> RuntimeError:
-    """The error where a model has no ``FastLoRALinear``; says what it has in their place."""
-    found = _in_their_place(model)
-    return RuntimeError(f"model: expected one with FastLoRALinear layers, found {found}")
-
-
-def saved(model: nn.Module) -> dict[str, Saved]:
-    """By name, the modules of ``model`` that are trained whole; often none."""
-    record: Injection | None = getattr(unwrapped(model), _RECORD, None)
-    return dict(record.saved) if record else {}
-
-
-def carries(model: nn.Module) -> frozenset[str]:
-    """The tensors of ``model``'s base in which an adapter's rows are; often none."""
-    record: Injection | None = getattr(unwrapped(model), _RECORD, None)
-    return record.carried if record else frozenset()
-
-
-def training_rows(model: nn.Module) -> TrainingRows:
-    """What ``use_adapters`` tells the layers of ``model``."""
-    rows = injection(model).rows
-    if rows is None:
-        raise RuntimeError(
-            "model: expected one with several adapters, of replace_linear(..., adapter_names=)"
-        )
-    return rows
-
-
-def _in_their_place(model: nn.Module) -> str:
-    if next(trained_layers(model), None) is not None:
-        return "several adapters in training: save one and load it alone"
-    if peft_layers(unwrapped(model)):
-        return (
-            "PEFT's: call the PEFT model's own methods, patched or not (save_pretrained, "
-            "merge_adapter, disable_adapter, …)"
-        )
-    return "none"
-
-
-def remember(model: nn.Module, record: Injection) -> None:
-    """Notes on ``model`` what its LoRA layers are, for ``injection``."""
-    setattr(unwrapped(model), _RECORD, record)
-
-
-def forget(model: nn.Module) -> None:
-    """Takes the note away, where there is one."""
-    vars(unwrapped(model)).pop(_RECORD, None)
-
-
-def swap(model: nn.Module, names: Iterable[str], layer: nn.Module) -> None:
-    """Puts ``layer`` where ``model`` has a module under each of ``names``."""
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(unwrapped(model).get_submodule(parent), child, layer)
+    for describe in describers:
+        details = describe(inner)
+        merged = result.merged + details.pop("merged", ())
+        fields = {key: getattr(result, key) | value for key, value in details.items()}
+        result = replace(result, merged=merged, **fields)
+    return result

@@ -15,29 +15,29 @@ from fastlora.modules.linear import FastLoRALinear
 
 
 class ColwiseParallel(parallel.ColwiseParallel):
-    """torch's; lora_B (N, r) is sharded as the weight is, lora_A replicated.
+    """``torch``'s style; lora_B (N, r) is sharded as the weight is, lora_A replicated.
 
     Raises RuntimeError for a merged layer, TypeError for one of several adapters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        before = _before(module)
-        return _placed(super()._apply(module, device_mesh), before, Replicate())
+        before = _list_trained(module)
+        return _place_adapter(super()._apply(module, device_mesh), before, Replicate())
 
 
 class RowwiseParallel(parallel.RowwiseParallel):
-    """torch's; lora_A (r, K) is sharded as the weight is, lora_B replicated.
+    """``torch``'s style; lora_A (r, K) is sharded as the weight is, lora_B replicated.
 
     Raises RuntimeError for a merged layer, TypeError for one of several adapters.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        before = _before(module)
-        return _placed(super()._apply(module, device_mesh), before, Shard(1))
+        before = _list_trained(module)
+        return _place_adapter(super()._apply(module, device_mesh), before, Shard(1))
 
 
-def _before(module: nn.Module) -> dict[str, bool]:
-    """Which parameters are trained."""
+def _list_trained(module: nn.Module) -> dict[str, bool]:
+    """Lists which parameters are trained."""
     if getattr(module, "holds_lora", False) and not isinstance(module, FastLoRALinear):
         kind = type(module).__name__
         raise TypeError(f"module: expected a linear with one adapter or none, got a {kind}")
@@ -46,11 +46,11 @@ def _before(module: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in module.named_parameters()}
 
 
-def _placed(module: nn.Module, trained: dict[str, bool], lora_A: Placement) -> nn.Module:
+def _place_adapter(module: nn.Module, trained: dict[str, bool], lora_A: Placement) -> nn.Module:
     if isinstance(module, FastLoRALinear):
-        whole = module.lora_A.data
-        assert isinstance(whole, DTensor)
-        module.lora_A = nn.Parameter(whole.redistribute(placements=[lora_A]))
+        lora_A_whole = module.lora_A.data
+        assert isinstance(lora_A_whole, DTensor)
+        module.lora_A = nn.Parameter(lora_A_whole.redistribute(placements=[lora_A]))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trained[name])
     return module

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from fastlora.backends.merge_lists.undo import Undo
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.functional.checks.merge import overlap
-from fastlora.inspection.plain import is_plain
-from fastlora.inspection.wrapping import places
-from fastlora.modules.linear import LoRALayer
+from fastlora.inspection.layers import find_places
+from fastlora.inspection.plain_tensors import is_plain
+from fastlora.modules.layer import LoRALayer
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
-def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
-    """Of each layer whose weight has elements in common with others' parameters, their names.
+def find_tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
+    """Finds the layers whose weight shares elements with other parameters, and the names of those.
 
     Tied parameters and overlapping views count; slices of one storage that do not overlap are none.
     So do other places of a plain layer, which has no adapter there.
@@ -29,14 +29,14 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
         # Buffers too: what reads one would change as well.
         for kind, parameter in (*module._parameters.items(), *module._buffers.items()):
             if parameter is not None and parameter.numel():
-                owners.setdefault(_memory(parameter), []).append(
+                owners.setdefault(_find_memory(parameter), []).append(
                     (f"{name}.{kind}", module, parameter)
                 )
-    found, elsewhere = {}, places(model)
+    names_of_tied, elsewhere = {}, find_places(model)
     for layer in layers:
         weight = layer._parameters["weight"]
         assert weight is not None
-        sharing = owners.get(_memory(weight), [])
+        sharing = owners.get(_find_memory(weight), [])
         others = [
             name
             for name, module, parameter in sharing
@@ -46,35 +46,35 @@ def tied(model: nn.Module, layers: Iterable[_Layer]) -> dict[_Layer, list[str]]:
         if not getattr(layer, "holds_lora", False):
             others += [f"{name}.weight" for name in elsewhere.get(layer, ([], []))[1]]
         if others:
-            found[layer] = others
-    return found
+            names_of_tied[layer] = others
+    return names_of_tied
 
 
-def _memory(parameter: torch.Tensor) -> int:
+def _find_memory(parameter: torch.Tensor) -> int:
     # Of a subclass that wraps others (quantized, say) there is no storage, only the object.
     return parameter.untyped_storage().data_ptr() if is_plain(parameter) else -id(parameter)
 
 
-def refuse(
+def refuse_tied(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     remedy: str = "exclude the layer, or merge with untie=True to give it a copy",
 ) -> None:
-    """RuntimeError, with the remedy, where merging into one of ``layers`` would change others."""
-    found = tied(model, layers.values())
+    """Raises RuntimeError, with the remedy, where merging into ``layers`` would change others."""
+    names_of_tied = find_tied(model, layers.values())
     for name, layer in layers.items():
-        if layer in found:
+        if layer in names_of_tied:
             raise RuntimeError(
-                f"{name}: its weight is tied with {some(found[layer])}, which merging would "
-                f"change too; {remedy}"
+                f"{name}: its weight is tied with {list_some(names_of_tied[layer])}, which "
+                f"merging would change too; {remedy}"
             )
 
 
-def _tying_configs(model: nn.Module) -> list[Any]:
-    """A transformers model's config, and its text model's, where they tie the embeddings."""
+def _find_tying_configs(model: nn.Module) -> list[Any]:
+    """Finds a transformers model's config, and its text model's, where they tie the embeddings."""
     config = getattr(model, "config", None)
-    found = (config, getattr(config, "text_config", None))
-    return [each for each in found if getattr(each, "tie_word_embeddings", False) is True]
+    configs = (config, getattr(config, "text_config", None))
+    return [each for each in configs if getattr(each, "tie_word_embeddings", False) is True]
 
 
 def note_untied(model: nn.Module, undo: Undo) -> None:
@@ -82,12 +82,12 @@ def note_untied(model: nn.Module, undo: Undo) -> None:
     ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     weights = [getattr(end, "weight", None) for end in ends]
     if None not in weights and weights[0] is not weights[1]:
-        _set_tying(_tying_configs(model), undo)
+        _set_tying(_find_tying_configs(model), undo)
 
 
 def untie(model: nn.Module, layers: dict[str, LoRALayer], undo: Undo) -> None:
     """Gives each of ``layers`` that is tied a weight of its own; ``undo`` ties them again."""
-    untied = tied(model, layers.values())
+    untied = find_tied(model, layers.values())
     for layer, others in untied.items():
         own = layer.weight.detach().clone()
         undo.push(_tie, layer, layer._parameters["weight"])
@@ -95,7 +95,7 @@ def untie(model: nn.Module, layers: dict[str, LoRALayer], undo: Undo) -> None:
         layer.untied = tuple(others)
     if untied:
         # Or tie_weights(), and whoever reads the saved config, would tie them again.
-        _set_tying(_tying_configs(model), undo)
+        _set_tying(_find_tying_configs(model), undo)
 
 
 def _tie(layer: LoRALayer, weight: nn.Parameter) -> None:

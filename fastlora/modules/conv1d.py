@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import config as settings
-from fastlora.inspection.wrapping import is_conv1d, matrix_of
-from fastlora.modules.linear import LoRALayer, check_drawn
+from fastlora.inspection.layers import get_matrix, is_conv1d
+from fastlora.modules.layer import AdapterOptions, LoRALayer
 
 
 class FastLoRAConv1D(LoRALayer):
@@ -39,21 +38,20 @@ class FastLoRAConv1D(LoRALayer):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        settings.check_layer(r, lora_alpha, lora_dropout)
-        check_drawn(init_lora_weights)
+        options = AdapterOptions(
+            r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
+        ).check()
         super().__init__()
         self.nf, self.nx = self.out_features, self.in_features = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(nf, device=device, dtype=dtype))
         self.reset_parameters()
-        self._settle(
-            r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
-        )
+        self._set_up(options)
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module, r: int = 8, **options: Any) -> FastLoRAConv1D:
-        """A layer around a ``Conv1D``'s weight and bias, frozen by it; as ``from_linear``."""
-        return cls._frozen(conv1d, r, **options)
+        """Makes a layer around a ``Conv1D``'s weight and bias, frozen by it; as ``from_linear``."""
+        return cls._share_frozen(conv1d, r, **options)
 
     @property
     def matrix(self) -> Tensor:
@@ -71,15 +69,15 @@ class FastLoRAConv1D(LoRALayer):
         return f"nf={self.nf}, nx={self.nx}" + super().extra_repr()
 
     @classmethod
-    def _misfit(cls, linear: nn.Module) -> str | None:
+    def _explain_misfit(cls, linear: nn.Module) -> str | None:
         return None if is_conv1d(linear) else "it is for FastLoRALinear.from_linear"
 
     @classmethod
-    def _like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRAConv1D:
-        nf, nx = matrix_of(linear).shape
+    def _make_like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRAConv1D:
+        nf, nx = get_matrix(linear).shape
         return cls(nf, nx, r, **options)
 
-    def _plain(self) -> nn.Module:
+    def _make_plain(self) -> nn.Module:
         kind = importlib.import_module("transformers.pytorch_utils").Conv1D
         with torch.device("meta"):
             return kind(self.nf, self.nx)

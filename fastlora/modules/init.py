@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.undo import Undo
-from fastlora.config import iterations
+from fastlora.config import parse_iterations
 from fastlora.functional.checks.merge import own_elements
 from fastlora.modules.merging import Mergeable
 
@@ -82,7 +82,7 @@ def decomposed(weight: Tensor, r: int, scaling: float, how: str) -> tuple[Tensor
         Q, R = torch.linalg.qr(wide)
         A, B = R[:r], Q[:, :r]
     else:
-        A, B = _principal(wide, r, scaling, iterations(how))
+        A, B = _principal(wide, r, scaling, parse_iterations(how))
     residual = (wide - scaling * B @ A).to(weight.dtype)
     if not all(bool(t.isfinite().all()) for t in (A, B, residual)):
         raise ValueError(

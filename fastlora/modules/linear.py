@@ -1,231 +1,27 @@
-"""Linear layers with LoRA, to stand where an ``nn.Linear`` stood."""
+"""``nn.Linear`` with LoRA."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastlora import config as settings
-from fastlora import functional as F
-from fastlora.backends.merge_lists.undo import all_or_none
-from fastlora.inspection.wrapping import adopt, lora_dtype_for, plain_name, unsupported, unwrapped
-from fastlora.modules import init as initial
-from fastlora.modules import sharded as sharding
-from fastlora.modules.merging import Mergeable
-
-_LORA_NAMES = ("lora_A", "lora_B", "lora_bias")
-# FastLoRALinear's attributes that a plain linear does not inherit from it.
-_OWN = frozenset(
-    {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "scaling"}
-    | {"adapter_disabled", "_receipt", "_fidelity", "untied", "in_features", "out_features"}
-    | {"_fastlora_bypassed"}
-)
-_Layer = TypeVar("_Layer", bound="LoRALayer")
-# What a DTensor is not.
-_PLAIN = (nn.Parameter, Tensor)
-
-
-class LoRALayer(Mergeable, ABC):
-    """What linear layers with LoRA have in common, whichever way their weight lies."""
-
-    holds_lora = True
-    fan_in_fan_out = False
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-    init_lora_weights: bool | str
-    untied: tuple[str, ...]
-
-    def _settle(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        lora_bias: bool,
-        init_lora_weights: bool | str,
-        lora_dtype: torch.dtype | None,
-    ) -> None:
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.lora_dropout, self.init_lora_weights = float(lora_dropout), init_lora_weights
-        self.scaling = settings.scaling(lora_alpha, r, use_rslora)
-        self.adapter_disabled = False
-        self._receipt = None
-        self._fidelity = None
-        # Whose weight its own once was: see merge_adapter(untie=True).
-        self.untied = ()
-        self._add_lora(lora_bias, lora_dtype)
-
-    @classmethod
-    def _sharing(
-        cls: type[_Layer],
-        linear: nn.Module,
-        r: int,
-        *,
-        lora_bias: bool = False,
-        lora_dtype: torch.dtype | None = None,
-        init_lora_weights: bool | str = True,
-        **options: Any,
-    ) -> _Layer:
-        """Around ``linear``'s weight, which an init that splits it has not changed yet."""
-        reason = unsupported(linear) or cls._misfit(linear)
-        if reason is not None:
-            raise TypeError(f"linear: {reason}")
-        clash = {"bias", "device", "dtype"} & options.keys()
-        if clash:
-            raise TypeError(f"{', '.join(sorted(clash))}: it is the given layer's, got another")
-        settings.check_init(init_lora_weights)
-        layer = cls._like(linear, r, device="meta", dtype=linear.weight.dtype, **options)
-        adopt(layer, linear)
-        layer.init_lora_weights = init_lora_weights
-        layer._add_lora(lora_bias, lora_dtype)
-        return layer
-
-    @classmethod
-    def _frozen(cls: type[_Layer], linear: nn.Module, r: int, **options: Any) -> _Layer:
-        layer = cls._sharing(linear, r, **options)
-        how = layer.init_lora_weights
-        if settings.moves_base(how):
-            with all_or_none() as undo:
-                initial.split_bases({"": layer}, str(how), undo)
-        for parameter in (layer.weight, layer.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
-        return layer
-
-    def _add_lora(self, lora_bias: bool, dtype: torch.dtype | None) -> None:
-        base = self.weight
-        kind = {"device": base.device, "dtype": lora_dtype_for(base.dtype, dtype)}
-        self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, **kind))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, **kind))
-        extra = nn.Parameter(torch.empty(self.out_features, **kind)) if lora_bias else None
-        self.register_parameter("lora_bias", extra)
-        if not settings.moves_base(self.init_lora_weights):
-            self.reset_lora_parameters()
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by name: lora_A, lora_B and, where there is one, lora_bias.
-
-        Raises RuntimeError where one is no parameter but computed at each call.
-        """
-        computed = [name for name in _LORA_NAMES if name not in self._parameters]
-        if computed:
-            raise RuntimeError(
-                f"{computed[0]}: expected a parameter, but it is computed (parametrized, "
-                "weight_norm?): make that permanent first"
-            )
-        return self._own_parameters()
-
-    def _own_parameters(self) -> dict[str, nn.Parameter]:
-        found = {name: self._parameters.get(name) for name in _LORA_NAMES}
-        return {name: p for name, p in found.items() if isinstance(p, nn.Parameter)}
-
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        """Initialises the adapter as ``init_lora_weights`` says."""
-        if settings.moves_base(self.init_lora_weights):
-            raise RuntimeError(
-                f"init_lora_weights: {self.init_lora_weights!r} has split the base's weight, which "
-                "cannot be done again: load the base, and make the layer from it"
-            )
-        initial.init_lora(self.lora_A, self.lora_B, self.init_lora_weights)
-        if self.lora_bias is not None:
-            nn.init.zeros_(self.lora_bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input (..., in_features) of the weight's dtype to (..., out_features)."""
-        if self._receipt is not None:
-            self._refuse_training()
-            return F.base_linear(input, self.matrix, self.merged_bias())
-        if self.adapter_disabled:
-            return F.base_linear(input, self.matrix, self.bias)
-        matrix = self.matrix
-        return (F if type(matrix) in _PLAIN else sharding).lora_linear(
-            input,
-            matrix,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            bias=self.bias,
-            lora_bias=self.lora_bias,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-        )
-
-    def to_linear(self) -> nn.Module:
-        """The plain layer around the weight as it is, with ``merged_bias`` if merged."""
-        bias = self.merged_bias() if self.merged else self.bias
-        linear = self._plain()
-        adopt(linear, self, without=_OWN)
-        if bias is not None and bias is not self.bias:
-            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return linear
-
-    def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"r={self.r}", f"lora_alpha={self.lora_alpha:g}"]
-        parts += [f"lora_dropout={self.lora_dropout:g}"] if self.lora_dropout else []
-        flags = ("use_rslora", "merged", "adapter_disabled")
-        return ", ".join(parts + [f"{flag}=True" for flag in flags if getattr(self, flag)])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = [prefix + name for name in self._own_parameters()]
-        alone = not any(key in state_dict for key in own)
-        if (
-            alone
-            and prefix + "weight" in state_dict
-            and settings.moves_base(self.init_lora_weights)
-        ):
-            error_msgs.append(
-                f"{prefix}weight: the adapter holds a part of the base (init_lora_weights="
-                f"{self.init_lora_weights!r}), which a base without adapters would count twice"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if alone:
-            missing_keys[:] = [key for key in missing_keys if key not in own]
-
-    @classmethod
-    @abstractmethod
-    def _misfit(cls, linear: nn.Module) -> str | None:
-        """Why this class is not for ``linear``, which can have LoRA."""
-
-    @classmethod
-    @abstractmethod
-    def _like(cls: type[_Layer], linear: nn.Module, r: int, **options: Any) -> _Layer:
-        """A layer of ``linear``'s shape."""
-
-    @abstractmethod
-    def _plain(self) -> nn.Module:
-        """Without LoRA, and without memory."""
+from fastlora.modules.layer import AdapterOptions, LoRALayer
 
 
 class FastLoRALinear(LoRALayer, nn.Linear):
     """``x @ weight.T + bias + scaling * ((dropout(x) @ lora_A.T) @ lora_B.T + lora_bias)``.
 
-    A subclass of ``nn.Linear`` whose state_dict holds weight, bias, lora_A (r, in_features), lora_B
-    (out_features, r) and, with lora_bias=True, lora_bias (out_features,); a checkpoint of the base
-    alone loads with ``strict=True`` and leaves the adapter as it is. scaling = lora_alpha / r, or /
-    sqrt(r) with use_rslora. init_lora_weights: True (lora_A Kaiming-uniform, lora_B zero),
-    "gaussian" (lora_A normal with standard deviation 1 / r, lora_B zero), "orthogonal" (B @ A is
-    zero), False (lora_B random too, for tests), or in ``from_linear`` one that splits its weight,
-    see ``LoRAConfig``. lora_dtype: the adapter's dtype; None is float32 on a half-precision base,
-    the base's otherwise.
+    A subclass of ``nn.Linear``. Its state_dict holds weight, bias, lora_A (r, in_features), lora_B
+    (out_features, r) and, with lora_bias=True, lora_bias (out_features,). A checkpoint of the base
+    alone loads with ``strict=True`` and leaves the adapter as it is.
+
+    - scaling: lora_alpha / r, or / sqrt(r) with use_rslora
+    - init_lora_weights: True (lora_A Kaiming-uniform, lora_B zero), "gaussian" (lora_A normal with
+      standard deviation 1 / r, lora_B zero), "orthogonal" (B @ A is zero), False (lora_B random
+      too, for tests), or in ``from_linear`` one that splits its weight, see ``LoRAConfig``
+    - lora_dtype: the adapter's dtype; None is float32 on a half-precision base, else the base's
 
     Raises TypeError or ValueError naming the argument. Names and defaults are PEFT's.
     """
@@ -248,23 +44,24 @@ class FastLoRALinear(LoRALayer, nn.Linear):
         dtype: torch.dtype | None = None,
         lora_dtype: torch.dtype | None = None,
     ) -> None:
-        settings.check_layer(r, lora_alpha, lora_dropout)
-        check_drawn(init_lora_weights)
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._settle(
+        options = AdapterOptions(
             r, lora_alpha, lora_dropout, use_rslora, lora_bias, init_lora_weights, lora_dtype
-        )
+        ).check()
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._set_up(options)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int = 8, **options: Any) -> FastLoRALinear:
-        """A layer around ``linear``'s weight and bias, frozen by it; options as in ``__init__``.
+        """Makes a layer around ``linear``'s weight and bias, frozen by it; options of ``__init__``.
 
-        Hooks, training mode and other attributes of ``linear`` come along. Raises TypeError, with
-        the reason, for anything that is not a plain ``nn.Linear``: a subclass (quantised layers are
-        such), a parametrised weight, another dtype than float16 to float64, a layer with LoRA. An
-        init that splits the weight ("pissa", "olora") changes it in place, for all who share it.
+        Hooks, training mode and other attributes of ``linear`` come along. An init that splits the
+        weight ("pissa", "olora") changes it in place, for all that share it.
+
+        Raises TypeError, with the reason, for anything that is not a plain ``nn.Linear``: a
+        subclass (quantised layers are such), a parametrised weight, another dtype than float16 to
+        float64, a layer with LoRA.
         """
-        return cls._frozen(linear, r, **options)
+        return cls._share_frozen(linear, r, **options)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -272,30 +69,13 @@ class FastLoRALinear(LoRALayer, nn.Linear):
             self.reset_lora_parameters()
 
     @classmethod
-    def _misfit(cls, linear: nn.Module) -> str | None:
+    def _explain_misfit(cls, linear: nn.Module) -> str | None:
         return None if isinstance(linear, nn.Linear) else "it is for FastLoRAConv1D.from_conv1d"
 
     @classmethod
-    def _like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRALinear:
+    def _make_like(cls, linear: nn.Module, r: int, **options: Any) -> FastLoRALinear:
         assert isinstance(linear, nn.Linear)
         return cls(linear.in_features, linear.out_features, r, bias=False, **options)
 
-    def _plain(self) -> nn.Linear:
+    def _make_plain(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-
-
-def check_drawn(init_lora_weights: object) -> None:
-    """Raises unless it needs no weight that is there already."""
-    settings.check_init(init_lora_weights)
-    if settings.moves_base(init_lora_weights):
-        raise ValueError(
-            f"init_lora_weights: {init_lora_weights!r} splits a weight that is there: use "
-            "replace_linear, or make the layer from another"
-        )
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """(full name, layer) of every FastLoRALinear and FastLoRAConv1D in ``model``, each once."""
-    for name, module in unwrapped(model).named_modules():
-        if isinstance(module, LoRALayer):
-            yield plain_name(name), module

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastlora.inspection.plain import unreadable
+from fastlora.inspection.plain_tensors import explain_unreadable
 from fastlora.ops.registration import register_flops
 from fastlora.ops.run import IMPLEMENTATIONS
 
@@ -77,7 +77,7 @@ def _refuse_sharded(name: str, args: Sequence[Any]) -> None:
 def _name_unreadable(name: str, args: Sequence[Any], error: Exception) -> None:
     """Raises TypeError for an operand, as a quantized weight, whose class does not know the op."""
     for argument, part in _name_operands(name, args):
-        kind = unreadable(part) if isinstance(part, Tensor) else None
+        kind = explain_unreadable(part) if isinstance(part, Tensor) else None
         if kind is not None:
             raise TypeError(f"{argument}: expected a plain tensor, got {kind}") from error
 

@@ -1,9 +1,9 @@
-"""Who each row belongs to, followed from a model's entry through every op to its layers.
+"""Rows: which adapter each belongs to, followed from the model through every op to its layers.
 
-owners.py: an owner an element, kept small. marks.py: whose the elements of living tensors are.
-What an op (op.py) makes of its operands' owners: rules.py, moving.py, indexing.py; computing.py is
-their table. tracing.py: the mode that sees the ops. entry.py: where a batch comes into a model;
-frame.py, opened.py: one forward; signature.py, repeatable.py: what is found again without following
-it; eagerly.py: compiled code kept from running. statements.py: what the caller states.
-known_models.py: models whose inputs name their rows by what is in them.
+watch.py: where a batch comes into a model, with hooks.py; inputs.py: which inputs are the batch;
+image_rows.py: models whose images belong to rows by the tokens that stand for them. frame.py,
+outer_frame.py: one forward; eager_stance.py keeps compiled code from running meanwhile. tracing.py:
+the mode that sees the ops; marks.py: owners of living tensors; owners.py: an owner an element, kept
+small; rules/: what an op makes of its operands' owners. verdicts.py: forwards that need not be
+followed again, by signature.py and repeatable.py. statements.py: what the caller states.
 """

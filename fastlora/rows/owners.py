@@ -1,4 +1,4 @@
-"""An owner for every element of a tensor: a row of the batch, nobody, or several rows at once.
+"""Owners of a tensor's elements: a row of the batch, nobody, or several rows at once.
 
 An array of int32 with the tensor's number of dimensions, each of the tensor's size or, where the
 owner does not change along it, of size 1: broadcast, it has an owner an element. None in an array's
@@ -19,46 +19,46 @@ _ABOVE = np.iinfo(np.int32).max
 Owners = np.ndarray[Any, np.dtype[np.int32]]
 
 
-def constant(owner: int, ndim: int) -> Owners:
-    """One owner for all of a tensor."""
+def fill_owner(owner: int, ndim: int) -> Owners:
+    """Makes one owner for all of a tensor."""
     return np.full((1,) * ndim, owner, np.int32)
 
 
-def along(dim: int, owners: Sequence[int] | Owners, ndim: int) -> Owners:
-    """``owners``, one an index of ``dim``, for a tensor of ``ndim`` dimensions."""
+def spread_along(dim: int, owners: Sequence[int] | Owners, ndim: int) -> Owners:
+    """Lays ``owners``, one an index of ``dim``, out for a tensor of ``ndim`` dimensions."""
     shape = [1] * ndim
     shape[dim] = len(owners)
-    return compressed(np.asarray(owners, np.int32).reshape(shape))
+    return compress(np.asarray(owners, np.int32).reshape(shape))
 
 
-def aligned(o: Owners, ndim: int) -> Owners:
-    """With dimensions of size 1 before its own, as broadcasting has it."""
+def align(o: Owners, ndim: int) -> Owners:
+    """Adds dimensions of size 1 in front, as broadcasting does."""
     return o if o.ndim >= ndim else o.reshape((1,) * (ndim - o.ndim) + o.shape)
 
 
-def join(*given: Owners | None) -> Owners | None:
-    """Of elements computed of one another: the one owner, or several, whom nothing parts again."""
-    found: Owners | None = None
-    for o in given:
-        if o is None or o is found:
+def join(*owners: Owners | None) -> Owners | None:
+    """Joins the owners of elements that are computed of one another: the one owner, or MIXED."""
+    joined: Owners | None = None
+    for o in owners:
+        if o is None or o is joined:
             continue
-        if found is None:
-            found = o
+        if joined is None:
+            joined = o
             continue
-        ndim = max(o.ndim, found.ndim)
-        found = _pair(aligned(found, ndim), aligned(o, ndim))
-    return found
+        ndim = max(o.ndim, joined.ndim)
+        joined = _join_two(align(joined, ndim), align(o, ndim))
+    return joined
 
 
-def _pair(a: Owners, b: Owners) -> Owners:
+def _join_two(a: Owners, b: Owners) -> Owners:
     if a.shape == b.shape and (a == b).all():
         return a
     both = np.where(a == b, a, np.int32(MIXED))
-    return compressed(np.where(a == NOBODY, b, np.where(b == NOBODY, a, both)))
+    return compress(np.where(a == NOBODY, b, np.where(b == NOBODY, a, both)))
 
 
-def over(o: Owners | None, dims: Iterable[int]) -> Owners | None:
-    """Joined along ``dims``, which stay, of size 1."""
+def join_along(o: Owners | None, dims: Iterable[int]) -> Owners | None:
+    """Joins owners along ``dims``, which stay, of size 1."""
     if o is None:
         return None
     dims = tuple(d for d in {d % max(o.ndim, 1) for d in dims} if o.ndim and o.shape[d] > 1)
@@ -70,8 +70,8 @@ def over(o: Owners | None, dims: Iterable[int]) -> Owners | None:
     return np.where(low == _ABOVE, np.int32(NOBODY), one).astype(np.int32)
 
 
-def compressed(o: Owners) -> Owners:
-    """With size 1 wherever the owner does not change along a dimension."""
+def compress(o: Owners) -> Owners:
+    """Cuts to size 1 every dimension along which the owner does not change."""
     for dim, size in enumerate(o.shape):
         if size > 1:
             first = o[(slice(None),) * dim + (slice(0, 1),)]
@@ -80,18 +80,18 @@ def compressed(o: Owners) -> Owners:
     return o
 
 
-def full(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
-    """Expanded to ``shape`` along ``dims``."""
+def expand(o: Owners, shape: Sequence[int], dims: Iterable[int]) -> Owners:
+    """Expands owners to ``shape`` along ``dims``."""
     target = list(o.shape)
     for dim in dims:
         target[dim] = shape[dim]
     return np.broadcast_to(o, target)
 
 
-def reshaped(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
-    """Of the elements of a tensor of shape ``old``, in order, in the shape ``new``."""
+def reshape(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
+    """Moves the owners of a tensor of shape ``old`` into the shape ``new``, in order."""
     if math.prod(old) == 0 or o.size == 1:
-        return constant(int(o.flat[0]) if o.size else NOBODY, len(new))
+        return fill_owner(int(o.flat[0]) if o.size else NOBODY, len(new))
     middle: list[int] = []
     expanded: list[int] = []
     i = j = 0
@@ -113,4 +113,4 @@ def reshaped(o: Owners, old: Sequence[int], new: Sequence[int]) -> Owners:
         else:
             expanded += old[first:i]
             middle += new[begin:j]
-    return compressed(np.broadcast_to(o, expanded).reshape(middle))
+    return compress(np.broadcast_to(o, expanded).reshape(middle))

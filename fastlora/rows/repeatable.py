@@ -1,8 +1,8 @@
-"""Whether a model's forward goes the same way each time that it is given the same kinds of inputs.
+"""Forwards that go the same way each time that they are given the same kinds of inputs.
 
-Of torch's and transformers' modules that is taken for granted, of no others: a class of somebody
-else's may keep a state anywhere, or ask a clock, and is followed each time. Before it is compiled,
-what its code can be seen to do, and its attributes, decide.
+That is taken for granted of torch's and transformers' modules. Any other class may keep a state
+anywhere, or ask a clock: it is followed each time. Before such a class is compiled, its attributes
+and what its code can be seen to do decide.
 """
 
 from __future__ import annotations
@@ -17,85 +17,86 @@ from torch import Tensor, nn
 _TRUSTED = ("torch", "transformers", "peft", "fastlora", "timm", "diffusers", "accelerate")
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 # What gives another value each time, or changes something in place.
-_MOVING = {
+_UNREPEATABLE = {
     "random", "randint", "shuffle", "choice", "time", "perf_counter", "monotonic", "next", "pop",
     "append", "setattr", "setdefault", "update", "popleft", "insert", "extend", "environ", "getenv",
 }  # fmt: skip
-_TORCH_S = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, bytes, type(None))
 
 
-def state_of(model: nn.Module) -> tuple[Any, ...] | None:
-    """What a forward's way can depend on besides its inputs; None: on more than can be seen."""
-    found: list[Any] = []
+def read_state(model: nn.Module) -> tuple[Any, ...] | None:
+    """Reads what a forward depends on besides its inputs; None where more than that can be."""
+    states: list[Any] = []
     for module in model.modules():
         kind = type(module)
-        if _trusted(kind):
+        if _is_trusted_class(kind):
             continue
-        if not _settled(kind):
+        if not _is_stateless(kind):
             return None
-        found.append(tuple(
-            (name, _simple(value)) for name, value in vars(module).items() if name not in _TORCH_S
-        ))  # fmt: skip
-    return tuple(found)
+        attributes = vars(module).items()
+        states.append(
+            tuple((k, _simplify(v)) for k, v in attributes if k not in _MODULE_ATTRIBUTES)
+        )
+    return tuple(states)
 
 
 def has_foreign_hooks(model: nn.Module) -> bool:
-    """Whether somebody's hooks, or forwards of their own, may change what a forward does."""
+    """Whether other libraries' hooks or forwards may change what a forward does."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            if hooks and not all(map(_is_trusted, hooks.values())):
+            if hooks and not all(map(_is_trusted_hook, hooks.values())):
                 return True
-        own = module.__dict__.get("forward")
-        if own is not None and not _is_trusted(own):
+        forward = module.__dict__.get("forward")
+        if forward is not None and not _is_trusted_hook(forward):
             return True
     return False
 
 
-def _is_trusted(hook: Any) -> bool:
+def _is_trusted_hook(hook: Any) -> bool:
     hook = getattr(hook, "func", hook)
     name = getattr(hook, "__module__", None) or type(hook).__module__
     return str(name).partition(".")[0] in _TRUSTED
 
 
-def all_trusted(model: nn.Module) -> bool:
-    return all(_trusted(type(module)) for module in model.modules())
+def is_all_trusted(model: nn.Module) -> bool:
+    return all(_is_trusted_class(type(module)) for module in model.modules())
 
 
 @cache
-def _trusted(kind: type) -> bool:
+def _is_trusted_class(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in _TRUSTED
 
 
 @cache
-def _settled(kind: type) -> bool:
-    """Whether its forward, and the methods of its own that this names, write nothing."""
-    seen: set[str] = set()
-    wanted = {"forward"}
-    while wanted:
-        name = wanted.pop()
-        seen.add(name)
+def _is_stateless(kind: type) -> bool:
+    """Whether a class's forward, and its methods that this names, write nothing."""
+    checked: set[str] = set()
+    pending = {"forward"}
+    while pending:
+        name = pending.pop()
+        checked.add(name)
         owner = next((base for base in kind.__mro__ if name in vars(base)), None)
-        if owner is None or _trusted(owner):
+        if owner is None or _is_trusted_class(owner):
             continue
         value = vars(owner)[name]
         value = getattr(value, "__func__", getattr(value, "fget", value))
         function = getattr(value, "__wrapped__", value)
         if not isinstance(function, FunctionType):
             continue
-        names = _names(function.__code__)
-        if names is None or names & _MOVING:
+        names = _collect_names(function.__code__)
+        if names is None or names & _UNREPEATABLE:
             return False
-        given = (function.__globals__.get(name) for name in names)
-        if any(isinstance(value, (list, dict, set, Tensor, nn.Module)) for value in given):
+        values = (function.__globals__.get(name) for name in names)
+        if any(isinstance(value, (list, dict, set, Tensor, nn.Module)) for value in values):
             return False
-        wanted |= {each for each in names if hasattr(kind, each)} - seen
+        pending |= {each for each in names if hasattr(kind, each)} - checked
     return True
 
 
-def _names(code: CodeType) -> set[str] | None:
-    """The names that it uses; None where it writes to what outlives it."""
-    found = set(code.co_names)
+def _collect_names(code: CodeType) -> set[str] | None:
+    """Collects the names that code uses; None where it writes to what outlives it."""
+    names = set(code.co_names)
     for step in dis.get_instructions(code):
         if step.opname in _WRITES:
             return None
@@ -103,18 +104,18 @@ def _names(code: CodeType) -> set[str] | None:
             return None
     for part in code.co_consts:
         if isinstance(part, CodeType):
-            inner = _names(part)
+            inner = _collect_names(part)
             if inner is None:
                 return None
-            found |= inner
-    return found
+            names |= inner
+    return names
 
 
-def _simple(value: Any) -> Any:
+def _simplify(value: Any) -> Any:
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(map(_simple, value))
+        return tuple(map(_simplify, value))
     if isinstance(value, dict):
-        return tuple((str(key), _simple(part)) for key, part in value.items())
+        return tuple((str(key), _simplify(part)) for key, part in value.items())
     return type(value), id(value)

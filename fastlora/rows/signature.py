@@ -1,4 +1,4 @@
-"""What two forwards that go the same way have in common, values apart."""
+"""Signatures: what two forwards that go the same way have in common, values apart."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ import torch
 from torch import Tensor
 
 
-class Unseen(Exception):
-    """An input by which a forward may go, and which nobody looks into."""
+class UnknownInput(Exception):
+    """An input that a forward may depend on and that nobody looks into."""
 
 
-def tensors_of(value: Any) -> list[Tensor]:
+def find_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return [t for part in value for t in tensors_of(part)]
+        return [t for part in value for t in find_tensors(part)]
     return []
 
 
-def rows_in(batch: list[Any], dim: int) -> int | None:
+def count_rows(batch: list[Any], dim: int) -> int | None:
     for value in batch:
-        for t in tensors_of(value):
+        for t in find_tensors(value):
             if t.dim() > dim:
                 return t.shape[dim]
     return None
 
 
-def signature_of(given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a forward's way can depend on, values apart.
+def make_signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Describes what a forward may depend on, values apart.
 
     While one token a row is decoded, how long the cache and its mask have become is left out.
     """
-    main = given.get("decoder_input_ids", given.get("input_ids"))
+    main = inputs.get("decoder_input_ids", inputs.get("input_ids"))
     decoding = (
         isinstance(main, Tensor)
         and main.shape[-1] == 1
         # transformers 5.24 says it by the other name.
-        and (given.get("past_key_values") is not None or given.get("cache") is not None)
+        and (inputs.get("past_key_values") is not None or inputs.get("cache") is not None)
     )
-    return tuple((name, _looks(value, decoding)) for name, value in given.items())
+    return tuple((name, _describe(value, decoding)) for name, value in inputs.items())
 
 
-def loosely(signature: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Without the lengths of texts; None for other inputs than texts."""
-    found = []
+def drop_lengths(signature: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Leaves out the lengths of texts; None for other inputs than texts."""
+    entries = []
     for name, look in signature:
         if isinstance(look, tuple) and isinstance(look[0], torch.dtype):
             if len(look[1]) != 2 or look[0].is_floating_point:
                 return None
             look = (look[0], look[1][:1])
-        found.append((name, look))
-    return tuple(found)
+        entries.append((name, look))
+    return tuple(entries)
 
 
-def _looks(value: Any, decoding: bool) -> Any:
+def _describe(value: Any, decoding: bool) -> Any:
     if isinstance(value, Tensor):
         shape = (value.dim(), value.shape[:1]) if decoding else value.shape
         # A form that a module may go by: which dimension lies closest.
@@ -70,17 +70,17 @@ def _looks(value: Any, decoding: bool) -> Any:
     if isinstance(value, (enum.Enum, torch.dtype, torch.device)):
         return value
     if isinstance(value, Mapping):
-        return type(value), tuple((str(k), _looks(v, decoding)) for k, v in value.items())
+        return type(value), tuple((str(k), _describe(v, decoding)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value), tuple(_looks(v, decoding) for v in value)
+        return type(value), tuple(_describe(v, decoding) for v in value)
     if type(value).__module__.startswith("transformers.") and hasattr(value, "get_seq_length"):
-        return type(value), _cached(value)
-    raise Unseen(type(value).__name__)
+        return type(value), _describe_cache(value)
+    raise UnknownInput(type(value).__name__)
 
 
-def _cached(value: Any) -> Any:
-    """Whether a cache holds something, and which parts of an encoder's are known."""
+def _describe_cache(value: Any) -> Any:
+    """Describes whether a cache holds something, and which parts of an encoder's are known."""
     length = getattr(value, "get_seq_length", None)
-    crossed = getattr(value, "is_updated", None)
-    begun = bool(length()) if callable(length) else None
-    return begun, tuple(crossed.values()) if isinstance(crossed, dict) else None
+    is_updated = getattr(value, "is_updated", None)
+    is_filled = bool(length()) if callable(length) else None
+    return is_filled, tuple(is_updated.values()) if isinstance(is_updated, dict) else None

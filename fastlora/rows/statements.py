@@ -1,4 +1,4 @@
-"""What the caller states of modules: whose their rows are, or which dimension is the batch."""
+"""Statements of the caller: which rows a module has, or which dimension is the batch."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastlora.inspection.wrapping import plain_name, unwrapped
+from fastlora.inspection.wrappers import strip_wrappers, unwrap
 
 
 class Statement(NamedTuple):
-    """rows: the batch row of each index of ``dim``; None: the batch, in the caller's order."""
+    """A statement. rows: the batch row of each index of ``dim``; None: the batch, in order."""
 
     dim: int
     rows: tuple[int, ...] | None = None
 
 
-def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    return {plain_name(name): module for name, module in unwrapped(model).named_modules()}
+def find_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {strip_wrappers(name): module for name, module in unwrap(model).named_modules()}
 
 
 def check_dims(model: nn.Module, batch_dims: Mapping[str, int] | None) -> dict[str, Statement]:
-    """``batch_dims`` as statements; TypeError or ValueError naming what does not fit."""
-    found: dict[str, Statement] = {}
-    for name, dim in _checked("batch_dims", model, batch_dims):
+    """Makes statements of ``batch_dims``; TypeError or ValueError names what does not fit."""
+    statements: dict[str, Statement] = {}
+    for name, dim in _check_names("batch_dims", model, batch_dims):
         if not isinstance(dim, int) or isinstance(dim, bool) or dim < 0:
             raise ValueError(f"batch_dims[{name!r}]: expected a dimension, 0 or more, got {dim!r}")
-        found[name] = Statement(dim)
-    return found
+        statements[name] = Statement(dim)
+    return statements
 
 
 def check_rows(
@@ -37,9 +37,9 @@ def check_rows(
     batch: int,
     dims: Mapping[str, Statement],
 ) -> dict[str, Statement]:
-    """``adapter_rows`` as statements, along the dimension that ``dims`` gives a module, else 0."""
-    found: dict[str, Statement] = {}
-    for name, rows in _checked("adapter_rows", model, adapter_rows):
+    """Makes statements of ``adapter_rows``, along a module's dimension in ``dims``, else 0."""
+    statements: dict[str, Statement] = {}
+    for name, rows in _check_names("adapter_rows", model, adapter_rows):
         if isinstance(rows, str) or not isinstance(rows, Sequence):
             raise TypeError(f"adapter_rows[{name!r}]: expected a list of rows, got {rows!r}")
         for row in rows:
@@ -49,17 +49,17 @@ def check_rows(
                     f"got {row!r}"
                 )
         dim = dims[name].dim if name in dims else 0
-        found[name] = Statement(dim, tuple(rows))
-    return found
+        statements[name] = Statement(dim, tuple(rows))
+    return statements
 
 
-def _checked(what: str, model: nn.Module, given: Any) -> list[tuple[str, Any]]:
-    if given is None:
+def _check_names(argument: str, model: nn.Module, value: Any) -> list[tuple[str, Any]]:
+    if value is None:
         return []
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what}: expected {{name of a module: …}}, got {given!r}")
-    names = modules_by_name(model)
-    for name in given:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{argument}: expected {{name of a module: …}}, got {value!r}")
+    names = find_modules(model)
+    for name in value:
         if name not in names:
-            raise ValueError(f"{what}: expected names of the model's modules, got {name!r}")
-    return list(given.items())
+            raise ValueError(f"{argument}: expected names of the model's modules, got {name!r}")
+    return list(value.items())

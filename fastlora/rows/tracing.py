@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.inspection import modes
-from fastlora.rows.computing import rule_for
+from fastlora.inspection import mode_stack
 from fastlora.rows.marks import Marks
-from fastlora.rows.op import Op, Rule, tensors_in
-from fastlora.rows.owners import MIXED, Owners, constant, over
-from fastlora.rows.rules import unknown
+from fastlora.rows.owners import MIXED, Owners, fill_owner, join_along
+from fastlora.rows.rules.computing import mix_all
+from fastlora.rows.rules.op import Op, Rule, list_tensors
+from fastlora.rows.rules.table import find_rule
 
 # Ops that hand values to Python, which may go another way by them next time.
-_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
-_HANDED = {
+_READING = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
+_LEAVING_TORCH = {
     Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__repr__,
     Tensor.__format__, Tensor.tensor_split, torch.tensor_split, torch.allclose, Tensor.allclose,
 }  # fmt: skip
-# Who reads values only to see whether a mask is needed at all: the same rows either way.
+# Files that read values only to see whether a mask is needed: the same rows either way.
 _HARMLESS = (
     "transformers/masking_utils.py",
     "transformers/modeling_attn_mask_utils.py",
@@ -34,19 +34,19 @@ _HARMLESS = (
 )
 
 
-class _Kind:
-    """What is to be done with an op."""
+class _Handling:
+    """How an op is handled."""
 
-    __slots__ = ("apart", "reads", "rule", "turned", "view", "writes")
+    __slots__ = ("decomposes", "reads", "rule", "view", "views_in_place", "writes")
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
-        self.rule: Rule | None = rule_for(func)
-        self.reads = schema.name in _READS or _decides(func)
+        self.rule: Rule | None = find_rule(func)
+        self.reads = schema.name in _READING or _is_value_dependent(func)
         alias = [r.alias_info for r in schema.returns]
         # transpose_ and the like: another view of the same memory, under the same name.
-        self.turned = torch.Tag.inplace_view in func.tags
-        self.view = self.turned or any(a is not None and not a.is_write for a in alias)
+        self.views_in_place = torch.Tag.inplace_view in func.tags
+        self.view = self.views_in_place or any(a is not None and not a.is_write for a in alias)
         self.writes = tuple(
             (i, a.name)
             for i, a in enumerate(schema.arguments)
@@ -55,10 +55,10 @@ class _Kind:
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         )
-        self.apart = self.rule is None and composite
+        self.decomposes = self.rule is None and composite
 
 
-_kinds: dict[Any, _Kind] = {}
+_handlings: dict[Any, _Handling] = {}
 
 
 class _Thread(threading.local):
@@ -69,45 +69,45 @@ _running = _Thread()
 
 
 def declare(t: Tensor, of: Tensor, *dims: int) -> None:
-    """Where a trace runs: ``t`` has the owners of ``of``, whose dimensions it has as ``dims``.
+    """Gives ``t``, where a trace runs, the owners of ``of``, whose dimensions it has as ``dims``.
 
-    For what ops do not show, such as attention that takes keys from where it has put them.
+    For moves that no op shows, such as attention that takes keys from where it has put them.
     """
     trace = _running.trace
     if trace is not None:
         o = trace.marks.get(of)
-        trace.marks.set(t, None if o is None else over(o, [-1]).transpose(dims))  # pyright: ignore
+        trace.marks.set(t, None if o is None else join_along(o, [-1]).transpose(dims))  # pyright: ignore
 
 
 class Trace(TorchDispatchMode):
-    """Within ``open()`` and ``close()`` this thread's ops are followed.
+    """A mode that follows this thread's ops between ``open()`` and ``close()``.
 
-    by_value: what was found holds for these values alone.
+    by_value: the owners hold for these values alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.marks = Marks()
         self.by_value = False
-        self._reads = _Reads(self)
+        self._read_watch = _ReadWatch(self)
         self._before: Trace | None = None
 
     def open(self) -> None:
         self._before, _running.trace = _running.trace, self
         self.__enter__()
-        self._reads.__enter__()
+        self._read_watch.__enter__()
 
     def close(self) -> None:
-        modes.leave(self._reads)
+        mode_stack.remove_mode(self._read_watch)
         self.__exit__(None, None, None)
         _running.trace = self._before
 
-    def owners(self, t: Tensor) -> Owners | None:
+    def owners_of(self, t: Tensor) -> Owners | None:
         return self.marks.get(t)
 
-    def read(self) -> None:
-        """Python has been handed a value."""
-        self.by_value = self.by_value or not _harmless()
+    def note_read(self) -> None:
+        """Notes that Python has been handed a value."""
+        self.by_value = self.by_value or not _is_harmless_read()
 
     def __torch_dispatch__(
         self,
@@ -117,54 +117,61 @@ class Trace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        kind = _kinds.get(func)
-        if kind is None:
-            kind = _kinds[func] = _Kind(func)
-        if kind.apart:
+        handling = _handlings.get(func)
+        if handling is None:
+            handling = _handlings[func] = _Handling(func)
+        if handling.decomposes:
             with self:
                 return func.decompose(*args, **kwargs)  # pyright: ignore[reportFunctionMemberAccess]
-        if kind.reads or _by_mask(func, args):
-            self.read()
-        given = tensors_in(args) + (tensors_in(list(kwargs.values())) if kwargs else [])
-        owned = [t for t in given if self.marks.get(t) is not None]
+        if handling.reads or _is_by_mask(func, args):
+            self.note_read()
+        operands = list_tensors(args) + (list_tensors(list(kwargs.values())) if kwargs else [])
+        has_owners = [t for t in operands if self.marks.get(t) is not None]
         out = func(*args, **kwargs)
-        if owned:
-            self._follow(kind, func, args, kwargs, out)
+        if has_owners:
+            self._follow(handling, func, args, kwargs, out)
         return out
 
     def _follow(
-        self, kind: _Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        self,
+        handling: _Handling,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
     ) -> None:
-        if kind.turned or (kind.rule is None and kind.view):
+        if handling.views_in_place or (handling.rule is None and handling.view):
             return  # Read from the memory, when somebody asks.
         op = Op(func, args, kwargs, self.marks)
-        written = [args[i] if i < len(args) else kwargs.get(name) for i, name in kind.writes]
-        op.out = out if tensors_in(out) else written
+        mutated = [args[i] if i < len(args) else kwargs.get(name) for i, name in handling.writes]
+        op.out = out if list_tensors(out) else mutated
         outs = op.outs
         if not outs:
             return
         try:
-            found = (kind.rule or unknown)(op)
+            result_owners = (handling.rule or mix_all)(op)
         except (IndexError, TypeError, ValueError, AttributeError):
             # A form that the rule does not know.
-            found = unknown(op)
-        each = found if isinstance(found, list) else [found] * len(outs)
+            result_owners = mix_all(op)
+        owners_of_outs = (
+            result_owners if isinstance(result_owners, list) else [result_owners] * len(outs)
+        )
         self.by_value = self.by_value or op.by_value
-        into = tensors_in(written)
-        for t, owners in zip(outs, map(_fitting, each, outs), strict=True):
-            if any(t is w for w in into):
+        targets = list_tensors(mutated)
+        for t, owners in zip(outs, map(_fit, owners_of_outs, outs), strict=True):
+            if any(t is w for w in targets):
                 self.marks.write(t, owners)
             else:
                 self.marks.set(t, owners)
-        if kind.rule is None or not tensors_in(out):
+        if handling.rule is None or not list_tensors(out):
             return
-        for t in into:
+        for t in targets:
             if not any(t is o for o in outs):
-                self.marks.write(t, _fitting(each[0], t))
+                self.marks.write(t, _fit(owners_of_outs[0], t))
 
 
-def _decides(func: Any) -> bool:
-    """Whether values decide on the shape of its result, or come to Python by it."""
+def _is_value_dependent(func: Any) -> bool:
+    """Whether values decide on the shape of an op's result, or come to Python by it."""
     if func._schema.name == "aten::index":
         return False  # by a mask it does, see below
     tags = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
@@ -172,24 +179,24 @@ def _decides(func: Any) -> bool:
     return func._schema.name in also or any(tag in func.tags for tag in tags)
 
 
-def _by_mask(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether it is ``x[mask]``, of as many elements as the mask has ones."""
+def _is_by_mask(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is ``x[mask]``, of as many elements as the mask has ones."""
     return func._schema.name == "aten::index" and any(
         isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in args[1]
     )
 
 
-def _fitting(owners: Owners | None, t: Tensor) -> Owners | None:
-    """Of a rule that had another form in mind than the result has: nobody knows."""
-    fits = owners is None or (
+def _fit(owners: Owners | None, t: Tensor) -> Owners | None:
+    """Checks the owners that a rule gave: MIXED where they do not fit the result's form."""
+    is_fitting = owners is None or (
         owners.ndim == t.dim()
         and all(a in (1, b) for a, b in zip(owners.shape, t.shape, strict=True))
     )
-    return owners if fits else constant(MIXED, t.dim())
+    return owners if is_fitting else fill_owner(MIXED, t.dim())
 
 
-class _Reads(TorchFunctionMode):
-    """Sees what reaches Python past all ops."""
+class _ReadWatch(TorchFunctionMode):
+    """A mode that sees what reaches Python past all ops."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -198,12 +205,12 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _HANDED:
-            self._trace.read()
+        if func in _LEAVING_TORCH:
+            self._trace.note_read()
         return func(*args, **(kwargs or {}))
 
 
-def _harmless() -> bool:
+def _is_harmless_read() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename.replace("\\", "/")

@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastlora.adapters import base_copies, files
-from fastlora.adapters import tensors as adapter_tensors
-from fastlora.adapters.stored import Held, differing
+from fastlora.adapters import in_memory as adapter_tensors
+from fastlora.adapters.stored import InMemory, find_differing_rows
 from fastlora.config import LoRAConfig
-from fastlora.config.listing import some
-from fastlora.model.checkpoint import adapter_shapes
+from fastlora.config.listing import list_some
+from fastlora.model.adapter_tensors import list_adapter_shapes
 from fastlora.serving.bank.layout import Factors
 
 # The end of an error: what to do with an adapter that changes the base.
@@ -50,11 +50,11 @@ class Reader:
 
         config: a LoRAConfig, PEFT's, or the fields of its file. Raises TypeError or ValueError.
         """
-        by_name = adapter_tensors.by_name(tensors)
-        settings = adapter_tensors.given_config(config, adapter_tensors.shapes_of(by_name))
+        by_name = adapter_tensors.index_by_name(tensors)
+        settings = adapter_tensors.resolve_config(config, adapter_tensors.read_shapes(by_name))
         return self._read_factors(
             settings,
-            lambda shapes: adapter_tensors.copied(
+            lambda shapes: adapter_tensors.copy_expected(
                 by_name, shapes, self._find_held_copies(by_name, shapes)
             ),
         )
@@ -63,7 +63,7 @@ class Reader:
         self, config: LoRAConfig, read: Callable[[Mapping[str, files.Shape]], Mapping[str, Tensor]]
     ) -> dict[str, Factors]:
         expected = {
-            name: adapter_shapes(name, self.served[name], config)
+            name: list_adapter_shapes(name, self.served[name], config)
             for name in self._find_targets(config)
         }
         every = {key: shape for shapes in expected.values() for key, shape in shapes.items()}
@@ -93,14 +93,18 @@ class Reader:
         self, tensors: Mapping[str, Tensor], expected: Mapping[str, files.Shape]
     ) -> frozenset[str]:
         """``_find_copies`` among tensors in memory."""
-        bases = base_copies.held(self.model, self.served, {})
+        bases = base_copies.find_base_tensors(self.model, self.served, {})
         copies = tensors.keys() & bases.keys() - expected.keys()
         for name in copies:
             base, copy = bases[name], tensors[name]
             alike = copy.shape == base.shape
-            rows = differing(Held(copy), lambda i, j, base=base: base[i:j]) if alike else None
+            rows = (
+                find_differing_rows(InMemory(copy), lambda i, j, base=base: base[i:j])
+                if alike
+                else None
+            )
             if rows is not None or not alike:
-                changed = base_copies.of_its_own(base_copies.place_of(name), rows)
+                changed = base_copies.describe_own_rows(base_copies.strip_peft_wrappers(name), rows)
                 raise ValueError(f"tensors: {changed}, {_FIXED}")
         return frozenset(copies)
 
@@ -111,7 +115,7 @@ class Reader:
         if config.all_linear:
             targets &= self.served.keys()
         if not targets or not targets <= self.served.keys():
-            others = some(targets - self.served.keys()) or "no layer at all"
+            others = list_some(targets - self.served.keys()) or "no layer at all"
             raise ValueError(
                 f"target_modules: the adapter is for {others}, which is not served here"
             )

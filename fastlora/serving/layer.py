@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.inspection.wrapping import SharedWeight, matrix_of
+from fastlora.inspection.layers import get_matrix
 from fastlora.modules.routing import Routing
+from fastlora.modules.shared_weight import SharedWeight
 from fastlora.serving.bank.bank import AdapterBank
 from fastlora.serving.bank.layout import Layout
 
@@ -41,7 +42,7 @@ class ServedLinear(SharedWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns (..., out_features) of input (..., in_features), whose rows the routing knows."""
-        groups, scales = self.routing.groups_and_scales(input, self)
+        groups, scales = self.routing.prepare_groups(input, self)
         pages = self.bank.pages(self.key)
         return F.multi_lora_linear(
             input, self.matrix, pages.lora_A, pages.lora_B, groups, pages.scalings,
@@ -58,7 +59,7 @@ def layout_of(linears: dict[str, Any], max_rank: int, dtype: torch.dtype | None)
     """Returns the layout of adapters for these linears; dtype: None means each weight's."""
     shapes = {}
     for name, linear in linears.items():
-        N, K = matrix_of(linear).shape
+        N, K = get_matrix(linear).shape
         shapes[name] = (N, K, linear.weight.device, dtype or linear.weight.dtype)
     return Layout(shapes, max_rank)
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from fastlora.adapters import files
 from fastlora.config import LoRAConfig, check_rank
-from fastlora.inspection import trial
-from fastlora.inspection.wrapping import is_linear, unwrapped
-from fastlora.model.report import swap
-from fastlora.model.targets import plan
-from fastlora.rows.entry import Watch
-from fastlora.rows.inputs import copies_in
+from fastlora.inspection import first_forward
+from fastlora.inspection.layers import is_linear
+from fastlora.inspection.wrappers import unwrap
+from fastlora.model.targets import make_plan
+from fastlora.modules.replacement import replace_module
+from fastlora.rows.inputs import count_copies
 from fastlora.rows.statements import Statement, check_dims, check_rows
+from fastlora.rows.watch import Watch
 from fastlora.serving.bank.bank import AdapterBank
 from fastlora.serving.bank.entry import Read
 from fastlora.serving.batch import Batch, count_rows
@@ -70,7 +71,7 @@ class MultiLoRAModel(nn.Module):
             names if isinstance(names, str) or names is None else tuple(names)
             for names in (target_modules, exclude_modules)
         )
-        chosen = plan(model, LoRAConfig(target_modules=targets, exclude_modules=excluded))
+        chosen = make_plan(model, LoRAConfig(target_modules=targets, exclude_modules=excluded))
         check_no_experts(chosen.linears)
         linears = {name: linear for name, (linear, _) in chosen.linears.items()}
         self.max_adapters, self.max_rank, self.lora_dtype = max_adapters, max_rank, lora_dtype
@@ -79,9 +80,9 @@ class MultiLoRAModel(nn.Module):
             layout, max_adapters, device_bytes=device_bytes, host_bytes=host_bytes
         )
         self._reader = Reader(
-            unwrapped(model),
+            unwrap(model),
             {name: (layer.N, layer.K) for name, layer in layout.layers.items()},
-            frozenset(n for n, m in unwrapped(model).named_modules() if is_linear(m)),
+            frozenset(n for n, m in unwrap(model).named_modules() if is_linear(m)),
             max_rank,
         )
         self._batch = Batch("call the MultiLoRAModel, not the model in it")
@@ -90,11 +91,11 @@ class MultiLoRAModel(nn.Module):
             for name, linear in linears.items()
         }
         for name, layer in self._layers.items():
-            swap(model, chosen.linears[name][1], layer)
+            replace_module(model, chosen.linears[name][1], layer)
         self.rows = Watch(model, self._batch)
         self.model = model
         self.skipped = chosen.skipped
-        trial.watch(model)
+        first_forward.watch(model)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ class MultiLoRAModel(nn.Module):
         served, lora_bias and trained biases, modules_to_save, an init_lora_weights that has split
         the base's weights, or rows of the embeddings that are not this base's (another vocabulary).
         """
-        folder = os.path.abspath(files.folder_of(directory))
+        folder = os.path.abspath(files.as_folder(directory))
         self._add(adapter_name, lambda: AdapterFiles(folder, self._reader), pin)
 
     def _add(self, adapter_name: str, source: Callable[[], Read], pin: bool) -> None:
@@ -193,7 +194,7 @@ class MultiLoRAModel(nn.Module):
         followed, or what reading an adapter raised.
         """
         routed = self._route(adapter_names, adapter_scales, adapter_rows, args, kwargs)
-        with routed, self.rows.called(args, kwargs):
+        with routed, self.rows.follow_call(args, kwargs):
             return self.model(*args, **kwargs)
 
     @torch.no_grad()
@@ -211,9 +212,9 @@ class MultiLoRAModel(nn.Module):
         row's.
         """
         model: Any = self.model
-        copies = copies_in(model, kwargs)
+        copies = count_copies(model, kwargs)
         routed = self._route(adapter_names, adapter_scales, adapter_rows, args, kwargs, copies)
-        with routed, self.rows.generating(args, kwargs), self.rows.eagerly_at_first():
+        with routed, self.rows.follow_generate(args, kwargs), self.rows.run_first_eagerly():
             return model.generate(*args, **kwargs)
 
     def engine(self, **options: Any) -> Engine:
@@ -248,8 +249,8 @@ class MultiLoRAModel(nn.Module):
         one. per_token: every token is a row, wherever its sequence begins and ends. stated: which
         of the batch's rows modules see.
         """
-        by_module = self.rows.state(self._batch_dims if stated is None else stated)
-        with self._batch.running(
+        by_module = self.rows.hook_stated(self._batch_dims if stated is None else stated)
+        with self._batch.run_batch(
             list(slots), self.max_adapters, copies, scales, per_token, by_module
         ):
             yield

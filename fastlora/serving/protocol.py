@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from fastlora.rows.entry import Watch
+from fastlora.rows.watch import Watch
 from fastlora.serving.bank.bank import AdapterBank
 
 # The adapter name that, like None, means the base model.

@@ -16,7 +16,7 @@ from torch import nn
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.adapters import files as adapter_files
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.models import bert, llama, randomise_lora, untouched
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -248,7 +248,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_none(folder, length):
     write_raw(folder, header, data, length)
     assert (folder / WEIGHTS).read_bytes()[:1] in (b"\x80", b"P")
     model = fastlora.load_adapter(llama(), folder)
-    assert len(list(lora_layers(model))) == 4
+    assert len(list(find_lora_layers(model))) == 4
 
 
 NAMES = ["", ".", "..", "a/b", "/a", "a\\b", "a b", "ä", "a" * 129, "a\n", None]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.checkpoints import CONFIG as BASE_CONFIG
 from tests.support.checkpoints import edit_json, load, save_base
 from tests.support.models import (
@@ -105,7 +105,7 @@ def test_the_order_of_patterns_is_not_lost(tmp_path, base, case):
     ours, ids = fastlora.replace_linear(llama(), LoRAConfig(**options)), tokens(2, 7)
     fastlora.save_adapter(randomise_lora(ours), tmp_path / "a")
     want = logits(ours, ids)
-    there = {name: (layer.r, layer.scaling) for name, layer in lora_layers(ours)}
+    there = {name: (layer.r, layer.scaling) for name, layer in find_lora_layers(ours)}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*more than one key")
         assert_all_read(tmp_path / "a", base, ids, want)
@@ -119,7 +119,7 @@ def test_the_order_of_patterns_is_not_lost(tmp_path, base, case):
         again = fastlora.load_adapter(llama(), tmp_path / "b")
         fastlora.load_adapter(ours, tmp_path / "b")
     for model in (again, ours):
-        assert {n: (layer.r, layer.scaling) for n, layer in lora_layers(model)} == there
+        assert {n: (layer.r, layer.scaling) for n, layer in find_lora_layers(model)} == there
     if case == "equal":  # keys that do not contradict each other stay as they were given
         assert settings(tmp_path / "a")["alpha_pattern"] == options["alpha_pattern"]
 
@@ -179,7 +179,7 @@ def test_names_that_others_end_in_are_not_taken_for_them(tmp_path):
     ours = randomise_lora(
         fastlora.replace_linear(Nested(), LoRAConfig(target_modules="all-linear"))
     )
-    assert [name for name, _ in lora_layers(ours)] == ["out", "inner.up"]
+    assert [name for name, _ in find_lora_layers(ours)] == ["out", "inner.up"]
     fastlora.save_adapter(ours, tmp_path / "a")
     fastlora.combine_adapters([tmp_path / "a"] * 2, [0.5, 0.5], tmp_path / "b")
     # Of other layers than the first, so that the names themselves are written.
@@ -191,7 +191,7 @@ def test_names_that_others_end_in_are_not_taken_for_them(tmp_path):
         theirs = peft.PeftModel.from_pretrained(Nested(), str(tmp_path / name))
         found = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert [n.removeprefix("base_model.model.") for n in found] == ["out", "inner.up"]
-        assert [n for n, _ in lora_layers(model)] == ["out", "inner.up"]
+        assert [n for n, _ in find_lora_layers(model)] == ["out", "inner.up"]
 
 
 def eva(model: nn.Module, ids: Tensor) -> nn.Module:
@@ -267,7 +267,7 @@ def test_how_an_adapter_of_the_plain_base_began_is_history(tmp_path, base, begin
     )
     with expected:
         fastlora.load_adapter(model, tmp_path / "a", is_trainable=True)
-    assert bool(list(lora_layers(model))) == (begin is eva)
+    assert bool(list(find_lora_layers(model))) == (begin is eva)
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:CorDA changes the base")

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from fastlora.adapters.combine import combine
-from fastlora.adapters.prune import METHODS, Method, at_random, by_magnitude, elected_mean, merged
+from fastlora.adapters.prune import (
+    METHODS,
+    Method,
+    average_elected,
+    prune_at_random,
+    prune_by_magnitude,
+    sum_pruned,
+)
 from tests.support.combined import some
 from tests.support.helpers import same_bits, unchanged
 
@@ -27,12 +34,14 @@ GRID = torch.tensor([[1.0, -4.0, 0.5], [3.0, -2.0, 0.0]])
 )
 def test_magnitudes(density, kept):
     with unchanged(GRID):
-        assert torch.equal(by_magnitude(GRID, density), torch.tensor(kept, dtype=torch.float32))
+        assert torch.equal(
+            prune_by_magnitude(GRID, density), torch.tensor(kept, dtype=torch.float32)
+        )
 
 
 def test_random_entries_keep_their_expectation():
     t = torch.full((100, 100), 2.0)
-    got = at_random(t, 0.25)
+    got = prune_at_random(t, 0.25)
     assert set(got.unique().tolist()) == {0.0, 8.0}
     assert got.mean().item() == pytest.approx(2.0, abs=0.2)
 
@@ -51,21 +60,21 @@ def test_a_seed_fixes_what_is_kept():
 def test_the_two_majorities(vote, elected):
     """Of -3, 1, 1 the sum is negative and most are positive; the mean is over those that agree."""
     tensors = [torch.tensor([value]) for value in (-3.0, 1.0, 1.0)]
-    assert elected_mean(tensors, [1.0, 1.0, 1.0], vote).item() == elected
+    assert average_elected(tensors, [1.0, 1.0, 1.0], vote).item() == elected
 
 
 def test_weights_have_no_vote_and_balance_is_plus():
     tensors = [torch.tensor([-3.0, 2.0, 0.0]), torch.tensor([1.0, -2.0, 0.0])]
-    got = elected_mean(tensors, [0.5, 100.0], "total")
+    got = average_elected(tensors, [0.5, 100.0], "total")
     assert torch.equal(got, torch.tensor([-1.5, 1.0, 0.0]))
 
 
 def test_density_one_is_no_pruning():
     tensors, weights = [torch.randn(3, 4) for _ in range(2)], [0.7, -0.4]
-    want = merged(METHODS["linear"], tensors, weights, 1.0, "total")
+    want = sum_pruned(METHODS["linear"], tensors, weights, 1.0, "total")
     for name in ("magnitude_prune", "dare_linear"):
         state = torch.get_rng_state()
-        assert same_bits(merged(METHODS[name], tensors, weights, 1.0, "total"), want)
+        assert same_bits(sum_pruned(METHODS[name], tensors, weights, 1.0, "total"), want)
         assert torch.equal(state, torch.get_rng_state())
 
 
@@ -80,7 +89,7 @@ def test_a_plain_sum_holds_one_pruned_tensor_at_a_time():
         return kept
 
     tensors = (torch.ones(3) for _ in range(5))
-    got = merged(Method(prune, elects=False), tensors, [1.0] * 5, 0.5, "total")
+    got = sum_pruned(Method(prune, elects=False), tensors, [1.0] * 5, 0.5, "total")
     assert torch.equal(got, torch.full((3,), 2.5))
     assert max(alive) == 1
 
@@ -89,4 +98,4 @@ def test_a_plain_sum_holds_one_pruned_tensor_at_a_time():
 def test_tensors_stay_as_they_are(name):
     tensors = [torch.randn(3, 4) for _ in range(3)]
     with unchanged(tensors):
-        merged(METHODS[name], tensors, [1.0, 0.0, -1.0], 0.5, "total").fill_(9)
+        sum_pruned(METHODS[name], tensors, [1.0, 0.0, -1.0], 0.5, "total").fill_(9)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastlora.adapters import stored
-from fastlora.adapters.stored import Rows, Stored, agree, differing
+from fastlora.adapters.stored import OwnRows, Stored, find_differing_rows, have_same_rows
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -18,8 +18,8 @@ def kept(tmp_path, copy: Tensor, name: str = "x") -> Stored:
     return Stored(tmp_path / f"{name}.safetensors", name)
 
 
-def compared(tmp_path, copy: Tensor, base: Tensor) -> Rows | None:
-    return differing(kept(tmp_path, copy), lambda start, stop: base[start:stop])
+def compared(tmp_path, copy: Tensor, base: Tensor) -> OwnRows | None:
+    return find_differing_rows(kept(tmp_path, copy), lambda start, stop: base[start:stop])
 
 
 @pytest.mark.parametrize("base", [F32, BF16, F16, F64])
@@ -67,9 +67,9 @@ def test_rows_that_the_base_lacks_are_others(tmp_path):
     assert found.indices.tolist() == [4, 5]
     assert found.added
     assert compared(tmp_path, W[:3], W) is None
-    assert not agree(kept(tmp_path, more, "a"), kept(tmp_path, W, "b"))
-    assert agree(kept(tmp_path, W, "a"), kept(tmp_path, W.to(BF16), "b"))
-    assert not agree(kept(tmp_path, W, "a"), kept(tmp_path, W * 1.125, "b"))
+    assert not have_same_rows(kept(tmp_path, more, "a"), kept(tmp_path, W, "b"))
+    assert have_same_rows(kept(tmp_path, W, "a"), kept(tmp_path, W.to(BF16), "b"))
+    assert not have_same_rows(kept(tmp_path, W, "a"), kept(tmp_path, W * 1.125, "b"))
     everything = compared(tmp_path, W + 1, W)
     assert everything is not None
     assert not everything.added

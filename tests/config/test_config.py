@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.config import matching, refusals
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.models import llama
 
 OWN = {f.name for f in dataclasses.fields(LoRAConfig)}
@@ -278,7 +278,7 @@ def test_the_same_layers_ranks_and_scalings_as_peft(options):
         if isinstance(layer, peft.tuners.lora.LoraLayer)
     }
     ours = fastlora.replace_linear(llama(), peft.LoraConfig(**options))
-    assert {n: (layer.r, layer.scaling) for n, layer in lora_layers(ours)} == wanted
+    assert {n: (layer.r, layer.scaling) for n, layer in find_lora_layers(ours)} == wanted
     assert wanted
 
 
@@ -351,7 +351,7 @@ def test_every_name_matches_as_in_peft(name, target, ranks):
 )
 def test_settled_patterns_mean_the_same_in_any_order(known, ranks, order, values):
     """By PEFT's matching; what keys do not contradict stays, what tensors say counts."""
-    found = matching.settled(ranks, known)
+    found = matching.resolve_overlaps(ranks, known)
     keys = list(found)
     order.shuffle(keys)
     for name in known:
@@ -359,10 +359,10 @@ def test_settled_patterns_mean_the_same_in_any_order(known, ranks, order, values
         for shuffled in (keys, sorted(keys)):
             again = {key: found[key] for key in shuffled}
             assert again.get(get_pattern_key(again, name), 99) == want
-    overlaps = matching.overlapping(ranks, known)
+    overlaps = matching.find_overlaps(ranks, known)
     assert overlaps or found == ranks
     told = dict(zip(known, values, strict=False))
-    said = matching.settled(ranks, known, told)
+    said = matching.resolve_overlaps(ranks, known, told)
     for name, of in overlaps.items():
         want = told[name] if told[name] in of.values() else next(iter(of.values()))
         assert said.get(get_pattern_key(sorted(said), name)) == want

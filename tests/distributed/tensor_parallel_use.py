@@ -21,7 +21,7 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora import functional as F
 from fastlora.model import tensor_parallel
-from fastlora.modules import sharded as sharding
+from fastlora.modules import dtensor_linear as sharding
 from tests.distributed.nets import assert_same, gradients, net
 from tests.distributed.tensor_parallel import (
     H,

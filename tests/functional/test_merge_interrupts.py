@@ -14,7 +14,8 @@ import torch
 import fastlora
 from fastlora import functional as F
 from fastlora.backends import interrupts
-from fastlora.modules.linear import FastLoRALinear, lora_layers
+from fastlora.modules.layer import find_lora_layers
+from fastlora.modules.linear import FastLoRALinear
 from tests.support.calls import weight_and_adapter
 from tests.support.helpers import same_bits
 from tests.support.models import randomise_lora
@@ -57,7 +58,7 @@ def model() -> torch.nn.Module:
 
 
 def state(m: torch.nn.Module):
-    return [(layer.merged, layer.weight.detach().clone()) for _, layer in lora_layers(m)]
+    return [(layer.merged, layer.weight.detach().clone()) for _, layer in find_lora_layers(m)]
 
 
 def alike(a, b) -> bool:

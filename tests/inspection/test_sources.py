@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastlora.inspection.sources import uses_of
+from fastlora.inspection.sources import read_uses
 
 
 class Base(nn.Module):
@@ -27,7 +27,7 @@ class Base(nn.Module):
 
 def uses(forward, base=Base, **more):
     """Of a class with that forward, and further methods."""
-    found = uses_of(type("Made", (base,), {"forward": forward, **more}))
+    found = read_uses(type("Made", (base,), {"forward": forward, **more}))
     assert found is not None
     return found
 
@@ -80,14 +80,14 @@ def test_only_what_the_forward_comes_to_counts():
         return self.b(x)
 
     assert read(forward) == set()  # the forward of Base is another
-    assert uses_of(Base).read == {("a",): "forward"}
+    assert read_uses(Base).read == {("a",): "forward"}
 
     class Below(Base):
         def forward(self, x):
             return self.a(super().forward(x))
 
-    assert uses_of(Below).read == {("a",): "forward"}
-    assert ("a",) in uses_of(Below).called
+    assert read_uses(Below).read == {("a",): "forward"}
+    assert ("a",) in read_uses(Below).called
 
 
 def test_what_is_called_and_what_is_handed_on():
@@ -112,5 +112,5 @@ def test_without_source_nothing_is_known():
     made: dict = {}
     exec("def forward(self, x):\n    return x @ self.a.weight", made)
     for forward in (made["forward"], functools.partialmethod(Base.forward)):
-        assert uses_of(type("Made", (Base,), {"forward": forward})) is None
-    assert uses_of(nn.Linear) is not None
+        assert read_uses(type("Made", (Base,), {"forward": forward})) is None
+    assert read_uses(nn.Linear) is not None

@@ -13,7 +13,7 @@ from torch import nn
 import fastlora
 from fastlora import FastLoRALinear, LoRAConfig
 from fastlora.adapters import files as adapter_files
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.helpers import same_bits
 from tests.support.models import (
     assert_agree,
@@ -118,7 +118,7 @@ def test_loading_into_lora_layers_takes_the_files_settings(tmp_path):
     fastlora.save_adapter(model, tmp_path / "b")
     assert_agree(logits(fastlora.load_adapter(llama(), tmp_path / "b"), x), logits(source, x))
     assert (tmp_path / "a" / CONFIG).read_text() == (tmp_path / "b" / CONFIG).read_text()
-    assert {layer.lora_dropout for _, layer in lora_layers(model)} == {0.2}
+    assert {layer.lora_dropout for _, layer in find_lora_layers(model)} == {0.2}
 
 
 def test_all_linear_is_saved_by_name(tmp_path):
@@ -126,7 +126,7 @@ def test_all_linear_is_saved_by_name(tmp_path):
     source = adapted(LoRAConfig(r=2, target_modules="all-linear"))
     fastlora.save_adapter(source, tmp_path)
     targets = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
-    assert targets == [name for name, _ in lora_layers(source)]
+    assert targets == [name for name, _ in find_lora_layers(source)]
     model, x = fastlora.load_adapter(llama(), tmp_path), tokens(2, 5)
     assert same_bits(logits(model, x), logits(source, x))
     assert error(logits(llama(), x), logits(source, x)) > 0.1
@@ -135,7 +135,7 @@ def test_all_linear_is_saved_by_name(tmp_path):
 def test_tensors_are_written_apart_from_the_model(tmp_path):
     """Also where they share memory, which safetensors would refuse."""
     model = adapted()
-    layers = dict(lora_layers(model))
+    layers = dict(find_lora_layers(model))
     first, second = list(layers.values())[:2]
     second.lora_A = first.lora_A
     fastlora.save_adapter(model, tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import FastLoRALinear, LoRAConfig
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.helpers import Interrupt, same_bits
 from tests.support.models import (
     TOLERANCE,
@@ -49,7 +49,7 @@ def test_in_and_out_again_to_the_bit(dtype):
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
     for _ in range(2):
         assert fastlora.merge_adapter(model) is model
-        assert changed(model, before) == {f"{name}.weight" for name, _ in lora_layers(model)}
+        assert changed(model, before) == {f"{name}.weight" for name, _ in find_lora_layers(model)}
         with fastlora.disable_adapter(model):
             base = logits(model, x)
         assert_agree(logits(model, x), want, base)
@@ -63,7 +63,7 @@ def test_in_and_out_again_to_the_bit(dtype):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_one_layer_that_cannot_merge_stops_all(act, value):
     model = adapted()
-    dict(lora_layers(model))[LAST].lora_B.data[3, 1] = value
+    dict(find_lora_layers(model))[LAST].lora_B.data[3, 1] = value
     model.get_submodule(LAST).lora_A.data[1] *= 1e3
     with untouched(model), pytest.raises(ValueError, match=f"{LAST}: .*not finite"):
         act(model)
@@ -80,7 +80,7 @@ def test_an_interruption_stops_all(step, kind, layer):
         if step is fastlora.unmerge_adapter:
             fastlora.merge_adapter(model)
         merged = fastlora.report(model).merged
-        weight = list(dict(lora_layers(model)).values())[layer].weight
+        weight = list(dict(find_lora_layers(model)).values())[layer].weight
         with (
             untouched(model),
             pytest.raises(kind, match="stop"),
@@ -109,7 +109,7 @@ def test_an_interruption_between_the_layers_stops_all(layer, monkeypatch):
 def test_a_refused_unmerge_merges_again_what_was_merged():
     """Also where the adapter has changed since, so that merging it anew would be another weight."""
     model = fastlora.merge_adapter(adapted())
-    layers = dict(lora_layers(model))
+    layers = dict(find_lora_layers(model))
     next(iter(layers.values())).lora_A.data.mul_(3)
     layers[LAST].weight.data.add_(1)
     with untouched(model), pytest.raises(RuntimeError, match=f"{LAST}: "):
@@ -248,7 +248,7 @@ def test_no_gradient_reaches_a_disabled_adapter():
     with fastlora.disable_adapter(model):
         assert not model(input_ids=tokens(1, 4)).logits.requires_grad
     model(input_ids=tokens(1, 4)).logits.sum().backward()
-    assert all(layer.lora_B.grad is not None for _, layer in lora_layers(model))
+    assert all(layer.lora_B.grad is not None for _, layer in find_lora_layers(model))
 
 
 def test_training_a_merged_model_is_refused_and_running_it_is_not():

@@ -12,7 +12,8 @@ from torch import nn
 import fastlora
 from fastlora import LoRAConfig
 from fastlora.functional.fidelity import FidelityWarning
-from fastlora.modules.linear import FastLoRALinear, lora_layers
+from fastlora.modules.layer import find_lora_layers
+from fastlora.modules.linear import FastLoRALinear
 from tests.support.helpers import Interrupt, Wrapped, same_bits
 from tests.support.models import assert_agree, llama, logits, randomise_lora, tokens, untouched
 
@@ -27,7 +28,7 @@ def adapted(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: layer.weight.detach().clone() for name, layer in lora_layers(model)}
+    return {name: layer.weight.detach().clone() for name, layer in find_lora_layers(model)}
 
 
 def tied_model() -> nn.Module:
@@ -79,12 +80,12 @@ def test_snapshots_instead_of_receipts():
     model, x = adapted(torch.bfloat16), tokens(2, 6)
     before, want = weights(model), logits(model, x)
     fastlora.merge_adapter(model, snapshot=True)
-    assert all(layer.receipt.snapshot is not None for _, layer in lora_layers(model))
+    assert all(layer.receipt.snapshot is not None for _, layer in find_lora_layers(model))
     merged = weights(model)
     with fastlora.disable_adapter(model):
         assert all(same_bits(w, before[name]) for name, w in weights(model).items())
     assert all(same_bits(w, merged[name]) for name, w in weights(model).items())
-    assert all(layer.receipt.snapshot is not None for _, layer in lora_layers(model))
+    assert all(layer.receipt.snapshot is not None for _, layer in find_lora_layers(model))
     fastlora.unmerge_adapter(model)
     assert all(same_bits(w, before[name]) for name, w in weights(model).items())
     assert same_bits(logits(model, x), want)
@@ -113,8 +114,8 @@ def test_one_adapter_for_another(tmp_path, dtype):
 def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
     other = adapted(std=0.2)
     saved(tmp_path / "good", other)
-    dict(lora_layers(other))[LAST].lora_B.data[0, 0] = 3e38
-    dict(lora_layers(other))[LAST].lora_A.data[0] = 10
+    dict(find_lora_layers(other))[LAST].lora_B.data[0, 0] = 3e38
+    dict(find_lora_layers(other))[LAST].lora_A.data[0] = 10
     saved(tmp_path / "bad", other)
     model = adapted()
     with untouched(model), pytest.raises(RuntimeError, match="not merged"):
@@ -122,7 +123,7 @@ def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
     fastlora.merge_adapter(model)
     with untouched(model), pytest.raises(ValueError, match=rf"{LAST}: .*not finite"):
         fastlora.swap_adapter(model, tmp_path / "bad")
-    last = list(dict(lora_layers(model)).values())[-1]
+    last = list(dict(find_lora_layers(model)).values())[-1]
     for tensor in (last.weight, last.lora_B):
         with (
             fastlora.use_backend("torch"),
@@ -131,22 +132,22 @@ def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
             Interrupt("copy_", 1, tensor),
         ):
             fastlora.swap_adapter(model, tmp_path / "good")
-    scalings = {layer.scaling for _, layer in lora_layers(model)}
+    scalings = {layer.scaling for _, layer in find_lora_layers(model)}
     fastlora.unmerge_adapter(model)
-    assert scalings == {layer.scaling for _, layer in lora_layers(adapted())}
+    assert scalings == {layer.scaling for _, layer in find_lora_layers(adapted())}
 
 
 def test_what_rounding_lost_is_reported_and_warned_of():
     """In bfloat16 a delta a thousandth of the weight's size loses half of itself."""
     model = adapted(torch.bfloat16)
-    for _, layer in lora_layers(model):
+    for _, layer in find_lora_layers(model):
         change = layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
         layer.lora_B.data *= 1e-3 * layer.weight.detach().float().norm() / change.norm()
     assert fastlora.report(model).fidelity == {}
     with pytest.warns(FidelityWarning, match=r"lost part of the adapter in 14 of 14 .* has \d\d%"):
         fastlora.merge_adapter(model)
     found = fastlora.report(model).fidelity
-    assert found.keys() == dict(lora_layers(model)).keys()
+    assert found.keys() == dict(find_lora_layers(model)).keys()
     assert all(0.3 < each.gain < 0.7 and each.error > 0.5 for each in found.values())
     assert "least of its adapter arrived in" in str(fastlora.report(model))
     fastlora.unmerge_adapter(model)
@@ -221,7 +222,7 @@ def test_a_buffer_that_shares_a_weight_is_tied_to_it():
 
 def test_a_warning_that_is_an_error_takes_the_merge_back():
     model = adapted(torch.bfloat16)
-    for _, layer in lora_layers(model):
+    for _, layer in find_lora_layers(model):
         layer.lora_B.data *= 1e-4
     for act in (fastlora.merge_adapter, fastlora.merge_and_unload):
         with warnings.catch_warnings(), untouched(model):
@@ -248,8 +249,8 @@ def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
     monkeypatch.setattr(FastLoRALinear, name, failing)
     with untouched(model), pytest.raises(MemoryError):
         fastlora.merge_and_unload(model)
-    assert len(dict(lora_layers(model))) == 14
-    layer = dict(lora_layers(model))[LAST]
+    assert len(dict(find_lora_layers(model))) == 14
+    layer = dict(find_lora_layers(model))[LAST]
     calls[:] = [1] * 8
     if name == "measure":
         with untouched(model), pytest.raises(MemoryError):
@@ -259,7 +260,7 @@ def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
 
 def test_an_edited_weight_is_not_merged_for_good():
     model = fastlora.merge_adapter(adapted())
-    dict(lora_layers(model))[LAST].weight.data.zero_()
+    dict(find_lora_layers(model))[LAST].weight.data.zero_()
     with untouched(model), pytest.raises(RuntimeError, match=f"{LAST}: weight: it is not the one"):
         fastlora.merge_and_unload(model)
 
@@ -272,7 +273,7 @@ def test_disabled_for_a_while_the_merged_is_merged_again(snapshot):
         fastlora.merge_adapter(model, snapshot=snapshot)
     before = weights(model)
     with fastlora.disable_adapter(model):
-        for _, layer in lora_layers(model):
+        for _, layer in find_lora_layers(model):
             layer.lora_B.data.mul_(3)
     if not snapshot:
         assert all(same_bits(w, before[name]) for name, w in weights(model).items())
@@ -299,7 +300,7 @@ def test_an_interrupt_while_it_is_merged_again_leaves_it_merged():
     """At the end of disable_adapter, and while a merged model is looked at for good."""
     with fastlora.use_backend("torch"):
         model = fastlora.merge_adapter(adapted())
-        weight = list(dict(lora_layers(model)).values())[5].weight
+        weight = list(dict(find_lora_layers(model)).values())[5].weight
         before = weights(model)
         mode = Interrupt("copy_", 1, weight)
 
@@ -310,5 +311,5 @@ def test_an_interrupt_while_it_is_merged_again_leaves_it_merged():
         with pytest.raises(KeyboardInterrupt):
             disabled()
         mode.__exit__(None, None, None)
-    assert all(layer.merged for _, layer in lora_layers(model))
+    assert all(layer.merged for _, layer in find_lora_layers(model))
     assert all(same_bits(w, before[name]) for name, w in weights(model).items())

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora import FastLoRALinear, LoRAConfig
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.helpers import same_bits
 from tests.support.models import (
     TOLERANCE,
@@ -35,7 +35,7 @@ pytestmark = quiet
 
 
 def replaced(model: nn.Module) -> set[str]:
-    return {name for name, _ in lora_layers(model)}
+    return {name for name, _ in find_lora_layers(model)}
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -332,7 +332,7 @@ def test_the_encoder_fast_path_would_indeed_bypass():
 @pytest.mark.parametrize("failing", [1, 5, 14])
 def test_a_failing_construction_changes_nothing(monkeypatch, failing):
     model, calls = llama(), []
-    build = FastLoRALinear._sharing.__func__
+    build = FastLoRALinear._share.__func__
 
     def sharing(cls, *args, **kwargs):
         calls.append(args)
@@ -340,7 +340,7 @@ def test_a_failing_construction_changes_nothing(monkeypatch, failing):
             raise MemoryError("no room")
         return build(cls, *args, **kwargs)
 
-    monkeypatch.setattr(FastLoRALinear, "_sharing", classmethod(sharing))
+    monkeypatch.setattr(FastLoRALinear, "_share", classmethod(sharing))
     with untouched(model), pytest.raises(MemoryError):
         fastlora.replace_linear(model, ALL)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as nnf
 
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
-from fastlora.modules.several import trained_layers
+from fastlora.modules.trained import find_trained_layers
 from tests.support.helpers import same_bits
 from tests.support.models import assert_agree, bert, error, llama, logits, tokens
 from tests.support.trained_models import CONFIG, NAMES, alone, losses, per_adapter, together
@@ -118,7 +118,7 @@ def test_dropout_is_the_branch_s_alone():
         one, two = logits(model, ids), logits(model, ids)
     assert error(one[0], two[0]) > 0.01
     assert_agree(one[1], base[1])
-    layer = next(layer for _, layer in trained_layers(model))
+    layer = next(layer for _, layer in find_trained_layers(model))
     layer.lora_dropout = 1.0
     x = torch.randn(2, 3, layer.in_features)
     with fastlora.use_adapters(model, ["anna", "ben"]):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.model.report import training_rows
-from fastlora.modules.several import TrainableMultiLoRALinear
+from fastlora.model.record import get_training_rows
+from fastlora.modules.trained import TrainableMultiLoRALinear
 from tests.support.helpers import same_bits
 from tests.support.models import error, llama, logits, tokens, untouched
 from tests.support.trained_models import CONFIG, losses, per_adapter, together
@@ -120,7 +120,7 @@ def test_copies_have_rows_of_their_own():
     torch.save(model, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert training_rows(other) is not training_rows(model)
+        assert get_training_rows(other) is not get_training_rows(model)
         with fastlora.use_adapters(model, ["ben"] * 2):
             want = logits(model, ids)
             with pytest.raises(RuntimeError, match="no adapters were named"):
@@ -200,7 +200,7 @@ def test_what_such_a_model_refuses():
     )
     with untouched(half), pytest.raises(ValueError, match="have LoRA already"):
         fastlora.replace_linear(half, LoRAConfig(target_modules=["v_proj"]))
-    rows = training_rows(model)
+    rows = get_training_rows(model)
     for options, message in (
         ({"r": 0}, "r: expected"),
         ({"lora_dropout": 7}, "lora_dropout"),

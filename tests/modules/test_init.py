@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import FastLoRAConv1D, FastLoRALinear, LoRAConfig
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.helpers import Interrupt, same_bits
 from tests.support.models import (
     TOLERANCE,
@@ -171,7 +171,7 @@ def test_a_conversion_of_pefts_is_an_ordinary_adapter(tmp_path):
         str(tmp_path / "out"), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
     )
     ours = fastlora.load_adapter(llama(), tmp_path / "out")
-    assert {layer.r for _, layer in lora_layers(ours)} == {8}
+    assert {layer.r for _, layer in find_lora_layers(ours)} == {8}
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(llama(), ids))
 
 

@@ -93,7 +93,7 @@ def test_a_model_that_keeps_a_state_is_looked_at_each_time(tmp_path):
         else:
             rows = zip(got.flip(0), each(served, x, Kept), strict=True)
         assert all(error(row, want) < 1e-5 for row, want in rows)
-    assert not served.server.rows.verdicts
+    assert not served.server.rows.verdicts.by_key
 
 
 class Twice(nn.Module):
@@ -238,7 +238,7 @@ def test_a_hook_that_comes_later_is_seen(tmp_path):
     x = torch.randn(B, 2, K)
     for _ in range(2):
         served.server(x, adapter_names=NAMES)
-    assert served.server.rows.verdicts
+    assert served.server.rows.verdicts.by_key
     served.server.model[1].register_forward_hook(lambda module, args, y: y.flip(0))
     got = served.server(x, adapter_names=NAMES)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import nn
 import fastlora
 from fastlora import FastLoRALinear
 from fastlora import functional as F
-from fastlora.modules.several import MultiLoRALinear
+from fastlora.modules.served import MultiLoRALinear
 from fastlora.ops import availability, dispatch, invariance
 from tests.support.helpers import same_bits, signed
 

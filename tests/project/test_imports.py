@@ -97,7 +97,7 @@ def test_imports_point_down(module: str) -> None:
     [
         ("fastlora.ops.table", "from fastlora.functional import linear"),
         ("fastlora.ops.table", "def f():\n    import fastlora"),
-        ("fastlora.rows.entry", "from fastlora import functional"),
+        ("fastlora.rows.watch", "from fastlora import functional"),
         ("fastlora.modules.linear", "if True:\n    import peft"),
         ("fastlora.kernels.tile.rank", "def f():\n    import peft"),
         ("fastlora.kernels.linear.gemm", "from fastlora.kernels.choose import choice"),

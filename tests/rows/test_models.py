@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.modules.several import trained_layers
+from fastlora.modules.trained import find_trained_layers
 from tests.support.models import error, quiet, randomise_lora
 from tests.support.row_servers import (
     BART,
@@ -193,7 +193,7 @@ def test_llava_in_training_gives_no_gradient_to_others():
     with fastlora.use_adapters(model, ["alice", "bob"]):
         out = model(input_ids=tokens, pixel_values=seen).logits
         out[0].square().mean().backward()
-    towers = [layer for name, layer in trained_layers(model) if "vision" in name]
+    towers = [layer for name, layer in find_trained_layers(model) if "vision" in name]
     for name, some in (("alice", True), ("bob", False)):
         factors = [p for layer in towers for p in layer.adapter_parameters(name).values()]
         assert any(bool(p.grad is not None and p.grad.any()) for p in factors) == some

@@ -101,14 +101,14 @@ def moved(step: str, x: Tensor, who: Tensor, seed: float, odd: bool) -> tuple[Te
 def saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The slot of each row and token of every layer that ran."""
     found: list[Tensor] = []
-    before = Routing.groups_of
+    before = Routing.make_groups
 
-    def groups_of(self: Routing, rows: Any, x: Tensor) -> Any:
+    def make_groups(self: Routing, rows: Any, x: Tensor) -> Any:
         groups = before(self, rows, x)
         found.append(groups.ids.view(x.shape[:-1]).clone())
         return groups
 
-    monkeypatch.setattr(Routing, "groups_of", groups_of)
+    monkeypatch.setattr(Routing, "make_groups", make_groups)
     return found
 
 

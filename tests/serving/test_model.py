@@ -290,21 +290,21 @@ def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
     layer = MultiLoRALinear.from_linear(nn.Linear(8, 6), 2, 3)
     layer.set_adapter(0, torch.randn(3, 8), torch.randn(6, 3), 1.0)
     routing, x, ran = Routing("name them"), torch.randn(4, 8), []
-    layer.routing = routing.groups_for
+    layer.routing = routing.group_input
     real = multi.run
     monkeypatch.setattr(multi, "run", lambda *a: (ran.append(a[1]), real(*a)))
     with fastlora.use_backend("triton"), torch.no_grad():
-        with routing.running([-1, -1], 2, copies=2):
+        with routing.run_batch([-1, -1], 2, copies=2):
             assert same_bits(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
             assert not ran
             with fastlora.batch_invariant():
                 alone = layer(x)
-        with routing.running([-1, 0, -1, 1], 2), fastlora.batch_invariant():
+        with routing.run_batch([-1, 0, -1, 1], 2), fastlora.batch_invariant():
             assert same_bits(layer(x)[[0, 2]], alone[[0, 2]])
     assert ran == ["multi_lora_linear"] * 2
     # In training too nobody's rows have gradients to give: of the adapters, zeros.
     layer.lora_A.requires_grad_()
-    with fastlora.use_backend("triton"), routing.running([-1, -1], 2, copies=2):
+    with fastlora.use_backend("triton"), routing.run_batch([-1, -1], 2, copies=2):
         layer(x).sum().backward()
     assert not layer.lora_A.grad.any()
 

@@ -48,7 +48,7 @@ def mamba(family: str = "Mamba", **options: Any) -> nn.Module:
 def watched(model: nn.Module) -> int:
     """How many hooks the watch of a first forward has on it."""
     found = [h for m in model.modules() for h in (m._forward_pre_hooks | m._forward_hooks).values()]
-    return sum(type(hook).__module__ == "fastlora.inspection.trial" for hook in found)
+    return sum(type(hook).__module__ == "fastlora.inspection.first_forward" for hook in found)
 
 
 def helper(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def alone(model: nn.Module, name: str, base: nn.Module | None = None) -> nn.Modu
 
 
 def training_config(model: nn.Module) -> LoRAConfig:
-    return fastlora.model.report.injection(model).config
+    return fastlora.model.record.get_injection(model).config
 
 
 def losses(model: nn.Module, ids: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastlora.backends.merge_lists import errors
 from fastlora.functional.checks import linear as checks
 from fastlora.functional.receipt import Adapter, MergeReceipt
-from fastlora.inspection.plain import is_plain, unreadable
+from fastlora.inspection.plain_tensors import explain_unreadable, is_plain
 from fastlora.ops import availability, dispatch
 
 
@@ -87,7 +87,7 @@ def own_elements(weight: Tensor) -> tuple[int, int]:
     kind = type(weight).__name__
     if hasattr(weight, "placements"):
         raise TypeError(f"weight: a {kind} is sharded over processes; gather it before merging")
-    found = unreadable(weight)
+    found = explain_unreadable(weight)
     if found is None and not is_plain(weight):
         found = f"a {kind}, which has none"
     if found is not None:

@@ -11,10 +11,10 @@ import peft
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from fastlora.config.listing import by_reason, some
-from fastlora.inspection import bypassed as reading
-from fastlora.inspection import trial
-from fastlora.inspection.wrapping import unwrapped
+from fastlora.config.listing import group_by_reason, list_some
+from fastlora.inspection import first_forward
+from fastlora.inspection.bypass import explain_bypass
+from fastlora.inspection.wrappers import unwrap
 from fastlora.integrations.peft import bypassed
 from fastlora.integrations.peft import rows as peft_rows
 from fastlora.integrations.peft import tied as peft_tied
@@ -93,7 +93,7 @@ class LoraModel(peft.LoraModel):
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        trial.watch(model)
+        first_forward.watch(model)
 
 
 def patch(model: nn.Module, strict: bool) -> Report:
@@ -104,33 +104,34 @@ def patch(model: nn.Module, strict: bool) -> Report:
     if not layers:
         raise ValueError(
             "peft_model: expected a model with LoRA layers of PEFT's, found none in "
-            f"{type(unwrapped(model)).__name__}: patch what peft.get_peft_model returns (a model "
+            f"{type(unwrap(model)).__name__}: patch what peft.get_peft_model returns (a model "
             "of fastlora.replace_linear needs no patch)"
         )
     reasons = _reasons(model, layers)
     if len(reasons) == len(layers) or (strict and reasons):
         raise ValueError(
             f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
-            f"{some(by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT computes it"
+            f"{list_some(group_by_reason(reasons), 8, '; ')}; the model is as it was, and PEFT "
+            "computes it"
         )
     for name, layer in layers.items():
         if name not in reasons:
             _patch_layer(layer)
-    for module in unwrapped(model).modules():
+    for module in unwrap(model).modules():
         if type(module) is peft.LoraModel:
             module.__class__ = LoraModel
             peft_rows.watch(module)
-    keep_unpacked(unwrapped(model), stacklevel=3)
-    _warn_of_virtual_tokens(unwrapped(model))
-    bypassed.warn(unwrapped(model), layers, stacklevel=4)
-    trial.watch(_innermost(model))
+    keep_unpacked(unwrap(model), stacklevel=3)
+    _warn_of_virtual_tokens(unwrap(model))
+    bypassed.warn(unwrap(model), layers, stacklevel=4)
+    first_forward.watch(_innermost(model))
     return report(model)
 
 
 def unpatch(model: nn.Module) -> None:
     """``fastlora.unpatch_peft``."""
     back = OURS | {LoraModel: peft.LoraModel}
-    modules = [module for module in unwrapped(model).modules() if type(module) in back]
+    modules = [module for module in unwrap(model).modules() if type(module) in back]
     if not modules:
         raise ValueError(
             f"peft_model: expected one that patch_peft has patched, got {type(model).__name__}"
@@ -139,8 +140,8 @@ def unpatch(model: nn.Module) -> None:
         vars(module).pop("_receipts", None)
         peft_rows.unwatch(module)
         module.__class__ = back[type(module)]
-    let_pack(unwrapped(model))
-    trial.stop_all(_innermost(model))
+    let_pack(unwrap(model))
+    first_forward.unwatch_all(_innermost(model))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -194,8 +195,8 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
 
 def _innermost(model: nn.Module) -> nn.Module:
     """The base model within PEFT's, which is what PEFT calls, to generate too."""
-    inner = unwrapped(model)
-    return unwrapped(inner.get_base_model()) if isinstance(inner, peft.PeftModel) else inner
+    inner = unwrap(model)
+    return unwrap(inner.get_base_model()) if isinstance(inner, peft.PeftModel) else inner
 
 
 def _patch_layer(layer: nn.Module) -> None:
@@ -204,7 +205,7 @@ def _patch_layer(layer: nn.Module) -> None:
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    modules = unwrapped(model).named_modules()
+    modules = unwrap(model).named_modules()
     return {name: module for name, module in modules if isinstance(module, lora.LoraLayer)}
 
 
@@ -215,7 +216,7 @@ def _patched(model: nn.Module) -> dict[str, Any]:
 def _reasons(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
     """{layer: why PEFT computes it}, of those that it does compute."""
     found = {
-        name: reading.bypassed(unwrapped(model), [name]) or _left_alone(layer)
+        name: explain_bypass(unwrap(model), [name]) or _left_alone(layer)
         for name, layer in layers.items()
     }
     return {name: reason for name, reason in found.items() if reason is not None}

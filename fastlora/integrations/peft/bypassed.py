@@ -9,9 +9,9 @@ from typing import Any
 from peft.tuners.lora import layer as lora
 from torch import nn
 
-from fastlora.config.listing import by_reason, some
-from fastlora.inspection import trial
-from fastlora.inspection.bypassed import bypassed, rescaled
+from fastlora.config.listing import group_by_reason, list_some
+from fastlora.inspection import first_forward
+from fastlora.inspection.bypass import explain_bypass, explain_rescaling
 
 
 def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
@@ -26,18 +26,20 @@ def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
         for name, layer in layers.items()
         if any(_adds(layer, each) for each in adapter_names or layer.active_adapters)
     }
-    trial.refuse(model, adding)
+    first_forward.refuse_idle(model, adding)
 
 
 def warn(model: nn.Module, layers: Mapping[str, nn.Module], stacklevel: int) -> None:
     """Names those of PEFT's ``layers`` that do nothing, or not what they did in training."""
     alone = _outermost(layers.items())
-    found = {name: bypassed(model, [name]) or rescaled(model, [name]) for name in alone}
+    found = {
+        name: explain_bypass(model, [name]) or explain_rescaling(model, [name]) for name in alone
+    }
     found = {name: reason for name, reason in found.items() if reason is not None}
     if found:
         warnings.warn(
             "peft_model: PEFT's adapters of these layers are not what the model computes with, "
-            f"unless they are merged: {some(by_reason(found), 8, '; ')}",
+            f"unless they are merged: {list_some(group_by_reason(found), 8, '; ')}",
             stacklevel=stacklevel,
         )
 

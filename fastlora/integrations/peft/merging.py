@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from fastlora import functional as F
-from fastlora.config.listing import some
-from fastlora.inspection.plain import is_plain, unreadable
+from fastlora.config.listing import list_some
+from fastlora.inspection.plain_tensors import explain_unreadable, is_plain
 from fastlora.integrations.peft.parts import adapter_of, product, unknown
-from fastlora.modules.gathering import is_sharded
+from fastlora.modules.dtensors import is_dtensor
 
 
 class Merged(NamedTuple):
@@ -128,8 +128,8 @@ def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
     ]
     if lost:
         warnings.warn(
-            f"PEFT's merging leaves the adapter out of weights of optimum-quanto: {some(lost)} "
-            "stay as they are and count as merged; keep the adapter beside them",
+            "PEFT's merging leaves the adapter out of weights of optimum-quanto: "
+            f"{list_some(lost)} stay as they are and count as merged; keep the adapter beside them",
             stacklevel=5,
         )
 
@@ -141,9 +141,9 @@ def _is_quantos(weight: object) -> bool:
 def _refuse_wrapped(name: str, base: nn.Module) -> None:
     """TypeError for a weight, quantized since the patch, of which PEFT would write a copy."""
     weight = base._parameters.get("weight")
-    if weight is None or is_plain(weight) or is_sharded(weight):
+    if weight is None or is_plain(weight) or is_dtensor(weight):
         return
     raise TypeError(
-        f"adapter {name!r}: its base's weight is {unreadable(weight)}: what is added to it may be "
-        "lost; merge before quantizing, or keep the adapter beside it"
+        f"adapter {name!r}: its base's weight is {explain_unreadable(weight)}: what is added to it "
+        "may be lost; merge before quantizing, or keep the adapter beside it"
     )

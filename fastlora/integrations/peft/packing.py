@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.config.listing import by_reason
+from fastlora.config.listing import group_by_reason
 
 # Where a layer looks up whether it may pack, and the note that it was us who said no.
 _MAY, _NOTE = "support_avx512bf16_for_cpu", "_fastlora_keeps_unpacked"
@@ -33,9 +33,9 @@ def keep_unpacked(model: nn.Module, stacklevel: int = 2) -> None:
             packed[name] = "was packed by bitsandbytes in an eval forward before patch_peft"
     if packed:
         warnings.warn(
-            f"peft_model: {'; '.join(by_reason(packed))}. It is unpacked now, but packing has "
-            "rounded the absmax of its blocks to bfloat16 for good: load the model anew for the "
-            "numbers that it was saved with, and patch it before its first forward",
+            f"peft_model: {'; '.join(group_by_reason(packed))}. It is unpacked now, but packing "
+            "has rounded the absmax of its blocks to bfloat16 for good: load the model anew for "
+            "the numbers that it was saved with, and patch it before its first forward",
             stacklevel=stacklevel + 1,
         )
 

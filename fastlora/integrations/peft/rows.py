@@ -16,9 +16,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastlora.modules.routing import Routing
-from fastlora.rows.entry import Watch
 from fastlora.rows.frame import Place
-from fastlora.rows.inputs import copies_in
+from fastlora.rows.inputs import count_copies
+from fastlora.rows.watch import Watch
 
 _WATCH = "_fastlora_watch"
 # What PEFT gives names to.
@@ -38,7 +38,7 @@ class Rows(Routing, threading.local):
     def __reduce__(self) -> tuple[Any, ...]:
         return Rows, ()
 
-    def miscounted(self, names: int, rows: int) -> Exception:
+    def make_count_error(self, names: int, rows: int) -> Exception:
         return ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{names} and {rows} respectively."
@@ -46,7 +46,7 @@ class Rows(Routing, threading.local):
 
     def names_for(self, x: Tensor, layer: nn.Module, names: Sequence[str]) -> list[str]:
         """One for each index of x's first dimension; RuntimeError where they are not known."""
-        found = self.whose(x, layer)
+        found = self.find_rows(x, layer)
         if found is None:
             return list(names[:1]) * len(x)
         if isinstance(found, Place):
@@ -56,7 +56,7 @@ class Rows(Routing, threading.local):
         elif found.size == found.shape[0]:
             each = found.reshape(-1).tolist()
             return [names[int(row)] for row in each * (len(x) if len(each) == 1 else 1)]
-        raise self._refused(x, layer, "the batch is not its first dimension")
+        raise self._make_unknown_error(x, layer, "the batch is not its first dimension")
 
 
 def watch(model: Any) -> None:
@@ -68,7 +68,7 @@ def watch(model: Any) -> None:
 def unwatch(model: Any) -> None:
     found = vars(model).pop(_WATCH, None)
     if found is not None:
-        found.remove()
+        found.remove_hooks()
 
 
 @contextmanager
@@ -85,9 +85,9 @@ def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[
     ]
     before, rows.names = rows.names, list(names)
     try:
-        copies = copies_in(watching.root, kwargs)
-        running = rows.running([slots[name] for name in names], len(slots), copies)
-        with running, watching.generating(args, kwargs):
+        copies = count_copies(watching.root, kwargs)
+        running = rows.run_batch([slots[name] for name in names], len(slots), copies)
+        with running, watching.follow_generate(args, kwargs):
             yield
     finally:
         rows.names = before

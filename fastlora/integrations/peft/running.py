@@ -11,9 +11,9 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from fastlora.config import scaling
-from fastlora.config.listing import by_reason
-from fastlora.config.matching import overridden
+from fastlora.config import compute_scaling
+from fastlora.config.listing import group_by_reason
+from fastlora.config.matching import look_up
 
 
 def rank(layer: Any) -> int:
@@ -49,16 +49,16 @@ def warn_before_saving(model: nn.Module, layers: Mapping[str, Any]) -> None:
     said = misstated(model, layers)
     if said:
         warnings.warn(
-            f"peft_model: {'; '.join(by_reason(said))}. PEFT's save_pretrained writes what the "
-            "config says: set r, lora_alpha and their patterns in model.peft_config first",
+            f"peft_model: {'; '.join(group_by_reason(said))}. PEFT's save_pretrained writes what "
+            "the config says: set r, lora_alpha and their patterns in model.peft_config first",
             stacklevel=4,
         )
 
 
 def _misstated(layer: Any, adapter: str, config: peft.LoraConfig, name: str) -> str | None:
-    r = overridden(config.rank_pattern or {}, name, config.r)
-    alpha = overridden(config.alpha_pattern or {}, name, config.lora_alpha)
-    wanted, runs = scaling(alpha, r, config.use_rslora), _number(layer.scaling[adapter])
+    r = look_up(config.rank_pattern or {}, name, config.r)
+    alpha = look_up(config.alpha_pattern or {}, name, config.lora_alpha)
+    wanted, runs = compute_scaling(alpha, r, config.use_rslora), _number(layer.scaling[adapter])
     own = _rank(layer, adapter)
     if own == r and (runs is None or math.isclose(runs, wanted, rel_tol=1e-6)):
         return None

@@ -31,4 +31,4 @@ def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
         base = layer.get_base_layer()
         if held and base._parameters.get("weight") is not None:
             bases[name] = base
-    tied.refuse(model, bases, _REMEDY)
+    tied.refuse_tied(model, bases, _REMEDY)

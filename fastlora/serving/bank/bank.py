@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from fastlora.config import check_rank
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.serving.bank.device import Device, Pages
 from fastlora.serving.bank.entry import Entry, Read
 from fastlora.serving.bank.layout import Image, Layout, check_factors, hash_factors
@@ -270,7 +270,7 @@ class AdapterBank:
 
     def _find(self, name: object, argument: str = "adapter_name") -> Entry:
         if not isinstance(name, str) or name not in self._entries:
-            loaded = some(self._entries, 8) or "none"
+            loaded = list_some(self._entries, 8) or "none"
             raise ValueError(f"{argument}: no adapter {name!r} is loaded (loaded: {loaded})")
         return self._entries[name]
 

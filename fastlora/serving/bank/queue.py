@@ -15,7 +15,7 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from fastlora.config.listing import some
+from fastlora.config.listing import list_some
 from fastlora.serving.bank.entry import Entry
 from fastlora.serving.bank.layout import Image, Layout
 from fastlora.serving.bank.lease import Lease
@@ -172,8 +172,8 @@ class LeaseQueue:
                 return True
             if self._reserve_places(entry, waiter.distinct):
                 return False
-            pinned = some(set(self._shelf.pins)) or "nothing"
-        names = some(e.name for e in waiter.distinct if e is not entry) or "nothing"
+            pinned = list_some(set(self._shelf.pins)) or "nothing"
+        names = list_some(e.name for e in waiter.distinct if e is not entry) or "nothing"
         reason = f"what is pinned ({pinned}) and runs beside it ({names}) leaves no room"
         if not self._shelf.device.can_hold(entry.ranks):
             reason = f"it is larger than the device's {self._shelf.device.nbytes} bytes of pages"

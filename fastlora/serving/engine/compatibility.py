@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.inspection.wrapping import unwrapped
+from fastlora.inspection.wrappers import unwrap
 from fastlora.serving.engine.attention_hook import hook_attention
 from fastlora.serving.engine.cache import LayerSpec, RowCache
 from fastlora.serving.engine.request import check_count
@@ -39,7 +39,7 @@ def check_model(server: Server, max_length: int | None) -> Fit:
     """Checks that a model can be streamed; TypeError or ValueError naming what does not fit."""
     if max_length is not None:
         check_count("max_length", max_length)
-    model: Any = unwrapped(server.model)
+    model: Any = unwrap(server.model)
     config = getattr(model, "config", None)
     kind = type(model).__name__
     if not hasattr(type(config), "_attn_implementation"):
@@ -69,7 +69,7 @@ def check_model(server: Server, max_length: int | None) -> Fit:
 
 def eos_of(server: Server) -> frozenset[int]:
     """Returns the tokens that end a text, by the model's generation_config."""
-    config = getattr(unwrapped(server.model), "generation_config", None)
+    config = getattr(unwrap(server.model), "generation_config", None)
     eos = getattr(config, "eos_token_id", None)
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 

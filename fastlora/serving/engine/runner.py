@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.inspection.wrapping import SharedWeight, unwrapped
+from fastlora.inspection.wrappers import unwrap
+from fastlora.modules.shared_weight import SharedWeight
 from fastlora.serving.engine.attention import Piece, Step
 from fastlora.serving.engine.attention_hook import attend_with
 from fastlora.serving.engine.cache import RowCache
@@ -40,7 +41,7 @@ class Runner:
     def __init__(self, server: Server, cache: RowCache, followed: bool = False) -> None:
         self.server, self.cache, self._followed = server, cache, followed
         self.device = device_of(server)
-        model: Any = unwrapped(server.model)
+        model: Any = unwrap(server.model)
         # A head with adapters must get every token, since each is a row of the batch.
         self._picks = "logits_to_keep" in inspect.signature(model.forward).parameters and not (
             isinstance(model.get_output_embeddings(), SharedWeight)
@@ -77,5 +78,5 @@ class Runner:
 
 def device_of(server: Server) -> torch.device:
     """Returns the device that token ids go to."""
-    model: Any = unwrapped(server.model)
+    model: Any = unwrap(server.model)
     return model.get_input_embeddings().weight.device

@@ -37,5 +37,5 @@ def route_tokens(
         if ids is None:
             yield
         else:
-            with server.rows.tokens(ids):
+            with server.rows.follow_tokens(ids):
                 yield

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.modules.linear import lora_layers
+from fastlora.modules.layer import find_lora_layers
 from tests.support.models import llama, quiet, randomise_lora, tokens
 from tests.support.readers import AUDIO, Handing, built, mamba, watched, wavlm
 
@@ -107,13 +107,13 @@ def test_of_real_models_those_that_are_read(name):
     build, inputs, wanted = REAL[name]
     model = adapted(build().train())
     seen = set()
-    for n, layer in lora_layers(model):
+    for n, layer in find_lora_layers(model):
         layer.register_forward_pre_hook(lambda *_, n=n: seen.add(n))
     torch.manual_seed(0)
     assert len(said(model, **inputs)) == bool(wanted)
     found = fastlora.report(model).bypassed
     assert {n.rpartition(".")[2] for n in found} == wanted
-    left = {n for n, _ in lora_layers(model)} - seen
+    left = {n for n, _ in find_lora_layers(model)} - seen
     assert bool(left) == (bool(wanted) or " " in name)
     # Where the source reads what it also calls, the other mode's forward is watched too.
     assert (watched(model) > 0) == ("mba" in name)

@@ -1,4 +1,4 @@
-"""Adapters of a model whose parameters are DTensors: whole to be saved, in parts to be loaded."""
+"""DTensors as a model's parameters: adapters whole to be saved, in parts to be loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(value: object) -> bool:
+def is_dtensor(value: object) -> bool:
     """Whether ``value`` is a DTensor; nothing is imported to find out."""
     loaded = sys.modules.get("torch.distributed.tensor")
     return loaded is not None and isinstance(value, loaded.DTensor)
@@ -30,8 +30,8 @@ def reshard(model: nn.Module) -> None:
                 loaded.FSDPModule.reshard(module)
 
 
-def anywhere(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
-    """Of flags those that any process of a ``fully_shard`` model has set; else the flags.
+def make_any_flags(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
+    """Returns a function: flags that any process of a ``fully_shard`` model has set.
 
     Its processes exchange the gradients that there are, which must be the same ones in all.
     """
@@ -50,31 +50,31 @@ def anywhere(model: nn.Module) -> Callable[[list[bool]], list[bool]]:
 
 
 @contextmanager
-def gathered(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
-    """The tensors with every DTensor whole, for the one process that is to write them.
+def gather(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor] | None]:
+    """Yields the tensors with every DTensor whole, to the one process that is to write them.
 
     All processes must call, in which the others get None and wait at the end; without DTensors
     each is the one.
     """
-    if not any(map(is_sharded, tensors.values())):
+    if not any(map(is_dtensor, tensors.values())):
         yield dict(tensors)
         return
-    whole = {name: _whole(t) if is_sharded(t) else t for name, t in tensors.items()}
+    whole = {name: _make_whole(t) if is_dtensor(t) else t for name, t in tensors.items()}
     try:
         yield whole if torch.distributed.get_rank() == 0 else None
     finally:
         torch.distributed.barrier()
 
 
-def _whole(tensor: Any) -> Tensor:
-    # Parameters offloaded to the CPU are gathered by the devices, whose mesh it is.
+def _make_whole(tensor: Any) -> Tensor:
+    # Parameters offloaded to the CPU are gathered by the devices of their mesh.
     return tensor.detach().to(tensor.device_mesh.device_type).full_tensor().cpu()
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
+def copy_whole(parameter: Tensor, value: Tensor) -> None:
     """Copies a whole tensor, the same in every process, into ``parameter``, sharded or not."""
-    if is_sharded(parameter):
+    if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         to: Any = parameter
@@ -86,7 +86,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def check_whole(name: str, layer: Any, r: int, parameters: Mapping[str, Tensor]) -> None:
-    """RuntimeError where a process holds a flat part of a layer's parameters: FSDP1's, ZeRO's."""
+    """Raises RuntimeError where a process holds a flat part of parameters: FSDP1's, ZeRO's."""
     N, K = layer.out_features, layer.in_features
     weight = (K, N) if layer.fan_in_fan_out else (N, K)
     shapes = {"weight": weight, "lora_A": (r, K), "lora_B": (N, r), "lora_bias": (N,)}

@@ -3,8 +3,8 @@
 Along each dimension of the mesh the weight (N, K) says how the layer is split: Shard(0) gives each
 process columns of y, Shard(1) columns of x (column- and row-parallel in Shoeybi et al.,
 "Megatron-LM", 2019), Replicate leaves it whole, and x may be split along its batch. Every operand
-is brought to the placement that this asks for, and where processes hold parts of a sum it is added
-up: y's by who reads it, gradients' at once.
+is brought to the placement that this asks for. Where processes hold parts of a sum it is added up:
+y's by its reader, gradients' at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastlora.backends import dropout
 from fastlora.functional.autograd import LoRALinear
 from fastlora.functional.checks import linear as checks
 from fastlora.functional.rows import as_rows, kind_of
-from fastlora.modules.gathering import is_sharded
+from fastlora.modules.dtensors import is_dtensor
 from fastlora.ops import dispatch, invariance
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """``functional.lora_linear``, also of operands that are all DTensors.
+    """Computes ``functional.lora_linear``, also of operands that are all DTensors.
 
     Returns a DTensor (..., N) then: Shard(-1) where the weight is Shard(0), Partial where it is
     Shard(1), otherwise as x is. Gradients are placed as what they are of. Processes with the same
@@ -54,7 +54,7 @@ def lora_linear(
     Raises TypeError naming the operand that is no DTensor, ValueError for one on another mesh or a
     weight that is placed otherwise.
     """
-    if not is_sharded(weight):
+    if not is_dtensor(weight):
         return F.lora_linear(
             x, weight, lora_A, lora_B, scaling,
             bias=bias, lora_bias=lora_bias, dropout_p=dropout_p, training=training,
@@ -66,28 +66,28 @@ def lora_linear(
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
     scaling, dropout_p = checks.scaling(scaling), checks.dropout(dropout_p)
     mesh: DeviceMesh = weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    splits = _splits(x, weight)
+    splits = _list_splits(x, weight)
     shape = (*x.shape[:-1], weight.shape[0])
 
     def local(name: str, value: Tensor | None) -> Any:
-        return None if value is None else _Local.apply(value, *_placements(splits, name))
+        return None if value is None else _ToLocal.apply(value, *_list_placements(splits, name))
 
     x, weight = local("x", x), local("weight", weight)
     lora_A, lora_B = local("lora_A", lora_A), local("lora_B", lora_B)
-    bias, lora_bias = (_added_once(local("bias", b), splits, mesh) for b in (bias, lora_bias))
+    bias, lora_bias = (_add_once(local("bias", b), splits, mesh) for b in (bias, lora_bias))
     drops = training and dropout.threshold(dropout_p) > 0
-    p, seed = (dropout_p, _seed(x.device, splits, mesh)) if drops else (0.0, None)
+    p, seed = (dropout_p, _draw_seed(x.device, splits, mesh)) if drops else (0.0, None)
     invariant, backend = invariance.asked(), dispatch.choose("lora_linear", *kind_of(x, lora_A))
     operands = (as_rows(x), weight, bias, lora_A, lora_B, lora_bias, scaling, p, seed)
     y, _ = LoRALinear.apply(*operands, invariant, backend)
     y = y.view(*x.shape[:-1], y.shape[1])
-    return _Whole.apply(y, mesh, torch.Size(shape), *_placements(splits, "y"))
+    return _ToWhole.apply(y, mesh, torch.Size(shape), *_list_placements(splits, "y"))
 
 
 def _check_beside(weight: Any, name: str, value: object) -> None:
     if value is None:
         return
-    if not is_sharded(value):
+    if not is_dtensor(value):
         raise TypeError(
             f"{name}: expected a DTensor beside a weight that is sharded over processes, got "
             f"{type(value).__name__}: parallelize_module places a layer's input and parameters, "
@@ -98,8 +98,8 @@ def _check_beside(weight: Any, name: str, value: object) -> None:
         raise ValueError(f"{name}: expected the weight's mesh {weight.device_mesh}, got {mesh}")
 
 
-def _splits(x: Any, weight: Any) -> list[Split]:
-    """Of each mesh dimension {operand: (its placement, that of its gradient)}."""
+def _list_splits(x: Any, weight: Any) -> list[Split]:
+    """Lists for each mesh dimension {operand: (its placement, that of its gradient)}."""
     last = x.dim() - 1
     return [
         _split(of_x, of_weight, last)
@@ -128,13 +128,13 @@ def _split(x: Placement, weight: Placement, last: int) -> Split:
     return {"x": rows, "y": rows} | dict.fromkeys(("weight", "lora_A", "lora_B", "bias"), others)
 
 
-def _placements(splits: list[Split], name: str) -> tuple[list[Placement], list[Placement]]:
-    """An operand's placements, and those of its gradient as each process will compute it."""
+def _list_placements(splits: list[Split], name: str) -> tuple[list[Placement], list[Placement]]:
+    """Lists an operand's placements, and its gradient's as each process will compute it."""
     return [split[name][0] for split in splits], [split[name][1] for split in splits]
 
 
-def _added_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> Tensor | None:
-    """The bias where y is a sum over processes: the first one's, zero in the others."""
+def _add_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> Tensor | None:
+    """Keeps the bias in the first process alone where y is a sum over processes; zero elsewhere."""
     coordinate = mesh.get_coordinate() or ()
     summed = (split["y"][0].is_partial() for split in splits)
     if bias is None or not any(at and part for at, part in zip(coordinate, summed, strict=True)):
@@ -143,8 +143,8 @@ def _added_once(bias: Tensor | None, splits: list[Split], mesh: DeviceMesh) -> T
     return bias.where(torch.zeros((), dtype=torch.bool, device=bias.device), 0)
 
 
-def _seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor:
-    """The first process's seed, and another for each part of x; Philox takes any as a key."""
+def _draw_seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor:
+    """Draws the first process's seed, and another for each part of x; Philox takes any as a key."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     drawn = distribute_tensor(dropout.new_seed(device), mesh, [Replicate()] * mesh.ndim)
@@ -155,7 +155,7 @@ def _seed(device: torch.device, splits: list[Split], mesh: DeviceMesh) -> Tensor
     return drawn.to_local() + part
 
 
-class _Local(Function):
+class _ToLocal(Function):
     """(DTensor, placements, its gradient's placements) -> what this process then holds of it."""
 
     @staticmethod
@@ -169,13 +169,13 @@ class _Local(Function):
         from torch.distributed.tensor import Replicate
 
         mesh, before, shape = ctx.whole
-        grad = _dtensor(grads[0], mesh, ctx.gradients, shape)
+        grad = _make_dtensor(grads[0], mesh, ctx.gradients, shape)
         # The gradient of a sum's part is the sum's.
         placements = [Replicate() if p.is_partial() else p for p in before]
         return grad.redistribute(placements=placements), None, None
 
 
-class _Whole(Function):
+class _ToWhole(Function):
     """(local tensor, mesh, the whole's shape, placements, its gradient's placements) -> DTensor."""
 
     @staticmethod
@@ -183,7 +183,7 @@ class _Whole(Function):
         ctx: Any, local: Tensor, mesh: Any, shape: torch.Size, placements: Any, gradients: Any
     ) -> Tensor:
         ctx.gradients = gradients
-        return _dtensor(local, mesh, placements, shape)
+        return _make_dtensor(local, mesh, placements, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -191,8 +191,8 @@ class _Whole(Function):
         return local, None, None, None, None
 
 
-def _dtensor(local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> Any:
-    """Shards need not be equal: only the whole's shape says what they are of."""
+def _make_dtensor(local: Tensor, mesh: Any, placements: Any, shape: torch.Size) -> Any:
+    """Makes a DTensor of shards that may be unequal: the whole's shape says what they are of."""
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()

@@ -8,8 +8,8 @@ from torch import nn
 
 import fastlora
 from fastlora import LoRAConfig
-from fastlora.inspection.bypassed import bypassed, reader
-from fastlora.modules.linear import lora_layers
+from fastlora.inspection.bypass import explain_bypass, find_reader
+from fastlora.modules.layer import find_lora_layers
 from tests.support.models import (
     bert,
     error,
@@ -60,7 +60,7 @@ def test_layers_of_real_models_are_refused_when_named_and_else_skipped(name):
     if any(hasattr(module, "_relative_position_lookup") for module in model.modules()):
         pytest.skip("transformers 5.24 hands these to a helper: the first forward names them")
     linears = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    found = {n for n in linears if bypassed(model, [n])}
+    found = {n for n in linears if explain_bypass(model, [n])}
     assert {n.rpartition(".")[2] for n in found - {"cls.predictions.decoder"}} == ends
     one = min(found)
     with untouched(model), pytest.raises(ValueError, match=f"{one}: {who}.* reads its weight"):
@@ -69,20 +69,24 @@ def test_layers_of_real_models_are_refused_when_named_and_else_skipped(name):
         fastlora.MultiLoRAModel(model, target_modules=[one])
     fastlora.replace_linear(model, ALL)
     assert found <= set(fastlora.report(model).skipped)
-    assert {n for n, _ in lora_layers(model)} == set(linears) - set(fastlora.report(model).skipped)
+    assert {n for n, _ in find_lora_layers(model)} == set(linears) - set(
+        fastlora.report(model).skipped
+    )
 
 
 def test_of_wavlm_every_layer_that_is_replaced_gets_a_gradient():
     model = fastlora.replace_linear(wavlm(), ALL)
     model(**AUDIO).logits.square().mean().backward()
-    assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in lora_layers(model))
+    assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in find_lora_layers(model))
 
 
 @pytest.mark.parametrize("build", [llama, bert, gpt2, t5])
 def test_ordinary_models_read_no_layer(build):
     model = build()
     names = [n for n, _ in model.named_modules() if n]
-    assert not any(reader(model, n) for n in names if type(model.get_submodule(n)) is nn.Linear)
+    assert not any(
+        find_reader(model, n) for n in names if type(model.get_submodule(n)) is nn.Linear
+    )
 
 
 class Block(nn.Module):
@@ -108,13 +112,17 @@ class Grand(nn.Module):
 
 def test_readers_further_above_and_layers_that_are_called_as_well():
     model = Grand()
-    assert bypassed(model, ["read.inner"]) == "Grand.forward reads its weight and never calls it"
-    assert bypassed(model, ["listed.1"]) == "Grand.forward reads its weight and never calls it"
-    assert [reader(model, f"{n}.inner").called for n in ("both", "given", "read")] == [1, 1, 0]
+    assert (
+        explain_bypass(model, ["read.inner"]) == "Grand.forward reads its weight and never calls it"
+    )
+    assert (
+        explain_bypass(model, ["listed.1"]) == "Grand.forward reads its weight and never calls it"
+    )
+    assert [find_reader(model, f"{n}.inner").called for n in ("both", "given", "read")] == [1, 1, 0]
     # Another forward on the instance, and a layer that is read by a function: not known.
     model.forward = lambda x: model.read.inner(x)
-    assert bypassed(model, ["read.inner"]) is None
-    assert bypassed(Handing(), ["inner"]) is None
+    assert explain_bypass(model, ["read.inner"]) is None
+    assert explain_bypass(Handing(), ["inner"]) is None
 
 
 def rwkv():

@@ -1,4 +1,4 @@
-"""Whether a tensor's numbers can be read where it lies."""
+"""Plain tensors, whose numbers can be read where they lie."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 def is_plain(t: Tensor) -> bool:
     """Whether a tensor's numbers lie in memory as its dtype and strides say."""
-    plain, own = (getattr(kind, "__torch_dispatch__") for kind in (Tensor, type(t)))  # noqa: B009
-    return own is plain
+    plain, dispatch = (getattr(kind, "__torch_dispatch__") for kind in (Tensor, type(t)))  # noqa: B009
+    return dispatch is plain
 
 
-def unreadable(t: Tensor) -> str | None:
-    """Why no op of ours can read a tensor: what it is instead of a plain one.
+def explain_unreadable(t: Tensor) -> str | None:
+    """Says why no op of ours can read a tensor: what it is instead of a plain one.
 
     torch's own stand-ins (fake and functional tensors) are plain, and so are subclasses that only
-    have other functions or attributes. A DTensor is not: who can take one asks before.
+    have other functions or attributes. A DTensor is not plain: code that can take one asks before.
     """
     kind = type(t)
     if not is_plain(t) and not kind.__module__.startswith("torch._subclasses."):

@@ -12,8 +12,8 @@ from fastlora.adapters.files import PREFIX, Shape
 from fastlora.config import LoRAConfig, refusals
 
 
-def given_config(config: object, shapes: Mapping[str, Shape]) -> LoRAConfig:
-    """Settings from a LoRAConfig, PEFT's, or the fields of its file, for tensors of these shapes.
+def resolve_config(config: object, shapes: Mapping[str, Shape]) -> LoRAConfig:
+    """Makes settings of a LoRAConfig, PEFT's, or its file's fields, for tensors of these shapes.
 
     Raises TypeError or ValueError; warns as reading the file would.
     """
@@ -24,21 +24,23 @@ def given_config(config: object, shapes: Mapping[str, Shape]) -> LoRAConfig:
     else:
         LoRAConfig.check_pefts(config)
         fields = config.to_dict()  # pyright: ignore[reportAttributeAccessIssue]
-    own = LoRAConfig.from_dict(refusals.without_history(fields))
-    return files.in_order("config", own, shapes) if isinstance(config, Mapping) else own
+    settings = LoRAConfig.from_dict(refusals.drop_history(fields))
+    return (
+        files.restore_order("config", settings, shapes) if isinstance(config, Mapping) else settings
+    )
 
 
-def by_name(tensors: object) -> dict[str, Tensor]:
-    """The tensors by names without PEFT's prefix; TypeError or ValueError for what are none."""
+def index_by_name(tensors: object) -> dict[str, Tensor]:
+    """Returns the tensors by names without PEFT's prefix; TypeError or ValueError for others."""
     if not isinstance(tensors, Mapping):
         raise TypeError(
             f"tensors: expected {{name: tensor}}, as adapter_state_dict gives them, got {tensors!r}"
         )
     hints.check_names("tensors", map(str, tensors))
-    found: dict[str, Tensor] = {}
+    named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = str(key).removeprefix(PREFIX)
-        if name in found:
+        if name in named:
             raise ValueError(
                 f"tensors: {name} is given twice, with {PREFIX!r} before it and without"
             )
@@ -47,17 +49,17 @@ def by_name(tensors: object) -> dict[str, Tensor]:
             raise TypeError(f"tensors: {name}: expected a tensor of floats, got {kind}")
         if hasattr(tensor, "full_tensor"):
             raise TypeError(f"tensors: {name}: expected all of it, got a DTensor: full_tensor() it")
-        found[name] = tensor
-    return found
+        named[name] = tensor
+    return named
 
 
-def copied(
+def copy_expected(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Shape], besides: Set[str]
 ) -> dict[str, Tensor]:
-    """Copies on the CPU of exactly the expected ones, beside which ``besides`` may be there."""
-    files.compare("tensors", shapes_of(tensors), expected, besides)
+    """Copies exactly the expected ones to the CPU, beside which ``besides`` may be there."""
+    files.compare_shapes("tensors", read_shapes(tensors), expected, besides)
     return {name: tensors[name].detach().to("cpu", copy=True).contiguous() for name in expected}
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+def read_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

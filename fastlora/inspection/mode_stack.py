@@ -1,11 +1,11 @@
-"""Modes that hooks enter and leave, in whatever order those come."""
+"""Stack of torch's modes, from which hooks take theirs in whatever order."""
 
 from __future__ import annotations
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 
-def leave(mode: TorchFunctionMode) -> None:
+def remove_mode(mode: TorchFunctionMode) -> None:
     """Takes a mode from this thread's stack, where others may lie on it, if it is there.
 
     Its own ``__exit__`` takes whichever is on top.

@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlora
 from fastlora import functional as F
-from fastlora.inspection.plain import unreadable
-from fastlora.modules.several import TrainableMultiLoRALinear, TrainingRows
+from fastlora.inspection.plain_tensors import explain_unreadable
+from fastlora.modules.trained import TrainableMultiLoRALinear
+from fastlora.modules.training_rows import TrainingRows
 from tests.support.helpers import Wrapped
 from tests.support.models import untouched
 
@@ -114,7 +115,7 @@ class Dumb(Deaf):
 @pytest.mark.parametrize("kind", [Deaf, Dumb])
 def test_quantized_once_it_is_replaced(kind):
     """As torchao's quantize_ does to all subclasses of nn.Linear: each call says which operand."""
-    said = f"weight: expected a plain tensor.*test_plain.{kind.__name__}, which holds"
+    said = f"weight: expected a plain tensor.*test_plain_tensors.{kind.__name__}, which holds"
     given = fastlora.replace_linear(model(), SETTINGS).eval()
     many = fastlora.MultiLoRALinear.from_linear(model()[1], 2, 2)
     for layer in (given[1], many):
@@ -149,11 +150,11 @@ def test_what_is_plain_stays_taken():
         assert fake(torch.empty(3, 8)).shape == (3, 8)
     with torch.device("meta"):
         assert fastlora.replace_linear(model(), SETTINGS)[1].weight.is_meta
-    assert unreadable(torch.nn.Buffer(torch.ones(2, 2))) is None
+    assert explain_unreadable(torch.nn.Buffer(torch.ones(2, 2))) is None
     seen = []
 
     def look(t):
-        seen.append((unreadable(t), F.base_linear(t, given[0].weight, None)))
+        seen.append((explain_unreadable(t), F.base_linear(t, given[0].weight, None)))
         return t.sum()
 
     torch.func.vmap(torch.func.grad(look))(torch.randn(2, 8))
@@ -162,9 +163,9 @@ def test_what_is_plain_stays_taken():
 
 def test_nested_is_not():
     jagged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
-    assert "NestedTensor, which holds" in str(unreadable(jagged))
+    assert "NestedTensor, which holds" in str(explain_unreadable(jagged))
     strided = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
-    assert unreadable(strided) == "a nested one"
+    assert explain_unreadable(strided) == "a nested one"
 
 
 def test_a_patched_layer_of_it_is_pefts():

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastlora.rows.marks import Marks
 from fastlora.rows.owners import Owners
 
-Found = Owners | None | list[Owners | None]
-Rule = Callable[["Op"], Found]
+OpOwners = Owners | None | list[Owners | None]
+Rule = Callable[["Op"], OpOwners]
 
 
 class Op:
@@ -27,36 +27,41 @@ class Op:
         self.by_value = False
 
     def arg(self, name: str) -> Any:
-        i, default = _parameters(self.func).get(name, (len(self.args), None))
+        i, default = _read_parameters(self.func).get(name, (len(self.args), None))
         return self.args[i] if i < len(self.args) else self.kwargs.get(name, default)
 
-    def own(self, value: Any) -> Owners | None:
+    def owners_of(self, value: Any) -> Owners | None:
         return self.marks.get(value) if isinstance(value, Tensor) else None
 
-    def values(self, t: Tensor) -> Any:
-        """What a tensor of indices or a mask holds, since rows go by it."""
+    def read_values(self, t: Tensor) -> Any:
+        """Reads a tensor of indices or a mask, whose values decide on rows."""
         self.by_value = True
         return t.detach().cpu().numpy()
 
     @property
     def outs(self) -> list[Tensor]:
-        return tensors_in(self.out)
+        return list_tensors(self.out)
+
+
+def assign(rule: Rule, names: str, library: str = "aten") -> dict[str, Rule]:
+    """Gives each of the ops that ``names`` lists the one rule."""
+    return dict.fromkeys((f"{library}::{name}" for name in names.split()), rule)
 
 
 @cache
-def _parameters(func: Any) -> dict[str, tuple[int, Any]]:
-    """{name: (position, default)}."""
+def _read_parameters(func: Any) -> dict[str, tuple[int, Any]]:
+    """Reads {name: (position, default)}."""
     return {a.name: (i, a.default_value) for i, a in enumerate(func._schema.arguments)}
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def list_tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     if isinstance(value, (list, tuple)):
         for part in value:
             if isinstance(part, Tensor):
-                found.append(part)
+                tensors.append(part)
             elif isinstance(part, (list, tuple)):
-                found += tensors_in(part)
-    return found
+                tensors += list_tensors(part)
+    return tensors

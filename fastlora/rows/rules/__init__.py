@@ -1,0 +1,1 @@
+"""Rules: what an op that has run makes of the owners of its operands."""
