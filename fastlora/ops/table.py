@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import Parameter
 
+from fastlora.backends.values import Adapters, Rows
 from fastlora.inspection.plain import unreadable
 from fastlora.ops import dispatch, flops
 from fastlora.ops.invariance import unmarked
@@ -142,12 +143,35 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+# Where the adapters' operands begin in the ops of many adapters; the six of the rows follow them,
+# in backward h between the two.
+_ADAPTERS_AT = {
+    "multi_lora_linear": 3,
+    "multi_lora_add_": 3,
+    "multi_lora_linear_backward": 3,
+    "packed_lora_linear": 3,
+    "packed_lora_add_": 2,
+}
+
+
+def _pack(name: str, operands: Sequence[Any]) -> Sequence[Any]:
+    """An op's flat operands as backends take them: one ``Adapters``, one ``Rows``."""
+    at = _ADAPTERS_AT.get(name)
+    if at is None:
+        return operands
+    if name == "multi_lora_linear_backward":
+        dy, x, weight, lora_A, lora_B, h, *rows, needs = operands
+        return dy, x, weight, Adapters(lora_A, lora_B), h, Rows(*rows), needs
+    return *operands[:at], Adapters(*operands[at:-6]), Rows(*operands[-6:])
+
+
 def _implementation(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         *operands, backend = args
         backend, invariant = unmarked(backend)
         how = {"invariant": True} if invariant and name in _ROWS else {}
         function = dispatch.implementation(name, backend)
+        operands = _pack(name, operands)
         if torch._C._is_any_autocast_enabled():
             first = operands[0][0] if isinstance(operands[0], list) else operands[0]
             device = first.device.type
@@ -208,7 +232,7 @@ def call(name: str, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return getattr(torch.ops.fastlora, name)(*args)
-    plain = all(map(_plain, args))
+    plain = _are_plain(args)
     if not plain:
         _refuse_sharded(name, args)
     if _watched() or not plain:
@@ -232,12 +256,16 @@ def _watched() -> bool:
     )
 
 
-def _plain(value: Any) -> bool:
-    """Whether an operand is what it seems: no subclass, nothing still to be done, and there."""
-    kind = type(value)
-    if kind is not Tensor and kind is not Parameter:
-        return kind in _VALUES
-    return not (value.is_neg() or value.is_meta or value._is_zerotensor())
+def _are_plain(values: Sequence[Any]) -> bool:
+    """Whether operands are what they seem: no subclass, nothing still to be done, and there."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if value.is_neg() or value.is_meta or value._is_zerotensor():
+                return False
+        elif kind not in _VALUES:
+            return False
+    return True
 
 
 def _refuse_sharded(name: str, args: Sequence[Any]) -> None:

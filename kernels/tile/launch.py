@@ -58,11 +58,6 @@ def by_columns(t: Tensor) -> Tensor:
     return t if t.is_cuda else t.T.contiguous().T
 
 
-def written(*tensors: Tensor) -> None:
-    """Tells torch what a kernel wrote, which it does not see."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
 def device_of(t: Tensor) -> AbstractContextManager[object]:
     """The device that a kernel on t launches on; the interpreter needs none."""
     return torch.cuda.device_of(t) if t.is_cuda else nullcontext()

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fastlora.backends import native
+from fastlora.backends.in_place import mark_written
 from fastlora.backends.torch import merge as exact
 
 
@@ -47,7 +47,7 @@ def merge_(
             parts = _room(weight, library.fastlora_receipt_size(handle))
             code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
             native.check(code, "merge_")
-        _written(weight)
+        mark_written(weight)
     except BaseException:
         # Interrupted or out of memory after the weight was written: the receipt is there or here.
         if handle and library.fastlora_receipt_undo(*args, handle) != native.OK:
@@ -78,7 +78,7 @@ def unmerge_(
     if code == native.NOT_RESTORED:
         raise RuntimeError(exact.NOT_RESTORED)
     native.check(code, "unmerge_")
-    _written(weight)
+    mark_written(weight)
 
 
 def _factors(
@@ -121,9 +121,3 @@ def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:
     positions, bits, counts, checksums = parts
     pointers = (positions.data_ptr(), bits.data_ptr(), counts.data_ptr())
     return (*pointers, positions.numel(), checksums.data_ptr())
-
-
-def _written(weight: Tensor) -> None:
-    """What a kernel writes, torch does not see."""
-    if not weight.is_inference():
-        increment_version([weight])

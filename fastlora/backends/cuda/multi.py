@@ -8,12 +8,9 @@ rank-major pages, unit rows. Each row's bits are the same in any batch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fastlora.backends import native
 from fastlora.backends.cuda.call import (
@@ -26,83 +23,70 @@ from fastlora.backends.cuda.call import (
     pointer,
     stream_of,
 )
+from fastlora.backends.in_place import mark_written, share_memory
+from fastlora.backends.values import Adapters, Rows
 
 MOST_ROWS, MOST_RANKS, MOST_SLICES = 64, 512, 8
-# ids, order, starts, scalings, ranks, row_scales
-_Groups = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def multi_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, rows: Rows,
+    invariant: bool = False, *, follow: Follow, path: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reason = _refused(invariant, x, weight, lora_A, lora_B, None, (weight.shape[0],))
+    adapters = adapters._replace(ends=(weight.shape[0],))
+    reason = _refused(x, weight, adapters, invariant)
     if reason is not None:
-        run = follow(reason, x, lora_A)
-        return run(x, weight, bias, lora_A, lora_B, *groups, **_how(invariant))
+        run = follow(reason, x, adapters.lora_A)
+        return run(x, weight, bias, adapters, rows, invariant)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, _run(y, x, weight, bias, lora_A, lora_B, None, (weight.shape[0],), groups)
+    return y, _run(y, x, weight, bias, adapters, rows)
 
 
 def multi_lora_add_(
-    y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, follow: Follow, path: str | None = None, invariant: bool = False,
+    y: Tensor, h: Tensor, x: Tensor, adapters: Adapters, rows: Rows,
+    invariant: bool = False, *, follow: Follow, path: str | None = None,
 ) -> None:  # fmt: skip
-    reason = _refused(invariant, x, None, lora_A, lora_B, None, (y.shape[1],)) or _apart(x, y)
+    adapters = adapters._replace(ends=(y.shape[1],))
+    reason = _refused(x, None, adapters, invariant) or _refused_output(y, x)
     if reason is not None:
-        follow(reason, x, lora_A)(y, h, x, lora_A, lora_B, *groups, **_how(invariant))
+        follow(reason, x, adapters.lora_A)(y, h, x, adapters, rows, invariant)
         return
-    h.copy_(_run(y, x, None, None, lora_A, lora_B, None, (y.shape[1],), groups))
-    _written(y)
+    h.copy_(_run(y, x, None, None, adapters, rows))
+    mark_written(y)
 
 
 def packed_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    table: Tensor | None, ends: Sequence[int], *groups: Any,
-    follow: Follow, path: str | None = None, invariant: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, rows: Rows,
+    invariant: bool = False, *, follow: Follow, path: str | None = None,
 ) -> Tensor:  # fmt: skip
-    reason = _refused(invariant, x, weight, lora_A, lora_B, table, ends)
+    reason = _refused(x, weight, adapters, invariant)
     if reason is not None:
-        run = follow(reason, x, lora_A)
-        return run(x, weight, bias, lora_A, lora_B, table, ends, *groups, **_how(invariant))
+        run = follow(reason, x, adapters.lora_A)
+        return run(x, weight, bias, adapters, rows, invariant)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _run(y, x, weight, bias, lora_A, lora_B, table, ends, groups)
+    _run(y, x, weight, bias, adapters, rows)
     return y
 
 
 def packed_lora_add_(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
-    ends: Sequence[int], *groups: Any,
-    follow: Follow, path: str | None = None, invariant: bool = False,
+    y: Tensor, x: Tensor, adapters: Adapters, rows: Rows,
+    invariant: bool = False, *, follow: Follow, path: str | None = None,
 ) -> None:  # fmt: skip
-    reason = _refused(invariant, x, None, lora_A, lora_B, table, ends) or _apart(x, y)
+    reason = _refused(x, None, adapters, invariant) or _refused_output(y, x)
     if reason is not None:
-        run = follow(reason, x, lora_A)
-        run(y, x, lora_A, lora_B, table, ends, *groups, **_how(invariant))
+        follow(reason, x, adapters.lora_A)(y, x, adapters, rows, invariant)
         return
-    _run(y, x, None, None, lora_A, lora_B, table, ends, groups)
-    _written(y)
+    _run(y, x, None, None, adapters, rows)
+    mark_written(y)
 
 
-def _how(invariant: bool) -> dict[str, bool]:
-    return {"invariant": True} if invariant else {}
+def _refused_output(y: Tensor, x: Tensor) -> str | None:
+    return "x and y share memory" if share_memory(x, y) else chunks("y", y)
 
 
-def _written(y: Tensor) -> None:
-    if not y.is_inference():
-        increment_version([y])
-
-
-def _apart(x: Tensor, y: Tensor) -> str | None:
-    if torch._C._is_alias_of(y, x):  # pyright: ignore[reportAttributeAccessIssue]
-        return "x and y share memory"
-    return chunks("y", y)
-
-
-def _refused(
-    invariant: bool, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    table: Tensor | None, ends: Sequence[int],
-) -> str | None:  # fmt: skip
+def _refused(x: Tensor, weight: Tensor | None, adapters: Adapters, invariant: bool) -> str | None:
+    """Why these kernels do not take such a call, or None when they do."""
+    lora_A, lora_B, table, ends = adapters
     if invariant:
         # More rows than these kernels take would have other bits.
         return "a batch-invariant product is asked for"
@@ -133,14 +117,14 @@ def _refused(
 
 
 def _run(
-    y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor,
-    lora_B: Tensor, table: Tensor | None, ends: Sequence[int], groups: Sequence[Any],
+    y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Adapters,
+    rows: Rows,
 ) -> Tensor:  # fmt: skip
     """Fills or adds to y; returns h (M, slices * R)."""
-    ids, _order, _starts, scalings, ranks, row_scales = groups
+    ids, _, _, scalings, ranks, row_scales = rows
+    lora_A, lora_B, table, ends = adapters
     (M, K), N, slices = x.shape, y.shape[1], len(ends)
-    page = lora_B.shape[2]
-    R = page if table is None else page * table.shape[1]
+    page, R = lora_B.shape[2], adapters.count_ranks()
     S = lora_A.shape[0] if table is None else table.shape[0]
     h = x.new_empty(M, slices * R)
     ids, scalings = ids.to(torch.int32).contiguous(), scalings.float().contiguous()

@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from fastlora.backends.in_place import mark_written
 from fastlora.kernels.merge.batch import (
     RAW,
     Adapter,
@@ -134,8 +135,7 @@ def _run(kernels: Kernels, jobs: Iterable[Job], how: How, receipt: bool) -> Rece
             index, state = min(bad)
             raise _refused(state, index)
         receipts = _in_order(made)
-        changed = [job.weight for job in jobs if not job.weight.is_inference()]
-        torch.autograd.graph.increment_version(changed)
+        mark_written(*(job.weight for job in jobs))
     except BaseException as error:
         failures = []
         for batch in batches:
