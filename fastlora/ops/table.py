@@ -154,7 +154,7 @@ _ADAPTERS_AT = {
 }
 
 
-def _pack(name: str, operands: Sequence[Any]) -> Sequence[Any]:
+def pack(name: str, operands: Sequence[Any]) -> Sequence[Any]:
     """An op's flat operands as backends take them: one ``Adapters``, one ``Rows``."""
     at = _ADAPTERS_AT.get(name)
     if at is None:
@@ -166,12 +166,14 @@ def _pack(name: str, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _implementation(name: str) -> Callable[..., Any]:
+    packs = name in _ADAPTERS_AT
+
     def run(*args: Any) -> Any:
         *operands, backend = args
         backend, invariant = unmarked(backend)
         how = {"invariant": True} if invariant and name in _ROWS else {}
         function = dispatch.implementation(name, backend)
-        operands = _pack(name, operands)
+        operands = pack(name, operands) if packs else operands
         if torch._C._is_any_autocast_enabled():
             first = operands[0][0] if isinstance(operands[0], list) else operands[0]
             device = first.device.type

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlora.ops import dispatch
+from fastlora.ops import dispatch, table
 from tests.support import oracle
 
 # (dtype of x and weight, dtype of the adapters), as ids print them.
@@ -234,7 +234,8 @@ class Interrupt(TorchDispatchMode):
 def inside(mode: TorchDispatchMode, func, args) -> object:
     """What an op of fastlora's gives, ``mode`` seeing the ops it consists of."""
     with mode:
-        return dispatch.implementation(func._schema.name.split("::")[1], args[-1])(*args[:-1])
+        name = func._schema.name.split("::")[1]
+        return dispatch.implementation(name, args[-1])(*table.pack(name, args[:-1]))
 
 
 def _tensors(tree: object) -> list[Tensor]:

@@ -27,6 +27,11 @@ from fastlora.backends.torch import multi as reference
 from fastlora.backends.torch.wide_products import base_gradient, linear
 from fastlora.backends.values import Adapters, Rows
 
+# As the kernel reads ids, order, starts, scalings, ranks and row_scales.
+_ROW_DTYPES = (
+    torch.int32, torch.int64, torch.int64, torch.float32, torch.int32, torch.float32,
+)  # fmt: skip
+
 
 def multi_lora_linear(
     x: Tensor,
@@ -102,18 +107,15 @@ def run_multi(
 
 
 def flatten_rows(rows: Rows, R: int) -> Rows:
-    """The same rows as the kernel reads them; ids, which it does not read, as they are."""
-    ids, order, starts, scalings, ranks, row_scales = rows
-    if ranks is not None and ranks.dtype != torch.int32:
-        ranks = ranks.clamp(0, R)
-    return Rows(
-        ids,
-        flat(order, torch.int64),
-        flat(starts, torch.int64),
-        flat(scalings, torch.float32),
-        flat(ranks, torch.int32),
-        flat(row_scales, torch.float32),
-    )
+    """The same rows as the kernel reads them: numbers of a dtype, one behind the other."""
+    if rows.ranks is not None and rows.ranks.dtype != torch.int32:
+        rows = rows._replace(ranks=rows.ranks.clamp(0, R))
+    fields = []
+    for field, dtype in zip(rows, _ROW_DTYPES, strict=True):
+        if field is not None and not (field.dtype == dtype and field.is_contiguous()):
+            field = field.to(dtype).contiguous()
+        fields.append(field)
+    return Rows(*fields)
 
 
 def packed_lora_linear(
