@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as nnf
 
 from fastlora.backends import dropout
+from fastlora.backends.dtypes import HALVES
 from fastlora.backends.torch import products as library
 from fastlora.functional import export as programs
 from fastlora.functional.autograd import LoRAAdd, LoRALinear
@@ -109,7 +110,7 @@ def _reads_past_rows(weight: Tensor) -> bool:
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
-    return dtype in library.HALVES and type(weight) in (Tensor, nn.Parameter)
+    return dtype in HALVES and type(weight) in (Tensor, nn.Parameter)
 
 
 def lora_add_(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.backends.dtypes import CODES
 from fastlora.config.listing import some
 from fastlora.functional import fidelity
 from fastlora.functional.fidelity import Fidelity, FidelityWarning
@@ -241,7 +242,7 @@ def _chunks(
 
 def _merged(steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]) -> Tensor:
     """A tensor as it is to be written."""
-    name, dtype, change = entry.name, shards.DTYPES[entry.dtype], steps.change(entry.name)
+    name, dtype, change = entry.name, CODES[entry.dtype], steps.change(entry.name)
     stored = steps.read(source, name)
     try:
         merged = stored.to(dtype) if change is None else change.apply(stored, dtype)

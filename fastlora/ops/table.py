@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, library
 from torch.nn import Parameter
 
+from fastlora.backends.dtypes import BITS
 from fastlora.backends.values import Adapters, Rows
 from fastlora.inspection.plain import unreadable
 from fastlora.ops import dispatch, flops
@@ -113,10 +114,9 @@ def _fake_group_rows(ids: Tensor, num_slots: int, _backend: str) -> tuple[Tensor
 def _fake_merge_(weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
     context, weight = library.get_ctx(), weights[0]
     changed, tiles, sums = (context.new_dynamic_size() for _ in range(3))
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (
         weight.new_empty(changed, dtype=torch.int16),
-        weight.new_empty(changed, dtype=bits),
+        weight.new_empty(changed, dtype=BITS[weight.itemsize]),
         torch.empty(tiles, dtype=torch.int32, device="cpu"),
         weight.new_empty(sums, dtype=torch.int64),
         torch.empty(len(weights), 3, dtype=torch.int64, device="cpu"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import native
+from fastlora.backends.dtypes import BITS
 from fastlora.backends.in_place import mark_written
 from fastlora.backends.torch import merge as exact
 
@@ -111,7 +112,7 @@ def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
 def _room(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty(size, dtype=torch.int16),
-        torch.empty(size, dtype=exact.BITS[weight.itemsize]),
+        torch.empty(size, dtype=BITS[weight.itemsize]),
         torch.empty(sum(1 for _ in exact.tiles(weight)), dtype=torch.int32),
         torch.empty(2, dtype=torch.int64),
     )

@@ -17,13 +17,12 @@ from fastlora.backends import dropout, native
 from fastlora.backends.cuda.call import (
     SMALL,
     Follow,
-    arch_of,
     chunks,
-    device_of,
     halves,
     pointer,
     stream_of,
 )
+from fastlora.kernels.tile.gpu import arch_of, device_of
 
 # As csrc/fastlora.h numbers them.
 ONE_PASS, TILE_64, TILE_128, TILE_256 = range(4)

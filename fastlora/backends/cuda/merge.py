@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import native
-from fastlora.backends.cuda.call import arch_of, device_of, stream_of
+from fastlora.backends.cuda.call import stream_of
+from fastlora.kernels.tile.gpu import arch_of, device_of
 
 # As csrc/fastlora.h numbers them.
 _UNDO, _MERGE, _KEEP, _SUMS, _POOLED, _ALIGNED = (1 << i for i in range(6))

@@ -16,15 +16,14 @@ from fastlora.backends import native
 from fastlora.backends.cuda.call import (
     SMALL,
     Follow,
-    arch_of,
     chunks,
-    device_of,
     halves,
     pointer,
     stream_of,
 )
 from fastlora.backends.in_place import mark_written, share_memory
 from fastlora.backends.values import Adapters, Rows
+from fastlora.kernels.tile.gpu import arch_of, device_of
 
 MOST_ROWS, MOST_RANKS, MOST_SLICES = 64, 512, 8
 
