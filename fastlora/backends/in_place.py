@@ -8,7 +8,9 @@ from torch.autograd.graph import increment_version
 
 def mark_written(*tensors: Tensor) -> None:
     """Tells autograd what a kernel wrote, which it does not see."""
-    increment_version([t for t in tensors if not t.is_inference()])
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:

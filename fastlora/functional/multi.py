@@ -60,9 +60,12 @@ def multi_lora_linear(
         x, weight, bias, lora_A, lora_B, scalings, ranks, slices, page_table
     )
     rows = rows_of(x, adapter_ids, scalings, ranks, row_scales)
-    tracked = _is_tracked(adapters, x, weight, bias, lora_A, lora_B)
+    tracked = is_tracked(x, weight, bias, lora_A, lora_B)
+    if page_table is not None:
+        _refuse_tracked(tracked)
     op = "packed_lora_linear" if adapters.ends and not tracked else "multi_lora_linear"
-    backend = _backend_of(op, x, adapters)
+    kind = (x.device, x.dtype, lora_A.dtype, adapters.count_ranks())
+    backend = invariance.marked(dispatch.choose(op, *kind))
     matrix = as_rows(x)
     nobody = isinstance(adapter_ids, RowGroups) and adapter_ids.nobody
     if nobody and not tracked and backend == "triton":
@@ -111,9 +114,12 @@ def multi_lora_add_(
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
     adapters = checks_multi.added(y, x, lora_A, lora_B, scalings, ranks, slices, page_table)
     rows = rows_of(x, adapter_ids, scalings, ranks, row_scales)
-    tracked = _is_tracked(adapters, y, x, lora_A, lora_B)
+    tracked = is_tracked(y, x, lora_A, lora_B)
+    if page_table is not None:
+        _refuse_tracked(tracked)
     op = "packed_lora_add_" if adapters.ends and not tracked else "multi_lora_add_"
-    backend = _backend_of(op, x, adapters)
+    kind = (x.device, x.dtype, lora_A.dtype, adapters.count_ranks())
+    backend = invariance.marked(dispatch.choose(op, *kind))
     matrix = as_rows(x)
     if op == "packed_lora_add_":
         matrix_y = as_rows(y)
@@ -160,17 +166,10 @@ def _add_(
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
 
-def _is_tracked(adapters: Adapters, *tensors: Tensor | None) -> bool:
-    """Whether autograd must see the call, which it cannot where adapters lie in pages."""
-    tracked = is_tracked(*tensors)
-    if tracked and adapters.table is not None:
+def _refuse_tracked(tracked: bool) -> None:
+    """Refuses pages that autograd must see: it cannot."""
+    if tracked:
         raise ValueError(
             "page_table: adapters in pages are not differentiable, nor mapped over: call under "
             "torch.no_grad(), outside of torch.func"
         )
-    return tracked
-
-
-def _backend_of(op: str, x: Tensor, adapters: Adapters) -> str:
-    ranks = adapters.count_ranks()
-    return invariance.marked(dispatch.choose(op, x.device, x.dtype, adapters.lora_A.dtype, ranks))

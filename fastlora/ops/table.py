@@ -162,7 +162,7 @@ def pack(name: str, operands: Sequence[Any]) -> Sequence[Any]:
     if name == "multi_lora_linear_backward":
         dy, x, weight, lora_A, lora_B, h, *rows, needs = operands
         return dy, x, weight, Adapters(lora_A, lora_B), h, Rows(*rows), needs
-    return *operands[:at], Adapters(*operands[at:-6]), Rows(*operands[-6:])
+    return *operands[:at], Adapters(*operands[at:-6]), Rows._make(operands[-6:])
 
 
 def _implementation(name: str) -> Callable[..., Any]:

@@ -110,12 +110,10 @@ def flatten_rows(rows: Rows, R: int) -> Rows:
     """The same rows as the kernel reads them: numbers of a dtype, one behind the other."""
     if rows.ranks is not None and rows.ranks.dtype != torch.int32:
         rows = rows._replace(ranks=rows.ranks.clamp(0, R))
-    fields = []
     for field, dtype in zip(rows, _ROW_DTYPES, strict=True):
-        if field is not None and not (field.dtype == dtype and field.is_contiguous()):
-            field = field.to(dtype).contiguous()
-        fields.append(field)
-    return Rows(*fields)
+        if field is not None and not (field.dtype is dtype and field.is_contiguous()):
+            return Rows(*(flat(t, d) for t, d in zip(rows, _ROW_DTYPES, strict=True)))
+    return rows
 
 
 def packed_lora_linear(

@@ -27,11 +27,15 @@ def linear(
     """Returns the adapters of ``multi_lora_linear``, dense or packed."""
     N, K = matrix_of(weight)
     input_of(x, K, weight.dtype, weight.device)
-    if slices is None and page_table is None:
+    packed = slices is not None or page_table is not None
+    if packed:
+        vector("bias", bias, N, x.dtype, x)
+    tensor("lora_A", lora_A)
+    tensor("lora_B", lora_B)
+    if not packed:
         _dense(lora_A, lora_B, scalings, ranks, N, K, x)
         vector("bias", bias, N, x.dtype, x)
         return Adapters(lora_A, lora_B)
-    vector("bias", bias, N, x.dtype, x)
     return _packed(N, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
 
 
@@ -47,9 +51,9 @@ def added(
 ) -> Adapters:
     """Returns the adapters of ``multi_lora_add_``, dense or packed."""
     tensor("lora_A", lora_A)
+    tensor("lora_B", lora_B)
     K = lora_A.shape[2] if lora_A.dim() == 3 else -1
     if slices is None and page_table is None:
-        tensor("lora_B", lora_B)
         N = lora_B.shape[1] if lora_B.dim() == 3 else -1
         _dense(lora_A, lora_B, scalings, ranks, N, K, x)
         output_of(y, x, N, K)
@@ -92,8 +96,6 @@ def _dense(
     K: int,
     x: Tensor,
 ) -> None:
-    tensor("lora_A", lora_A)
-    tensor("lora_B", lora_B)
     shape = lora_A.shape
     if len(shape) != 3 or shape[2] != K:
         raise ValueError(f"lora_A: expected shape (S, R, {K}), got {tuple(shape)}")
@@ -125,8 +127,6 @@ def _packed(
     x: Tensor,
 ) -> Adapters:
     """Slots or pages of a projection of C slices, one if ``slices`` is None; N None: lora_B's."""
-    tensor("lora_A", lora_A)
-    tensor("lora_B", lora_B)
     if page_table is not None:
         _table(page_table, x)
     across, along = (1, 2) if page_table is None else (2, 1)
