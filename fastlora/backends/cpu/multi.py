@@ -112,7 +112,7 @@ def flatten_rows(rows: Rows, R: int) -> Rows:
         rows = rows._replace(ranks=rows.ranks.clamp(0, R))
     for field, dtype in zip(rows, _ROW_DTYPES, strict=True):
         if field is not None and not (field.dtype is dtype and field.is_contiguous()):
-            return Rows(*(flat(t, d) for t, d in zip(rows, _ROW_DTYPES, strict=True)))
+            return Rows._make(flat(t, d) for t, d in zip(rows, _ROW_DTYPES, strict=True))
     return rows
 
 
