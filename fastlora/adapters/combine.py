@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters.prune import MAJORITIES, METHODS, sum_pruned
+from fastlora.backends.dtypes import FLOATS
 from fastlora.config import check_number, check_rank
 from fastlora.functional.receipt import Adapter
 
 PRUNED = tuple(name for name in METHODS if name != "linear")
 TYPES = ("svd", "cat", "linear", *PRUNED, *(f"{name}_svd" for name in PRUNED))
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
 
 
@@ -232,7 +232,7 @@ def check_adapter(name: str, adapter: object) -> None:
     A, B, scaling = adapter
     check_number(f"{name}: scaling", scaling)
     for part, t in (("lora_A", A), ("lora_B", B)):
-        if not isinstance(t, Tensor) or t.dtype not in _DTYPES:
+        if not isinstance(t, Tensor) or t.dtype not in FLOATS:
             kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
             raise TypeError(f"{name}: {part}: expected a tensor of float16 to float64, got {kind}")
     if A.dim() != 2 or B.dim() != 2 or B.shape[1] != A.shape[0] or not A.shape[0]:

@@ -10,16 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastlora.backends.dtypes import CODES
+
 # Bytes read at a time.
 _CHUNK = 1 << 24
 _HALVES = (torch.bfloat16, torch.float16)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Stored:
     def dtype(self) -> torch.dtype | None:
         """None of what is no float."""
         with self._open() as file:
-            return _DTYPES.get(file.get_slice(self.key).get_dtype())
+            return CODES.get(file.get_slice(self.key).get_dtype())
 
     def read(self) -> Tensor:
         """Reads all of it, to the CPU."""

@@ -1,4 +1,4 @@
-"""Packed projections and adapters in pages: how they lie, and how they run a part at a time.
+"""Packed projections and adapters in pages: how they lie, and how they run a slice at a time.
 
 A packed projection's columns are C slices (q, k and v of one weight), each with an A of its own:
 lora_A (S, C * R, K), slice after slice, lora_B (S, N, R). In pages lora_A is (P, C * page, K) and
@@ -11,32 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Form(NamedTuple):
-    """What the operands of a packed call say: where slices end, slots, ranks of each."""
-
-    ends: tuple[int, ...]
-    S: int
-    R: int
-
-
-class Slice(NamedTuple):
-    """Of the columns begin to end, with ranks first to last of a slot's A."""
-
-    begin: int
-    end: int
-    first: int
-    last: int
-
-
-def slices_of(ends: Sequence[int], R: int) -> Iterator[Slice]:
-    for i, (begin, end) in enumerate(pairwise((0, *ends))):
-        yield Slice(begin, end, i * R, (i + 1) * R)
+from fastlora.backends.in_place import copy_if_shared
+from fastlora.backends.values import Adapters, Rows
 
 
 def ends_of(slices: Sequence[int] | None, N: int) -> tuple[int, ...]:
@@ -53,72 +34,56 @@ def ends_of(slices: Sequence[int] | None, N: int) -> tuple[int, ...]:
     return tuple(accumulate(widths))
 
 
-def unshared(x: Tensor, y: Tensor) -> Tensor:
-    """x as it is before a part of y is written: a copy where the two share memory."""
-    return x.clone() if torch._C._is_alias_of(y, x) else x  # pyright: ignore[reportAttributeAccessIssue]
+def split_slices(adapters: Adapters) -> Iterator[tuple[slice, Adapters]]:
+    """The columns of each slice of a projection, and the adapters of those columns alone."""
+    lora_A, lora_B, table, ends = adapters
+    R = lora_B.shape[2]
+    for i, (begin, end) in enumerate(pairwise((0, *ends))):
+        columns = slice(begin, end)
+        yield columns, Adapters(lora_A[:, i * R : (i + 1) * R], lora_B[:, columns], table)
 
 
-def gathered(
-    lora_A: Tensor, lora_B: Tensor, table: Tensor, slices: int, slots: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of some slots A (n, C * R, K) and B (n, N, R) as the dense form has them."""
-    pages = table[slots].long()
-    there = (pages >= 0) & (pages < lora_A.shape[0])
+def gather_pages(adapters: Adapters, slots: Tensor) -> Adapters:
+    """Some slots of adapters in pages, dense: lora_A (n, C * R, K) and lora_B (n, N, R)."""
+    lora_A, lora_B, table, ends = adapters
+    assert table is not None
+    pages, slices = table[slots].long(), len(ends)
     P, page, N = lora_A.shape[0], lora_B.shape[2], lora_B.shape[1]
     if P == 0:
         n, R = len(slots), table.shape[1] * page
-        return lora_A.new_zeros(n, slices * R, lora_A.shape[2]), lora_B.new_zeros(n, N, R)
-    at = pages.clamp(0, P - 1)
-    A = lora_A.unflatten(1, (slices, page))[at]  # [n, pages, C, page, K]
-    A = A.where(there[:, :, None, None, None], 0).transpose(1, 2).flatten(2, 3).flatten(1, 2)
-    B = lora_B[at].where(there[:, :, None, None], 0)  # [n, pages, N, page]
-    return A, B.transpose(1, 2).flatten(2)
+        none = lora_A.new_zeros(n, slices * R, lora_A.shape[2]), lora_B.new_zeros(n, N, R)
+        return Adapters(*none, ends=ends)
+    is_page = (pages >= 0) & (pages < P)
+    pages = pages.clamp(0, P - 1)
+    A = lora_A.unflatten(1, (slices, page))[pages]  # [n, pages, C, page, K]
+    A = A.where(is_page[:, :, None, None, None], 0).transpose(1, 2).flatten(2, 3).flatten(1, 2)
+    B = lora_B[pages].where(is_page[:, :, None, None], 0)  # [n, pages, N, page]
+    return Adapters(A, B.transpose(1, 2).flatten(2), ends=ends)
 
 
-def in_use(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    table: Tensor,
-    slices: int,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The slots that rows use, dense: lora_A, lora_B, starts, scalings and ranks of those alone.
+def gather_used(adapters: Adapters, rows: Rows) -> tuple[Adapters, Rows]:
+    """The slots that rows use, dense, and the rows by the numbers that those slots then have.
 
-    Their rows keep their places, since the others have none.
+    The rows keep their places in ``order``, since the other slots have none; ``ids`` are left.
     """
+    starts, ranks = rows.starts, rows.ranks
     slots = (starts[1:] > starts[:-1]).nonzero().flatten()
-    A, B = gathered(lora_A, lora_B, table, slices, slots)
-    starts = torch.cat([starts[slots], starts[-1:]])
-    return A, B, starts, scalings[slots], None if ranks is None else ranks[slots]
+    used = rows._replace(
+        starts=torch.cat([starts[slots], starts[-1:]]),
+        scalings=rows.scalings[slots],
+        ranks=None if ranks is None else ranks[slots],
+    )
+    return gather_pages(adapters, slots), used
 
 
-def add_each(
-    add: Callable[..., None],
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    table: Tensor | None,
-    ends: Sequence[int],
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    **how: Any,
+def add_by_slices(
+    add: Callable[..., None], y: Tensor, x: Tensor, adapters: Adapters, rows: Rows, *options: Any
 ) -> None:
-    """``packed_lora_add_`` by a backend's ``multi_lora_add_``, a slice after the other."""
-    if len(ends) > 1:
-        x = unshared(x, y)
-    if table is not None:
-        paged = (lora_A, lora_B, table, len(ends), starts, scalings, ranks)
-        lora_A, lora_B, starts, scalings, ranks = in_use(*paged)
-    R = lora_B.shape[2]
-    routing = (ids, order, starts, scalings, ranks, row_scales)
-    h = x.new_empty(x.shape[0], R)
-    for part in slices_of(ends, R):
-        A, B = lora_A[:, part.first : part.last], lora_B[:, part.begin : part.end]
-        add(y[:, part.begin : part.end], h, x, A, B, *routing, **how)
+    """Does ``packed_lora_add_`` with a backend's ``multi_lora_add_``, one slice after the other."""
+    if len(adapters.ends) > 1:
+        x = copy_if_shared(x, y)
+    if adapters.table is not None:
+        adapters, rows = gather_used(adapters, rows)
+    h = x.new_empty(x.shape[0], adapters.count_ranks())
+    for columns, part in split_slices(adapters):
+        add(y[:, columns], h, x, part, rows, *options)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as nnf
 
 from fastlora.backends import dropout
+from fastlora.backends.dtypes import HALVES
 from fastlora.backends.torch import products as library
 from fastlora.functional import export as programs
 from fastlora.functional.autograd import LoRAAdd, LoRALinear
@@ -26,10 +27,10 @@ from fastlora.functional.merge import (
     unmerge_,
 )
 from fastlora.functional.merge_stack import MergeStack
-from fastlora.functional.multi import group_rows, multi_lora_add_, multi_lora_linear
+from fastlora.functional.multi import multi_lora_add_, multi_lora_linear
 from fastlora.functional.receipt import MergeReceipt
-from fastlora.functional.row_groups import RowGroups
-from fastlora.functional.rows import as_rows, is_tracked, kept, kind_of, scratch
+from fastlora.functional.row_groups import RowGroups, group_rows
+from fastlora.functional.rows import as_rows, is_tracked, keep_input, kind_of, new_scratch
 from fastlora.ops import dispatch, invariance
 from fastlora.ops.call import call
 
@@ -110,7 +111,7 @@ def _reads_past_rows(weight: Tensor) -> bool:
         return False
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
-    return dtype in library.HALVES and type(weight) in (Tensor, nn.Parameter)
+    return dtype in HALVES and type(weight) in (Tensor, nn.Parameter)
 
 
 def lora_add_(
@@ -135,8 +136,8 @@ def lora_add_(
     p, seed = _dropout(dropout_p, training, x)
     rows, tracked = as_rows(x), is_tracked(y, x, lora_A, lora_B)
     if tracked:
-        rows = kept(rows, y)
-    h = scratch(lora_A.shape[0], rows, lora_A, seed)
+        rows = keep_input(rows, y)
+    h = new_scratch(lora_A.shape[0], rows, lora_A, seed)
     invariant, backend = invariance.asked(), dispatch.choose("lora_add_", *kind_of(x, lora_A))
     args = (y, h, rows, lora_A, lora_B, scaling, p, seed, invariant, backend)
     if programs.written():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastlora.functional.rows import as_rows, written_back
+from fastlora.functional.rows import as_rows, copy_rows_back
 from fastlora.ops.call import call
 
 
@@ -102,7 +102,7 @@ class LoRAAdd(Function):
         y, h, x, lora_A, lora_B, *rest = args
         rows = as_rows(y)
         call("lora_add_", rows, h, x, lora_A, lora_B, None, *rest)
-        return written_back(y, rows)
+        return copy_rows_back(y, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +166,7 @@ class MultiLoRAAdd(Function):
         y, *rest = args
         rows = as_rows(y)
         call("multi_lora_add_", rows, *rest)
-        return written_back(y, rows)
+        return copy_rows_back(y, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

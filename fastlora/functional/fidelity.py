@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastlora.backends.dtypes import BITS, FLOATS
 from fastlora.functional.receipt import Adapter
 
 # Below it a merge deserves a warning: the dtype swallowed part of the adapter.
@@ -19,7 +20,6 @@ LOW_GAIN = 0.9
 
 # Elements of a block, which is held a few times over in float64: a core's cache has room for it.
 _BLOCK = 1 << 16
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FidelityWarning(UserWarning):
@@ -94,12 +94,11 @@ def _sums(W: Tensor, M: Tensor, d: Tensor) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(_BITS[values.itemsize])
+    return values.contiguous().view(BITS[values.itemsize])
 
 
 def _check(before: Tensor, after: Tensor, adapters: Sequence[Adapter]) -> None:
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if before.dtype not in floats:
+    if before.dtype not in FLOATS:
         raise TypeError(f"before: expected a float16 to float64 weight, got {before.dtype}")
     if before.dim() != 2:
         raise ValueError(f"before: expected shape (N, K), got {tuple(before.shape)}")

@@ -7,29 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora.backends.packed import Form, slices_of
+from fastlora.backends.packed import split_slices
 from fastlora.backends.torch import products as library
+from fastlora.backends.values import Adapters, Rows
 from fastlora.functional import export as programs
 from fastlora.functional.autograd import MultiLoRAAdd, MultiLoRALinear
 from fastlora.functional.checks import linear as checks
 from fastlora.functional.checks import multi as checks_multi
-from fastlora.functional.row_groups import RowGroups
-from fastlora.functional.rows import as_rows, is_tracked, kept, kind_of, scratch, written_back
+from fastlora.functional.row_groups import RowGroups, rows_of
+from fastlora.functional.rows import as_rows, copy_rows_back, is_tracked, keep_input, new_scratch
 from fastlora.ops import call as ops
 from fastlora.ops import dispatch, invariance
-
-
-def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
-    """Sorts the rows of a batch by adapter, once for every layer that sees the batch.
-
-    adapter_ids: int32 or int64 (T,), (B,) or (B, L), values in [-1, num_slots), -1 = no adapter.
-    Raises TypeError for other dtypes, ValueError for other shapes and for host ids out of range; on
-    a device, which is not waited for, those count as -1.
-    """
-    checks_multi.adapter_ids(adapter_ids, num_slots)
-    backend = dispatch.choose("group_rows", adapter_ids.device)
-    ids, order, starts = ops.call("group_rows", adapter_ids.reshape(-1), num_slots, backend)
-    return RowGroups(ids, order, starts, num_slots, tuple(adapter_ids.shape))
 
 
 def multi_lora_linear(
@@ -68,26 +56,40 @@ def multi_lora_linear(
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
-    if slices is not None or page_table is not None:
-        rest = (lora_A, lora_B, scalings, ranks, slices, page_table)
-        form = checks_multi.packed(x, weight, bias, *rest)
-        groups = _groups(adapter_ids, x, form.S)
-        rest = (x, weight, lora_A, lora_B, groups, scalings, bias, ranks, row_scales)
-        return _packed_linear(form, page_table, *rest)
-    checks_multi.multi(x, weight, lora_A, lora_B, scalings, ranks, bias)
-    groups = _groups(adapter_ids, x, lora_A.shape[0])
-    routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    backend = dispatch.choose("multi_lora_linear", *kind_of(x, lora_A))
-    invariant = invariance.asked()
+    adapters = checks_multi.linear(
+        x, weight, bias, lora_A, lora_B, scalings, ranks, slices, page_table
+    )
+    rows = rows_of(x, adapter_ids, scalings, ranks, row_scales)
     tracked = is_tracked(x, weight, bias, lora_A, lora_B)
-    if groups.nobody and backend == "triton" and not (tracked or invariant):
+    if page_table is not None:
+        _refuse_tracked(tracked)
+    op = "packed_lora_linear" if adapters.ends and not tracked else "multi_lora_linear"
+    kind = (x.device, x.dtype, lora_A.dtype, adapters.count_ranks())
+    invariant, backend = invariance.asked(), dispatch.choose(op, *kind)
+    matrix = as_rows(x)
+    nobody = isinstance(adapter_ids, RowGroups) and adapter_ids.nobody
+    if nobody and backend == "triton" and not (tracked or invariant):
         # The library's product is all there is to do, and no kernel of ours does it better.
-        return _base(x, weight, bias)
-    args = (as_rows(x), weight, bias, lora_A, lora_B, *routing, invariant, backend)
-    if programs.written():
-        y = programs.call("multi_lora_linear", *args)
+        y = library.linear(matrix, weight, bias)
+    elif op == "packed_lora_linear":
+        y = ops.call(op, matrix, weight, bias, *adapters, *rows, invariant, backend)
+    elif adapters.ends:
+        parts = [
+            _linear(
+                matrix,
+                weight[columns],
+                None if bias is None else bias[columns],
+                part,
+                rows,
+                invariant,
+                backend,
+                tracked,
+            )
+            for columns, part in split_slices(adapters)
+        ]
+        y = torch.cat(parts, -1)
     else:
-        y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
+        y = _linear(matrix, weight, bias, adapters, rows, invariant, backend, tracked)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -111,127 +113,71 @@ def multi_lora_add_(
     """
     x = checks.autocast_to(x, y)
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
-    if slices is not None or page_table is not None:
-        rest = (lora_A, lora_B, scalings, ranks, slices, page_table)
-        form = checks_multi.packed_added(y, x, *rest)
-        groups = _groups(adapter_ids, x, form.S)
-        rest = (y, x, lora_A, lora_B, groups, scalings, ranks, row_scales)
-        return _packed_add_(form, page_table, *rest)
-    checks_multi.multi_added(y, x, lora_A, lora_B, scalings, ranks)
-    groups = _groups(adapter_ids, x, lora_A.shape[0])
-    routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    rows, tracked = as_rows(x), is_tracked(y, x, lora_A, lora_B)
+    adapters = checks_multi.added(y, x, lora_A, lora_B, scalings, ranks, slices, page_table)
+    rows = rows_of(x, adapter_ids, scalings, ranks, row_scales)
+    tracked = is_tracked(y, x, lora_A, lora_B)
+    if page_table is not None:
+        _refuse_tracked(tracked)
+    op = "packed_lora_add_" if adapters.ends and not tracked else "multi_lora_add_"
+    kind = (x.device, x.dtype, lora_A.dtype, adapters.count_ranks())
+    invariant, backend = invariance.asked(), dispatch.choose(op, *kind)
+    matrix = as_rows(x)
+    if op == "packed_lora_add_":
+        matrix_y = as_rows(y)
+        ops.call(op, matrix_y, matrix, *adapters, *rows, invariant, backend)
+        return copy_rows_back(y, matrix_y)
+    if not adapters.ends:
+        return _add_(y, matrix, adapters, rows, invariant, backend, tracked)
+    if len(adapters.ends) > 1:
+        matrix = keep_input(matrix, y)
+    for columns, part in split_slices(adapters):
+        _add_(y[..., columns], matrix, part, rows, invariant, backend, tracked)
+    return y
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Adapters,
+    rows: Rows,
+    invariant: bool,
+    backend: str,
+    tracked: bool,
+) -> Tensor:
+    """The op of one slice's dense adapters, as a Function, or as an op of a program, if need be."""
+    args = (x, weight, bias, adapters.lora_A, adapters.lora_B, *rows, invariant, backend)
+    if programs.written():
+        return programs.call("multi_lora_linear", *args)
+    y, _ = MultiLoRALinear.apply(*args) if tracked else ops.call("multi_lora_linear", *args)
+    return y
+
+
+def _add_(
+    y: Tensor,
+    x: Tensor,
+    adapters: Adapters,
+    rows: Rows,
+    invariant: bool,
+    backend: str,
+    tracked: bool,
+) -> Tensor:
+    """As ``_linear``; y (..., N) is returned."""
     if tracked:
-        rows = kept(rows, y)
-    h = scratch(lora_A.shape[1], rows, lora_A, *groups.tensors, ranks)
-    backend = dispatch.choose("multi_lora_add_", *kind_of(x, lora_A))
-    invariant = invariance.asked()
-    args = (y, h, rows, lora_A, lora_B, *routing, invariant, backend)
+        x = keep_input(x, y)
+    A, B = adapters.lora_A, adapters.lora_B
+    h = new_scratch(A.shape[1], x, A, rows.ids, rows.order, rows.starts, rows.ranks)
+    args = (y, h, x, A, B, *rows, invariant, backend)
     if programs.written():
         programs.call("multi_lora_add_", *args)
         return y
     return MultiLoRAAdd.apply(*args) if tracked else MultiLoRAAdd.forward(*args)
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = library.linear(as_rows(x), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _packed_linear(
-    form: Form,
-    page_table: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    groups: RowGroups,
-    scalings: Tensor,
-    bias: Tensor | None,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-) -> Tensor:
-    if _differentiable(page_table, x, weight, bias, lora_A, lora_B):
-        parts = []
-        for part in slices_of(form.ends, form.R):
-            columns = slice(part.begin, part.end)
-            A, B = lora_A[:, part.first : part.last], lora_B[:, columns]
-            own = None if bias is None else bias[columns]
-            given = (x, weight[columns], A, B, groups, scalings)
-            y = multi_lora_linear(*given, bias=own, ranks=ranks, row_scales=row_scales)
-            parts.append(y)
-        return torch.cat(parts, -1)
-    routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    kind = (x.device, x.dtype, lora_A.dtype, form.R)
-    backend = dispatch.choose("packed_lora_linear", *kind)
-    invariant = invariance.asked()
-    if groups.nobody and backend == "triton" and not invariant:
-        return _base(x, weight, bias)
-    lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
-    args = (
-        as_rows(x),
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        page_table,
-        form.ends,
-        *routing,
-        invariant,
-        backend,
-    )
-    y = ops.call("packed_lora_linear", *args)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _packed_add_(
-    form: Form,
-    page_table: Tensor | None,
-    y: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    groups: RowGroups,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-) -> Tensor:
-    if _differentiable(page_table, y, x, lora_A, lora_B):
-        if len(form.ends) > 1:
-            x = kept(x, y)
-        for part in slices_of(form.ends, form.R):
-            A, B = lora_A[:, part.first : part.last], lora_B[:, part.begin : part.end]
-            given = (y[..., part.begin : part.end], x, A, B, groups, scalings)
-            multi_lora_add_(*given, ranks=ranks, row_scales=row_scales)
-        return y
-    routing = (*groups.tensors, scalings, ranks, _row_scales(row_scales, x))
-    kind = (x.device, x.dtype, lora_A.dtype, form.R)
-    backend = dispatch.choose("packed_lora_add_", *kind)
-    invariant = invariance.asked()
-    lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
-    rows = as_rows(y)
-    args = (rows, as_rows(x), lora_A, lora_B, page_table, form.ends, *routing, invariant, backend)
-    ops.call("packed_lora_add_", *args)
-    return written_back(y, rows)
-
-
-def _differentiable(page_table: Tensor | None, *tensors: Tensor | None) -> bool:
-    """Whether autograd must see the call, which it can of slices alone."""
-    if not is_tracked(*tensors):
-        return False
-    if page_table is not None:
+def _refuse_tracked(tracked: bool) -> None:
+    """Refuses pages that autograd must see: it cannot."""
+    if tracked:
         raise ValueError(
             "page_table: adapters in pages are not differentiable, nor mapped over: call under "
             "torch.no_grad(), outside of torch.func"
         )
-    return True
-
-
-def _groups(adapter_ids: Tensor | RowGroups, x: Tensor, num_slots: int) -> RowGroups:
-    if not isinstance(adapter_ids, RowGroups):
-        adapter_ids = group_rows(adapter_ids, num_slots)
-    return checks_multi.row_groups(adapter_ids, x, num_slots)
-
-
-def _row_scales(row_scales: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if row_scales is None else checks_multi.row_scales(row_scales, x)

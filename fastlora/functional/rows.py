@@ -1,4 +1,4 @@
-"""What the public functions share: rows, scratch, and whether autograd must see a call."""
+"""What the public functions share: rows as matrices, scratch, and whether autograd sees a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlora.backends.packed import unshared
+from fastlora.backends.in_place import copy_if_shared
 from fastlora.functional.checks import linear as checks
 
 
@@ -24,22 +24,25 @@ def as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
-def written_back(y: Tensor, rows: Tensor) -> Tensor:
-    """y, once ``rows = as_rows(y)`` was written: copied back where rows could be no view of y."""
+def copy_rows_back(y: Tensor, rows: Tensor) -> Tensor:
+    """Returns y with what was written to ``rows = as_rows(y)``, which may be no view of it."""
     lead = [(y.shape[i], y.stride(i)) for i in range(y.dim() - 1) if y.shape[i] != 1]
     view = all(outer == size * inner for (_, outer), (size, inner) in pairwise(lead))
     return y if view else y.copy_(rows.view_as(y))
 
 
-def kept(rows: Tensor, y: Tensor) -> Tensor:
-    """x as backward will need it, although y is written: a copy where the two share memory."""
+def keep_input(rows: Tensor, y: Tensor) -> Tensor:
+    """x as backward will need it, although y is written: a copy where the two share memory.
+
+    Raises RuntimeError for a y that autograd does not let be written.
+    """
     checks.tracked_output(y)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return rows
-    return unshared(rows, y)
+    return copy_if_shared(rows, y)
 
 
-def scratch(R: int, x: Tensor, *others: Tensor | None) -> Tensor:
+def new_scratch(R: int, x: Tensor, *others: Tensor | None) -> Tensor:
     """An empty h (M, R); under vmap it is batched where anything is that it will be made of."""
     if not torch._C._are_functorch_transforms_active():
         return x.new_empty(x.shape[0], R)

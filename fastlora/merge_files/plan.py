@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastlora import functional
+from fastlora.backends.dtypes import CODES
 from fastlora.config.listing import group_by_reason, list_some
 from fastlora.functional.receipt import Adapter
 from fastlora.merge_files import model_code, places, vocabulary
 from fastlora.merge_files.adapters import AdapterFolder, Layer
-from fastlora.merge_files.shards import DTYPES, Checkpoint, Entry, Shard
+from fastlora.merge_files.shards import Checkpoint, Entry, Shard
 from fastlora.merge_files.vocabulary import Vocabulary
 
 # Models whose layers keep their weights as (K, N), whatever PEFT's fan_in_fan_out says: where there
@@ -225,7 +226,7 @@ def _transposed(plan: Plan, adapter: AdapterFolder, name: str, weight: str, laye
     base, entry = plan.base, plan.entry(weight)
     if not entry.floating:
         raise ValueError(
-            f"base: {weight}: expected a dtype of {', '.join(DTYPES)}, got {entry.dtype}: merge "
+            f"base: {weight}: expected a dtype of {', '.join(CODES)}, got {entry.dtype}: merge "
             "into the model it was quantised from"
         )
     N, K = layer.lora_B.shape[0], layer.lora_A.shape[1]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.backends.dtypes import CODES
 from fastlora.config.listing import list_some
 from fastlora.functional import fidelity
 from fastlora.functional.fidelity import Fidelity, FidelityWarning
@@ -115,8 +116,8 @@ def merge_folder(
     watch: Watch | None = None,
 ) -> Merged:
     """``merge_checkpoint`` without its warnings; ``watch`` is told how far it is."""
-    if dtype is not None and dtype not in shards.CODES:
-        names = ", ".join(map(str, shards.CODES))
+    if dtype is not None and dtype not in shards.CODE_OF:
+        names = ", ".join(map(str, shards.CODE_OF))
         raise ValueError(f"dtype: expected one of {names}, got {dtype!r}")
     checkpoint, folder = shards.open_checkpoint(base), Path(out)
     if folder.resolve().is_relative_to(checkpoint.folder.resolve()):
@@ -241,7 +242,7 @@ def _chunks(
 
 def _merged(steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]) -> Tensor:
     """A tensor as it is to be written."""
-    name, dtype, change = entry.name, shards.DTYPES[entry.dtype], steps.change(entry.name)
+    name, dtype, change = entry.name, CODES[entry.dtype], steps.change(entry.name)
     stored = steps.read(source, name)
     try:
         merged = stored.to(dtype) if change is None else change.apply(stored, dtype)

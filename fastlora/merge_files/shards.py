@@ -19,19 +19,14 @@ from torch import Tensor
 
 from fastlora.adapters.files import read_json
 from fastlora.adapters.hints import check_content
+from fastlora.backends.dtypes import CODES
 from fastlora.merge_files import durable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODE_OF = {dtype: code for code, dtype in CODES.items()}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -47,7 +42,7 @@ class Entry:
 
     @property
     def floating(self) -> bool:
-        return self.dtype in DTYPES
+        return self.dtype in CODES
 
     @property
     def itemsize(self) -> float:
@@ -57,8 +52,8 @@ class Entry:
         """The entry of the tensor once converted; only float16 to float64 are."""
         if dtype is None or not self.floating:
             return self
-        nbytes = self.nbytes // DTYPES[self.dtype].itemsize * dtype.itemsize
-        return replace(self, dtype=CODES[dtype], nbytes=nbytes)
+        nbytes = self.nbytes // CODES[self.dtype].itemsize * dtype.itemsize
+        return replace(self, dtype=CODE_OF[dtype], nbytes=nbytes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Shard:
     def read(self, name: str) -> Tensor:
         """A float tensor on the CPU, its memory its own."""
         entry = self.tensors[name]
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=CODES[entry.dtype])
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
             left = memoryview(raw(tensor))
@@ -112,8 +107,8 @@ class Checkpoint:
         """Whether two tensors have the same bytes, of two dtypes once in the narrower."""
         shards = self.holder[first], self.holder[second]
         codes = {self.entry(name).dtype for name in (first, second)}
-        if len(codes) > 1 and codes <= DTYPES.keys():
-            dtype = min((DTYPES[code] for code in codes), key=lambda dtype: dtype.itemsize)
+        if len(codes) > 1 and codes <= CODES.keys():
+            dtype = min((CODES[code] for code in codes), key=lambda dtype: dtype.itemsize)
             one, other = (self.holder[name].read(name).to(dtype) for name in (first, second))
             return torch.equal(one, other)
         pairs = zip(shards[0].bytes_of(first), shards[1].bytes_of(second), strict=True)

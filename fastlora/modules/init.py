@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fastlora.backends.dtypes import UP_TO_FLOAT32
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.undo import Undo
 from fastlora.config import parse_iterations
@@ -21,7 +22,6 @@ from fastlora.functional.checks.merge import own_elements
 from fastlora.modules.merging import Mergeable
 
 # As in PEFT, which takes the decompositions in float32.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def _principal(wide: Tensor, r: int, scaling: float, niter: int | None) -> tuple
 
 def _check(weight: Tensor, r: int, how: str) -> None:
     N, K = own_elements(weight)
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in UP_TO_FLOAT32:
         raise TypeError(
             f"init_lora_weights: {how!r} takes a weight of float16, bfloat16 or float32, got "
             f"{weight.dtype}"

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 
 from fastlora.backends import native
+from fastlora.backends.dtypes import UP_TO_FLOAT32
 
 # Best first; "torch" implements every op on every device.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-_GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_RANKS = 512
 
 
@@ -111,7 +111,7 @@ def cannot(
     if device.type == "cuda" and capability(device) < (8, 0):
         return f"{kernels} kernels run on GPUs of compute capability 8.0 or more, {device} has less"
     for each in (dtype, lora_dtype):
-        if each is not None and each not in _GPU_DTYPES:
+        if each is not None and each not in UP_TO_FLOAT32:
             return f"{kernels} kernels take float16, bfloat16 and float32, got {each}"
     if rank > _TRITON_RANKS and backend == "triton":
         return f"Triton kernels take ranks up to {_TRITON_RANKS}, got {rank}"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from fastlora.backends.dtypes import BITS
+
 
 def linear(x: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     M = x.shape[0]
@@ -56,10 +58,9 @@ def group_rows(ids: Tensor, num_slots: int, _backend: str) -> tuple[Tensor, Tens
 def merge(weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
     context, weight = library.get_ctx(), weights[0]
     changed, tiles, sums = (context.new_dynamic_size() for _ in range(3))
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return (
         weight.new_empty(changed, dtype=torch.int16),
-        weight.new_empty(changed, dtype=bits),
+        weight.new_empty(changed, dtype=BITS[weight.itemsize]),
         torch.empty(tiles, dtype=torch.int32, device="cpu"),
         weight.new_empty(sums, dtype=torch.int64),
         torch.empty(len(weights), 3, dtype=torch.int64, device="cpu"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastlora.backends.values import Adapters, Rows
 from fastlora.ops import dispatch
 from fastlora.ops.table import OPS, Op
 
@@ -74,9 +75,22 @@ def run_gradients(
     return grads + others(*arguments, there) if any(there) else grads
 
 
+# Where the adapters' operands begin in the ops of many adapters; the six of the rows follow them,
+# in backward h between the two.
+_ADAPTERS_AT = {
+    name: op.names.index("lora_A") for name, op in OPS.items() if op.kind in ("multi", "packed")
+}
+
+
 def pack(op: str, operands: Sequence[Any]) -> Sequence[Any]:
-    """Returns an op's operands as the functions of backends take them."""
-    return operands
+    """Packs an op's flat operands as backends take them: one ``Adapters``, one ``Rows``."""
+    at = _ADAPTERS_AT.get(op)
+    if at is None:
+        return operands
+    if op == "multi_lora_linear_backward":
+        dy, x, weight, lora_A, lora_B, h, *rows, needs = operands
+        return dy, x, weight, Adapters(lora_A, lora_B), h, Rows(*rows), needs
+    return *operands[:at], Adapters(*operands[at:-6]), Rows._make(operands[-6:])
 
 
 def _next_backend(op: str, backend: str, operands: Sequence[Any]) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels.aot.cases import ODD_K, ODD_M, ODD_N, ODD_R, Case, K, M, N, Variant
-from fastlora.kernels.multi.batch import Adapters, Rows
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows
 from fastlora.kernels.multi.decode import multi_decode
 from fastlora.kernels.multi.expand import multi_expand
 from fastlora.kernels.multi.gemm import multi_gemm
@@ -40,16 +40,16 @@ def launch_multi(case: Case, dtype: torch.dtype, lora_dtype: torch.dtype) -> Non
         # Slots of as many pages as the rank needs.
         table = torch.empty(SLOTS, -(-rank // PAGE), dtype=torch.int32)
         a = empty(64, len(ends) * PAGE, k, dtype=lora_dtype)
-        adapters = Adapters.of(a, empty(64, PAGE, n, dtype=lora_dtype).transpose(1, 2), table)
+        adapters = KernelAdapters.of(a, empty(64, PAGE, n, dtype=lora_dtype).transpose(1, 2), table)
     else:
         a = empty(SLOTS, len(ends) * rank, k, dtype=lora_dtype)
-        adapters = Adapters.of(a, empty(SLOTS, n, rank, dtype=lora_dtype))
+        adapters = KernelAdapters.of(a, empty(SLOTS, n, rank, dtype=lora_dtype))
         if v.backward:
             of_dy = empty(SLOTS, rank, n, dtype=lora_dtype).transpose(1, 2)
-            adapters = Adapters.of(of_dy, empty(SLOTS, k, rank, dtype=lora_dtype)).turned
+            adapters = KernelAdapters.of(of_dy, empty(SLOTS, k, rank, dtype=lora_dtype)).turned
     ids, order = counts(torch.int32, t), counts(torch.int64, t)
     optional = (counts(torch.int32, SLOTS), counts(torch.float32, t)) if v.biases else (None, None)
-    rows = Rows.of(ids, order, counts(torch.float32, SLOTS), *optional)
+    rows = KernelRows.of(ids, order, counts(torch.float32, SLOTS), *optional)
     bias = empty(n) if v.biases else None
     if case.kernel == "multi_shrink":
         scaled = None if v.split or v.first else torch.empty_like(h_out)

@@ -1,4 +1,7 @@
-"""Operands of a product whose rows belong to different adapters, as the launchers take them."""
+"""Operands of a product whose rows have different adapters, as the launchers take them.
+
+``fastlora/backends/values.py`` has what these are made of: the operands as the ops take them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Whose the rows of a batch are: ids int32 (T,), order int64 (T,), the rows by slot.
+class KernelRows:
+    """Which adapter each row has: ids int32 (T,), order int64 (T,), the rows by slot.
 
-    scalings (S,), ranks int (S,) and row_scales (T,), where given; all of unit stride.
+    scalings (S,), ranks int (S,) or None, row_scales (T,) or None; all of unit stride.
     """
 
     ids: Tensor
@@ -22,13 +25,16 @@ class Rows:
     row_scales: Tensor | None
 
     @classmethod
-    def of(cls, ids: Tensor, order: Tensor, scalings: Tensor, *optional: Tensor | None) -> Rows:
+    def of(
+        cls, ids: Tensor, order: Tensor, scalings: Tensor, *optional: Tensor | None
+    ) -> KernelRows:
+        """Copies what has no unit stride."""
         ranks, row_scales = (None if t is None else t.contiguous() for t in optional)
         return cls(ids.contiguous(), order.contiguous(), scalings.contiguous(), ranks, row_scales)
 
     @property
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids, scalings, ranks, row_scales; for what is not given one that is never read."""
+        """ids, scalings, ranks, row_scales; for what is None one that is never read."""
         ids = self.ids
         return (
             ids,
@@ -38,13 +44,13 @@ class Rows:
         )
 
     @property
-    def given(self) -> dict[str, Any]:
+    def flags(self) -> dict[str, Any]:
         return {"RANKS": self.ranks is not None, "ROW_SCALES": self.row_scales is not None}
 
 
 @dataclass(frozen=True)
-class Adapters:
-    """S slots of at most R ranks: a (S, C * R, K), b (S, R, N), of C slices of a projection.
+class KernelAdapters:
+    """S slots of at most R ranks: a (S, C * R, K), b (S, R, N), for C slices of a projection.
 
     With a table (S, pages a slot): a (P, C * page, K), b (P, page, N), R all of a slot's pages.
     """
@@ -56,8 +62,8 @@ class Adapters:
     table: Tensor | None = None
 
     @classmethod
-    def of(cls, a: Tensor, b: Tensor, table: Tensor | None = None) -> Adapters:
-        """Of lora_A (S, C * R, K), lora_B (S, N, R), or of pages of either."""
+    def of(cls, a: Tensor, b: Tensor, table: Tensor | None = None) -> KernelAdapters:
+        """Turns lora_B: from lora_A (S, C * R, K) and lora_B (S, N, R), or pages of both."""
         b = b.transpose(1, 2)
         if table is None:
             return cls(a, b, a.shape[0], b.shape[1])
@@ -65,18 +71,18 @@ class Adapters:
         return cls(a, b, table.shape[0], table.shape[1] * b.shape[1], table)
 
     @property
-    def turned(self) -> Adapters:
-        """As backward has them: a is B's, b is A's. Of one slice, without a table."""
+    def turned(self) -> KernelAdapters:
+        """a and b exchanged, for backward; for one slice, without a table."""
         return replace(self, a=self.b, b=self.a)
 
     @property
     def ranks_together(self) -> int:
-        """Ranks of one slice that lie in one slot or page."""
+        """How many ranks of one slice lie in one slot or page."""
         return self.b.shape[1]
 
     @property
     def a_strides(self) -> tuple[int, int, int, int]:
-        """Of a slot or page, a slice, a rank, a column."""
+        """Strides of a slot or page, a slice, a rank, a column."""
         slot, rank, column = self.a.stride()
         return slot, rank * self.ranks_together, rank, column
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.multi.adapters import factors_of, load_h, places, ranks_of, slice_of, slots_of
-from fastlora.kernels.multi.batch import Adapters, Rows
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows
 from fastlora.kernels.multi.expand import tiles_of
 from fastlora.kernels.tile.configs import Decode, rank_tile
 from fastlora.kernels.tile.launch import compiled_as, device_of
@@ -91,8 +91,8 @@ def multi_decode(
     w: torch.Tensor,
     y: torch.Tensor,
     h: torch.Tensor,
-    adapters: Adapters,
-    rows: Rows,
+    adapters: KernelAdapters,
+    rows: KernelRows,
     ends: tuple[int, ...],
     config: Decode,
     *,
@@ -119,7 +119,7 @@ def multi_decode(
             *x.stride(), *w.stride(), *y.stride(), h.stride(0) if split else 0, h.stride(-2),
             *adapters.b.stride(), out.stride(-2), s_table,
             BM=config.BM, BN=config.BN, BK=config.BK,
-            BR=ranks_at_a_time(config, R, adapters.b.itemsize), **rows.given, **adapters.form,
+            BR=ranks_at_a_time(config, R, adapters.b.itemsize), **rows.flags, **adapters.form,
             PARTS=h.shape[0] if split else 1, BIAS=bias is not None, OVERLAP=overlap,
             PRECISION=precision(x.dtype), **compiled_as(config), **options,
         )  # fmt: skip

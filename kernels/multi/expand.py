@@ -25,7 +25,7 @@ from fastlora.kernels.multi.adapters import (
     slice_of,
     sorted_tile,
 )
-from fastlora.kernels.multi.batch import Adapters, Rows, rows_grid
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows, rows_grid
 from fastlora.kernels.tile.configs import Expand, rank_block
 from fastlora.kernels.tile.launch import compiled_as, device_of
 from fastlora.kernels.tile.numerics import dot, narrow, precise, precision
@@ -82,8 +82,8 @@ def _multi_expand(
 def multi_expand(
     y: torch.Tensor,
     h: torch.Tensor,
-    adapters: Adapters,
-    rows: Rows,
+    adapters: KernelAdapters,
+    rows: KernelRows,
     ends: tuple[int, ...],
     config: Expand,
     *,
@@ -110,7 +110,7 @@ def multi_expand(
             T, R, S, pages, ends,
             *y.stride(), h.stride(0) if split else 0, h.stride(-2), *adapters.b.stride(),
             out.stride(-2), s_table,
-            BM=config.BM, BN=config.BN, BR=BR, **rows.given, **adapters.form,
+            BM=config.BM, BN=config.BN, BR=BR, **rows.flags, **adapters.form,
             PARTS=h.shape[0] if split else 1, PRECISION=precision(y.dtype), **compiled_as(config),
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fastlora.kernels.linear.gemm import descriptors
 from fastlora.kernels.multi.adapters import adapter_steps, factors_of, ranks_of, slice_of, slots_of
-from fastlora.kernels.multi.batch import Adapters, Rows
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows
 from fastlora.kernels.multi.expand import tiles_of
 from fastlora.kernels.tile.configs import Gemm, rank_block
 from fastlora.kernels.tile.launch import compiled_as, device_of
@@ -100,8 +100,8 @@ def multi_gemm(
     w: torch.Tensor,
     y: torch.Tensor,
     h: torch.Tensor,
-    adapters: Adapters,
-    rows: Rows,
+    adapters: KernelAdapters,
+    rows: KernelRows,
     ends: tuple[int, ...],
     config: Gemm,
     *,
@@ -128,7 +128,7 @@ def multi_gemm(
     options = {
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.GROUP,
         "BR": rank_block(R, 16 if precise(x.dtype) or adapters.table is not None else 32),
-        **rows.given, **adapters.form, "FIRST": first, "BIAS": bias is not None,
+        **rows.flags, **adapters.form, "FIRST": first, "BIAS": bias is not None,
         "OVERLAP": overlap, "PRECISION": precision(x.dtype), **compiled_as(config),
     }  # fmt: skip
     if overlap:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.multi.adapters import ranks_of
-from fastlora.kernels.multi.batch import Rows
+from fastlora.kernels.multi.batch import KernelRows
 from fastlora.kernels.tile.configs import Gradient, rank_block
 from fastlora.kernels.tile.launch import compiled_as, device_of
 from fastlora.kernels.tile.numerics import dot, narrow, precise, precision
@@ -61,7 +61,7 @@ def multi_gradient(
     x: torch.Tensor,
     h: torch.Tensor,
     out: torch.Tensor,
-    rows: Rows,
+    rows: KernelRows,
     starts: torch.Tensor,
     config: Gradient,
 ) -> None:
@@ -76,6 +76,6 @@ def multi_gradient(
         _multi_gradient[(S, triton.cdiv(C, config.BC), triton.cdiv(R, BR))](
             x, h, out, rows.order, starts, *pointers,
             C, R, *x.stride(), h.stride(0), *out.stride(),
-            BM=config.BM, BC=config.BC, BR=BR, **rows.given, PRECISION=precision(x.dtype),
+            BM=config.BM, BC=config.BC, BR=BR, **rows.flags, PRECISION=precision(x.dtype),
             **compiled_as(config),
         )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.multi.adapters import factors_of, numbered, places, ranks_of, sorted_tile
-from fastlora.kernels.multi.batch import Adapters, Rows, rows_grid
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows, rows_grid
 from fastlora.kernels.tile.configs import Shrink, rank_block
 from fastlora.kernels.tile.launch import compiled_as, device_of
 from fastlora.kernels.tile.numerics import dot, narrow, precision
@@ -84,8 +84,8 @@ def _multi_shrink(
 
 def multi_shrink(
     x: torch.Tensor,
-    adapters: Adapters,
-    rows: Rows,
+    adapters: KernelAdapters,
+    rows: KernelRows,
     h: torch.Tensor,
     config: Shrink,
     *,
@@ -113,7 +113,7 @@ def multi_shrink(
             x, adapters.a, h, h if scaled is None else scaled, rows.order, *rows.pointers, table,
             T, K, R, S, pages, tiles, parts, split,
             *x.stride(), *adapters.a_strides, s_part, h.stride(-2), s_table,
-            BM=config.BM, BK=config.BK, BR=BR, PART=PART, **rows.given, **adapters.form,
+            BM=config.BM, BK=config.BK, BR=BR, PART=PART, **rows.flags, **adapters.form,
             SCALED=scaled is not None, OVERLAP=overlap, PRECISION=precision(x.dtype),
             **compiled_as(config),
         )  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastlora.kernels.tile.configs import Config
+from fastlora.kernels.tile.gpu import arch_of as arch_of
+from fastlora.kernels.tile.gpu import device_of as device_of
+from fastlora.kernels.tile.gpu import programs_of as programs_of
 from fastlora.kernels.tile.numerics import INTERPRETED
 
 
@@ -58,36 +58,5 @@ def by_columns(t: Tensor) -> Tensor:
     return t if t.is_cuda else t.T.contiguous().T
 
 
-def written(*tensors: Tensor) -> None:
-    """Tells torch what a kernel wrote, which it does not see."""
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
-def device_of(t: Tensor) -> AbstractContextManager[object]:
-    """The device that a kernel on t launches on; the interpreter needs none."""
-    return torch.cuda.device_of(t) if t.is_cuda else nullcontext()
-
-
-def arch_of(device: torch.device) -> int:
-    """Compute capability as 10 * major + minor; 90 under the interpreter, which runs every path."""
-    return _arch(device.index or 0) if device.type == "cuda" else 90
-
-
-def programs_of(device: torch.device) -> int:
-    """Multiprocessors, of which a persistent grid gives each one program."""
-    return _multiprocessors(device.index or 0) if device.type == "cuda" else 3
-
-
 def interpreted() -> bool:
     return bool(INTERPRETED.value)
-
-
-@lru_cache
-def _arch(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@lru_cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

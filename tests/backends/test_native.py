@@ -17,6 +17,7 @@ from fastlora.backends.cpu import linear as cpu_linear
 from fastlora.backends.cpu import multi as cpu_multi
 from fastlora.backends.cuda import linear as cuda_linear
 from fastlora.backends.cuda import merge as cuda_merge
+from fastlora.backends.values import Adapters, Rows
 from fastlora.ops import dispatch
 from tests.support.calls import weight_and_adapter
 from tests.support.helpers import (
@@ -171,8 +172,8 @@ def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
         assert_accurate(got, want, unfused, dtype, tokens=T)
         y = x.new_empty(T, N)
         groups, nothing = F.group_rows(ids, 3), x.new_empty(T, R)
-        routing = (*groups.tensors, scalings, None, None)
-        cpu_multi.run_multi(y, nothing, x, weight, None, A, B, *routing)
+        slots_of_rows = Rows(*groups.tensors, scalings, None, None)
+        cpu_multi.run_multi(y, nothing, x, weight, None, Adapters(A, B), slots_of_rows)
         assert_accurate(y, want, unfused, dtype, tokens=T)
 
 
@@ -252,8 +253,8 @@ def test_a_rows_delta_has_the_same_bits_in_any_batch(dtype, lora_dtype, instruct
 
     def native_linear(rows):
         groups, (out, h) = F.group_rows(ids[rows], S), (x.new_empty(len(rows), n) for n in (N, R))
-        routing = (*groups.tensors, scalings, None, None)
-        cpu_multi.run_multi(out, h, x[rows], W, None, A, B, *routing)
+        slots_of_rows = Rows(*groups.tensors, scalings, None, None)
+        cpu_multi.run_multi(out, h, x[rows], W, None, Adapters(A, B), slots_of_rows)
         return out
 
     one = F.lora_add_(base.clone(), x, A[0], B[0], 0.5)
@@ -279,10 +280,10 @@ def test_sizes_past_2_to_the_31(instruction_set):
     ids = torch.tensor([1, 0])
     want = F.multi_lora_linear(x, W, A, B, ids, scalings)
     groups, y, h = F.group_rows(ids, 2), far_apart(x[:, :2] * 0), far_apart(x[:, :2] * 0)
-    routing = (*groups.tensors, scalings, None, None)
+    slots_of_rows = Rows(*groups.tensors, scalings, None, None)
     given = (far_apart(x), far_apart(W), None, far_apart(A.flatten(1)), far_apart(B.flatten(1)))
-    slots = (given[3].unflatten(1, (2, 40)), given[4].unflatten(1, (2, 2)))
-    cpu_multi.run_multi(y, h, *given[:3], *slots, *routing)
+    adapters = Adapters(given[3].unflatten(1, (2, 40)), given[4].unflatten(1, (2, 2)))
+    cpu_multi.run_multi(y, h, *given[:3], adapters, slots_of_rows)
     assert torch.allclose(y, want, rtol=0.02, atol=0.02)
 
     weight, adapter = weight_and_adapter(2, 40, 3, torch.bfloat16)

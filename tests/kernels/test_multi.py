@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastlora import functional as F
+from fastlora.backends.values import Adapters, Rows
 from tests.support import oracle
 from tests.support.adapters_in_batches import Batch, Paged
 from tests.support.helpers import (
@@ -71,12 +72,13 @@ def assert_right(b: Batch, path: str, layout=contiguous) -> None:
     """Output, h and all five gradients."""
     x, weight, bias, A, B = (layout(t) for t in (b.x, b.weight, b.bias, b.A, b.B))
     dtype, unfused, want = x.dtype, b.unfused(), b.want()
-    y, h = multi.multi_lora_linear(x, weight, bias, A, B, *b.routing, path)
+    adapters = Adapters(A, B)
+    y, h = multi.multi_lora_linear(x, weight, bias, adapters, b.routing, path=path)
     assert_accurate(y, want, unfused, dtype)
     b.assert_h(h)
     own = signed(*y.shape, dtype=dtype, device=y.device)
     added, h2 = layout(own), torch.empty_like(h)
-    multi.multi_lora_add_(added, h2, x, A, B, *b.routing)
+    multi.multi_lora_add_(added, h2, x, adapters, b.routing)
     delta = (
         own.cpu().double()
         + want
@@ -134,7 +136,7 @@ def test_gradients(path, dtype, tiles, device):
     for row, slot in enumerate(b.ids.tolist()):
         r = int(b.ranks[slot]) if slot >= 0 else 0
         h[row, :r] = (b.A[slot, :r].double() @ b.x[row].double()).to(dtype)
-    given = (dy, b.x, b.weight, b.A, b.B, h, *b.routing)
+    given = (dy, b.x, b.weight, b.adapters, h, b.routing)
     grads = multi.multi_lora_linear_backward(*given, [True] * 5, path)
     how = {"ranks": b.ranks, "row_scales": b.row_scales}
     want = oracle.multi_lora_grads(dy, b.x, b.weight, b.A, b.B, b.ids, b.scalings, **how)
@@ -168,7 +170,7 @@ def test_aligned_rows_are_read_by_descriptors(device, monkeypatch):
         b = Batch.draw(20, K, N, 4, 3, torch.bfloat16, F32, device)
         A = b.A.repeat(1, len(ends), 1)
         for x in (b.x, misaligned(b.x)):
-            given = (x, b.weight, b.bias, A, b.B, None, ends, *b.routing)
+            given = (x, b.weight, b.bias, Adapters(A, b.B, None, ends), b.routing)
             y = multi.packed_lora_linear(*given, path="prefill")
             assert_accurate(y, b.want(), b.unfused(), torch.bfloat16)
         assert taken == [want, False]
@@ -179,9 +181,9 @@ def test_aligned_rows_are_read_by_descriptors(device, monkeypatch):
 @pytest.mark.parametrize("page, dtype", [(1, F32), (4, torch.bfloat16), (16, F32)])
 def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
     b = Batch.draw(37, 40, 50, 12, 6, dtype, dtype, device)
-    dense, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
+    dense, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, b.routing, path=path)
     p = Paged.of(b.A, b.B, b.ranks, page)
-    given = (p.A, p.B.transpose(1, 2), p.table, (50,), *b.routing)
+    given = (Adapters(p.A, p.B.transpose(1, 2), p.table, (50,)), b.routing)
     assert same_bits(multi.packed_lora_linear(b.x, b.weight, b.bias, *given, path=path), dense)
 
 
@@ -195,18 +197,20 @@ def test_slices_give_the_bits_of_each_alone(path, dtype, tiles, device):
     A = b.A.repeat(1, 3, 1)
     A[:, R:] *= torch.linspace(-1, 1, 2 * R, device=device, dtype=dtype)[:, None]
     ends = (40, 57, 66)
-    y = multi.packed_lora_linear(b.x, b.weight, b.bias, A, b.B, None, ends, *b.routing, path=path)
+    adapters = Adapters(A, b.B, None, ends)
+    y = multi.packed_lora_linear(b.x, b.weight, b.bias, adapters, b.routing, path=path)
     own = signed(*y.shape, dtype=dtype, device=device)
     added = own.clone()
-    multi.packed_lora_add_(added, b.x, A, b.B, None, ends, *b.routing)
+    multi.packed_lora_add_(added, b.x, adapters, b.routing)
     for i, (begin, end) in enumerate(zip((0, 40, 57), ends, strict=True)):
         columns, mine = slice(begin, end), A[:, i * R : (i + 1) * R]
-        part = (b.weight[columns], b.bias[columns], mine, b.B[:, columns])
-        alone, h = multi.multi_lora_linear(b.x, *part, *b.routing, path)
+        part = Adapters(mine, b.B[:, columns])
+        base = (b.weight[columns], b.bias[columns])
+        alone, h = multi.multi_lora_linear(b.x, *base, part, b.routing, path=path)
         # The library may take another of its kernels for another width.
         assert same_bits(y[:, columns], alone) or path == "library"
         onto = own[:, columns].clone()
-        multi.multi_lora_add_(onto, h, b.x, mine, b.B[:, columns], *b.routing)
+        multi.multi_lora_add_(onto, h, b.x, part, b.routing)
         assert same_bits(added[:, columns], onto)
     torch.testing.assert_close(y.float(), _by_slices(b, A, ends), rtol=2e-2, atol=2e-2)
 
@@ -232,8 +236,8 @@ def test_a_large_scaling_does_not_overflow_float16(device):
     scalings = torch.full((1,), 64.0, device=device)
     want = 64.0 * x.double() @ A[0].double().T @ B[0].double().T
     for path in ("decode", "prefill", "library"):
-        given = (x, weight, None, A, B, *groups.tensors, scalings, None, None, path)
-        y, h = multi.multi_lora_linear(*given)
+        rows = Rows(*groups.tensors, scalings, None, None)
+        y, h = multi.multi_lora_linear(x, weight, None, Adapters(A, B), rows, path=path)
         assert h.max() * 64 > torch.finfo(torch.float16).max
         assert oracle.relative_error(y, want) < 1e-3
 
@@ -242,7 +246,7 @@ def test_a_path_that_cannot_run_is_refused(device):
     b = Batch.draw(3, 8, 8, 2, 2, F32, F32, device)
     for path in ("added", "one_pass", "nonsense"):
         with pytest.raises(ValueError, match=f"path: '{path}' cannot run this product"):
-            multi.multi_lora_linear(b.x, b.weight, None, b.A, b.B, *b.routing, path)
+            multi.multi_lora_linear(b.x, b.weight, None, b.adapters, b.routing, path=path)
 
 
 def test_paths_are_chosen_by_what_they_cost():
@@ -271,6 +275,7 @@ def test_paths_are_chosen_by_what_they_cost():
 FAR = """
 import torch
 from fastlora.backends.triton import multi
+from fastlora.backends.values import Adapters, Rows
 def far(*shape):
     rows = shape[-2] * (shape[0] if len(shape) == 3 else 1)
     step = (2**31 + 64) // (rows - 1)
@@ -280,23 +285,24 @@ def far(*shape):
 x, weight, A, B, y = far(5, 24), far(6, 24), far(2, 3, 24), far(2, 6, 3), far(5, 6)
 ids = torch.tensor([1, -1, 0, 1, 0], dtype=torch.int32)
 order, starts = torch.argsort(ids, stable=True), torch.tensor([1, 3, 5])
-routing = (ids, order, starts, torch.tensor([0.5, -1.0]), None, None)
+adapters = Adapters(A, B)
+rows = Rows(ids, order, starts, torch.tensor([0.5, -1.0]), None, None)
 delta = torch.stack([
     s * x[t].float() @ A[i].float().T @ B[i].float().T if i >= 0 else torch.zeros(6)
     for t, (i, s) in enumerate(zip(ids.tolist(), (-1.0, 0, 0.5, -1.0, 0.5)))
 ])
 near = lambda a, b: torch.testing.assert_close(a.float(), b, rtol=1e-2, atol=1e-2)
 for path in ("decode", "prefill", "library"):
-    got, h = multi.multi_lora_linear(x, weight, None, A, B, *routing, path)
+    got, h = multi.multi_lora_linear(x, weight, None, adapters, rows, path=path)
     near(got, x.float() @ weight.float().T + delta)
     dx, dA, dB = multi.multi_lora_linear_backward(
-        y, x, weight, A, B, h, *routing, [1, 0, 0, 1, 1], path
+        y, x, weight, adapters, h, rows, [1, 0, 0, 1, 1], path
     )
     mine = ids == 0
     near(dA[0], 0.5 * (y[mine].float() @ B[0].float()).T @ x[mine].float())
     near(dB[0], 0.5 * y[mine].float().T @ h[mine].float())
 want = y.float() + delta
-multi.multi_lora_add_(y, h, x, A, B, *routing)
+multi.multi_lora_add_(y, h, x, adapters, rows)
 near(y, want)
 print("right")
 """

@@ -7,6 +7,7 @@ import torch
 
 import fastlora
 from fastlora import functional as F
+from fastlora.backends.values import Adapters, Rows
 from tests.support.adapters_in_batches import Batch, Paged
 from tests.support.helpers import same_bits, signed
 
@@ -25,14 +26,14 @@ def test_a_poisoned_adapter_keeps_to_its_rows(path, poison, device):
     """One tile holds rows of all: those of others, and of none, keep their bits."""
     b = Batch.draw(24, 20, 30, 4, 3, F32, F32, device)
     b = b._replace(ranks=torch.full_like(b.ranks, 4), A=b.A.nan_to_num(0.5), B=b.B.nan_to_num(0.5))
-    clean, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
+    clean, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, b.routing, path=path)
     theirs = b.ids == 1
     assert theirs.any()
     for name in ("A", "B"):
         bad = getattr(b, name).clone()
         bad[1].view(-1)[5] = poison
         d = b._replace(**{name: bad})
-        y, _ = multi.multi_lora_linear(d.x, d.weight, d.bias, d.A, d.B, *d.routing, path)
+        y, _ = multi.multi_lora_linear(d.x, d.weight, d.bias, d.adapters, d.routing, path=path)
         assert same_bits(y[~theirs], clean[~theirs])
         assert not y[theirs].isfinite().all(1).any()
 
@@ -45,9 +46,9 @@ def test_ids_out_of_range_are_none(path, device):
     wild[[1, 5, 9]] = torch.tensor([3, -2, 2**31 - 1], device=device)
     tame = b._replace(ids=wild.where((wild >= 0) & (wild < 3), -1))
     order, starts = torch.argsort(wild, stable=True), tame.groups.starts
-    routing = (wild.to(torch.int32), order, starts, b.scalings, b.ranks, b.row_scales)
-    y, h = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *routing, path)
-    want = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *tame.routing, path)
+    rows = Rows(wild.to(torch.int32), order, starts, b.scalings, b.ranks, b.row_scales)
+    y, h = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, rows, path=path)
+    want = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, tame.routing, path=path)
     assert same_bits(y, want[0])
     assert same_bits(h, want[1])
 
@@ -62,7 +63,7 @@ def test_a_row_s_adapter_part_has_its_bits_in_every_batch(dtype, device):
     def delta(rows):
         part, y = b.rows(rows), own[rows].clone()
         h = torch.empty(len(rows), 6, dtype=dtype, device=device)
-        multi.multi_lora_add_(y, h, part.x, b.A, b.B, *part.routing)
+        multi.multi_lora_add_(y, h, part.x, b.adapters, part.routing)
         return y, h
 
     every = torch.arange(T, device=device)
@@ -96,11 +97,11 @@ def test_batch_invariant(dtype, device):
 def test_a_program_takes_one_adapter_or_all_of_a_tile(device, monkeypatch):
     """As many programs as there are adapters, or one that takes them in turn: the same bits."""
     b = Batch.draw(40, 24, 20, 5, 12, F32, F32, device)
-    given = (b.x, b.weight, b.bias, b.A, b.B, *b.routing)
+    given = (b.x, b.weight, b.bias, b.adapters, b.routing)
     results = {}
     for programs in (512, 6, 1):
         monkeypatch.setattr("fastlora.kernels.multi.batch.PROGRAMS", programs)
-        found = [multi.multi_lora_linear(*given, path)[0] for path in ("prefill", "library")]
+        found = [multi.multi_lora_linear(*given, path=path)[0] for path in ("prefill", "library")]
         results[programs] = torch.stack(found)
     assert same_bits(results[512], results[6])
     assert same_bits(results[512], results[1])
@@ -113,9 +114,9 @@ def test_a_slot_without_ranks_is_none_whatever_its_scaling(path, dtype, device):
     b = Batch.draw(9, 20, 30, 4, 3, dtype, F32, device)
     b = b._replace(ids=torch.arange(9, device=device) % 3, scalings=b.scalings.clone())
     b.scalings[2] = math.nan
-    y, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
+    y, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, b.routing, path=path)
     tame = b._replace(ids=b.ids.where(b.ids != 2, -1))
-    want, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *tame.routing, path)
+    want, _ = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, tame.routing, path=path)
     assert same_bits(y, want)
 
 
@@ -127,26 +128,26 @@ def test_what_is_apart_is_read_and_written_where_it_lies(device):
 
     b = Batch.draw(11, 24, 20, 5, 4, F32, F32, device)
     p = Paged.of(b.A, b.B, b.ranks, 2)
-    routing = b.routing
-    strided = tuple(apart(t) for t in routing)
-    want = multi.multi_lora_linear(b.x, b.weight, b.bias, b.A, b.B, *routing)
-    got = multi.multi_lora_linear(b.x, b.weight, apart(b.bias), b.A, b.B, *strided)
+    rows = b.routing
+    strided = Rows(*(apart(t) for t in rows))
+    want = multi.multi_lora_linear(b.x, b.weight, b.bias, b.adapters, rows)
+    got = multi.multi_lora_linear(b.x, b.weight, apart(b.bias), b.adapters, strided)
     assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
-    pages = (p.A, p.B.transpose(1, 2), apart(p.table), (20,))
-    given = (b.x, b.weight, b.bias, *pages)
-    assert same_bits(multi.packed_lora_linear(*given, *strided), want[0])
+    pages = Adapters(p.A, p.B.transpose(1, 2), apart(p.table), (20,))
+    given = (b.x, b.weight, b.bias, pages)
+    assert same_bits(multi.packed_lora_linear(*given, strided), want[0])
     y, h = torch.zeros(11, 20, device=device), apart(torch.empty(11, 5, device=device))
     onto = torch.zeros_like(y)
     before = y._version, h._version, onto._version
-    multi.multi_lora_add_(y, h, b.x, b.A, b.B, *strided)
-    multi.packed_lora_add_(onto, b.x, *pages, *strided)
+    multi.multi_lora_add_(y, h, b.x, b.adapters, strided)
+    multi.packed_lora_add_(onto, b.x, pages, strided)
     after = y._version, h._version, onto._version
     assert all(old < new for old, new in zip(before, after, strict=True))
     assert same_bits(h, want[1])
     assert same_bits(onto, y)
     dy = signed(11, 20, dtype=F32, device=device)
-    given, needs = (dy, b.x, b.weight, b.A, b.B), [False, False, False, True, True]
-    grads = [multi.multi_lora_linear_backward(*given, t, *routing, needs) for t in (h, want[1])]
+    given, needs = (dy, b.x, b.weight, b.adapters), [False, False, False, True, True]
+    grads = [multi.multi_lora_linear_backward(*given, t, rows, needs) for t in (h, want[1])]
     assert all(same_bits(x, y) for x, y in zip(*grads, strict=True))
 
 
@@ -161,7 +162,7 @@ def test_gradients_past_a_slot_s_rank_are_zero(device):
     x, dy = b.x.clone(), signed(8, 20, dtype=F32, device=device)
     x[1], dy[3] = math.nan, math.nan
     h = torch.zeros(8, 6, device=device)
-    given = (dy, x, b.weight, b.A, b.B, h, *b.routing, [False, False, False, True, True])
+    given = (dy, x, b.weight, b.adapters, h, b.routing, [False, False, False, True, True])
     dA, dB = multi.multi_lora_linear_backward(*given)
     assert dA[0, :4].isnan().any()
     assert dB[0, :, :4].isnan().any()
@@ -173,6 +174,6 @@ def test_gradients_past_a_slot_s_rank_are_zero(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_same_input_same_bits(path, dtype, device):
     b = Batch.draw(49, 64, 80, 24, 4, dtype, F32, device)
-    given = (b.x, b.weight, b.bias, b.A, b.B, *b.routing, path)
+    given = (b.x, b.weight, b.bias, b.adapters, b.routing, False, path)
     once, again = multi.multi_lora_linear(*given), multi.multi_lora_linear(*given)
     assert all(same_bits(a, b) for a, b in zip(once, again, strict=True))

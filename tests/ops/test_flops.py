@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlora.ops import dispatch, registration
+from fastlora.ops import dispatch, registration, run
 from fastlora.ops.table import OPS
 from tests.ops.test_table import raw_calls
 from tests.support.blocks import batch, block, unfused
@@ -18,9 +18,9 @@ from tests.support.calls import M, S, last_arguments
 ADDED = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
 
 
-def counted(run) -> int:
+def counted(call) -> int:
     with FlopCounterMode(display=False, custom_mapping=ADDED) as mode:
-        run()
+        call()
     return mode.get_total_flops()
 
 
@@ -42,7 +42,7 @@ def test_as_many_as_the_reference_has(call):
     name, args = call.split()[0], given(call)
     registration.register_flops()
     function, op = dispatch.implementation(name, "torch"), getattr(torch.ops.fastlora, name)
-    want = counted(lambda: function(*args))
+    want = counted(lambda: function(*run.pack(name, args)))
     assert counted(lambda: op(*args, *last_arguments(name, "torch"))) == want > 0
 
 

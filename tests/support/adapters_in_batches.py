@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import functional as F
+from fastlora.backends.values import Adapters, Rows
 from tests.support import oracle
 from tests.support.helpers import multi_lora_linear, signed
 
@@ -54,9 +55,12 @@ class Batch(NamedTuple):
         return F.group_rows(self.ids, self.A.shape[0])
 
     @property
-    def routing(self) -> tuple[Tensor, ...]:
-        """ids, order, starts, scalings, ranks, row_scales: as the ops take them."""
-        return *self.groups.tensors, self.scalings, self.ranks, self.row_scales
+    def routing(self) -> Rows:
+        return Rows(*self.groups.tensors, self.scalings, self.ranks, self.row_scales)
+
+    @property
+    def adapters(self) -> Adapters:
+        return Adapters(self.A, self.B)
 
     def rows(self, index: Tensor) -> Batch:
         return self._replace(

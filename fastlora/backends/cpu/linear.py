@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fastlora.backends import dropout, native
+from fastlora.backends.in_place import mark_written
 from fastlora.backends.torch import linear as reference
 from fastlora.backends.torch import products as library
 from fastlora.backends.torch.wide_products import base_gradient, row_blocks
@@ -75,7 +75,7 @@ def lora_add_(
         drop = Dropout(dropout_p, seed)
         for rows in row_blocks(x):
             run_linear(to_y[rows], to_h[rows], drop(x[rows], rows.start), *factors)
-    written((y, to_y), (h, to_h))
+    finish_write((y, to_y), (h, to_h))
 
 
 class Dropout:
@@ -238,13 +238,13 @@ def writable(t: Tensor) -> Tensor:
     return t if own else t.clone(memory_format=torch.contiguous_format)
 
 
-def written(*pairs: tuple[Tensor, Tensor]) -> None:
-    """Of each tensor and what was written for it: the values, and that torch sees it."""
-    for tensor, own in pairs:
-        if own is not tensor:
-            tensor.copy_(own)
-        elif not tensor.is_inference():
-            increment_version([tensor])
+def finish_write(*pairs: tuple[Tensor, Tensor]) -> None:
+    """Gives each tensor the values of what was written for it, see ``writable``."""
+    for tensor, target in pairs:
+        if target is tensor:
+            mark_written(tensor)
+        else:
+            tensor.copy_(target)
 
 
 def few(M: int, weight: Tensor) -> bool:

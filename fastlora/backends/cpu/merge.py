@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fastlora.backends import native
+from fastlora.backends.dtypes import BITS
+from fastlora.backends.in_place import mark_written
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.one_by_one import OneByOne
 from fastlora.backends.torch import merge as exact
@@ -47,7 +48,7 @@ def merge_one_(
             parts = _room(weight, library.fastlora_receipt_size(handle))
             code = library.fastlora_receipt_read(handle, *(t.data_ptr() for t in parts))
             native.check(code, "merge_")
-        _mark_written(weight)
+        mark_written(weight)
     except BaseException:
         # Interrupted or out of memory after the weight was written: the receipt is there or here.
         if handle and library.fastlora_receipt_undo(*args, handle) != native.OK:
@@ -78,7 +79,7 @@ def unmerge_one_(
     if code == native.NOT_RESTORED:
         raise RuntimeError(exact.NOT_RESTORED)
     native.check(code, "unmerge_")
-    _mark_written(weight)
+    mark_written(weight)
 
 
 _ops = OneByOne(merge_one_, unmerge_one_)
@@ -115,7 +116,7 @@ def _merge_arguments(weight: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
 def _room(weight: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty(size, dtype=torch.int16),
-        torch.empty(size, dtype=exact.BITS[weight.itemsize]),
+        torch.empty(size, dtype=BITS[weight.itemsize]),
         torch.empty(sum(1 for _ in exact.tiles(weight)), dtype=torch.int32),
         torch.empty(2, dtype=torch.int64),
     )
@@ -125,9 +126,3 @@ def _read(parts: Sequence[Tensor]) -> tuple[int, ...]:
     positions, bits, counts, checksums = parts
     pointers = (positions.data_ptr(), bits.data_ptr(), counts.data_ptr())
     return (*pointers, positions.numel(), checksums.data_ptr())
-
-
-def _mark_written(weight: Tensor) -> None:
-    """Tells torch, which does not see what a kernel writes."""
-    if not weight.is_inference():
-        increment_version([weight])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from fastlora.backends import native
 from fastlora.backends.cpu.linear import (
     few,
+    finish_write,
     flat,
     gradient,
     matrix,
@@ -20,60 +20,46 @@ from fastlora.backends.cpu.linear import (
     readable,
     unit_columns,
     writable,
-    written,
 )
-from fastlora.backends.packed import in_use, slices_of, unshared
+from fastlora.backends.in_place import copy_if_shared
+from fastlora.backends.packed import gather_used, split_slices
 from fastlora.backends.torch import multi as reference
-from fastlora.backends.torch import products as library
 from fastlora.backends.torch.wide_products import base_gradient, linear
+from fastlora.backends.values import Adapters, Rows
+
+# As the kernel reads ids, order, starts, scalings, ranks and row_scales.
+_ROW_DTYPES = (
+    torch.int32, torch.int64, torch.int64, torch.float32, torch.int32, torch.float32,
+)  # fmt: skip
 
 
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
+    adapters: Adapters,
+    rows: Rows,
     invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    routing = (ids, order, starts, scalings, ranks, row_scales)
     if invariant and not readable(weight):
-        return reference.multi_lora_linear(x, weight, bias, lora_A, lora_B, *routing, invariant)
+        return reference.multi_lora_linear(x, weight, bias, adapters, rows, invariant)
     M, N = x.shape[0], weight.shape[0]
-    h = x.new_empty(M, lora_A.shape[1])
+    h = x.new_empty(M, adapters.lora_A.shape[1])
     if invariant or few(M, weight):
         y = x.new_empty(M, N)
-        run_multi(y, h, x, weight, bias, lora_A, lora_B, *routing)
+        run_multi(y, h, x, weight, bias, adapters, rows)
         return y, h
     y = product(x, weight, bias)
-    multi_lora_add_(y, h, x, lora_A, lora_B, *routing)
+    multi_lora_add_(y, h, x, adapters, rows)
     return y, h
 
 
 def multi_lora_add_(
-    y: Tensor,
-    h: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    invariant: bool = False,
+    y: Tensor, h: Tensor, x: Tensor, adapters: Adapters, rows: Rows, invariant: bool = False
 ) -> None:
     to_y, to_h = writable(y), writable(h)
-    routing = (ids, order, starts, scalings, ranks, row_scales)
-    run_multi(to_y, to_h, x, None, None, lora_A, lora_B, *routing)
-    written((y, to_y), (h, to_h))
+    run_multi(to_y, to_h, x, None, None, adapters, rows)
+    finish_write((y, to_y), (h, to_h))
 
 
 def run_multi(
@@ -82,32 +68,22 @@ def run_multi(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    table: Tensor | None = None,
+    adapters: Adapters,
+    rows: Rows,
 ) -> None:
-    """With a table adapters lie in pages: A of unit K, B (P, N, page) of unit N. h is None then."""
+    """Calls the kernel for one slice; pages want A of unit K, B of unit N, and no h."""
+    A, B, table, _ = adapters
     if table is None:
-        A, B, (S, R) = unit_columns(lora_A), unit_columns(lora_B), lora_A.shape[:2]
+        A, B, (S, R) = unit_columns(A), unit_columns(B), A.shape[:2]
         pages, ldb = (None, 0, 0, 0), B.stride(1)
     else:
-        A, B, table = lora_A, lora_B, flat(table, torch.int32)
+        table = flat(table, torch.int32)
         (S, width), (P, page) = table.shape, A.shape[:2]
         R, ldb = width * page, B.stride(2)
         pages = (table.data_ptr(), width, P, page)
     x = unit_columns(x)
     bias = None if bias is None else unit_columns(bias)
-    scalings, row_scales = flat(scalings, torch.float32), flat(row_scales, torch.float32)
-    order, starts = flat(order, torch.int64), flat(starts, torch.int64)
-    if ranks is not None and ranks.dtype != torch.int32:
-        ranks = ranks.clamp(0, R)
-    ranks = flat(ranks, torch.int32)
+    _, order, starts, scalings, ranks, row_scales = flatten_rows(rows, R)
     (M, N), K = y.shape, x.shape[1]
     if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
         raise ValueError(
@@ -130,22 +106,40 @@ def run_multi(
     native.check(code, "multi_lora_linear")
 
 
+def flatten_rows(rows: Rows, R: int) -> Rows:
+    """The same rows as the kernel reads them: numbers of a dtype, one behind the other."""
+    if rows.ranks is not None and rows.ranks.dtype != torch.int32:
+        rows = rows._replace(ranks=rows.ranks.clamp(0, R))
+    for field, dtype in zip(rows, _ROW_DTYPES, strict=True):
+        if field is not None and not (field.dtype is dtype and field.is_contiguous()):
+            return Rows._make(flat(t, d) for t, d in zip(rows, _ROW_DTYPES, strict=True))
+    return rows
+
+
 def packed_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *packed: Any, invariant: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Adapters,
+    rows: Rows,
+    invariant: bool = False,
 ) -> Tensor:
     if readable(weight) if invariant else few(x.shape[0], weight):
         y = x.new_empty(x.shape[0], weight.shape[0])
-        run_packed(y, x, weight, bias, *packed)
+        run_packed(y, x, weight, bias, adapters, rows)
         return y
     y = (linear if invariant else product)(x, weight, bias, invariant)
-    packed_lora_add_(y, x, *packed, invariant=invariant)
+    packed_lora_add_(y, x, adapters, rows)
     return y
 
 
-def packed_lora_add_(y: Tensor, x: Tensor, *packed: Any, invariant: bool = False) -> None:
-    to_y, ends = writable(y), packed[3]
-    run_packed(to_y, unshared(x, y) if len(ends) > 1 else x, None, None, *packed)
-    written((y, to_y))
+def packed_lora_add_(
+    y: Tensor, x: Tensor, adapters: Adapters, rows: Rows, invariant: bool = False
+) -> None:
+    to_y = writable(y)
+    x = copy_if_shared(x, y) if len(adapters.ends) > 1 else x
+    run_packed(to_y, x, None, None, adapters, rows)
+    finish_write((y, to_y))
 
 
 def run_packed(
@@ -153,37 +147,24 @@ def run_packed(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    table: Tensor | None,
-    ends: Sequence[int],
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
+    adapters: Adapters,
+    rows: Rows,
 ) -> None:
-    """A slice after the other, pages where they lie; y has unit columns."""
-    if table is not None and not (unit(lora_A, 2) and unit(lora_B, 1)):
-        lying = (lora_A, lora_B, table, len(ends), starts, scalings, ranks)
-        lora_A, lora_B, starts, scalings, ranks = in_use(*lying)
-        table = None
-    R = lora_B.shape[2]
-    h = x.new_empty(x.shape[0], R) if table is None else None
-    rest = (ids, order, starts, scalings, ranks, row_scales, table)
+    """Runs one slice after the other, pages where they lie; y has unit columns."""
+    lora_A, lora_B, table, ends = adapters
+    if table is not None and not (has_unit_stride(lora_A, 2) and has_unit_stride(lora_B, 1)):
+        adapters, rows = gather_used(adapters, rows)
+    h = x.new_empty(x.shape[0], adapters.lora_B.shape[2]) if adapters.table is None else None
     if len(ends) == 1:
-        return run_multi(y, h, x, weight, bias, lora_A, lora_B, *rest)
-    for part in slices_of(ends, R):
-        columns = slice(part.begin, part.end)
+        return run_multi(y, h, x, weight, bias, adapters, rows)
+    for columns, part in split_slices(adapters):
         base = None if weight is None else weight[columns]
-        own = None if bias is None else bias[columns]
-        A, B = lora_A[:, part.first : part.last], lora_B[:, columns]
-        run_multi(y[:, columns], h, x, base, own, A, B, *rest)
+        part_bias = None if bias is None else bias[columns]
+        run_multi(y[:, columns], h, x, base, part_bias, part, rows)
     return None
 
 
-def unit(t: Tensor, dim: int) -> bool:
+def has_unit_stride(t: Tensor, dim: int) -> bool:
     return t.stride(dim) == 1 or t.shape[dim] < 2
 
 
@@ -191,43 +172,30 @@ def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    adapters: Adapters,
     h: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
+    rows: Rows,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias, lora_A, lora_B): those that ``needs`` asks for."""
-    need_x, need_weight, need_bias, need_A, need_B = needs
+    need_x, _, _, need_A, need_B = needs
+    lora_A, lora_B, row_scales = adapters.lora_A, adapters.lora_B, rows.row_scales
     dx = base_gradient(dy, x, weight) if need_x else None
     g = dy.new_empty(dy.shape[0], lora_A.shape[1])
     if need_x or need_A:
         # dx += scaling * g @ A is multi_lora_add_ with the factors' roles exchanged, g its h.
         y, A = (g[:, :0], lora_A[:, :, :0]) if dx is None else (dx, lora_A)
-        factors = lora_B.transpose(1, 2), A.transpose(1, 2)
-        run_multi(y, g, dy, None, None, *factors, ids, order, starts, scalings, ranks, row_scales)
-    dA = reference.zeros_wide(lora_A) if need_A else None
-    dB = reference.zeros_wide(lora_B) if need_B else None
-    adapters = dA is not None or dB is not None
-    groups = reference.groups(order, starts, scalings, ranks, lora_A.shape[1])
-    for slot, rows, r, scaling in groups if adapters else ():
+        turned = Adapters(lora_B.transpose(1, 2), A.transpose(1, 2))
+        run_multi(y, g, dy, None, None, turned, rows)
+    dA = reference.new_wide_zeros(lora_A) if need_A else None
+    dB = reference.new_wide_zeros(lora_B) if need_B else None
+    groups = reference.groups_of(rows, lora_A.shape[1]) if need_A or need_B else ()
+    for slot, places, r, scaling in groups:
         if dA is not None:
-            g_rows = reference.row_scaled(g[rows, :r], row_scales, rows)
-            dA[slot, :r] += gradient(g_rows, reference.take(x, rows), dA, scaling)
+            g_rows = reference.scale_rows(g[places, :r], row_scales, places)
+            dA[slot, :r] += gradient(g_rows, reference.take_rows(x, places), dA, scaling)
         if dB is not None:
-            h_rows = reference.row_scaled(h[rows, :r], row_scales, rows)
-            dy_rows = reference.take(dy, rows)
+            h_rows = reference.scale_rows(h[places, :r], row_scales, places)
+            dy_rows = reference.take_rows(dy, places)
             dB[slot, :, :r] += gradient(h_rows, dy_rows, dB, scaling, transposed=True)
-    grads = [
-        dx,
-        library.mm(dy.T, x) if need_weight else None,
-        dy.sum(0) if need_bias else None,
-        None if dA is None else dA.to(lora_A.dtype),
-        None if dB is None else dB.to(lora_B.dtype),
-    ]
-    return [grad for grad in grads if grad is not None]
+    return reference.finish_gradients(dy, x, dx, dA, dB, adapters, needs)

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
+from fastlora.backends.dtypes import HALVES
+
+# kernels/ is not where the type checker looks for fastlora.kernels.
+from fastlora.kernels.tile.gpu import arch_of as arch_of  # pyright: ignore[reportMissingImports]
+from fastlora.kernels.tile.gpu import device_of as device_of  # pyright: ignore[reportMissingImports]
+
 # Multiprocessors with less than 100 KiB of shared memory for a block: Ampere, Ada and Blackwell
 # beside the data centre's.
 SMALL = (86, 87, 89, 110, 120, 121)
 
 
-def arch_of(device: torch.device) -> int:
-    """Compute capability as 10 * major + minor; 90 on the host, which runs every path."""
-    return 90 if device.type != "cuda" else _arch(device.index or 0)
-
-
-@cache
-def _arch(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def stream_of(t: Tensor) -> int | None:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else None
-
-
-def device_of(t: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device_of(t) if t.is_cuda else nullcontext()
 
 
 def pointer(t: Tensor | None) -> int | None:
@@ -52,7 +39,7 @@ def chunks(name: str, t: Tensor, column: int = -1) -> str | None:
 
 def halves(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> str | None:
     """Why these dtypes are not taken, or None when they are."""
-    if x.dtype not in HALF:
+    if x.dtype not in HALVES:
         return f"x is {x.dtype}, not half precision"
     if lora_A.dtype != lora_B.dtype or lora_A.dtype not in (x.dtype, torch.float32):
         return f"adapters of {lora_A.dtype} and {lora_B.dtype} beside {x.dtype}"

@@ -8,12 +8,9 @@ rank-major pages, unit rows. Each row's bits are the same in any batch.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fastlora.backends import native
 from fastlora.backends.cuda.call import (
@@ -25,90 +22,83 @@ from fastlora.backends.cuda.call import (
     pointer,
     stream_of,
 )
+from fastlora.backends.in_place import mark_written, share_memory
+from fastlora.backends.values import Adapters, Rows
 
 MOST_ROWS, MOST_RANKS, MOST_SLICES = 64, 512, 8
-# ids, order, starts, scalings, ranks, row_scales
-_Groups = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def multi_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, invariant: bool = False, path: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, rows: Rows,
+    invariant: bool = False, path: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    adapters = adapters._replace(ends=(weight.shape[0],))
     y = x.new_empty(x.shape[0], weight.shape[0])
-    return y, _run(y, x, weight, bias, lora_A, lora_B, None, (weight.shape[0],), groups)
+    return y, _run(y, x, weight, bias, adapters, rows)
 
 
 def multi_lora_add_(
-    y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, invariant: bool = False, path: str | None = None,
+    y: Tensor, h: Tensor, x: Tensor, adapters: Adapters, rows: Rows,
+    invariant: bool = False, path: str | None = None,
 ) -> None:  # fmt: skip
-    h.copy_(_run(y, x, None, None, lora_A, lora_B, None, (y.shape[1],), groups))
-    _written(y)
+    adapters = adapters._replace(ends=(y.shape[1],))
+    h.copy_(_run(y, x, None, None, adapters, rows))
+    mark_written(y)
 
 
 def packed_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    table: Tensor | None, ends: Sequence[int], *groups: Any,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, rows: Rows,
     invariant: bool = False, path: str | None = None,
 ) -> Tensor:  # fmt: skip
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _run(y, x, weight, bias, lora_A, lora_B, table, ends, groups)
+    _run(y, x, weight, bias, adapters, rows)
     return y
 
 
 def packed_lora_add_(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
-    ends: Sequence[int], *groups: Any, invariant: bool = False, path: str | None = None,
+    y: Tensor, x: Tensor, adapters: Adapters, rows: Rows,
+    invariant: bool = False, path: str | None = None,
 ) -> None:  # fmt: skip
-    _run(y, x, None, None, lora_A, lora_B, table, ends, groups)
-    _written(y)
+    _run(y, x, None, None, adapters, rows)
+    mark_written(y)
 
 
 def refuse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, invariant: bool = False, path: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, rows: Rows,
+    invariant: bool = False, path: str | None = None,
 ) -> str | None:  # fmt: skip
-    return _refuse(invariant, x, weight, lora_A, lora_B, None, (weight.shape[0],))
+    return _refuse(x, weight, adapters._replace(ends=(weight.shape[0],)), invariant)
 
 
 def refuse_add(
-    y: Tensor, h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
-    *groups: Any, invariant: bool = False, path: str | None = None,
+    y: Tensor, h: Tensor, x: Tensor, adapters: Adapters, rows: Rows,
+    invariant: bool = False, path: str | None = None,
 ) -> str | None:  # fmt: skip
-    return _refuse(invariant, x, None, lora_A, lora_B, None, (y.shape[1],)) or _refuse_y(x, y)
+    adapters = adapters._replace(ends=(y.shape[1],))
+    return _refuse(x, None, adapters, invariant) or _refuse_output(y, x)
 
 
 def refuse_packed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    table: Tensor | None, ends: Sequence[int], *groups: Any,
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, rows: Rows,
     invariant: bool = False, path: str | None = None,
 ) -> str | None:  # fmt: skip
-    return _refuse(invariant, x, weight, lora_A, lora_B, table, ends)
+    return _refuse(x, weight, adapters, invariant)
 
 
 def refuse_packed_add(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, table: Tensor | None,
-    ends: Sequence[int], *groups: Any, invariant: bool = False, path: str | None = None,
+    y: Tensor, x: Tensor, adapters: Adapters, rows: Rows,
+    invariant: bool = False, path: str | None = None,
 ) -> str | None:  # fmt: skip
-    return _refuse(invariant, x, None, lora_A, lora_B, table, ends) or _refuse_y(x, y)
+    return _refuse(x, None, adapters, invariant) or _refuse_output(y, x)
 
 
-def _written(y: Tensor) -> None:
-    if not y.is_inference():
-        increment_version([y])
+def _refuse_output(y: Tensor, x: Tensor) -> str | None:
+    return "x and y share memory" if share_memory(x, y) else chunks("y", y)
 
 
-def _refuse_y(x: Tensor, y: Tensor) -> str | None:
-    if torch._C._is_alias_of(y, x):  # pyright: ignore[reportAttributeAccessIssue]
-        return "x and y share memory"
-    return chunks("y", y)
-
-
-def _refuse(
-    invariant: bool, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    table: Tensor | None, ends: Sequence[int],
-) -> str | None:  # fmt: skip
+def _refuse(x: Tensor, weight: Tensor | None, adapters: Adapters, invariant: bool) -> str | None:
+    """Says why these kernels do not take such a call, or None when they do."""
+    lora_A, lora_B, table, ends = adapters
     if invariant:
         # More rows than these kernels take would have other bits.
         return "a batch-invariant product is asked for"
@@ -139,14 +129,14 @@ def _refuse(
 
 
 def _run(
-    y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor,
-    lora_B: Tensor, table: Tensor | None, ends: Sequence[int], groups: Sequence[Any],
+    y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Adapters,
+    rows: Rows,
 ) -> Tensor:  # fmt: skip
     """Fills or adds to y; returns h (M, slices * R)."""
-    ids, _order, _starts, scalings, ranks, row_scales = groups
+    ids, _, _, scalings, ranks, row_scales = rows
+    lora_A, lora_B, table, ends = adapters
     (M, K), N, slices = x.shape, y.shape[1], len(ends)
-    page = lora_B.shape[2]
-    R = page if table is None else page * table.shape[1]
+    page, R = lora_B.shape[2], adapters.count_ranks()
     S = lora_A.shape[0] if table is None else table.shape[0]
     h = x.new_empty(M, slices * R)
     ids, scalings = ids.to(torch.int32).contiguous(), scalings.float().contiguous()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastlora.backends.in_place import mark_written
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.operands import (
     Receipts,
@@ -123,8 +124,7 @@ class ByKind:
             for batch in batches:
                 batch.run()
             receipts = _settle(batches, receipt)
-            changed = [job.weight for job in jobs if not job.weight.is_inference()]
-            torch.autograd.graph.increment_version(changed)
+            mark_written(*(job.weight for job in jobs))
         return receipts
 
 

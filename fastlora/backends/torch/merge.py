@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
+from fastlora.backends.dtypes import BITS
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.one_by_one import OneByOne
 from fastlora.backends.torch.delta import Delta, Tile
@@ -26,7 +27,6 @@ NOT_RESTORED = (
     "receipt: it does not give back the original weight here (its adapters were edited, or "
     "this machine's arithmetic differs); nothing was changed"
 )
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def merge_kernel(device: torch.device) -> str:

@@ -14,9 +14,10 @@ import functools
 import torch
 from torch import Tensor
 
+from fastlora.backends.dtypes import HALVES
+
 # Columns of a tile register's row: a row is never read past the next multiple of it.
 STEP = 32
-HALVES = (torch.float16, torch.bfloat16)
 
 
 # Each looks at K before it calls anything: a small layer's call would feel it.

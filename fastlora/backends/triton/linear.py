@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlora.backends.in_place import mark_written
 from fastlora.backends.triton.product import Product, run
 from fastlora.kernels.choose.choice import config_of
 from fastlora.kernels.choose.ledger import Problem
 from fastlora.kernels.linear.gradient import gradient
 from fastlora.kernels.linear.shrink import shrink
-from fastlora.kernels.tile.launch import Dropout, by_columns, rows_of_ones, written
+from fastlora.kernels.tile.launch import Dropout, by_columns, rows_of_ones
 
 
 def lora_linear(
@@ -62,7 +63,7 @@ def lora_add_(
         path = "two_pass"
     given = (x, None, lora_A, lora_B.T, y, own, scaling, None, _dense(lora_bias))
     run(Product(*given, Dropout.of(dropout_p, seed), invariant=invariant), "lora_add_", path)
-    written(y, own)
+    mark_written(y, own)
     if own is not h:
         h.copy_(own)
 

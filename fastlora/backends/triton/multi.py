@@ -12,108 +12,86 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastlora.backends.in_place import mark_written
 from fastlora.backends.triton.multi_product import MultiProduct, run
+from fastlora.backends.values import Adapters, Rows
 from fastlora.kernels.choose.choice import config_of
 from fastlora.kernels.choose.ledger import Problem
-from fastlora.kernels.multi.batch import Adapters, Rows
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows
 from fastlora.kernels.multi.gradient import multi_gradient
 from fastlora.kernels.multi.shrink import multi_shrink
-from fastlora.kernels.tile.launch import by_columns, rows_of_ones, written
+from fastlora.kernels.tile.launch import by_columns, rows_of_ones
 
 
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    path: str | None = None,
+    adapters: Adapters,
+    rows: Rows,
     invariant: bool = False,
+    path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (T, N), R = (x.shape[0], weight.shape[0]), lora_A.shape[1]
-    y, h = x.new_empty(T, N), x.new_empty(T, R)
-    rows = Rows.of(ids, order, scalings, ranks, row_scales)
-    bias = None if bias is None else bias.contiguous()
-    adapters = Adapters.of(lora_A, lora_B)
-    product = MultiProduct(x, weight.T, adapters, rows, y, h, (N,), bias, invariant)
-    run(product, "multi_lora_linear", path)
-    return y, h
+    adapters = adapters._replace(ends=(weight.shape[0],))
+    return _linear("multi_lora_linear", x, weight, bias, adapters, rows, invariant, path)
 
 
 def multi_lora_add_(
     y: Tensor,
     h: Tensor,
     x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    path: str | None = None,
+    adapters: Adapters,
+    rows: Rows,
     invariant: bool = False,
+    path: str | None = None,
 ) -> None:
-    own = h if rows_of_ones(h) else h.new_empty(h.shape)
-    rows = Rows.of(ids, order, scalings, ranks, row_scales)
-    adapters = Adapters.of(lora_A, lora_B)
-    run(MultiProduct(x, None, adapters, rows, y, own, (y.shape[1],)), "multi_lora_add_", path)
-    written(y, own)
-    if own is not h:
-        h.copy_(own)
+    to_h = h if rows_of_ones(h) else h.new_empty(h.shape)
+    adapters = adapters._replace(ends=(y.shape[1],))
+    _add("multi_lora_add_", y, to_h, x, adapters, rows, path)
+    mark_written(y, to_h)
+    if to_h is not h:
+        h.copy_(to_h)
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    adapters: Adapters,
     h: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
+    rows: Rows,
     needs: Sequence[bool],
     path: str | None = None,
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias, lora_A, lora_B): those that ``needs`` asks for."""
     need_x, need_weight, need_bias, need_A, need_B = needs
-    rows = Rows.of(ids, order, scalings, ranks, row_scales)
-    turned = Adapters.of(lora_A, lora_B).turned
+    lora_A, lora_B = adapters.lora_A, adapters.lora_B
+    kernel_rows, turned = _rows(rows), _adapters(adapters).turned
     grads: list[Tensor] = []
     g = x.new_empty(x.shape[0], lora_A.shape[1])
     if need_x:
         dx = x.new_empty(x.shape) if weight is not None else x.new_zeros(x.shape)
-        inward = MultiProduct(dy, weight, turned, rows, dx, g, (x.shape[1],))
+        inward = MultiProduct(dy, weight, turned, kernel_rows, dx, g, (x.shape[1],))
         run(inward, "multi_lora_linear_backward", path)
         grads.append(dx)
     elif need_A:
         shape = Problem(*dy.shape, x.shape[1], turned.R, dy.itemsize, lora_size=lora_A.itemsize)
-        multi_shrink(dy, turned, rows, g, config_of("multi_shrink", shape, dy.dtype, dy.device))
+        config = config_of("multi_shrink", shape, dy.dtype, dy.device)
+        multi_shrink(dy, turned, kernel_rows, g, config)
     if need_weight:
         grads.append(by_columns(dy.T) @ x)
     if need_bias:
         grads.append(dy.sum(0))
-    starts = starts.contiguous()
+    starts = rows.starts.contiguous()
     if need_A:
         dA = lora_A.new_empty(lora_A.shape)
         grads.append(dA)
-        _adapters(x, g, dA, rows, starts)
+        _fill_gradient(dA, x, g, kernel_rows, starts)
     if need_B:
         dB = lora_B.new_empty(lora_B.shape)
         grads.append(dB)
-        own = h if rows_of_ones(h) else h.contiguous()
-        _adapters(dy, own, dB.transpose(1, 2), rows, starts)
+        h = h if rows_of_ones(h) else h.contiguous()
+        _fill_gradient(dB.transpose(1, 2), dy, h, kernel_rows, starts)
     return grads
 
 
@@ -121,54 +99,64 @@ def packed_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    table: Tensor | None,
-    ends: Sequence[int],
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    path: str | None = None,
+    adapters: Adapters,
+    rows: Rows,
     invariant: bool = False,
+    path: str | None = None,
 ) -> Tensor:
     """y alone; see ``fastlora/backends/packed.py`` for how slices and pages lie."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    adapters = Adapters.of(lora_A, lora_B, table)
-    h = x.new_empty(x.shape[0], len(ends) * adapters.R)
-    rows = Rows.of(ids, order, scalings, ranks, row_scales)
-    bias = None if bias is None else bias.contiguous()
-    product = MultiProduct(x, weight.T, adapters, rows, y, h, tuple(ends), bias, invariant)
-    run(product, "packed_lora_linear", path)
-    return y
+    return _linear("packed_lora_linear", x, weight, bias, adapters, rows, invariant, path)[0]
 
 
 def packed_lora_add_(
     y: Tensor,
     x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    table: Tensor | None,
-    ends: Sequence[int],
-    ids: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    row_scales: Tensor | None,
-    path: str | None = None,
+    adapters: Adapters,
+    rows: Rows,
     invariant: bool = False,
+    path: str | None = None,
 ) -> None:
-    adapters = Adapters.of(lora_A, lora_B, table)
-    h = x.new_empty(x.shape[0], len(ends) * adapters.R)
-    rows = Rows.of(ids, order, scalings, ranks, row_scales)
-    run(MultiProduct(x, None, adapters, rows, y, h, tuple(ends)), "packed_lora_add_", path)
-    written(y)
+    h = x.new_empty(x.shape[0], len(adapters.ends) * adapters.count_ranks())
+    _add("packed_lora_add_", y, h, x, adapters, rows, path)
+    mark_written(y)
 
 
-def _adapters(x: Tensor, h: Tensor, out: Tensor, rows: Rows, starts: Tensor) -> None:
+def _linear(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Adapters,
+    rows: Rows,
+    invariant: bool,
+    path: str | None,
+) -> tuple[Tensor, Tensor]:
+    """y (T, N) and h (T, C * R)."""
+    T, ends = x.shape[0], tuple(adapters.ends)
+    y, h = x.new_empty(T, weight.shape[0]), x.new_empty(T, len(ends) * adapters.count_ranks())
+    bias = None if bias is None else bias.contiguous()
+    operands = x, weight.T, _adapters(adapters), _rows(rows)
+    run(MultiProduct(*operands, y, h, ends, bias, invariant), op, path)
+    return y, h
+
+
+def _add(
+    op: str, y: Tensor, h: Tensor, x: Tensor, adapters: Adapters, rows: Rows, path: str | None
+) -> None:
+    operands = x, None, _adapters(adapters), _rows(rows)
+    run(MultiProduct(*operands, y, h, tuple(adapters.ends)), op, path)
+
+
+def _fill_gradient(out: Tensor, x: Tensor, h: Tensor, rows: KernelRows, starts: Tensor) -> None:
+    """Fills out (S, R, C) with each adapter's sum over its rows of h (T, R) times x (T, C)."""
     shape = Problem(x.shape[0], x.shape[0], x.shape[1], h.shape[1], x.itemsize, False)
     config = config_of("multi_gradient", shape, x.dtype, x.device)
     multi_gradient(x, h, out, rows, starts, config)
+
+
+def _rows(rows: Rows) -> KernelRows:
+    return KernelRows.of(rows.ids, rows.order, rows.scalings, rows.ranks, rows.row_scales)
+
+
+def _adapters(adapters: Adapters) -> KernelAdapters:
+    return KernelAdapters.of(adapters.lora_A, adapters.lora_B, adapters.table)

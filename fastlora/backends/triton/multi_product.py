@@ -19,7 +19,7 @@ from fastlora.kernels.choose import choice
 from fastlora.kernels.choose.choice import config_of
 from fastlora.kernels.choose.ledger import Problem
 from fastlora.kernels.linear.gemm import fits_tma
-from fastlora.kernels.multi.batch import Adapters, Rows
+from fastlora.kernels.multi.batch import KernelAdapters, KernelRows
 from fastlora.kernels.multi.decode import multi_decode
 from fastlora.kernels.multi.expand import multi_expand
 from fastlora.kernels.multi.gemm import ends_fit, multi_gemm
@@ -41,8 +41,8 @@ class MultiProduct:
 
     x: Tensor
     w: Tensor | None
-    adapters: Adapters
-    rows: Rows
+    adapters: KernelAdapters
+    rows: KernelRows
     y: Tensor
     h: Tensor
     ends: tuple[int, ...]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.backends.dtypes import BITS
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.operands import flatten_receipts
 from fastlora.commands.check.linear import DTYPES, WrongResult, laid_out
 
 Functions = Mapping[str, Callable[..., Any]]
-_BITS = {2: torch.int16, 4: torch.int32}
 
 
 class MergeCase(NamedTuple):
@@ -135,7 +135,7 @@ def _columns(adapters: Sequence[Sequence[tuple[Tensor, Tensor, float]]]) -> tupl
 
 
 def _bits(weight: Tensor) -> Tensor:
-    return weight.contiguous().view(_BITS[weight.itemsize])
+    return weight.contiguous().view(BITS[weight.itemsize])
 
 
 def _same(weights: Sequence[Tensor], bits: Sequence[Tensor], otherwise: str) -> None:

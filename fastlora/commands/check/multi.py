@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.torch.multi import group_rows
+from fastlora.backends.values import Adapters, Rows
 from fastlora.commands.check.linear import DTYPES, Product, Subject, laid_out, product_of
 
 
@@ -156,26 +157,26 @@ class MultiSubject(Subject):
     def run(self, op: str, function: Callable[..., Any]) -> list[tuple[str, Tensor]]:
         t, case = self.tensors, self.case
         groups = group_rows(self.ids, case.S)
-        routing = (*groups, self.scalings, self.ranks, self.row_scales)
+        rows = Rows(*groups, self.scalings, self.ranks, self.row_scales)
         bias = t["bias"] if case.optional else None
-        factors = t["lora_A"], t["lora_B"]
+        adapters = Adapters(t["lora_A"], t["lora_B"])
         if op.startswith("packed"):
-            packed = (*self._paged(), self.ends, *routing)
+            packed = Adapters(*self._paged(), self.ends)
             if op == "packed_lora_linear":
-                return [("y", function(t["x"], t["weight"], bias, *packed))]
+                return [("y", function(t["x"], t["weight"], bias, packed, rows))]
             y = laid_out(t["y"], case.layout)
-            function(y, t["x"], *packed)
+            function(y, t["x"], packed, rows)
             return [("y added to", y)]
         if op == "multi_lora_linear":
-            found = function(t["x"], t["weight"], bias, *factors, *routing)
+            found = function(t["x"], t["weight"], bias, adapters, rows)
             return list(zip(("y", "h"), found, strict=True))
         if op == "multi_lora_add_":
             y, h = laid_out(t["y"], case.layout), torch.full_like(self.unfused["h"], math.nan)
-            function(y, h, t["x"], *factors, *routing)
+            function(y, h, t["x"], adapters, rows)
             return [("y added to", y), ("h", h)]
         names = ("dx", "dweight", "dbias", "dlora_A", "dlora_B")
         weight = t["weight"] if case.weight else None
-        given = (t["dy"], t["x"], weight, *factors, self.unfused["h"], *routing)
+        given = (t["dy"], t["x"], weight, adapters, self.unfused["h"], rows)
         return list(zip(names, function(*given, [True] * 5), strict=True))
 
     def _paged(self) -> tuple[Tensor, Tensor, Tensor | None]:

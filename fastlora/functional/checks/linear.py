@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fastlora.backends.dtypes import FLOATS, UP_TO_FLOAT32
 
 
 def autocast(
@@ -80,7 +80,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _cast(t: Any, dtype: torch.dtype) -> Any:
-    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in FLOATS[:3] else t
+    return t.to(dtype) if isinstance(t, Tensor) and t.dtype in UP_TO_FLOAT32 else t
 
 
 def tensor(name: str, value: object) -> None:

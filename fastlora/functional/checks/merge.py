@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastlora.backends.dtypes import FLOATS
 from fastlora.backends.merge_lists import errors
 from fastlora.functional.checks import linear as checks
 from fastlora.functional.receipt import Adapter, MergeReceipt
@@ -97,7 +98,7 @@ def own_elements(weight: Tensor) -> tuple[int, int]:
         )
     if weight.dtype.itemsize == 1:
         raise TypeError(
-            f"weight: expected one of {checks.names(checks.FLOATS)}, got {weight.dtype}, which is "
+            f"weight: expected one of {checks.names(FLOATS)}, got {weight.dtype}, which is "
             "quantized: dequantize it before merging, or keep the adapter beside it"
         )
     N, K = checks.matrix_of(weight)

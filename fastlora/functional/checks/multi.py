@@ -8,38 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlora.backends.packed import Form, ends_of
+from fastlora.backends.packed import ends_of
+from fastlora.backends.values import Adapters
 from fastlora.functional.checks.linear import input_of, matrix_of, output_of, pair, tensor, vector
-from fastlora.functional.row_groups import RowGroups
 
 
-def multi(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scalings: Tensor,
-    ranks: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    N, K = matrix_of(weight)
-    input_of(x, K, weight.dtype, weight.device)
-    _slots(lora_A, lora_B, scalings, ranks, N, K, x)
-    vector("bias", bias, N, x.dtype, x)
-
-
-def multi_added(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scalings: Tensor, ranks: Tensor | None
-) -> None:
-    tensor("lora_A", lora_A)
-    tensor("lora_B", lora_B)
-    N = lora_B.shape[1] if lora_B.dim() == 3 else -1
-    K = lora_A.shape[2] if lora_A.dim() == 3 else -1
-    _slots(lora_A, lora_B, scalings, ranks, N, K, x)
-    output_of(y, x, N, K)
-
-
-def packed(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -49,14 +23,23 @@ def packed(
     ranks: Tensor | None,
     slices: Sequence[int] | None,
     page_table: Tensor | None,
-) -> Form:
+) -> Adapters:
+    """Returns the adapters of ``multi_lora_linear``, dense or packed."""
     N, K = matrix_of(weight)
     input_of(x, K, weight.dtype, weight.device)
-    vector("bias", bias, N, x.dtype, x)
-    return _form(N, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
+    packed = slices is not None or page_table is not None
+    if packed:
+        vector("bias", bias, N, x.dtype, x)
+    tensor("lora_A", lora_A)
+    tensor("lora_B", lora_B)
+    if not packed:
+        _dense(lora_A, lora_B, scalings, ranks, N, K, x)
+        vector("bias", bias, N, x.dtype, x)
+        return Adapters(lora_A, lora_B)
+    return _packed(N, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
 
 
-def packed_added(
+def added(
     y: Tensor,
     x: Tensor,
     lora_A: Tensor,
@@ -65,48 +48,30 @@ def packed_added(
     ranks: Tensor | None,
     slices: Sequence[int] | None,
     page_table: Tensor | None,
-) -> Form:
+) -> Adapters:
+    """Returns the adapters of ``multi_lora_add_``, dense or packed."""
     tensor("lora_A", lora_A)
+    tensor("lora_B", lora_B)
     K = lora_A.shape[2] if lora_A.dim() == 3 else -1
-    form = _form(None, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
-    output_of(y, x, form.ends[-1], K)
-    return form
+    if slices is None and page_table is None:
+        N = lora_B.shape[1] if lora_B.dim() == 3 else -1
+        _dense(lora_A, lora_B, scalings, ranks, N, K, x)
+        output_of(y, x, N, K)
+        return Adapters(lora_A, lora_B)
+    adapters = _packed(None, K, lora_A, lora_B, scalings, ranks, slices, page_table, x)
+    output_of(y, x, adapters.ends[-1], K)
+    return adapters
 
 
-def adapter_ids(ids: Tensor, num_slots: int) -> None:
-    tensor("adapter_ids", ids)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"adapter_ids: expected int32 or int64, got {ids.dtype}")
-    if ids.dim() not in (1, 2):
-        raise ValueError(
-            f"adapter_ids: expected shape (T,), (B,) or (B, L), got {tuple(ids.shape)}"
-        )
+def slot_count(num_slots: int) -> None:
     if not isinstance(num_slots, int) or isinstance(num_slots, bool):
         raise TypeError(f"num_slots: expected an int, got {type(num_slots).__name__}")
     if num_slots < 0:
         raise ValueError(f"num_slots: expected a count of adapter slots, got {num_slots}")
 
 
-def row_groups(groups: RowGroups, x: Tensor, num_slots: int) -> RowGroups:
-    """The groups of x's rows: as given, or every row's id repeated over the dimensions it leads."""
-    if groups.num_slots != num_slots:
-        raise ValueError(
-            f"adapter_ids: grouped for {groups.num_slots} slots, but there are {num_slots}"
-        )
-    if groups.order.device != x.device:
-        raise ValueError(f"adapter_ids: expected them on {x.device}, got {groups.order.device}")
-    given, lead = groups.shape, tuple(x.shape[:-1])
-    if not lead:
-        raise ValueError(f"x: expected rows, (T, K) or (B, ..., K), got shape {tuple(x.shape)}")
-    if lead[: len(given)] != given:
-        raise ValueError(
-            f"adapter_ids: expected shape {lead[:1]} or {lead} for x {tuple(x.shape)}, got {given}"
-        )
-    return groups.repeat(math.prod(lead[len(given) :]))
-
-
 def row_scales(scales: Tensor, x: Tensor) -> Tensor:
-    """row_scales of shape (T,) or a leading part of x's, as one number a row (T,)."""
+    """One number a row (T,), from row_scales of shape (T,) or a leading part of x's."""
     tensor("row_scales", scales)
     lead = tuple(x.shape[:-1])
     if not scales.is_floating_point() or scales.device != x.device:
@@ -117,11 +82,12 @@ def row_scales(scales: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"row_scales: expected shape {lead[:1]} or {lead}, got {tuple(scales.shape)}"
         )
-    rest = lead[scales.dim() :]
-    return scales.reshape(-1).repeat_interleave(math.prod(rest)) if rest else scales.reshape(-1)
+    inner = lead[scales.dim() :]
+    scales = scales.reshape(-1)
+    return scales.repeat_interleave(math.prod(inner)) if inner else scales
 
 
-def _slots(
+def _dense(
     lora_A: Tensor,
     lora_B: Tensor,
     scalings: Tensor,
@@ -130,8 +96,6 @@ def _slots(
     K: int,
     x: Tensor,
 ) -> None:
-    tensor("lora_A", lora_A)
-    tensor("lora_B", lora_B)
     shape = lora_A.shape
     if len(shape) != 3 or shape[2] != K:
         raise ValueError(f"lora_A: expected shape (S, R, {K}), got {tuple(shape)}")
@@ -139,10 +103,10 @@ def _slots(
     if tuple(lora_B.shape) != (S, N, R):
         raise ValueError(f"lora_B: expected shape ({S}, {N}, {R}), got {tuple(lora_B.shape)}")
     pair(lora_A, lora_B, x)
-    _routing(scalings, ranks, S, x)
+    _factors(scalings, ranks, S, x)
 
 
-def _routing(scalings: Tensor, ranks: Tensor | None, S: int, x: Tensor) -> None:
+def _factors(scalings: Tensor, ranks: Tensor | None, S: int, x: Tensor) -> None:
     vector("scalings", scalings, S, torch.float32, x)
     if ranks is not None:
         tensor("ranks", ranks)
@@ -151,7 +115,7 @@ def _routing(scalings: Tensor, ranks: Tensor | None, S: int, x: Tensor) -> None:
         vector("ranks", ranks, S, ranks.dtype, x)
 
 
-def _form(
+def _packed(
     N: int | None,
     K: int,
     lora_A: Tensor,
@@ -161,17 +125,15 @@ def _form(
     slices: Sequence[int] | None,
     page_table: Tensor | None,
     x: Tensor,
-) -> Form:
+) -> Adapters:
     """Slots or pages of a projection of C slices, one if ``slices`` is None; N None: lora_B's."""
-    tensor("lora_A", lora_A)
-    tensor("lora_B", lora_B)
     if page_table is not None:
-        _check_table(page_table, x)
+        _table(page_table, x)
     across, along = (1, 2) if page_table is None else (2, 1)
     if lora_B.dim() != 3 or N not in (None, lora_B.shape[across]):
         n = "N" if N is None else N
-        wanted = f"(S, {n}, R)" if page_table is None else f"(P, page, {n})"
-        raise ValueError(f"lora_B: expected shape {wanted}, got {tuple(lora_B.shape)}")
+        expected = f"(S, {n}, R)" if page_table is None else f"(P, page, {n})"
+        raise ValueError(f"lora_B: expected shape {expected}, got {tuple(lora_B.shape)}")
     ends = ends_of(slices, lora_B.shape[across])
     count, R = lora_B.shape[0], lora_B.shape[along]
     if tuple(lora_A.shape) != (count, len(ends) * R, K):
@@ -180,14 +142,13 @@ def _form(
             f"{len(ends)} slices, got {tuple(lora_A.shape)}"
         )
     pair(lora_A, lora_B, x)
-    S = count
-    if page_table is not None:
-        S, R = page_table.shape[0], page_table.shape[1] * R
-    _routing(scalings, ranks, S, x)
-    return Form(ends, S, R)
+    _factors(scalings, ranks, count if page_table is None else page_table.shape[0], x)
+    # As the ops have pages: B's are rank-major in memory, and here a view.
+    lora_B = lora_B if page_table is None else lora_B.transpose(1, 2)
+    return Adapters(lora_A, lora_B, page_table, ends)
 
 
-def _check_table(page_table: Tensor, x: Tensor) -> None:
+def _table(page_table: Tensor, x: Tensor) -> None:
     tensor("page_table", page_table)
     shape = tuple(page_table.shape)
     if page_table.dtype != torch.int32:

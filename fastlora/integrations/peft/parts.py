@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as every_module
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.functional.checks.linear import FLOATS
+from fastlora.backends.dtypes import FLOATS
 
 # A DTensor, say, or a quantized weight is neither.
 _DENSE = (Tensor, nn.Parameter, FakeTensor)

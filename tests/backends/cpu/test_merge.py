@@ -134,7 +134,7 @@ def test_a_merge_that_is_interrupted_after_its_receipt_is_undone(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cpu_merge, "_mark_written", interrupted)
+    monkeypatch.setattr(cpu_merge, "mark_written", interrupted)
     with dispatch.use_backend("cpu"), pytest.raises(KeyboardInterrupt):
         F.merge_(weight, [adapter])
     assert same_bits(weight, before)

@@ -11,6 +11,7 @@ from torch.nn import functional as nnf
 from fastlora import functional as F
 from fastlora.backends import native
 from fastlora.backends.cpu import multi as cpu_multi
+from fastlora.backends.values import Adapters
 from tests.support.adapters_in_batches import Batch
 from tests.support.helpers import Spy, assert_accurate, same_bits, signed, unchanged
 
@@ -81,10 +82,10 @@ def fused(b: Batch, bank: Bank | None) -> Tensor:
     """The native product with the adapters, for any number of rows."""
     y, h = (b.x.new_empty(len(b.x), size) for size in (b.weight.shape[0], b.A.shape[1]))
     if bank is None:
-        given = (y, h, b.x, b.weight, b.bias, b.A, b.B)
+        cpu_multi.run_multi(y, h, b.x, b.weight, b.bias, b.adapters, b.routing)
     else:
-        given = (y, None, b.x, b.weight, b.bias, bank.A, bank.B.mT)
-    cpu_multi.run_multi(*given, *b.routing, table=bank and bank.table)
+        pages = Adapters(bank.A, bank.B.mT, bank.table)
+        cpu_multi.run_multi(y, None, b.x, b.weight, b.bias, pages, b.routing)
     return y
 
 

@@ -11,6 +11,7 @@ from fastlora import functional as F
 from fastlora.backends import dropout, native
 from fastlora.backends.cuda import call as cuda_call
 from fastlora.backends.cuda import linear as cuda_linear
+from fastlora.kernels.tile.gpu import arch_of
 from fastlora.ops import dispatch
 from fastlora.ops.run import Refused, strictly
 from tests.support import cuda_host, oracle
@@ -86,7 +87,7 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, tile=None, monk
 
 
 def too_large(tile, device) -> str | None:
-    fits = tile != cuda_linear.TILE_256 or cuda_call.arch_of(device) not in cuda_call.SMALL
+    fits = tile != cuda_linear.TILE_256 or arch_of(device) not in cuda_call.SMALL
     return None if fits else "this GPU has too little shared memory for the tile"
 
 
@@ -95,7 +96,7 @@ def too_large(tile, device) -> str | None:
 @skip_where(too_large)
 @dtypes
 def test_tiles_of_many_rows(M, K, N, R, dtype, lora_dtype, tile, device, monkeypatch):
-    path = "cuda_overlapped" if cuda_call.arch_of(device) >= 90 else "cuda_two_pass"
+    path = "cuda_overlapped" if arch_of(device) >= 90 else "cuda_two_pass"
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device, tile, monkeypatch)
 
 

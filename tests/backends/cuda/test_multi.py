@@ -9,6 +9,7 @@ from torch import Tensor
 import fastlora
 from fastlora import functional as F
 from fastlora.backends import native
+from fastlora.backends.values import Adapters, Rows
 from fastlora.ops import dispatch
 from tests.support import cuda_host
 from tests.support.adapters_in_batches import Batch, Paged
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 
 def run(b: Batch) -> tuple[Tensor, Tensor]:
-    given = (b.x, b.weight, b.bias, b.A, b.B, *b.routing)
+    given = (b.x, b.weight, b.bias, b.adapters, b.routing)
     return take("multi_lora_linear", *given)
 
 
@@ -56,7 +57,7 @@ def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
     b.assert_h(h)
     own = signed(T, N, dtype=dtype, device=device)
     added, h2 = own.clone(), torch.empty_like(h)
-    given = (added, h2, b.x, b.A, b.B, *b.routing)
+    given = (added, h2, b.x, b.adapters, b.routing)
     take("multi_lora_add_", *given)
     base = b._replace(ids=torch.full_like(b.ids, -1)).want()
     assert_accurate(added, own.cpu().double() + want - base, unfused, dtype)
@@ -78,12 +79,11 @@ def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
     paged = Paged.of(A, B, b.ranks, page, C)
     ends = [sum(widths[: i + 1]) for i in range(C)]
     lora_B = paged.B.transpose(1, 2)
-    given = (b.x, b.weight, b.bias, paged.A, lora_B, paged.table, ends)
-    y = take("packed_lora_linear", *given, *b.routing)
+    adapters = Adapters(paged.A, lora_B, paged.table, ends)
+    y = take("packed_lora_linear", b.x, b.weight, b.bias, adapters, b.routing)
     begin, own, added = 0, signed(T, N, dtype=dtype, device=device), None
     added = own.clone()
-    given = (added, b.x, paged.A, lora_B, paged.table, ends)
-    take("packed_lora_add_", *given, *b.routing)
+    take("packed_lora_add_", added, b.x, adapters, b.routing)
     for i, end in enumerate(ends):
         part = b._replace(
             weight=b.weight[begin:end], bias=b.bias[begin:end],
@@ -143,7 +143,8 @@ def test_ids_out_of_range_are_none(device):
     _, order, starts, *rest = b.routing
     wild = torch.tensor([3, -2, 1 << 30, -(1 << 31), 0, 0, 0, 0, 0], device=device)
     wild = wild.to(torch.int32)
-    given = (b.x, b.weight, b.bias, b.A, b.B, wild, order, starts, *rest)
+    rows = Rows(wild, order, starts, *rest)
+    given = (b.x, b.weight, b.bias, b.adapters, rows)
     y, h = take("multi_lora_linear", *given)
     plain, _ = run(b._replace(ids=torch.full_like(b.ids, -1)))
     assert same_bits(y[:4], plain[:4])
@@ -157,7 +158,7 @@ def test_pages_out_of_range_are_none(page_id, device):
     table = torch.tensor([[0], [page_id]], dtype=torch.int32, device=device)
     ids = torch.tensor([0, 1, 0, 1, 0], device=device)
     b = b._replace(ids=ids, ranks=torch.tensor([8, 8], device=device))
-    given = (b.x, b.weight, b.bias, A, B, table, [48], *b.routing)
+    given = (b.x, b.weight, b.bias, Adapters(A, B, table, [48]), b.routing)
     y = take("packed_lora_linear", *given)
     plain, _ = run(b._replace(A=A, B=B, ids=torch.full_like(ids, -1)))
     assert same_bits(y[1::2], plain[1::2])
@@ -174,7 +175,7 @@ def test_the_same_bits_in_any_order_of_threads(weight):
         if weight:
             return run(b)[0]
         y = own.clone()
-        given = (y, b.x.new_empty(40, 72), b.x, b.A, b.B, *b.routing)
+        given = (y, b.x.new_empty(40, 72), b.x, b.adapters, b.routing)
         take("multi_lora_add_", *given)
         return y
 
