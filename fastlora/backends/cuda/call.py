@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.dtypes import HALVES
+from fastlora.kernels.tile import gpu  # pyright: ignore[reportMissingImports]: it is in kernels/
 
-# kernels/ is not where the type checker looks for fastlora.kernels.
-from fastlora.kernels.tile.gpu import arch_of as arch_of  # pyright: ignore[reportMissingImports]
-from fastlora.kernels.tile.gpu import device_of as device_of  # pyright: ignore[reportMissingImports]
-
+arch_of, device_of = gpu.arch_of, gpu.device_of
 # Multiprocessors with less than 100 KiB of shared memory for a block: Ampere, Ada and Blackwell
 # beside the data centre's.
 SMALL = (86, 87, 89, 110, 120, 121)
