@@ -38,7 +38,7 @@ def commands(module: str) -> list[tuple[str, list[str]]]:
 
 def test_every_check_is_one_that_there_is(monkeypatch):
     asked = []
-    monkeypatch.setattr(fastlora_cli, "check", lambda options: asked.append(options) or 0)
+    monkeypatch.setattr(fastlora_cli, "run_check", lambda options: asked.append(options) or 0)
     for name, words in commands("fastlora"):
         assert fastlora_cli.main(words) == 0, name
     assert all(options.device.type == "cuda" for options in asked)
@@ -50,7 +50,7 @@ def test_every_check_is_one_that_there_is(monkeypatch):
         for op in options.op for dtype in options.dtype
     ]  # fmt: skip
     # Each op in each dtype is verified by one process, and by no more.
-    every = {(op, d) for op in fastlora_cli.selftest.EVERY_OP for d in fastlora_cli.DTYPES}
+    every = {(op, d) for op in fastlora_cli.checking.EVERY_OP for d in fastlora_cli.DTYPES}
     assert sorted(triton) == sorted(every)
     native = [dtype for options in full if options.backend == "cuda" for dtype in options.dtype]
     assert sorted(native) == sorted(fastlora_cli.DTYPES)
