@@ -147,7 +147,7 @@ def _as_json(merged: Merged) -> bytes:
 
 
 def _suggest_resuming(out: Path) -> str:
-    return "; the same command resumes it" if journal.unfinished(out) else ""
+    return "; the same command resumes it" if journal.is_unfinished(out) else ""
 
 
 def _explain_error(error: OSError) -> str:

@@ -141,7 +141,7 @@ def test_what_argparse_refuses(given, arguments):
 
 def test_interrupted(merge, given, tmp_path, monkeypatch):
     """Ctrl-C in the seventh file: exit code 130, nothing half, and how to go on."""
-    out, layout = tmp_path / "out", run._chunks
+    out, layout = tmp_path / "out", run._iterate_chunks
 
     def interrupted(steps, layout_, *rest):
         if "00007" in layout_.path.name:
@@ -149,7 +149,7 @@ def test_interrupted(merge, given, tmp_path, monkeypatch):
         return layout(steps, layout_, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_chunks", interrupted)
+        patched.setattr(run, "_iterate_chunks", interrupted)
         code, _, err = merge("base", "adapter", "--out", out)
     assert (code, err) == (130, "fastlora merge: interrupted; the same command resumes it\n")
     assert not (out / CONFIG).exists()
@@ -242,7 +242,7 @@ def test_a_damaged_config_has_no_traceback(merge, given, tmp_path):
     code, _, err = merge(tmp_path / "base", "adapter", "--out", tmp_path / "out")
     assert code == 2
     assert "is quantised (gptq)" in err
-    assert not journal.unfinished(tmp_path / "out")
+    assert not journal.is_unfinished(tmp_path / "out")
 
 
 def test_a_large_model_is_said_in_gigabytes():
