@@ -27,7 +27,7 @@ def prepare_vllm(case: Case, o: Operands) -> Call:
     """
     _check_half_precision(case, "vllm")
     with importing("vllm"):
-        from prepare_vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
     x, weight, ids = _list_rows(o)
     T, (S, R, _) = x.shape[0], o["lora_A"].shape
@@ -51,13 +51,13 @@ def prepare_sglang(case: Case, o: Operands) -> Call:
     """Prepares SGLang's default backend, ``csgmv``: chunks of rows with the same adapter."""
     _check_half_precision(case, "sglang")
     with importing("sglang"):
-        from prepare_sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
+        from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
             chunked_sgmv_lora_expand_forward as expand,
         )
-        from prepare_sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import (
+        from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import (
             chunked_sgmv_lora_shrink_forward as shrink,
         )
-        from prepare_sglang.srt.lora.utils import LoRABatchInfo
+        from sglang.srt.lora.utils import LoRABatchInfo
 
     x, weight, ids = _list_rows(o)
     N, S, device = weight.shape[0], o["lora_A"].shape[0], x.device

@@ -42,7 +42,7 @@ class Merged:
     kept: list[str]
     vocabulary: list[str] = field(default_factory=list)
     exchanged: list[str] = field(default_factory=list)
-    other_files: Others = field(default_factory=Others)
+    others: Others = field(default_factory=Others)
 
     @property
     def low(self) -> list[str]:

@@ -249,7 +249,7 @@ def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, c
             yield {**line, "ratio": {"p50": slow if ours else 1.0}, "cpu_ratio": {"p50": 1.0}}
 
     monkeypatch.setattr(measurement, "measure", disturbed)
-    monkeypatch.setattr(terminal.table, "rows", lambda _: [])
+    monkeypatch.setattr(terminal.table, "make_rows", lambda _: [])
     assert measured("--compare", str(earlier))[0] == 0
     assert "slower, measured again: linear-forward" in capsys.readouterr().out
     assert len(runs) == 4

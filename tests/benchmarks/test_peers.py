@@ -175,7 +175,7 @@ def test_rows_without_an_adapter_and_ranks_of_their_own(fake, library, monkeypat
 )
 def test_a_library_that_is_called_in_another_way_is_absent(fake, library, said, monkeypatch):
     fake(monkeypatch, fits=False)
-    monkeypatch.setattr("benchmarks.peers.calls.version", lambda name: f"of {name}")
+    monkeypatch.setattr("benchmarks.peers.calls.find_version", lambda name: f"of {name}")
     work = Linear(backward=False) if library == "unsloth" else Multi("decode")
     verdict = verdict_of(library, case_of(work, "fp16"))
     assert verdict.status == "absent"
