@@ -28,7 +28,7 @@ import fastlora
 from benchmarks.harness import machine
 from benchmarks.harness.timer import compute_ratios, compute_spread
 from fastlora.adapters import files as adapter_files
-from fastlora.demo.model import clone, small_llama
+from fastlora.demo.model import clone, make_small_llama
 from fastlora.serving import Request
 
 VOCABULARY = 256
@@ -100,7 +100,7 @@ def time_in_turns(
 
 def print_throughput(options: argparse.Namespace, dtype: torch.dtype) -> None:
     """Prints a table: tokens a second of a batch of ``rows``, over the base's and over PEFT's."""
-    base = small_llama(options.hidden, options.layers, VOCABULARY, seed=0).to(dtype).eval()
+    base = make_small_llama(options.hidden, options.layers, VOCABULARY, seed=0).to(dtype).eval()
     base = base.to(options.device)
     kind = str(dtype).removeprefix("torch.")
     rows, tokens = options.rows, options.tokens
@@ -187,7 +187,7 @@ class Arrivals:
 
 def print_cold(options: argparse.Namespace) -> None:
     """Prints what adapters that are not on the device cost rows that are."""
-    base = small_llama(options.hidden, options.layers, VOCABULARY, seed=0).eval()
+    base = make_small_llama(options.hidden, options.layers, VOCABULARY, seed=0).eval()
     base = base.to(options.device)
     rows, comers = options.cold_rows, options.cold_tokens // options.every - 1
     with tempfile.TemporaryDirectory() as temporary:
