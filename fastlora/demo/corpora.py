@@ -37,7 +37,7 @@ class Text:
 
 
 def make_pretraining_text(seed: int, chars: int) -> str:
-    """Makes at most ``chars`` characters of prose about Python and of Python, paragraphs shuffled."""
+    """Makes ``chars`` characters at most: prose about Python and Python, shuffled."""
     rng = random.Random(seed)
     sources = _list_sources()
     rng.shuffle(sources)

@@ -117,6 +117,18 @@ def test_modules_need_no_circle_to_be_imported() -> None:
     assert not needs
 
 
+def test_a_package_binds_no_name_of_a_submodule() -> None:
+    """``from package import file`` would give whichever of the two was bound last."""
+    for path in (p for p in FILES if p.name == "__init__.py"):
+        files = {p.stem for p in path.parent.glob("*.py")}
+        for node in ast.walk(ast.parse(path.read_text())):
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                own = (
+                    f"{node.module}.{alias.name}" == f"{name_of(path)}.{alias.asname or alias.name}"
+                )
+                assert own or (alias.asname or alias.name) not in files, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("module", ["fastlora", "fastlora.commands.main"])
 def test_optional_packages_are_not_imported(module: str) -> None:
     code = f"import sys, {module}; print(*sys.modules)"

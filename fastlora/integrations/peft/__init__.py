@@ -12,10 +12,10 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 
 from fastlora.config.listing import by_reason, some
+from fastlora.inspection import bypassed as reading
 from fastlora.inspection import trial
-from fastlora.inspection.bypassed import bypassed
 from fastlora.inspection.wrapping import unwrapped
-from fastlora.integrations.peft import bypassed as peft_bypassed
+from fastlora.integrations.peft import bypassed
 from fastlora.integrations.peft import rows as peft_rows
 from fastlora.integrations.peft import tied as peft_tied
 from fastlora.integrations.peft.linear import Linear
@@ -86,7 +86,7 @@ class LoraModel(peft.LoraModel):
         """Refuses or warns of merges that PEFT would make silently, before anything is merged."""
         model: Any = self.model
         peft_tied.refuse(model, adapter_names)
-        peft_bypassed.refuse(model, adapter_names)
+        bypassed.refuse(model, adapter_names)
         warn_of_lost_merges(_list_lora_layers(model))
 
     def inject_adapter(
@@ -122,7 +122,7 @@ def patch(model: nn.Module, strict: bool) -> Report:
             peft_rows.watch(module)
     keep_unpacked(unwrapped(model), stacklevel=3)
     _warn_of_virtual_tokens(unwrapped(model))
-    peft_bypassed.warn(unwrapped(model), layers, stacklevel=4)
+    bypassed.warn(unwrapped(model), layers, stacklevel=4)
     trial.watch(_find_innermost(model))
     return report(model)
 
@@ -217,7 +217,7 @@ def _list_patched(model: nn.Module) -> dict[str, Any]:
 def _explain_skipped(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
     """Says why PEFT computes a layer, for each that it computes."""
     reason_of = {
-        name: bypassed(unwrapped(model), [name]) or _explain_left_alone(layer)
+        name: reading.bypassed(unwrapped(model), [name]) or _explain_left_alone(layer)
         for name, layer in layers.items()
     }
     return {name: reason for name, reason in reason_of.items() if reason is not None}
