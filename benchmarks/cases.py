@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
-from benchmarks.harness.work import Case
+from benchmarks.harness.case import Case
 from benchmarks.suites.generate import Generate
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge, Swap
@@ -29,11 +29,11 @@ CALL, CALL_TRAIN, CALL_MULTI = Overhead(backward=False), Overhead(backward=True)
 MERGE, MERGE_UNMERGE, SWAP = Merge(unmerge=False), Merge(unmerge=True), Swap()
 
 
-def _square(size: int) -> dict[str, int]:
+def _make_square(size: int) -> dict[str, int]:
     return {"K": size, "N": size, "R": 16}
 
 
-_WIDE, _NARROW = _square(2048), _square(1024)
+_WIDE, _NARROW = _make_square(2048), _make_square(1024)
 # A model of few calls of Python, the demo's, and a block of Llama 3 8B.
 _SMALL = {"H": 384, "I": 1024, "layers": 2, "R": 8}
 _DEMO = {"H": 192, "I": 512, "layers": 4, "R": 8}
@@ -41,7 +41,7 @@ _WRITTEN = {"B": 8, "L": 8, "new": 4}
 _BLOCK = {"H": 4096, "I": 14336, "layers": 1, "R": 16}
 
 
-def _overhead(device: str, dtype: str) -> tuple[Case, ...]:
+def _list_overhead(device: str, dtype: str) -> tuple[Case, ...]:
     small = {"K": 64, "N": 64, "R": 8}
     rows = {"T": 4, **small, "S": 4}
     return (
@@ -54,12 +54,12 @@ def _overhead(device: str, dtype: str) -> tuple[Case, ...]:
 
 CPU = (
     Case(FORWARD, "cpu", "bf16", {"M": 1, **_WIDE}, quick=True, compiled=True),
-    Case(FORWARD, "cpu", "bf16", {"M": 1, **_square(4096)}),
-    Case(FORWARD, "cpu", "fp32", {"M": 4, **_square(4096)}),
-    Case(FORWARD, "cpu", "bf16", {"M": 16, **_square(4096)}),
+    Case(FORWARD, "cpu", "bf16", {"M": 1, **_make_square(4096)}),
+    Case(FORWARD, "cpu", "fp32", {"M": 4, **_make_square(4096)}),
+    Case(FORWARD, "cpu", "bf16", {"M": 16, **_make_square(4096)}),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_NARROW}, lora_dtype="fp32"),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_WIDE}, lora_dtype="fp32"),
-    Case(FORWARD, "cpu", "bf16", {"M": 512, **_square(4096)}, lora_dtype="fp32"),
+    Case(FORWARD, "cpu", "bf16", {"M": 512, **_make_square(4096)}, lora_dtype="fp32"),
     Case(FORWARD, "cpu", "fp32", {"M": 512, **_NARROW}, compiled=True),
     Case(FORWARD, "cpu", "bf16", {"M": 512, **_NARROW}),
     Case(TRAIN, "cpu", "fp32", {"M": 512, **_NARROW}, quick=True, compiled=True),
@@ -67,9 +67,9 @@ CPU = (
     Case(TRAIN, "cpu", "bf16", {"M": 512, **_NARROW}),
     Case(TRAIN, "cpu", "bf16", {"M": 512, **_NARROW}, lora_dtype="fp32"),
     Case(TRAIN, "cpu", "bf16", {"M": 512, **_WIDE}, lora_dtype="fp32"),
-    Case(TRAIN, "cpu", "bf16", {"M": 512, **_square(4096)}, lora_dtype="fp32"),
+    Case(TRAIN, "cpu", "bf16", {"M": 512, **_make_square(4096)}, lora_dtype="fp32"),
     *(
-        Case(DECODE, "cpu", dtype, {"T": 32, **_square(size), "S": 32}, workload="distinct")
+        Case(DECODE, "cpu", dtype, {"T": 32, **_make_square(size), "S": 32}, workload="distinct")
         for dtype, size in (("bf16", 4096), ("bf16", 2048), ("bf16", 1024), ("fp32", 2048))
     ),
     Case(DECODE, "cpu", "bf16", {"T": 16, **_WIDE, "S": 8}, workload="uniform", quick=True),
@@ -86,7 +86,7 @@ CPU = (
     ),
     Case(MIXED, "cpu", "fp32", {"T": 128, **_NARROW, "S": 8}, workload="skewed"),
     *(
-        Case(NATIVE, "cpu", dtype, {"M": M, **_square(size)}, full=True)
+        Case(NATIVE, "cpu", dtype, {"M": M, **_make_square(size)}, full=True)
         for dtype in ("bf16", "fp32")
         for size in (1024, 4096)
         for M in (8, 16, 32, 64, 96, 128)
@@ -111,22 +111,22 @@ CPU = (
     Case(GENERATE_ONE, "cpu", "fp32", {**_WRITTEN, **_SMALL, "S": 1}),
     Case(GENERATE, "cpu", "fp32", {**_WRITTEN, **_SMALL, "S": 8}, quick=True),
     Case(GENERATE, "cpu", "bf16", {**_WRITTEN, **_DEMO, "S": 8}, full=True),
-    *_overhead("cpu", "fp32"),
+    *_list_overhead("cpu", "fp32"),
 )
 
 
-def _layer(R: int, K: int = 4096, N: int = 4096) -> dict[str, int]:
+def _make_layer(R: int, K: int = 4096, N: int = 4096) -> dict[str, int]:
     return {"K": K, "N": N, "R": R}
 
 
-def _single(work: Linear, dropout: float) -> list[Case]:
-    """One adapter at every width of a decoder layer; of the rarer ones a part, the rest --full."""
+def _list_single(work: Linear, dropout: float) -> list[Case]:
+    """Lists one adapter at every width of a decoder layer; most of the rarer ones with --full."""
     return [
         Case(
             work,
             "cuda",
             "bf16",
-            {"M": M, **_layer(R, K, N)},
+            {"M": M, **_make_layer(R, K, N)},
             dropout=dropout,
             quick=not dropout and M in (1, 8192) and R == 16 and K == N,
             full=(K != N and (R != 16 or M in (1, 64))) or (dropout > 0 and (K != N or M < 2048)),
@@ -138,9 +138,9 @@ def _single(work: Linear, dropout: float) -> list[Case]:
     ]
 
 
-def _many() -> list[Case]:
-    """Rows by adapters present by ranks: one layer's width in full, of the other a part."""
-    found = []
+def _list_many() -> list[Case]:
+    """Lists rows by adapters present by ranks: one layer's width in full, the other in part."""
+    cases = []
     for K, N in ((4096, 4096), (4096, 14336)):
         for R, ranks in ((16, ""), (64, ""), (128, "mixed")):
             for T in (32, 256, 1, 2048, 8, 128, 64):
@@ -155,7 +155,7 @@ def _many() -> list[Case]:
                         PREFILL if T == 2048 else DECODE,
                         "cuda",
                         "bf16",
-                        {**rows, **_layer(R, K, N), "S": S},
+                        {**rows, **_make_layer(R, K, N), "S": S},
                         workload="distinct",
                         ranks=ranks,
                         quick=(T, S, R, N) == (32, 8, 16, 4096),
@@ -163,27 +163,27 @@ def _many() -> list[Case]:
                         and (T, S) not in ((32, 32), (256, 8), (1, 1)),
                         compiled=(T, S, R, N) == (256, 8, 16, 4096),
                     )
-                    found.append(case)
-    return found
+                    cases.append(case)
+    return cases
 
 
 _CUDA = (
-    *_single(FORWARD, 0.0),
-    *_single(TRAIN, 0.0),
-    *_single(TRAIN, 0.1),
-    *_single(FORWARD, 0.1),
-    Case(TRAIN, "cuda", "bf16", {"M": 8192, **_layer(16)}, lora_dtype="fp32"),
-    *_many(),
-    Case(PREFILL, "cuda", "bf16", {"B": 4, "L": 512, **_layer(16), "S": 8}, workload="zipf"),
-    Case(DECODE, "cuda", "bf16", {"T": 256, **_layer(16), "S": 128}, workload="zipf"),
-    Case(DECODE, "cuda", "bf16", {"T": 256, **_layer(16), "S": 8}, workload="skewed"),
-    *(Case(INVARIANT, "cuda", "bf16", {"M": M, **_layer(16)}) for M in (1, 64, 2048)),
-    Case(MIXED, "cuda", "bf16", {"T": 1024, **_layer(16), "S": 8}, workload="zipf"),
-    Case(MERGE, "cuda", "bf16", _layer(16), quick=True),
-    Case(MERGE, "cuda", "bf16", _layer(64)),
-    Case(MERGE, "cuda", "bf16", _layer(16), lora_dtype="fp32"),
-    Case(MERGE_UNMERGE, "cuda", "bf16", _layer(16), quick=True),
-    Case(SWAP, "cuda", "bf16", _layer(16)),
+    *_list_single(FORWARD, 0.0),
+    *_list_single(TRAIN, 0.0),
+    *_list_single(TRAIN, 0.1),
+    *_list_single(FORWARD, 0.1),
+    Case(TRAIN, "cuda", "bf16", {"M": 8192, **_make_layer(16)}, lora_dtype="fp32"),
+    *_list_many(),
+    Case(PREFILL, "cuda", "bf16", {"B": 4, "L": 512, **_make_layer(16), "S": 8}, workload="zipf"),
+    Case(DECODE, "cuda", "bf16", {"T": 256, **_make_layer(16), "S": 128}, workload="zipf"),
+    Case(DECODE, "cuda", "bf16", {"T": 256, **_make_layer(16), "S": 8}, workload="skewed"),
+    *(Case(INVARIANT, "cuda", "bf16", {"M": M, **_make_layer(16)}) for M in (1, 64, 2048)),
+    Case(MIXED, "cuda", "bf16", {"T": 1024, **_make_layer(16), "S": 8}, workload="zipf"),
+    Case(MERGE, "cuda", "bf16", _make_layer(16), quick=True),
+    Case(MERGE, "cuda", "bf16", _make_layer(64)),
+    Case(MERGE, "cuda", "bf16", _make_layer(16), lora_dtype="fp32"),
+    Case(MERGE_UNMERGE, "cuda", "bf16", _make_layer(16), quick=True),
+    Case(SWAP, "cuda", "bf16", _make_layer(16)),
     Case(MODEL, "cuda", "bf16", {"B": 4, "L": 512, **_BLOCK}, lora_dtype="fp32", quick=True),
     Case(MODEL, "cuda", "bf16", {"B": 4, "L": 512, **_BLOCK}, lora_dtype="fp32", dropout=0.05),
     Case(MODEL, "cuda", "bf16", {"B": 8, "L": 512, **_BLOCK}, lora_dtype="fp32", compiled=True),
@@ -197,7 +197,7 @@ _CUDA = (
         )
         for S in (8, 1, 32)
     ),
-    *_overhead("cuda", "bf16"),
+    *_list_overhead("cuda", "bf16"),
 )
 # Something of every suite before the rest of any: the machine may be taken away.
 CUDA = tuple(sorted(_CUDA, key=lambda case: not case.quick))
@@ -211,7 +211,7 @@ def select(
     quick: bool = False,
     full: bool = True,
 ) -> list[Case]:
-    """The device's cases of a suite whose name matches the glob pattern, in the list's order."""
+    """Selects the device's cases of a suite whose name matches the glob pattern, in order."""
     return [
         case
         for case in (CUDA if device == "cuda" else CPU)
@@ -222,16 +222,16 @@ def select(
     ]
 
 
-def custom(
+def make_custom(
     device: str, suite: str, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]
 ) -> list[Case]:
-    """Cases at shapes (M, K, N, R), for ``multi`` also with S adapters: 8, or as many as rows.
+    """Makes cases at shapes (M, K, N, R), for ``multi`` also with S adapters: 8, or one a row.
 
     Raises ValueError for a suite whose cases are not layers.
     """
     if suite not in ("linear", "multi", "merge"):
         raise ValueError(f"--shapes: expected suite linear, multi or merge, got {suite!r}")
-    found = []
+    cases = []
     for M, K, N, R, *S in shapes:
         if S and suite != "multi":
             raise ValueError(f"--shapes: expected M,K,N,R for suite {suite}, got a fifth number")
@@ -239,10 +239,10 @@ def custom(
         for dtype in dtypes:
             case = partial(Case, device=device, dtype=dtype)
             if suite == "linear":
-                found += [case(work, shape={"M": M, **layer}) for work in (FORWARD, TRAIN)]
+                cases += [case(work, shape={"M": M, **layer}) for work in (FORWARD, TRAIN)]
             elif suite == "multi":
                 shape = {"T": M, **layer, "S": S[0] if S else min(8, M)}
-                found.append(case(DECODE, shape=shape, workload="distinct"))
+                cases.append(case(DECODE, shape=shape, workload="distinct"))
             else:
-                found += [case(work, shape=layer) for work in (MERGE, MERGE_UNMERGE, SWAP)]
-    return list({case.name: case for case in found}.values())
+                cases += [case(work, shape=layer) for work in (MERGE, MERGE_UNMERGE, SWAP)]
+    return list({case.name: case for case in cases}.values())

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import cases
 from benchmarks.harness import gate
-from benchmarks.harness.one import SEED
-from benchmarks.harness.work import Case
+from benchmarks.harness.case import Case
+from benchmarks.harness.measurement import SEED
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

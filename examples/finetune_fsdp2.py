@@ -21,15 +21,15 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 import fastlora
-from fastlora.demo.corpora import DOMAINS, domain_text
-from fastlora.demo.model import byte_tokenizer, clone, rows, small_llama
+from fastlora.demo.corpora import DOMAINS, make_domain_text
+from fastlora.demo.model import clone, cut_rows, make_byte_tokenizer, make_small_llama
 
 # Relative, of losses. Adam divides by what may be tiny, so that differences of rounding grow from
 # step to step; in half precision they are larger to begin with.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 2e-2}
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> Tensor:
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> Tensor:
     optimizer.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -37,11 +37,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> Ten
     return loss.detach()
 
 
-def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
 
 
-def start() -> torch.device:
+def join_processes() -> torch.device:
     """Joins the processes that torchrun has started, each with a device of its own."""
     if not torch.cuda.is_available():
         distributed.init_process_group("gloo")
@@ -68,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    device = start()
+    device = join_processes()
     process, processes = distributed.get_rank(), distributed.get_world_size()
 
-    # The same in every process: the seed says all.
-    tokenizer = byte_tokenizer()
-    base = small_llama(options.hidden, options.layers, len(tokenizer), seed=0)
+    # The same in every process, by the seed.
+    tokenizer = make_byte_tokenizer()
+    base = make_small_llama(options.hidden, options.layers, len(tokenizer), seed=0)
     base = base.to(device, getattr(torch, options.dtype))
     config = fastlora.LoRAConfig(
         r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear"
@@ -85,18 +85,21 @@ def main(argv: list[str] | None = None) -> None:
     fully_shard(model)
 
     batch = options.rows * processes
-    wanted = 2 * batch * options.length * options.steps
-    text = domain_text(options.domain, 0, wanted).train
-    blocks = rows(tokenizer, text, options.length).to(device)
-    optimizer, own = optimizer_of(model, options.rate), optimizer_of(alone, options.rate)
+    characters = 2 * batch * options.length * options.steps
+    text = make_domain_text(options.domain, 0, characters).train
+    blocks = cut_rows(tokenizer, text, options.length).to(device)
+    optimizer, alone_optimizer = (
+        make_optimizer(model, options.rate),
+        make_optimizer(alone, options.rate),
+    )
     worst, mean, whole = 0.0, torch.zeros(()), torch.zeros(())
     for i in range(options.steps):
         ids = blocks[i * batch : (i + 1) * batch]
-        mean = step(model, optimizer, ids.chunk(processes)[process])
+        mean = take_step(model, optimizer, ids.chunk(processes)[process])
         distributed.all_reduce(mean)
         mean /= processes
         if process == 0:
-            whole = step(alone, own, ids)
+            whole = take_step(alone, alone_optimizer, ids)
             worst = max(worst, abs(mean.item() / whole.item() - 1))
             if i in (0, options.steps - 1):
                 print(f"step {i + 1}: {mean:.4f} of {processes} processes, {whole:.4f} of one")
@@ -108,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
         parameters = fastlora.adapter_state_dict(loaded)
         print(f"saved {sum(p.numel() for p in parameters.values()):,} parameters to {options.out}")
         with torch.no_grad():
-            got = loaded(input_ids=ids, labels=ids).loss.item()
+            gathered = loaded(input_ids=ids, labels=ids).loss.item()
             want = alone.eval()(input_ids=ids, labels=ids).loss.item()
-        print(f"loss with it {got:.4f}, of one process {want:.4f}")
-        worst = max(worst, abs(got / want - 1))
+        print(f"loss with it {gathered:.4f}, of one process {want:.4f}")
+        worst = max(worst, abs(gathered / want - 1))
     distributed.destroy_process_group()
     if worst > TOLERANCE[options.dtype]:
         allowed = TOLERANCE[options.dtype]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastlora
-from fastlora.demo.corpora import DOMAINS, domain_text, pretraining_text
-from fastlora.demo.model import byte_tokenizer, clone, rows, small_llama
+from fastlora.demo.corpora import DOMAINS, make_domain_text, make_pretraining_text
+from fastlora.demo.model import clone, cut_rows, make_byte_tokenizer, make_small_llama
 from fastlora.integrations.transformers import AdapterCheckpoints
 
 # Logits differ by the order of float32 sums.
@@ -42,7 +42,7 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def arguments(folder: Path, options: argparse.Namespace, **others: Any) -> TrainingArguments:
+def make_arguments(folder: Path, options: argparse.Namespace, **others: Any) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.rows,
@@ -59,7 +59,7 @@ def arguments(folder: Path, options: argparse.Namespace, **others: Any) -> Train
     )
 
 
-def trainer(
+def make_trainer(
     kind: type[Trainer], model: nn.Module, blocks: Tensor, settings: TrainingArguments
 ) -> Trainer:
     data = [{"input_ids": block, "labels": block} for block in blocks]
@@ -68,11 +68,11 @@ def trainer(
     return run
 
 
-def losses(run: Trainer) -> list[float]:
+def read_losses(run: Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=ids.to(next(model.parameters()).device)).logits.cpu()
 
@@ -97,35 +97,37 @@ def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
 
-    tokenizer = byte_tokenizer()
-    base = small_llama(options.hidden, options.layers, len(tokenizer), seed=0)
-    wanted = 2 * options.rows * options.accumulate * options.length * options.steps
-    general = rows(tokenizer, pretraining_text(0, 200_000), 128)
-    blocks = rows(tokenizer, domain_text(options.domain, 0, wanted).train, options.length)
+    tokenizer = make_byte_tokenizer()
+    base = make_small_llama(options.hidden, options.layers, len(tokenizer), seed=0)
+    characters = 2 * options.rows * options.accumulate * options.length * options.steps
+    general = cut_rows(tokenizer, make_pretraining_text(0, 200_000), 128)
+    blocks = cut_rows(
+        tokenizer, make_domain_text(options.domain, 0, characters).train, options.length
+    )
     config = fastlora.LoRAConfig(
         r=options.rank, lora_alpha=2 * options.rank, lora_dropout=0.05, target_modules="all-linear"
     )
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         whole = {"max_steps": options.pretraining, "learning_rate": 2e-3, "save_strategy": "no"}
-        trainer(Trainer, base, general, arguments(out / "base", options, **whole)).train()
+        make_trainer(Trainer, base, general, make_arguments(out / "base", options, **whole)).train()
         plain = clone(base)
         fastlora.replace_linear(base, config)
         print(fastlora.report(base))
 
         half = options.steps // 2
         tuning = {"max_steps": options.steps, "learning_rate": options.rate, "save_steps": half}
-        unbroken = trainer(
-            AdapterTrainer, clone(base), blocks, arguments(out / "unbroken", options, **tuning)
+        unbroken = make_trainer(
+            AdapterTrainer, clone(base), blocks, make_arguments(out / "unbroken", options, **tuning)
         )
         unbroken.train()
-        stopped = trainer(
-            AdapterTrainer, clone(base), blocks, arguments(out / "stopped", options, **tuning)
+        stopped = make_trainer(
+            AdapterTrainer, clone(base), blocks, make_arguments(out / "stopped", options, **tuning)
         )
         stopped.add_callback(StopAfter(half))
         stopped.train()
-        resumed = trainer(
-            AdapterTrainer, clone(base), blocks, arguments(out / "stopped", options, **tuning)
+        resumed = make_trainer(
+            AdapterTrainer, clone(base), blocks, make_arguments(out / "stopped", options, **tuning)
         )
         resumed.train(resume_from_checkpoint=True)
         checkpoint = out / "stopped" / f"checkpoint-{half}"
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"stopped after {half} of {options.steps} steps, resumed from {size:,} bytes of adapter"
         )
-        want, got = losses(unbroken), losses(resumed)
+        want, got = read_losses(unbroken), read_losses(resumed)
         print(f"losses {want[0]:.4f} … {want[half]:.4f} … {want[-1]:.4f} without a stop")
         print(f"       {got[0]:.4f} … {got[half]:.4f} … {got[-1]:.4f} resumed")
         if want != got:
@@ -141,11 +143,11 @@ def main(argv: list[str] | None = None) -> None:
 
         fastlora.save_adapter(resumed.model, out / "adapter")
         theirs = peft.PeftModel.from_pretrained(plain, out / "adapter")
-        ours, read = logits(resumed.model, blocks[:4]), logits(theirs, blocks[:4])
-        apart = float((ours - read).norm() / ours.norm())
-        print(f"PEFT reads the adapter; its logits are within {apart:.0e} of ours")
-        if apart > TOLERANCE:
-            raise SystemExit(f"PEFT's logits differ by {apart:.0e}, more than {TOLERANCE:.0e}")
+        ours, read = compute_logits(resumed.model, blocks[:4]), compute_logits(theirs, blocks[:4])
+        distance = float((ours - read).norm() / ours.norm())
+        print(f"PEFT reads the adapter; its logits are within {distance:.0e} of ours")
+        if distance > TOLERANCE:
+            raise SystemExit(f"PEFT's logits differ by {distance:.0e}, more than {TOLERANCE:.0e}")
 
 
 if __name__ == "__main__":

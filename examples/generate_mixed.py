@@ -26,7 +26,7 @@ import fastlora
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def base_model(options: argparse.Namespace) -> nn.Module:
+def make_base(options: argparse.Namespace) -> nn.Module:
     config = transformers.LlamaConfig(
         hidden_size=options.hidden,
         intermediate_size=5 * options.hidden // 2,
@@ -38,8 +38,8 @@ def base_model(options: argparse.Namespace) -> nn.Module:
     return transformers.LlamaForCausalLM(config).to(getattr(torch, options.dtype)).eval()
 
 
-def with_peft(base: nn.Module, names: list[str], r: int) -> peft.PeftModel:
-    """Every adapter of them, with random weights that change what is generated."""
+def add_peft(base: nn.Module, names: list[str], r: int) -> peft.PeftModel:
+    """Adds the adapters, with random weights that change what is generated."""
     config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS)
     model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])
     for name in names[1:]:
@@ -50,8 +50,8 @@ def with_peft(base: nn.Module, names: list[str], r: int) -> peft.PeftModel:
     return model.eval()
 
 
-def served(base: nn.Module, model: peft.PeftModel, names: list[str], r: int):
-    """The same adapters, by way of their files."""
+def make_server(base: nn.Module, model: peft.PeftModel, names: list[str], r: int):
+    """Makes a server of the same adapters, read from their files."""
     server = fastlora.MultiLoRAModel(
         copy.deepcopy(base), max_adapters=len(names), max_rank=r, target_modules=TARGETS
     )
@@ -63,7 +63,7 @@ def served(base: nn.Module, model: peft.PeftModel, names: list[str], r: int):
 
 
 def race(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taking turns."""
+    """Times each call in turns; returns median seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -91,13 +91,13 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
 
     names = [f"adapter{i}" for i in range(options.adapters)]
-    base = base_model(options)
-    theirs = with_peft(base, names, options.rank)
-    ours = served(base, theirs, names, options.rank)
+    base = make_base(options)
+    theirs = add_peft(base, names, options.rank)
+    ours = make_server(base, theirs, names, options.rank)
     ids = torch.randint(2048, (options.rows, 8))
     mask = torch.ones_like(ids)
     mixed = [names[i % len(names)] for i in range(options.rows)]
-    how = {
+    settings = {
         "attention_mask": mask,
         "max_new_tokens": options.tokens,
         "min_new_tokens": options.tokens,
@@ -105,9 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         "pad_token_id": 0,
     }
     calls = {
-        "base": lambda: base.generate(ids, **how),
-        "peft": lambda: theirs.generate(input_ids=ids, adapter_names=mixed, **how),
-        "fastlora": lambda: ours.generate(ids, adapter_names=mixed, **how),
+        "base": lambda: base.generate(ids, **settings),
+        "peft": lambda: theirs.generate(input_ids=ids, adapter_names=mixed, **settings),
+        "fastlora": lambda: ours.generate(ids, adapter_names=mixed, **settings),
     }
     tokens = {name: call() for name, call in calls.items()}
     same = (tokens["peft"] == tokens["fastlora"]).float().mean().item()

@@ -1,4 +1,4 @@
-"""The HTTP side of examples/serve_ray.py: OpenAI's completions, for FastAPI and Ray Serve."""
+"""HTTP side of examples/serve_ray.py: OpenAI's completions, for FastAPI and Ray Serve."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ app = FastAPI()  # serve.ingress copies it as it is then; it cannot resolve defe
 
 
 class Completion(BaseModel):
-    """What may be asked for; fields beyond these must be null, false, zero or empty."""
+    """Body of a request; fields beyond these must be null, false, zero or empty."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     model: str
@@ -46,8 +46,8 @@ class Completion(BaseModel):
             raise PydanticCustomError("unsupported", "{field} is not supported", {"field": more[0]})
         return self
 
-    def how(self) -> dict[str, Any]:
-        """The same in the words of ``fastlora.serving.Request``."""
+    def list_request_fields(self) -> dict[str, Any]:
+        """Returns the fields of ``fastlora.serving.Request``."""
         sample = self.temperature > 0
         return {
             "max_new_tokens": self.max_tokens,
@@ -59,15 +59,15 @@ class Completion(BaseModel):
 
 
 class Text:
-    """Tokens as text, piece by piece; a character of several tokens comes with its last one."""
+    """Text of tokens, piece by piece; a character of several tokens comes with its last one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.ids, self.before, self.shown = tokenizer, [], 0, 0
 
     def add(self, ids: list[int], last: bool = False) -> str:
-        """The text that is complete with ``ids``, or all that is left with the last ones."""
+        """Returns the text that is complete with ``ids``, or all of it with the last ones."""
         self.ids += ids
-        # Decoded with the piece before it: how a token is spelt may depend on its neighbour.
+        # Decoded with the piece before it: a token's text may depend on its neighbour.
         known = self.tokenizer.decode(self.ids[self.before : self.shown], skip_special_tokens=True)
         text = self.tokenizer.decode(self.ids[self.before :], skip_special_tokens=True)
         if text.endswith("\ufffd") and not last:
@@ -76,29 +76,29 @@ class Text:
         return text[len(known) :]
 
 
-def choice(text: str, ids: list[int], reason: str | None = None) -> dict[str, Any]:
-    """OpenAI's, and the tokens themselves."""
+def make_choice(text: str, ids: list[int], reason: str | None = None) -> dict[str, Any]:
+    """Makes OpenAI's choice, with the tokens themselves."""
     reason = "stop" if reason == "eos" else reason
     return {"index": 0, "text": text, "token_ids": ids, "logprobs": None, "finish_reason": reason}
 
 
-def whole(parts: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
-    """All choices of an answer as one, and what it took."""
+def join_choices(parts: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
+    """Joins all choices of an answer into one, with its usage."""
     tokens = [token for part in parts for token in part["token_ids"]]
     text = "".join(part["text"] for part in parts)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(tokens)}
     usage["total_tokens"] = prompt_tokens + len(tokens)
-    return {"choices": [choice(text, tokens, parts[-1]["finish_reason"])], "usage": usage}
+    return {"choices": [make_choice(text, tokens, parts[-1]["finish_reason"])], "usage": usage}
 
 
-def envelope(model: str) -> dict[str, Any]:
-    """What every answer and every event begins with."""
-    made = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-    return {"object": "text_completion", "model": model, **made}
+def make_envelope(model: str) -> dict[str, Any]:
+    """Makes the fields that every answer and event begins with."""
+    identity = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+    return {"object": "text_completion", "model": model, **identity}
 
 
-async def server_sent(head: dict[str, Any], choices: AsyncGenerator[Any]) -> AsyncIterator[str]:
-    """The choices as server-sent events. An error ends them, without ``[DONE]``."""
+async def send_events(head: dict[str, Any], choices: AsyncGenerator[Any]) -> AsyncIterator[str]:
+    """Sends choices as server-sent events. An error ends them, without ``[DONE]``."""
     async with aclosing(choices):
         try:
             async for part in choices:
@@ -106,47 +106,47 @@ async def server_sent(head: dict[str, Any], choices: AsyncGenerator[Any]) -> Asy
             yield "data: [DONE]\n\n"
         except Exception:
             logger.exception("a stream broke off")
-            yield f"data: {json.dumps(described(FAILED, None, 500))}\n\n"
+            yield f"data: {json.dumps(describe_error(FAILED, None, 500))}\n\n"
 
 
 class Refused(Exception):
-    """A request that is not served: HTTP status, the field at fault, what was expected of it."""
+    """Refusal of a request: HTTP status, the field at fault, what was expected of it."""
 
     def __init__(self, status: int, field: str, why: str) -> None:
         super().__init__(status, field, why)
         self.status, self.field, self.why = status, field, why
 
 
-def described(message: str, field: str | None, status: int) -> dict[str, Any]:
-    """An error as OpenAI's JSON."""
+def describe_error(message: str, field: str | None, status: int) -> dict[str, Any]:
+    """Describes an error as OpenAI's JSON."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     code = "model_not_found" if (field, status) == ("model", 404) else None
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
 def answer(message: str, field: str | None, status: int) -> JSONResponse:
-    return JSONResponse(described(message, field, status), status)
+    return JSONResponse(describe_error(message, field, status), status)
 
 
 @app.exception_handler(Refused)
-async def refused(_: Request, error: Refused) -> JSONResponse:
+async def answer_refused(_: Request, error: Refused) -> JSONResponse:
     return answer(f"{error.field}: {error.why}", error.field, error.status)
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+async def answer_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     where = [part for part in first["loc"][1:2] if isinstance(part, str)]
     return answer(": ".join([*where, first["msg"]]), where[0] if where else None, 400)
 
 
 @app.exception_handler(HTTPException)
-async def elsewhere(_: Request, error: HTTPException) -> JSONResponse:
+async def answer_http_error(_: Request, error: HTTPException) -> JSONResponse:
     return answer(str(error.detail), None, error.status_code)
 
 
 @app.exception_handler(Exception)
-async def failed(_: Request, error: Exception) -> JSONResponse:
+async def answer_failure(_: Request, error: Exception) -> JSONResponse:
     return answer(FAILED, None, 500)
 
 
@@ -157,7 +157,7 @@ async def failed(_: Request, error: Exception) -> JSONResponse:
 )
 @serve.ingress(app)
 class OpenAI:
-    """Reads requests, sends each where its adapter is, and writes what comes back."""
+    """Ingress that sends each request where its adapter is, and writes what comes back."""
 
     def __init__(self, replicas: DeploymentHandle, model: Path, adapters: Path | None) -> None:
         self.replicas, self.base, self.folder = replicas, model.name, adapters
@@ -171,41 +171,41 @@ class OpenAI:
         return {"object": "list", "data": [{"id": name, **card} for name in served]}
 
     @app.post("/v1/completions")
-    async def completions(self, asked: Completion) -> Response:
-        adapter, ids = self.adapter(asked.model), asked.prompt
+    async def completions(self, body: Completion) -> Response:
+        adapter, ids = self.adapter(body.model), body.prompt
         if isinstance(ids, str):
             ids = self.tokenizer(ids)["input_ids"]
-        choices = self.choices(ids, adapter, asked.how())
+        choices = self.choices(ids, adapter, body.list_request_fields())
         try:
             replica = await anext(choices)
         except ValueError as error:  # Ray's, around the engine's, which names a field of Request
             field, _, why = str(getattr(error, "cause", error)).partition(": ")
             raise Refused(400, FIELDS.get(field, field), why) from error
-        head, headers = envelope(asked.model), {"X-Replica": replica}
-        if asked.stream:
-            events = server_sent(head, choices)
+        head, headers = make_envelope(body.model), {"X-Replica": replica}
+        if body.stream:
+            events = send_events(head, choices)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         parts = [part async for part in choices]
-        return JSONResponse(head | whole(parts, prompt_tokens=len(ids)), headers=headers)
+        return JSONResponse(head | join_choices(parts, prompt_tokens=len(ids)), headers=headers)
 
     async def choices(
-        self, ids: list[int], adapter: str | None, how: dict[str, Any]
+        self, ids: list[int], adapter: str | None, settings: dict[str, Any]
     ) -> AsyncGenerator[Any]:
         """Yields the replica's name as the request begins, then a choice for each token."""
         replicas = self.replicas.options(multiplexed_model_id=adapter or "", stream=True)
-        answer, text = replicas.complete.remote(ids, adapter, how), Text(self.tokenizer)
+        answer, text = replicas.complete.remote(ids, adapter, settings), Text(self.tokenizer)
         try:
             yield await anext(answer)
             async for item in answer:
                 if isinstance(item, int):
-                    yield choice(text.add([item]), [item])
+                    yield make_choice(text.add([item]), [item])
                 else:
-                    yield choice(text.add([], last=True), [], item)
+                    yield make_choice(text.add([], last=True), [], item)
         finally:
-            answer.cancel()  # whoever asked may have left
+            answer.cancel()  # the client may have left
 
     def adapter(self, model: str) -> str | None:
-        """The adapter that ``model`` names, None for the base."""
+        """Returns the adapter that ``model`` names, None for the base."""
         if model == self.base:
             return None
         name = model.removeprefix(f"{self.base}:")
@@ -214,7 +214,7 @@ class OpenAI:
         return name
 
     def has(self, name: str) -> bool:
-        """Whether the folder has that adapter; what is no name of an adapter is never a path."""
+        """Whether the folder has that adapter; only names of adapters become paths."""
         try:
             check_name(name)
         except ValueError:

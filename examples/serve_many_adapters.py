@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.adapters import files as adapter_files
-from fastlora.demo.model import clone, small_llama
-from fastlora.demo.stage import FULL
+from fastlora.demo.model import clone, make_small_llama
+from fastlora.demo.settings import FULL
 from fastlora.serving import Request
 
 VOCABULARY = 256
@@ -39,7 +39,7 @@ CHECKED = 6
 
 
 def write_adapters(base: nn.Module, folder: Path, count: int) -> list[str]:
-    """Folders of ``count`` adapters with numbers of their own, by name."""
+    """Writes folders of ``count`` random adapters; returns their names."""
     shapes = {
         name: module.weight.shape
         for name, module in base.named_modules()
@@ -57,8 +57,8 @@ def write_adapters(base: nn.Module, folder: Path, count: int) -> list[str]:
     return names
 
 
-def traffic(names: Sequence[str], options: argparse.Namespace) -> list[Request]:
-    """Requests by Zipf's law: the i-th of the adapters is wanted 1 / i as often as the first."""
+def draw_requests(names: Sequence[str], options: argparse.Namespace) -> list[Request]:
+    """Draws requests by Zipf's law: the i-th adapter has 1 / i as many as the first."""
     draw = random.Random(0)
     weights = [1 / (i + 1) ** options.zipf for i in range(len(names))]
     popular = draw.sample(list(names), len(names))
@@ -76,7 +76,7 @@ def traffic(names: Sequence[str], options: argparse.Namespace) -> list[Request]:
 
 @dataclass
 class Served:
-    """What came of the requests: tokens of each, seconds to its first and to its last."""
+    """Results of requests: tokens of each, seconds to its first and to its last."""
 
     seconds: float = 0.0
     tokens: dict[object, list[int]] = field(default_factory=dict)
@@ -87,17 +87,19 @@ class Served:
         total = sum(map(len, self.tokens.values()))
         parts = [f"{name:<12}{total / self.seconds:>9.0f}"]
         for times in (self.last, self.first):
-            parts += [f"{percentile(times.values(), p):>8.2f}" for p in (50, 95, 99) if times]
+            parts += [
+                f"{compute_percentile(times.values(), p):>8.2f}" for p in (50, 95, 99) if times
+            ]
         return "".join(parts)
 
 
-def percentile(values: Iterator[float] | Sequence[float], p: int) -> float:
-    found = sorted(values)
-    return found[min(len(found) * p // 100, len(found) - 1)]
+def compute_percentile(values: Iterator[float] | Sequence[float], p: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) * p // 100, len(ordered) - 1)]
 
 
 def stream(server: fastlora.MultiLoRAModel, requests: Sequence[Request], rows: int) -> Served:
-    """One running batch of ``rows``, as many requests waiting."""
+    """Serves one running batch of ``rows``, with as many requests waiting."""
     served, taken = Served(), {}
 
     def arriving() -> Iterator[Request]:
@@ -120,8 +122,8 @@ def stream(server: fastlora.MultiLoRAModel, requests: Sequence[Request], rows: i
     return served
 
 
-def in_batches(model: peft.PeftModel, requests: Sequence[Request], rows: int) -> Served:
-    """Batches of ``rows``, each as long as its longest answer, as many requests waiting."""
+def run_in_batches(model: peft.PeftModel, requests: Sequence[Request], rows: int) -> Served:
+    """Serves batches of ``rows``, each as long as its longest answer."""
     served = Served()
     start = time.perf_counter()
     ended = [start, start]
@@ -153,12 +155,12 @@ def check(base: nn.Module, folder: Path, requests: Sequence[Request], served: Se
     for request in requests[:CHECKED]:
         model = fastlora.load_adapter(clone(base), folder / str(request.adapter_name))
         ids = torch.tensor([request.input_ids])
-        wanted = greedy(model, ids, request.max_new_tokens)
-        if served.tokens[request.request_id] != wanted:
+        expected = generate_greedily(model, ids, request.max_new_tokens)
+        if served.tokens[request.request_id] != expected:
             raise SystemExit(f"request {request.request_id} got other tokens than its adapter's")
 
 
-def greedy(model: nn.Module, ids: Tensor, count: int) -> list[int]:
+def generate_greedily(model: nn.Module, ids: Tensor, count: int) -> list[int]:
     written = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
         min_new_tokens=count, pad_token_id=0, do_sample=False,
@@ -183,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
 
-    base = small_llama(options.hidden, options.layers, VOCABULARY, seed=0).eval()
+    base = make_small_llama(options.hidden, options.layers, VOCABULARY, seed=0).eval()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         names = write_adapters(base, folder, options.adapters)
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         each = 1e3 * seconds / len(names)
         print(f"{len(names)} adapters loaded in {seconds:.1f} s, {each:.1f} ms each")
 
-        requests = traffic(names, options)
+        requests = draw_requests(names, options)
         different = {str(request.adapter_name) for request in requests}
         stream(server, requests[: options.rows], options.rows)  # warm
         before = server.bank.stats()
@@ -219,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         ]
         alone = stream(server, plain, options.rows)
         few = requests[: options.peft_requests]
-        theirs = peft_model(clone(base), folder, sorted({str(r.adapter_name) for r in few}))
-        batched = in_batches(theirs, few, options.rows)
+        theirs = load_peft(clone(base), folder, sorted({str(r.adapter_name) for r in few}))
+        batched = run_in_batches(theirs, few, options.rows)
     same = sum(served.tokens[i] == tokens for i, tokens in batched.tokens.items())
     print("                    seconds a request            to its first token")
     print("            tokens/s     p50     p95     p99     p50     p95     p99")
@@ -229,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nPEFT wrote the same tokens for {same} of {len(few)} requests")
 
 
-def peft_model(base: nn.Module, folder: Path, names: Sequence[str]) -> peft.PeftModel:
+def load_peft(base: nn.Module, folder: Path, names: Sequence[str]) -> peft.PeftModel:
     first, *others = names
     model = peft.PeftModel.from_pretrained(base, str(folder / first), adapter_name=first)
     for name in others:

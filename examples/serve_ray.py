@@ -45,7 +45,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Settings(BaseModel):
-    """What the command line and ``serve run`` take."""
+    """Settings of the command line and of ``serve run``."""
 
     model: DirectoryPath = Field(description="with a model and its tokenizer")
     adapters: DirectoryPath | None = Field(None, description="with a folder for each adapter")
@@ -59,7 +59,7 @@ class Settings(BaseModel):
 
 
 class Replica:
-    """The base model with slots for adapters, and the engine that batches what is asked of it."""
+    """Base model with slots for adapters, and the engine that batches requests."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.cpus)
@@ -91,23 +91,23 @@ class Replica:
 
         self.load = load
 
-    async def begin(self, ids: list[int], adapter: str | None, how: dict[str, Any]) -> Stream:
-        request = Request(input_ids=ids, adapter_name=adapter, **how)
+    async def begin(self, ids: list[int], adapter: str | None, settings: dict[str, Any]) -> Stream:
+        request = Request(input_ids=ids, adapter_name=adapter, **settings)
         if adapter is not None:
             await self.load(adapter)
         # Nothing is awaited in between, so that nothing is evicted in between.
         return self.engine.submit(request)
 
     async def complete(
-        self, ids: list[int], adapter: str | None, how: dict[str, Any]
+        self, ids: list[int], adapter: str | None, settings: dict[str, Any]
     ) -> AsyncIterator[str | int]:
         """Yields this replica's name as the request begins, its tokens, then why it ended.
 
         Raises ValueError, before anything was yielded, when the engine refuses the request.
         """
-        # Shielded: a client that leaves must not stop a load half-way. The stream that nobody
-        # takes then is dropped, which cancels it.
-        handle = await asyncio.shield(asyncio.ensure_future(self.begin(ids, adapter, how)))
+        # Shielded: a client that leaves must not stop a load half-way. Its stream is then dropped,
+        # which cancels it.
+        handle = await asyncio.shield(asyncio.ensure_future(self.begin(ids, adapter, settings)))
         items: asyncio.Queue[Any] = asyncio.Queue()
         post = partial(asyncio.get_running_loop().call_soon_threadsafe, items.put_nowait)
 
@@ -154,12 +154,12 @@ def application(settings: Settings) -> serve.Application:
     return OpenAI.bind(replicas, model, adapters)
 
 
-def demo(folder: Path) -> tuple[str, str]:
-    """The library demo's model, untrained, and three random adapters; where they were saved."""
-    from fastlora.demo.model import byte_tokenizer, small_llama
+def save_demo(folder: Path) -> tuple[str, str]:
+    """Saves the demo's model, untrained, and three random adapters; returns their folders."""
+    from fastlora.demo.model import make_byte_tokenizer, make_small_llama
 
-    model, adapters, tokenizer = folder / "small-llama", folder / "adapters", byte_tokenizer()
-    base = small_llama(192, 4, len(tokenizer), seed=0)
+    model, adapters, tokenizer = folder / "small-llama", folder / "adapters", make_byte_tokenizer()
+    base = make_small_llama(192, 4, len(tokenizer), seed=0)
     base.save_pretrained(model)
     tokenizer.save_pretrained(model)
     config = fastlora.LoRAConfig(r=8, target_modules="all-linear")
@@ -173,8 +173,8 @@ def demo(folder: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def reserved(host: str, port: int) -> Iterator[int]:
-    """That port, or a free one for 0, which from here on only Serve can listen on.
+def reserve_port(host: str, port: int) -> Iterator[int]:
+    """Reserves that port, or a free one for 0, so that from here on only Serve listens on it.
 
     Raises OSError when something listens on it. Serve's proxies share ports (SO_REUSEPORT), so
     that nothing would tell two servers on one apart.
@@ -190,8 +190,8 @@ def reserved(host: str, port: int) -> Iterator[int]:
 
 
 @contextmanager
-def running_ray(cpus: int, folder: str) -> Iterator[None]:
-    """A Ray of our own on this machine, with its files in ``folder``; closed in the end."""
+def run_ray(cpus: int, folder: str) -> Iterator[None]:
+    """Runs a Ray on this machine alone, with its files in ``folder``; closes it in the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # or it leaves one in the home
     ray.init(
@@ -222,14 +222,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     options = vars(parser.parse_args(argv))
     host, port = options.pop("host"), options.pop("port")
-    with tempfile.TemporaryDirectory(prefix="fastlora-") as folder, reserved(host, port) as port:
+    with (
+        tempfile.TemporaryDirectory(prefix="fastlora-") as folder,
+        reserve_port(host, port) as port,
+    ):
         if "model" not in options:
-            options["model"], options["adapters"] = demo(Path(folder))
+            options["model"], options["adapters"] = save_demo(Path(folder))
         try:
             settings = Settings.model_validate(options)
         except ValidationError as error:
             parser.error(str(error))
-        with running_ray(settings.replicas * settings.cpus, folder), suppress(KeyboardInterrupt):
+        with run_ray(settings.replicas * settings.cpus, folder), suppress(KeyboardInterrupt):
             serve.start(http_options={"host": host, "port": port})
             serve.run(application(settings))
             print(f"{settings.model.name} is served at http://{host}:{port}/v1", flush=True)

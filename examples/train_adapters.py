@@ -21,23 +21,23 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 import fastlora
-from fastlora.demo.corpora import DOMAINS, domain_text, pretraining_text
-from fastlora.demo.model import byte_tokenizer, clone, rows, small_llama
+from fastlora.demo.corpora import DOMAINS, make_domain_text, make_pretraining_text
+from fastlora.demo.model import clone, cut_rows, make_byte_tokenizer, make_small_llama
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Adam divides by what may be tiny, so that differences of rounding grow from step to step.
 TOLERANCE = 2e-3
 
 
-def row_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Nats a token of each row (rows,)."""
+def compute_row_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """Computes nats a token of each row (rows,)."""
     logits = model(input_ids=ids).logits
     each = nnf.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return each.view(len(ids), -1).mean(1)
 
 
-def stepper(model: nn.Module, rate: float) -> Callable[[Tensor], None]:
-    """A call that takes one optimizer step down a loss."""
+def make_step(model: nn.Module, rate: float) -> Callable[[Tensor], None]:
+    """Makes a function that takes one optimizer step down a loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate)
 
@@ -50,46 +50,46 @@ def stepper(model: nn.Module, rate: float) -> Callable[[Tensor], None]:
 
 
 def pretrain(model: nn.Module, blocks: Tensor, steps: int, batch: int = 16) -> None:
-    step = stepper(model.train(), 2e-3)
+    step = make_step(model.train(), 2e-3)
     for i in range(steps):
         at = i * batch % max(1, len(blocks) - batch)
-        step(row_losses(model, blocks[at : at + batch]).mean())
+        step(compute_row_losses(model, blocks[at : at + batch]).mean())
 
 
 class Together:
-    """One model, every domain's rows in one batch."""
+    """One model, trained with every domain's rows in one batch."""
 
     def __init__(self, base: nn.Module, config: peft.LoraConfig, names: list[str], rate: float):
         self.model = fastlora.replace_linear(clone(base), config, adapter_names=names).train()
-        self.names, self.step = names, stepper(self.model, rate)
+        self.names, self.step = names, make_step(self.model, rate)
 
     def train(self, batches: dict[str, Tensor]) -> dict[str, float]:
         owners = [name for name in self.names for _ in batches[name]]
         ids = torch.cat([batches[name] for name in self.names])
         with fastlora.use_adapters(self.model, owners):
-            losses = row_losses(self.model, ids).view(len(self.names), -1).mean(1)
+            losses = compute_row_losses(self.model, ids).view(len(self.names), -1).mean(1)
             # Each adapter's own loss: their sum gives each the gradients that it would get alone.
             self.step(losses.sum())
         return dict(zip(self.names, losses.tolist(), strict=True))
 
 
 class Apart:
-    """A model for each domain, trained in turn."""
+    """Models, one for each domain, trained in turn."""
 
     def __init__(self, models: dict[str, nn.Module], rate: float):
         self.models = models
-        self.steps = {name: stepper(model.train(), rate) for name, model in models.items()}
+        self.steps = {name: make_step(model.train(), rate) for name, model in models.items()}
 
     def train(self, batches: dict[str, Tensor]) -> dict[str, float]:
         losses = {}
         for name, model in self.models.items():
-            loss = row_losses(model, batches[name]).mean()
+            loss = compute_row_losses(model, batches[name]).mean()
             self.steps[name](loss)
             losses[name] = loss.item()
         return losses
 
 
-def contestants(
+def make_runs(
     base: nn.Module, names: list[str], rank: int, rate: float
 ) -> dict[str, Together | Apart]:
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
@@ -122,24 +122,24 @@ def main(argv: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
 
-    names, tokenizer = list(DOMAINS), byte_tokenizer()
-    base = small_llama(options.hidden, options.layers, len(tokenizer), seed=0)
-    pretrain(base, rows(tokenizer, pretraining_text(0, 200_000), 128), options.pretraining)
-    wanted = options.rows * options.length * options.steps
+    names, tokenizer = list(DOMAINS), make_byte_tokenizer()
+    base = make_small_llama(options.hidden, options.layers, len(tokenizer), seed=0)
+    pretrain(base, cut_rows(tokenizer, make_pretraining_text(0, 200_000), 128), options.pretraining)
+    characters = options.rows * options.length * options.steps
     data = {
-        name: rows(tokenizer, domain_text(name, 0, 2 * wanted).train, options.length)
+        name: cut_rows(tokenizer, make_domain_text(name, 0, 2 * characters).train, options.length)
         for name in names
     }
-    runs = contestants(base, names, options.rank, options.rate)
-    seconds: dict[str, list[float]] = {how: [] for how in runs}
-    history: dict[str, list[dict[str, float]]] = {how: [] for how in runs}
+    runs = make_runs(base, names, options.rank, options.rate)
+    seconds: dict[str, list[float]] = {way: [] for way in runs}
+    history: dict[str, list[dict[str, float]]] = {way: [] for way in runs}
     for i in range(options.steps):
         at = slice(i * options.rows, (i + 1) * options.rows)
         batches = {name: blocks[at] for name, blocks in data.items()}
-        for how, run in runs.items():
+        for way, run in runs.items():
             start = time.perf_counter()
-            history[how].append(run.train(batches))
-            seconds[how].append(time.perf_counter() - start)
+            history[way].append(run.train(batches))
+            seconds[way].append(time.perf_counter() - start)
 
     print(
         f"{len(names)} adapters of rank {options.rank}, {options.rows} rows of {options.length} "
@@ -150,16 +150,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         apart = max(
             abs(mine[name] - other[name]) / other[name]
-            for how in ("alone", "peft")
-            for mine, other in zip(history["together"], history[how], strict=True)
+            for way in ("alone", "peft")
+            for mine, other in zip(history["together"], history[way], strict=True)
         )
         worst = max(worst, apart)
-        last = "  ".join(f"{history[how][-1][name]:6.3f}" for how in runs)
+        last = "  ".join(f"{history[way][-1][name]:6.3f}" for way in runs)
         print(f"{name:<10} {history['alone'][0][name]:7.3f}   {last}   {apart:.0e}")
-    medians = {how: sorted(times)[len(times) // 2] for how, times in seconds.items()}
-    for how, median in medians.items():
+    medians = {way: sorted(times)[len(times) // 2] for way, times in seconds.items()}
+    for way, median in medians.items():
         print(
-            f"{how:<10} {1e3 * median:7.1f} ms a step of all   {medians['alone'] / median:5.2f} "
+            f"{way:<10} {1e3 * median:7.1f} ms a step of all   {medians['alone'] / median:5.2f} "
             f"times as fast as the runs alone   {medians['peft'] / median:5.2f} as PEFT"
         )
     if worst > TOLERANCE:

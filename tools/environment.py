@@ -1,9 +1,9 @@
-"""What `make setup` does: an environment with every package of the lock, and fastlora from here.
+"""`make setup`: makes an environment with every package of the lock, and fastlora from here.
 
     python3 tools/environment.py .venv --lock requirements.lock --torch torch==2.13.0
     python3 tools/environment.py .venv-latest --newest
 
-Python's own modules alone, since nothing is installed yet. Whatever fails ends in one line that
+Uses Python's own modules alone, since nothing is installed yet. A failure ends in one line that
 says what to do; calling it again goes on where it ended.
 """
 
@@ -29,7 +29,7 @@ UNREACHED = "pip reaches no package index"
 
 
 class Stop(Exception):
-    """Why there is no environment, and what to do about it: all that a person is to read."""
+    """Reason why there is no environment, and what to do about it, for people to read."""
 
 
 def say(what: str) -> None:
@@ -37,7 +37,7 @@ def say(what: str) -> None:
 
 
 def read_lock(path: Path) -> list[tuple[str, str]]:
-    """Each line that counts, beside its package's name."""
+    """Reads each line that counts, with its package's name."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -45,25 +45,27 @@ def read_lock(path: Path) -> list[tuple[str, str]]:
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            found = LOCKED.fullmatch(line.strip())
-            if found is None:
+            match = LOCKED.fullmatch(line.strip())
+            if match is None:
                 raise Stop(
                     f"LOCK={path}, line {number}: expected `name==version ; marker`, "
                     f"got {line.strip()[:60]!r}; `make lock` writes such a file"
                 )
-            lines.append((found[1].lower(), line))
+            lines.append((match[1].lower(), line))
     if not any(name == "torch" for name, _ in lines):
         raise Stop(f"LOCK={path} names no torch; `make lock` writes a lock")
     return lines
 
 
 class Environment:
+    """Environment of Python's in a folder."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.python = folder.absolute() / "bin" / "python"
 
     def ask(self, code: str) -> str | None:
-        """What ``code`` prints there; None where it fails, or where there is no Python.
+        """Runs ``code`` there; returns its output, None where it fails or there is no Python.
 
         -I: what lies in the folder that this runs in is not installed.
         """
@@ -74,11 +76,11 @@ class Environment:
         return done.stdout.strip() if done.returncode == 0 else None
 
     def make(self) -> None:
-        """A half-made one is completed: of what is there nothing is removed."""
+        """Makes the environment, or completes a half-made one; removes nothing."""
         if self.ask("import pip") is not None:
             return
         folder = self.folder
-        if folder.exists() and not (folder.is_dir() and self.own()):
+        if folder.exists() and not (folder.is_dir() and self.is_environment()):
             raise Stop(f"VENV={folder} is there and no environment of Python's: name another place")
         done = subprocess.run(
             [sys.executable, "-m", "venv", folder],
@@ -87,19 +89,21 @@ class Environment:
             text=True,
         )
         if done.returncode or self.ask("import pip") is None:
-            said = " ".join(done.stdout.split())[-500:]
-            raise Stop(f"{folder} is half made, it has no pip: {self.anew()}. {said}".rstrip())
+            output = " ".join(done.stdout.split())[-500:]
+            advice = self.suggest_remaking()
+            raise Stop(f"{folder} is half made, it has no pip: {advice}. {output}".rstrip())
 
-    def own(self) -> bool:
+    def is_environment(self) -> bool:
+        """Whether the folder is an environment of Python's, or empty."""
         return (self.folder / "pyvenv.cfg").is_file() or not any(self.folder.iterdir())
 
-    def anew(self) -> str:
+    def suggest_remaking(self) -> str:
         return f"`rm -r {self.folder}`, then the same command makes it anew"
 
     def pip(self, *arguments: object) -> None:
-        """``pip install``, quiet: where it fails, its reason is told in a line.
+        """Runs ``pip install``, quiet: if it fails, raises Stop with the reason in a line.
 
-        Python compiles what it imports when it does: all at once took a third of the time.
+        Python compiles modules at their import: compiling all here took a third of the time.
         """
         command = [self.python, "-m", "pip", "install", "-q", "--no-compile"]
         command += ["--disable-pip-version-check"]
@@ -114,22 +118,24 @@ class Environment:
             raise Stop(explain(done.stdout))
 
     def check(self) -> None:
-        """That what the other targets call is there: one that was interrupted may lack it."""
+        """Checks that packages of other targets are there; an interrupted setup may lack them."""
         needed = ["pip", "torch", "pytest", "fastlora"]
         code = "import importlib.util as u, json; find = u.find_spec; "
         code += f"print(json.dumps([n for n in {needed} if find(n) is None]))"
         missing = json.loads(self.ask(code) or '["Python"]')
         if missing:
-            raise Stop(f"{self.folder} is half made, it has no {missing[0]}: {self.anew()}")
+            raise Stop(
+                f"{self.folder} is half made, it has no {missing[0]}: {self.suggest_remaking()}"
+            )
 
 
-def explain(said: str) -> str:
-    """The line of pip's output that says why, and what helps."""
-    errors = re.findall("^.*(?:ERROR|user requested).*$", said, re.MULTILINE)
-    reason = " ".join(map(str.strip, errors[-4:])) or said.strip()[-300:]
-    if UNREACHABLE.search(said):
+def explain(output: str) -> str:
+    """Finds the line of pip's output that says why, and what helps."""
+    errors = re.findall("^.*(?:ERROR|user requested).*$", output, re.MULTILINE)
+    reason = " ".join(map(str.strip, errors[-4:])) or output.strip()[-300:]
+    if UNREACHABLE.search(output):
         return f"{UNREACHED}: with a network, the same command goes on from here. {reason}"
-    if "(from versions: none)" in said:
+    if "(from versions: none)" in output:
         version = ".".join(map(str, sys.version_info[:2]))
         return f"{UNREACHED} that has it for Python {version}; is there a network? {reason}"
     return f"pip: {reason}"
@@ -141,51 +147,56 @@ def has_gpu() -> bool:
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
 
 
-def install_torch(asked: str, pip: Callable[..., None]) -> None:
-    """The CPU build where there is no GPU, since it is far smaller; not every index has one."""
+def install_torch(requirement: str, pip: Callable[..., None]) -> None:
+    """Installs torch; without a GPU the far smaller CPU build, where the index has one."""
     if has_gpu():
-        say(f"NVIDIA GPU found: installing {asked}")
+        say(f"NVIDIA GPU found: installing {requirement}")
     else:
-        say(f"no NVIDIA GPU found: installing {asked}+cpu")
+        say(f"no NVIDIA GPU found: installing {requirement}+cpu")
         try:
-            return pip(f"{asked}+cpu")
+            return pip(f"{requirement}+cpu")
         except Stop as stop:
             if UNREACHED in str(stop):
                 raise
-        say(f"pip finds no {asked}+cpu: installing plain {asked}, which may bring CUDA libraries")
-    return pip(asked)
+        say(
+            f"pip finds no {requirement}+cpu: installing plain {requirement}, which may bring CUDA "
+            "libraries"
+        )
+    return pip(requirement)
 
 
 def install(environment: Environment, lock: Path, torch: str) -> None:
     lines = read_lock(lock)
     say(f"making {environment.folder} with the packages of {lock}: compiles the native kernels too")
     environment.make()
-    rest = [(name, line) for name, line in lines if name != "torch"]
+    others = [(name, line) for name, line in lines if name != "torch"]
     with tempfile.TemporaryDirectory() as folder:
         chosen = Path(folder, "requirements.txt")
         # Another torch than the lock's may want other versions of what it needs.
-        own = any(name == "torch" and line.split()[0] == torch for name, line in lines)
-        chosen.write_text("".join(f"{line}\n" for name, line in rest if own and name != "triton"))
+        is_locked = any(name == "torch" and line.split()[0] == torch for name, line in lines)
+        chosen.write_text(
+            "".join(f"{line}\n" for name, line in others if is_locked and name != "triton")
+        )
         install_torch(torch, lambda *what: environment.pip(*what, "-c", chosen))
         # A CUDA build of torch has brought the triton that it was made with.
         pins = environment.ask("import importlib.metadata as m; print(m.requires('torch'))") or ""
         brought = {"triton"} if "triton" in pins else set()
-        chosen.write_text("".join(f"{line}\n" for name, line in rest if name not in brought))
-        say(f"installing {len(rest)} other lines of {lock}")
+        chosen.write_text("".join(f"{line}\n" for name, line in others if name not in brought))
+        say(f"installing {len(others)} other lines of {lock}")
         environment.pip("--no-deps", "-r", chosen)
     say("installing fastlora: compiles the native kernels")
     environment.pip("--no-deps", "--no-build-isolation", "-e", ".")
 
 
 def install_newest(environment: Environment, torch: str) -> None:
-    """Everything as pyproject.toml allows it today, whatever the lock says."""
+    """Installs the newest of everything that pyproject.toml allows, whatever the lock says."""
     say(f"making {environment.folder} with the newest of every package")
     environment.make()
     if torch == "torch":  # pip alone would stay with a build that is there, and take CUDA's
         index = [environment.python, "-m", "pip", "index", "versions", "torch"]
-        said = subprocess.run(index, capture_output=True, text=True).stdout
-        found = re.match(r"torch \(([^+)]+)", said)
-        torch = f"torch=={found[1]}" if found else torch
+        output = subprocess.run(index, capture_output=True, text=True).stdout
+        match = re.match(r"torch \(([^+)]+)", output)
+        torch = f"torch=={match[1]}" if match else torch
     try:
         install_torch(torch, lambda what: environment.pip("--upgrade", what))
     except Stop as stop:
@@ -207,20 +218,20 @@ def install_newest(environment: Environment, torch: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--lock", type=Path, help="the packages of this file")
-    what.add_argument("--newest", action="store_true", help="the newest of every package")
-    what.add_argument("--check", action="store_true", help="only say whether it is whole")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--lock", type=Path, help="the packages of this file")
+    action.add_argument("--newest", action="store_true", help="the newest of every package")
+    action.add_argument("--check", action="store_true", help="only say whether it is whole")
     parser.add_argument("--torch", default="torch")
-    asked = parser.parse_args(arguments)
-    environment = Environment(asked.folder)
+    options = parser.parse_args(arguments)
+    environment = Environment(options.folder)
     try:
-        if asked.check:
+        if options.check:
             environment.check()
-        elif asked.newest:
-            install_newest(environment, asked.torch)
+        elif options.newest:
+            install_newest(environment, options.torch)
         else:
-            install(environment, asked.lock, asked.torch)
+            install(environment, options.lock, options.torch)
     except Stop as stop:
         print(f"setup: {stop}", file=sys.stderr)
         return 1

@@ -1,8 +1,8 @@
-"""What `make lock` does: writes the lock anew with uv, which pip fetches, and says what changed.
+"""`make lock`: writes the lock anew with uv, which pip fetches, and says what changed.
 
     python3 tools/lock.py requirements.lock --torch torch==2.13.0 --upgrade
 
-What follows is uv's own: --upgrade takes the newest of everything, --upgrade-package NAME of one.
+Further options are uv's: --upgrade takes the newest of everything, --upgrade-package NAME of one.
 pyproject.toml has the ranges and, in [tool.uv], what holds for the lock alone.
 """
 
@@ -52,15 +52,15 @@ def write(lock: Path, torch: str, options: Sequence[str]) -> None:
             lock.write_bytes(text)
 
 
-def versions(lock: Path) -> dict[str, str]:
-    """The versions of each package, with what each is for where there are several."""
-    found: dict[str, list[str]] = {}
+def read_versions(lock: Path) -> dict[str, str]:
+    """Reads the versions of each package, with what each is for where there are several."""
+    lines_of: dict[str, list[str]] = {}
     for name, line in read_lock(lock) if lock.is_file() else []:
-        found.setdefault(name, []).append(line.split("#")[0].split("==", 1)[1].strip())
-    return {name: ", ".join(sorted(lines)) for name, lines in found.items()}
+        lines_of.setdefault(name, []).append(line.split("#")[0].split("==", 1)[1].strip())
+    return {name: ", ".join(sorted(lines)) for name, lines in lines_of.items()}
 
 
-def changes(old: dict[str, str], new: dict[str, str]) -> Iterator[str]:
+def list_changes(old: dict[str, str], new: dict[str, str]) -> Iterator[str]:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             yield f"{name}: {old.get(name, 'new')} -> {new.get(name, 'gone')}"
@@ -70,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lock", type=Path)
     parser.add_argument("--torch", required=True)
-    asked, options = parser.parse_known_args(arguments)
+    options, uv_options = parser.parse_known_args(arguments)
     try:
-        old = versions(asked.lock)
-        write(asked.lock, asked.torch, options)
-        changed = list(changes(old, versions(asked.lock)))
+        old = read_versions(options.lock)
+        write(options.lock, options.torch, uv_options)
+        changed = list(list_changes(old, read_versions(options.lock)))
     except Stop as stop:
         print(f"lock: {stop}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What `make test-latest` ends with: the tests beside the newest packages, and what those break.
+"""Last step of `make test-latest`: the tests with the newest packages, and what those break.
 
     .venv-latest/bin/python tools/newest.py requirements.lock [pytest's options]
 
@@ -24,8 +24,8 @@ from packaging.requirements import Requirement
 REASON = 160  # of an error's first line, so many characters are printed
 
 
-def differing(lock: Path) -> Iterator[tuple[str, str, str]]:
-    """Package, the lock's version for this Python and platform, and the one that is here."""
+def list_differing(lock: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields package, the lock's version for this Python and platform, the installed version."""
     for name, line in read_lock(lock):
         locked = Requirement(line.split(" #")[0])
         if locked.marker is not None and not locked.marker.evaluate():
@@ -39,31 +39,33 @@ def differing(lock: Path) -> Iterator[tuple[str, str, str]]:
             yield name, version, here
 
 
-def failures(report: Path) -> dict[str, dict[str, list[str]]]:
-    """Tests by file, then by the first line of what went wrong."""
-    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+def read_failures(report: Path) -> dict[str, dict[str, list[str]]]:
+    """Reads failed tests by file, then by the first line of the error."""
+    tests_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for case in ElementTree.parse(report).iter("testcase"):
         for kind in ("failure", "error"):
             for fault in case.iter(kind):
                 lines = fault.get("message", "").splitlines() or [kind]
                 file = case.get("classname", "").replace(".", "/") or "?"
-                found[file][lines[0][:REASON]].append(case.get("name", "?"))
-    return found
+                tests_of[file][lines[0][:REASON]].append(case.get("name", "?"))
+    return tests_of
 
 
-def table(rows: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+def format_table(rows: Sequence[tuple[str, str, str]]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def tell(lock: Path, report: Path) -> None:
-    rows = list(differing(lock))
+    rows = list(list_differing(lock))
     print()
-    for line in table([("package", "locked", "newest"), *rows]) if rows else ["all as locked"]:
+    for line in (
+        format_table([("package", "locked", "newest"), *rows]) if rows else ["all as locked"]
+    ):
         print(line)
     print()
-    broken = failures(report) if report.is_file() else {}
+    broken = read_failures(report) if report.is_file() else {}
     for file, reasons in sorted(broken.items()):
         print(f"{file}.py")
         for reason, tests in reasons.items():

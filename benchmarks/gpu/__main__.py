@@ -32,24 +32,24 @@ MINUTES, QUICK_MINUTES = 7.5, 1.9
 # A container's share of a large machine is rarely more.
 CORES = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 16)
 
-# In a process of its own: the parts need the GPU more than who starts them, and it may hang.
+# Runs in a process of its own: it may hang, and must not hold the GPU that the parts need.
 _PROBE = """
 import hashlib, json, pathlib, torch
 from benchmarks.harness import machine
 if not torch.cuda.is_available():
     print(json.dumps({"refused": f"torch {torch.__version__} finds no usable CUDA GPU here"}))
     raise SystemExit
-facts, tests = machine.facts("cuda"), hashlib.sha256()
+facts, tests = machine.collect_facts("cuda"), hashlib.sha256()
 for file in sorted(pathlib.Path("tests").glob("*.py")):
     tests.update(file.read_bytes())
 versions = {name: facts["versions"][name] for name in ("torch", "triton", "python")}
 about = {"gpu": facts["device_name"], **versions, "commit": facts["commit"]}
 about["tests"] = tests.hexdigest()[:12]
-print(json.dumps({"folder": machine.folder_name("cuda"), "about": about}))
+print(json.dumps({"folder": machine.name_folder("cuda"), "about": about}))
 """
 _PROBE_SECONDS = 120
 
-# What checks share kernels with; others compile beside them.
+# Ops that share kernels are checked by one process, groups side by side.
 _CHECKED = {
     "forward": ("lora_linear", "lora_add_"),
     "backward": ("lora_linear_backward",),
@@ -62,8 +62,8 @@ _FIRST, _LATER = ("bf16", "bf16+fp32"), ("fp16", "fp32", "tf32", "fp16+fp32")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def modules(*names: str) -> Callable[[], str | None]:
-    """Says which of them is not installed."""
+def need_modules(*names: str) -> Callable[[], str | None]:
+    """Returns a function that says which of the modules is not installed."""
 
     def missing() -> str | None:
         absent = [name for name in names if importlib.util.find_spec(name) is None]
@@ -72,25 +72,25 @@ def modules(*names: str) -> Callable[[], str | None]:
     return missing
 
 
-def library() -> str | None:
+def explain_no_library() -> str | None:
     return None if LIBRARY.exists() else "there is no CUDA library"
 
 
-def tool(name: str, and_too: Callable[[], str | None]) -> Callable[[], str | None]:
+def need_tool(name: str, and_too: Callable[[], str | None]) -> Callable[[], str | None]:
     return lambda: and_too() if shutil.which(name) else f"there is no {name}"
 
 
-def unbuilt() -> str | None:
-    """Why the CUDA library is not to be built, if so."""
-    asked = os.environ.get("NVCC", "nvcc").split() or ["nvcc"]
-    if not shutil.which(asked[0]) and not Path("/usr/local/cuda/bin/nvcc").exists():
+def explain_no_build() -> str | None:
+    """Says why the CUDA library is not to be built; None where it is."""
+    nvcc = os.environ.get("NVCC", "nvcc").split() or ["nvcc"]
+    if not shutil.which(nvcc[0]) and not Path("/usr/local/cuda/bin/nvcc").exists():
         return "there is no nvcc"
     try:
-        found = importlib.metadata.version("setuptools")
+        version = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
         return "setuptools not installed"
-    if int(re.match(r"\d*", found)[0] or 0) < 77:
-        return f"setuptools 77 or newer is needed, this is {found}"
+    if int(re.match(r"\d*", version)[0] or 0) < 77:
+        return f"setuptools 77 or newer is needed, this is {version}"
     sources = [ROOT / "setup.py", ROOT / "csrc/fastlora.h", *(ROOT / "csrc/cuda").rglob("*.*")]
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(s.stat().st_mtime for s in sources):
         return "the CUDA library is newer than its sources"
@@ -106,18 +106,18 @@ def check(name: str, dtypes: Sequence[str], *args: str, **options: Any) -> Part:
 
 
 def check_triton(dtype: str, *args: str, **options: Any) -> list[Part]:
-    """A part for each group of ops: the most of their time they compile."""
+    """Makes a part for each group of ops: most of their time goes into compiling."""
     return [
         check(
             f"{dtype}-{name}", [dtype], *args, "--backend", "triton",
-            *(f"--op={op}" for op in ops), missing=modules("triton"), **options,
+            *(f"--op={op}" for op in ops), missing=need_modules("triton"), **options,
         )
         for name, ops in _CHECKED.items()
     ]  # fmt: skip
 
 
 def check_cuda(name: str, dtypes: Sequence[str], *args: str, **options: Any) -> Part:
-    options = {"after": ("build",), "missing": library, **options}
+    options = {"after": ("build",), "missing": explain_no_library, **options}
     return check(f"cuda-{name}", dtypes, *args, "--backend", "cuda", **options)
 
 
@@ -126,13 +126,13 @@ def warm(seconds: float, *args: str) -> Part:
     command = ("benchmarks.gpu.warm", "--device", "cuda", "--jobs", str(jobs), *args)
     command += ("--deadline", "{deadline}")
     return Part(
-        "warm", (sys.executable, "-m", *command), seconds, cores=jobs, missing=modules("triton"),
-        again=True, environment=_ONE_THREAD,
+        "warm", (sys.executable, "-m", *command), seconds, cores=jobs,
+        missing=need_modules("triton"), again=True, environment=_ONE_THREAD,
     )  # fmt: skip
 
 
 def bench(name: str, seconds: float, *args: str, **options: Any) -> Part:
-    """It begins no case after its deadline, and skips those that this commit has measured."""
+    """Makes a part that begins no case after its deadline and skips what this commit measured."""
     command = ("benchmarks", "--device", "cuda", "--resume", "--timeout", "55", *args)
     command += ("--deadline", "{deadline}")
     options = {"grace": 60, "least": 80, "cores": None, "again": True, **options}
@@ -142,7 +142,7 @@ def bench(name: str, seconds: float, *args: str, **options: Any) -> Part:
 def table(module: str, seconds: float, *needed: str) -> Part:
     return Part(
         module, (sys.executable, "-m", f"benchmarks.tables.{module}"), seconds, least=seconds / 2,
-        cores=None, missing=modules(*needed), document=True,
+        cores=None, missing=need_modules(*needed), document=True,
     )  # fmt: skip
 
 
@@ -151,25 +151,25 @@ def sanitize(backend: str, missing: Callable[[], str | None], *args: str) -> Par
     command += ("-m", "fastlora", "check", "--device", "cuda", "--backend", backend, *args)
     return Part(
         f"sanitize-{backend}", (*command, "--dtype", "bf16"), 240, least=60,
-        missing=tool("compute-sanitizer", missing), environment=_ONE_THREAD,
+        missing=need_tool("compute-sanitizer", missing), environment=_ONE_THREAD,
     )  # fmt: skip
 
 
-# Built elsewhere and moved: nobody loads half a library. Compilers wait for nobody else.
+# Built elsewhere and moved, so that no process loads half a library.
 _BUILD = "{python} setup.py -q build_ext -j 2 --build-lib {to} --build-temp {to}/objects && "
 _BUILD += "mv {to}/fastlora/libfastlora_*.so fastlora/"
 
 
-def full() -> list[Part]:
-    """Verified kernels and what the targets are decided by; then the tests, then all the rest."""
+def list_full() -> list[Part]:
+    """Lists verified kernels and the targets' cases first, then the tests, then all else."""
     build = _BUILD.format(python=shlex.quote(sys.executable), to="build/gpu")
     processes = min(8, CORES)
-    workers = ("-n", str(processes)) if modules("xdist")() is None else ()
+    workers = ("-n", str(processes)) if need_modules("xdist")() is None else ()
     tests = (sys.executable, "-m", "pytest", "-q", "-m", "cuda", *workers, "tests")
     return [
         Part(
             "build", ("sh", "-c", build), 240, least=60, cores=max(1, CORES // 4),
-            missing=unbuilt, again=True, environment={"FASTLORA_BUILD": "cuda"},
+            missing=explain_no_build, again=True, environment={"FASTLORA_BUILD": "cuda"},
         ),
         *(part for dtype in _FIRST for part in check_triton(dtype)),
         warm(120),
@@ -178,19 +178,19 @@ def full() -> list[Part]:
         bench("merge", 40, "--case", "merge*-bf16-K4096-N4096-R16"),
         bench("decode", 80, "--case", "multi-decode-*-K4096-N4096-R16-*-distinct"),
         # They compile all along; nothing is timed meanwhile.
-        Part("tests", tests, 240, least=90, cores=processes, missing=modules("pytest")),
+        Part("tests", tests, 240, least=90, cores=processes, missing=need_modules("pytest")),
         *(part for dtype in _LATER for part in check_triton(dtype, least=30)),
         check_cuda("others", _LATER, least=30),
         table("model_merge", 60),
         bench("rest", 600),
         table("serving", 180, "peft", "transformers"),
-        sanitize("triton", modules("triton"), "--quick"),
-        sanitize("cuda", library),
+        sanitize("triton", need_modules("triton"), "--quick"),
+        sanitize("cuda", explain_no_library),
     ]  # fmt: skip
 
 
-def quick() -> list[Part]:
-    """Small shapes checked, which stamps nothing, and a few cases of every suite."""
+def list_quick() -> list[Part]:
+    """Lists checks of small shapes, which stamp nothing, and a few cases of every suite."""
     options = {"seconds": 60, "grace": 5, "least": 20}
     return [
         *check_triton("bf16", "--quick", **options),
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     parser.add_argument("--minutes", type=float, help=f"default: {MINUTES}, quick {QUICK_MINUTES}")
     args = parser.parse_args(argv)
-    chosen = quick() if args.quick else full()
+    chosen = list_quick() if args.quick else list_full()
     if args.list:
         for part in chosen:
             print(f"{part.name}: {part.missing() or ' '.join(part.command)}")
@@ -215,26 +215,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     for name in ("TRITON_INTERPRET", "FASTLORA_BACKEND"):
         os.environ.pop(name, None)  # they would have the parts measure something else
-    found = probe()
-    if "refused" in found:
-        print(f"benchmarks.gpu: {found['refused']}", file=sys.stderr)
+    device = probe()
+    if "refused" in device:
+        print(f"benchmarks.gpu: {device['refused']}", file=sys.stderr)
         return 2
-    folder = RESULTS / (found["folder"] + ("-quick" if args.quick else ""))
+    folder = RESULTS / (device["folder"] + ("-quick" if args.quick else ""))
     minutes = args.minutes or (QUICK_MINUTES if args.quick else MINUTES)
-    left = 60 * minutes - (time.monotonic() - began)
-    return run(chosen, folder, found["about"], left, again=args.again)
+    seconds = 60 * minutes - (time.monotonic() - began)
+    return run(chosen, folder, device["about"], seconds, again=args.again)
 
 
 def run(
     chosen: Sequence[Part], folder: Path, identity: dict[str, Any], seconds: float, *, again: bool
 ) -> int:
-    """Runs the parts and says what became of them and of the targets; the exit code."""
-    said = ", ".join(f"{name} {value}" for name, value in identity.items())
-    print(f"{said}\nresults and logs in {folder}", flush=True)
+    """Runs the parts, prints their states and the targets, and returns the exit code."""
+    about = ", ".join(f"{name} {value}" for name, value in identity.items())
+    print(f"{about}\nresults and logs in {folder}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: a connection may be lost
         signal.signal(number, _interrupt)
     running = parts.Run(
-        chosen, folder, identity, seconds=seconds, cores=CORES, again=again, say=_flushed
+        chosen, folder, identity, seconds=seconds, cores=CORES, again=again, say=_print_now
     )
     code = 0
     try:
@@ -242,7 +242,7 @@ def run(
     except KeyboardInterrupt:
         code = 130
     bad = any(state["state"] in parts.BAD for state in running.states.values())
-    print(f"\n{parts.summary(running.states)}\n", flush=True)
+    print(f"\n{parts.summarize(running.states)}\n", flush=True)
     targets = [sys.executable, "-m", "benchmarks.reports.targets", str(folder)]
     if code == 0:
         subprocess.run(targets, cwd=ROOT, timeout=_PROBE_SECONDS, check=False)
@@ -250,7 +250,7 @@ def run(
 
 
 def probe() -> dict[str, Any]:
-    """The GPU's folder of results and what it runs with, or why it is ``refused``."""
+    """Returns the GPU's folder of results and its versions, or why it is ``refused``."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE], cwd=ROOT, capture_output=True, text=True,
@@ -264,7 +264,7 @@ def probe() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _flushed(what: str) -> None:
+def _print_now(what: str) -> None:
     print(what, flush=True)
 
 

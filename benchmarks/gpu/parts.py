@@ -1,6 +1,6 @@
-"""Parts of a long run, each in processes of its own and watched: what hangs or fails costs itself.
+"""Parts of a long run, each in a process of its own, so that a hang or failure stays its own.
 
-They begin in their order, side by side as far as the cores go. What became of each is in a file of
+They begin in their order, side by side while there are cores. Each part's state is in a file of
 JSON lines as soon as it is known, and a later run goes on from there.
 """
 
@@ -20,29 +20,29 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.gpu import ended
+from benchmarks.gpu import ending
 
 OK, FAILED, TIMEOUT, STOPPED = "ok", "failed", "timeout", "interrupted"
 NOT_BEGUN, NOT_APPLICABLE = "not begun", "not applicable"
 BAD = (FAILED, TIMEOUT, STOPPED)
 
 _POLL = 0.05
-_SHOWN = 12  # lines of the log of one that failed
+_SHOWN = 12  # last lines of a failed part's log
 
 
-def always() -> None:
-    """What ``Part.missing`` says where nothing is."""
+def explain_nothing() -> None:
+    """Returns None: the ``missing`` of a part that always applies."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One command. "{deadline}" in it becomes the seconds that it may plan with.
+    """One command. "{deadline}" in it becomes the seconds that it has, at most ``seconds``.
 
-    seconds: those, at most; it is killed ``grace`` later. least: with less left it is not begun.
-    cores: that it keeps busy; None takes times, and nothing runs beside it. after: parts that must
-    be through, whatever became of them. missing: why it does not apply, asked when its turn comes.
-    again: begun in every run, since it finds itself what is done. document: what it prints is a
-    result, kept as <name>.md.
+    It is killed ``grace`` seconds later, and not begun with less than ``least`` remaining. cores:
+    how many it keeps busy; None for a part that measures times, which runs alone. after: parts that
+    must have ended before. missing: says why the part does not apply, asked at its turn. again:
+    begun in every run, since the command itself skips what is done. document: its output is a
+    result, written to <name>.md.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Part:
     least: float = 10.0
     cores: int | None = 1
     after: tuple[str, ...] = ()
-    missing: Callable[[], str | None] = always
+    missing: Callable[[], str | None] = explain_nothing
     again: bool = False
     document: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class _Running:
 
 
 class Run:
-    """The parts' run. ``states``: a line for each part that has been decided, by name."""
+    """Run of the parts. ``states``: a line for each part whose state is known, by name."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ class Run:
         self.states: dict[str, dict[str, Any]] = {}
 
     def __call__(self) -> dict[str, dict[str, Any]]:
-        """Runs them. On KeyboardInterrupt what runs is ended and said to be, and it is raised."""
+        """Runs the parts. On KeyboardInterrupt ends and notes those that run, and raises it."""
         self._began = time.monotonic()
         try:
             while self._waiting or self._running:
                 self._reap()
-                while self._waiting and self._turn(self._waiting[0]):
+                while self._waiting and self._is_next(self._waiting[0]):
                     self._begin(self._waiting.pop(0))
                 time.sleep(_POLL)
         except BaseException:
@@ -109,42 +109,42 @@ class Run:
         return self.states
 
     @property
-    def _left(self) -> float:
+    def _remaining(self) -> float:
         return self._seconds - (time.monotonic() - self._began)
 
-    def _turn(self, part: Part) -> bool:
-        """Whether the part can be begun, or found not to be, beside those that run."""
+    def _is_next(self, part: Part) -> bool:
+        """Whether the part can begin beside those that run, or its state is known already."""
         names = {each.part.name for each in self._running}
         if names.intersection(part.after):
             return False
-        if not names or self._settled(part) is not None:
+        if not names or self._find_state(part) is not None:
             return True
         used = [each.part.cores for each in self._running]
         if part.cores is None or None in used:
             return False
         return sum(n or 0 for n in used) + part.cores <= self._cores
 
-    def _settled(self, part: Part) -> dict[str, Any] | None:
-        """What is known of the part without beginning it."""
+    def _find_state(self, part: Part) -> dict[str, Any] | None:
+        """Returns the part's state if it is known without beginning it."""
         earlier = self._known.get(part.name)
         if earlier is not None and earlier["state"] == OK and not part.again:
             return earlier
         reason = part.missing()
         if reason is not None:
             return {"state": NOT_APPLICABLE, "reason": reason}
-        if self._left < part.least:
+        if self._remaining < part.least:
             return {"state": NOT_BEGUN, "reason": "out of time"}
         return None
 
     def _begin(self, part: Part) -> None:
-        settled = self._settled(part)
+        settled = self._find_state(part)
         if settled is not None:
             self._note(part, settled)
             return
-        room = min(part.seconds, max(1.0, self._left - part.grace))
+        room = min(part.seconds, max(1.0, self._remaining - part.grace))
         command = [word.replace("{deadline}", f"{room:.0f}") for word in part.command]
-        mark = ended.new_mark()
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment, ended.MARK: mark}
+        mark = ending.new_mark()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment, ending.MARK: mark}
         with self._log(part).open("wb") as log, self._output(part).open("wb") as output:
             try:
                 process = subprocess.Popen(
@@ -155,7 +155,7 @@ class Run:
                 self._note(part, {"state": FAILED, "reason": f"{command[0]}: {error}"})
                 return
         self._say(f"{self._clock()} begun: {part.name}")
-        limit = min(part.seconds + part.grace, self._left)
+        limit = min(part.seconds + part.grace, self._remaining)
         self._running.append(_Running(part, process, mark, time.monotonic(), limit))
 
     def _reap(self) -> None:
@@ -165,19 +165,19 @@ class Run:
             if code is None and not late:
                 continue
             self._running.remove(each)
-            gone = ended.end([(each.process, each.mark)])
+            gone = ending.end([(each.process, each.mark)])
             if code is None:
                 reason = f"killed after {each.limit:.0f} s" + ("" if gone else ", and lives on")
                 state = {"state": TIMEOUT, "reason": reason}
             else:
-                state = {"state": OK if code == 0 else FAILED, "reason": _exit(code)}
+                state = {"state": OK if code == 0 else FAILED, "reason": _describe_exit(code)}
             self._finish(each, state)
 
     def _finish(self, each: _Running, state: dict[str, Any]) -> None:
         part, output = each.part, self._output(each.part)
         if part.document and state["state"] == OK:
             about = ", ".join(f"{name} {value}" for name, value in self._identity.items())
-            heading = f"`python3 {' '.join(part.command[1:])}`, {_now()}, {about}\n\n"
+            heading = f"`python3 {' '.join(part.command[1:])}`, {_format_now()}, {about}\n\n"
             text = heading + output.read_text(errors="replace")
             (self._folder / f"{part.name}.md").write_text(text)
         output.unlink(missing_ok=True)
@@ -187,8 +187,8 @@ class Run:
             self._say("\n".join(f"    {line}" for line in tail))
 
     def _stop(self) -> None:
-        """Ends what runs, and notes that; the rest was not begun."""
-        ended.end([(each.process, each.mark) for each in self._running])
+        """Ends and notes what runs; notes what waits as not begun."""
+        ending.end([(each.process, each.mark) for each in self._running])
         for each in self._running:
             self._finish(each, {"state": STOPPED, "reason": "the run was ended"})
         self._running.clear()
@@ -197,10 +197,10 @@ class Run:
         self._waiting.clear()
 
     def _note(self, part: Part, state: dict[str, Any]) -> None:
-        """In the file at once: the machine may be taken away."""
+        """Writes the state to the file at once: the machine may be taken away."""
         line = state
         if "part" not in line:
-            line = {"part": part.name, **state, "when": _now(), "of": self._identity}
+            line = {"part": part.name, **state, "when": _format_now(), "of": self._identity}
             self._known[part.name] = line
             _write(self._file, self._known.values())
         else:
@@ -221,18 +221,18 @@ class Run:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of an earlier run; damaged ones are none."""
-    found = []
+    """Reads the lines of an earlier run, without damaged ones."""
+    lines = []
     for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
         with suppress(ValueError):
             line = json.loads(text)
             if isinstance(line, dict) and {"part", "state", "of"} <= line.keys():
-                found.append(line)
-    return found
+                lines.append(line)
+    return lines
 
 
-def summary(states: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each state, with its parts."""
+def summarize(states: Mapping[str, Mapping[str, Any]]) -> str:
+    """Writes a line for each state, with its parts."""
     by_state: dict[str, list[str]] = {}
     for name, line in states.items():
         by_state.setdefault(line["state"], []).append(name)
@@ -249,11 +249,11 @@ def _write(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     os.replace(new, file)
 
 
-def _exit(code: int) -> str | None:
+def _describe_exit(code: int) -> str | None:
     if code == 0:
         return None
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _now() -> str:
+def _format_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu.warm``: compiles what the benchmarks will run, in many processes.
 
 Calls every provider of every case once, so that triton's and inductor's caches have what a later
-process needs. What shares kernels is one family, which one process has to itself. Nothing is timed
-or held to anything: what raises is counted, and left to the benchmarks to report.
+process needs. Cases that share kernels are one family, which one process compiles. Nothing is timed
+or compared: errors are counted, and the benchmarks report them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import torch
 from torch import Tensor
 
 from benchmarks import ROOT, cases
-from benchmarks.harness.one import SEED
-from benchmarks.harness.work import DTYPES, Absent, Case
+from benchmarks.harness.case import DTYPES, Absent, Case
+from benchmarks.harness.measurement import SEED
 
-# Seconds past the deadline that a case may take which was begun before.
+# Seconds past the deadline that a case begun before it may take.
 _LATE = 5.0
 
 
-def family(case: Case) -> str:
-    """What tells kernels apart that no two cases share: what they are of, dtypes and ranks."""
+def name_family(case: Case) -> str:
+    """Names the kernels that cases share: by suite, dtypes and ranks."""
     adapters = f"R{case.shape.get('R', 0)}{case.ranks}-{case.lora_dtype or case.dtype}"
     return f"{case.suite}-{case.dtype}-{adapters}"
 
 
-def families(chosen: Sequence[Case]) -> dict[str, list[Case]]:
-    """By their names, the largest first: it takes longest."""
-    found: dict[str, list[Case]] = {}
+def group_by_family(chosen: Sequence[Case]) -> dict[str, list[Case]]:
+    """Groups cases by family, the largest first, as it takes longest."""
+    families: dict[str, list[Case]] = {}
     for case in chosen:
-        found.setdefault(family(case), []).append(case)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+        families.setdefault(name_family(case), []).append(case)
+    return dict(sorted(families.items(), key=lambda item: -len(item[1])))
 
 
 def call_all(chosen: Sequence[Case], until: float) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def call_all(chosen: Sequence[Case], until: float) -> dict[str, Any]:
             counts["left"] = len(chosen) - number
             break
         blank = _Blank(**vars(case))
-        # What is compared first may be another, smaller case.
+        # The gate may compare another, smaller case.
         gated = case.work.gated(blank)
         for each in (blank,) if gated.name == blank.name else (gated, blank):
             _call_case(each, counts)
@@ -68,10 +68,12 @@ class _Blank(Case):
 def _call_case(case: Case, counts: dict[str, Any]) -> None:
     operands = case.work.operands(case, SEED)
     for name, build in case.providers.items():
-        # Its own: some write theirs.
-        own = {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in operands.items()}
+        # Copies, since some providers write to their operands.
+        copies = {
+            k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in operands.items()
+        }
         try:
-            build(case, own)()
+            build(case, copies)()
             if case.device == "cuda":
                 torch.cuda.synchronize()
             counts["called"] += 1
@@ -79,23 +81,25 @@ def _call_case(case: Case, counts: dict[str, Any]) -> None:
             counts["absent"] += 1
         except Exception as error:
             counts["raised"][f"{case.name}, {name}"] = f"{type(error).__name__}: {error}"[:200]
-        del own
+        del copies
         gc.collect()
         if case.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def _share(name: str, options: argparse.Namespace, until: float) -> tuple[str, dict[str, Any]]:
-    """A family's counts, from a process of its own."""
-    left = until - time.monotonic()
-    if left <= 0:
+def _warm_family(
+    name: str, options: argparse.Namespace, until: float
+) -> tuple[str, dict[str, Any]]:
+    """Warms a family in a process of its own; returns its name and counts."""
+    remaining = until - time.monotonic()
+    if remaining <= 0:
         return name, {"died": "out of time"}
     command = [sys.executable, "-m", "benchmarks.gpu.warm", "--device", options.device]
-    command += ["--family", name, "--deadline", str(left), "--case", options.case]
+    command += ["--family", name, "--deadline", str(remaining), "--case", options.case]
     command += [f"--{flag}" for flag in ("quick", "full") if getattr(options, flag)]
     # There are enough processes already.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    limit = None if left == float("inf") else left + _LATE
+    limit = None if remaining == float("inf") else remaining + _LATE
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
@@ -103,8 +107,8 @@ def _share(name: str, options: argparse.Namespace, until: float) -> tuple[str, d
     except subprocess.TimeoutExpired:
         return name, {"died": "out of time within a case"}
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        return name, {"died": f"exit code {done.returncode}: {said[-1]}"}
+        errors = done.stderr.strip().splitlines() or ["it said nothing"]
+        return name, {"died": f"exit code {done.returncode}: {errors[-1]}"}
     try:
         return name, json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -113,13 +117,13 @@ def _share(name: str, options: argparse.Namespace, until: float) -> tuple[str, d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 whatever a provider did, 2 without such a device."""
-    options = parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks.gpu.warm: torch {torch.__version__} finds no usable CUDA GPU here",
               file=sys.stderr)  # fmt: skip
         return 2
     until = time.monotonic() + options.deadline
-    shares = families(
+    shares = group_by_family(
         cases.select(options.device, name=options.case, quick=options.quick, full=options.full)
     )
     if options.family:
@@ -127,12 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(call_all(shares[options.family], until)))
         return 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for name, counts in pool.map(lambda name: _share(name, options, until), shares):
-            print(f"{name} ({len(shares[name])} cases): {_said(counts)}", flush=True)
+        for name, counts in pool.map(lambda name: _warm_family(name, options, until), shares):
+            print(f"{name} ({len(shares[name])} cases): {_describe_counts(counts)}", flush=True)
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.warm", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -144,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _said(counts: dict[str, Any]) -> str:
+def _describe_counts(counts: dict[str, Any]) -> str:
     if "died" in counts:
         return counts["died"]
     text = f"{counts['called']} called, {counts['absent']} absent, {len(counts['raised'])} raised"

@@ -1,1 +1,1 @@
-"""How it is measured: gate, clock, ceilings, processes, lines of results."""
+"""Measuring: gate, clock, ceilings, processes, lines of results."""

@@ -1,8 +1,8 @@
-"""What the device reaches at best, measured in the run whose figures stand beside it.
+"""The device's bandwidth and flops at best, measured in the same run as the figures.
 
 Bandwidth is the better of a copy's (bytes read and written) and a sum's (bytes read), of buffers
 that no cache holds; flops are those of the library's product of square matrices, by dtype. Medians
-of five, after one that nobody looks at: a figure above its ceiling is noise, or a cache.
+of five, after one that warms up: a figure above its ceiling is noise, or a cache.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from benchmarks.harness.timer import clock_for
-from benchmarks.harness.work import DTYPES, Ceilings
+from benchmarks.harness.case import DTYPES, Ceilings
+from benchmarks.harness.timer import make_clock
 
 _ROUNDS = 5
 # Past every cache; products large enough that cases do not go past them, as they did by a tenth and
@@ -25,25 +25,27 @@ _SIZE = {"cpu": 3072, "cuda": 8192}
 
 
 def measure(device: str, dtypes: Iterable[str]) -> Ceilings:
-    """dtypes: of the cases; CPUs without fp16 instructions take seconds for a product in it."""
-    return Ceilings(_bandwidth(device), {dtype: _flops(device, dtype) for dtype in dtypes})
+    """Measures the ceilings for these dtypes; without fp16 instructions one takes seconds."""
+    return Ceilings(
+        _measure_bandwidth(device), {dtype: _measure_flops(device, dtype) for dtype in dtypes}
+    )
 
 
-def _bandwidth(device: str) -> float:
+def _measure_bandwidth(device: str) -> float:
     source, target = (torch.ones(_BYTES[device] // 4, device=device) for _ in range(2))
-    copied = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
-    summed = source.nbytes / _seconds(lambda: source.sum(), device)
+    copied = 2 * source.nbytes / _time(lambda: target.copy_(source), device)
+    summed = source.nbytes / _time(lambda: source.sum(), device)
     return max(copied, summed)
 
 
-def _flops(device: str, dtype: str) -> float:
+def _measure_flops(device: str, dtype: str) -> float:
     size = _SIZE[device]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    return 2 * size**3 / _seconds(lambda: a @ b, device)
+    return 2 * size**3 / _time(lambda: a @ b, device)
 
 
-def _seconds(call: Callable[[], object], device: str) -> float:
-    clock, samples = clock_for(device), []
+def _time(call: Callable[[], object], device: str) -> float:
+    clock, samples = make_clock(device), []
     clock.warm_up("", call)
     for _ in range(_ROUNDS):
         clock.sample("", *[call] * clock.TURN)
@@ -52,7 +54,7 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    """Prints them as JSON, for the process that runs the cases."""
+    """Prints the ceilings as JSON, for the process that runs the cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("dtypes", nargs="+", choices=tuple(DTYPES))

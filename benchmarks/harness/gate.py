@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.harness.truth import oracle
-from benchmarks.harness.work import YARDSTICK, Absent, Case, Operands, Outputs, copied
+from benchmarks.harness.case import YARDSTICK, Absent, Case, Operands, Outputs, copy_operands
+from benchmarks.harness.oracle import oracle
 
 # Relative norms: what is allowed beyond twice the yardstick's, and the most that the yardstick may
 # show itself.
@@ -23,7 +23,7 @@ _YARDSTICK_LIMIT = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
 
 @dataclass
 class Verdict:
-    """What the gate says of one provider. errors: by output, (relative error, bound)."""
+    """Verdict on one provider. errors: (relative error, bound) by output."""
 
     status: str  # ok, failed, error, absent
     reason: str = ""
@@ -31,7 +31,7 @@ class Verdict:
 
 
 def check(case: Case, seed: int) -> dict[str, Verdict]:
-    """A verdict on every provider of the case, the yardstick first."""
+    """Judges every provider of the case, the yardstick first."""
     case = case.work.gated(case)
     order = sorted(case.providers, key=lambda name: name != YARDSTICK)
     try:
@@ -40,13 +40,13 @@ def check(case: Case, seed: int) -> dict[str, Verdict]:
         return dict.fromkeys(case.providers, Verdict("absent", str(absent)))
     verdicts: dict[str, Verdict] = {}
     for name in order:
-        verdicts[name] = _verdict(session, name, verdicts.get(YARDSTICK))
+        verdicts[name] = _judge_provider(session, name, verdicts.get(YARDSTICK))
     return {name: verdicts[name] for name in case.providers}
 
 
 @dataclass
 class _Session:
-    """Operands are drawn once, truths computed once; ``whole``: all that the yardstick gave."""
+    """Operands and right results of a case, computed once; ``whole``: the yardstick's outputs."""
 
     case: Case
     seed: int
@@ -55,10 +55,10 @@ class _Session:
     whole: Outputs = field(default_factory=dict)
 
 
-def _verdict(session: _Session, provider: str, yardstick: Verdict | None) -> Verdict:
+def _judge_provider(session: _Session, provider: str, yardstick: Verdict | None) -> Verdict:
     case = session.case
     try:
-        errors = _errors(session, provider)
+        errors = _compute_errors(session, provider)
     except Absent as absent:
         return Verdict("absent", str(absent))
     except Exception as error:
@@ -72,19 +72,19 @@ def _verdict(session: _Session, provider: str, yardstick: Verdict | None) -> Ver
     allowed = {k: 2 * theirs[k] + ALLOWANCE[case.dtype] for k in errors if k in theirs}
     # From the yardstick itself: as far as both may be from the truth.
     beside = {k: theirs[k] + allowed[k] for k in allowed}
-    return _judge(errors, allowed | {_all(k): bound for k, bound in beside.items()})
+    return _judge(errors, allowed | {_name_whole(k): bound for k, bound in beside.items()})
 
 
-def _errors(session: _Session, provider: str) -> dict[str, float]:
-    """Of the sampled part to the truth, and of everything to the yardstick's outputs."""
+def _compute_errors(session: _Session, provider: str) -> dict[str, float]:
+    """Computes errors of samples from the truth, and of whole outputs from the yardstick's."""
     case, work = session.case, session.case.work
-    call = case.providers[provider](case, copied(session.operands))
+    call = case.providers[provider](case, copy_operands(session.operands))
     torch.manual_seed(session.seed)
     outputs = call()
     got, key = work.sample(case, outputs), work.truth(case, provider)
     if key not in session.truths:
         torch.manual_seed(session.seed)
-        session.truths[key] = work.expected(case, copied(session.operands), provider)
+        session.truths[key] = work.expected(case, copy_operands(session.operands), provider)
     want = session.truths[key]
     if got.keys() != want.keys() or any(got[k].shape != want[k].shape for k in want):
         shapes = [{k: tuple(t.shape) for k, t in side.items()} for side in (got, want)]
@@ -94,16 +94,18 @@ def _errors(session: _Session, provider: str) -> dict[str, float]:
         session.whole = {k: t.detach().clone() for k, t in outputs.items()}
     elif key == work.truth(case, YARDSTICK):
         whole = session.whole.items()
-        errors |= {_all(k): _apart(outputs[k], t) for k, t in whole if k in errors}
+        errors |= {
+            _name_whole(k): _compute_distance(outputs[k], t) for k, t in whole if k in errors
+        }
     return errors
 
 
-def _all(output: str) -> str:
+def _name_whole(output: str) -> str:
     return f"{output}, all of it"
 
 
-def _apart(got: Tensor, want: Tensor) -> float:
-    """Where a sample shows nothing, as in the rows between: relative, in float32."""
+def _compute_distance(got: Tensor, want: Tensor) -> float:
+    """Computes the relative distance of whole outputs, in float32: samples miss rows between."""
     want = want.float()
     off = got.detach().reshape(want.shape).float() - want
     return float(off.norm() / want.norm().clamp(min=1e-30))
@@ -114,5 +116,5 @@ def _judge(errors: dict[str, float], bounds: dict[str, float]) -> Verdict:
     over = [k for k, error in errors.items() if not (math.isfinite(error) and error <= bounds[k])]
     if not over:
         return Verdict("ok", errors=measured)
-    said = ", ".join(f"{k}: error {errors[k]:.2e} over {bounds[k]:.2e}" for k in over)
-    return Verdict("failed", said, measured)
+    text = ", ".join(f"{k}: error {errors[k]:.2e} over {bounds[k]:.2e}" for k in over)
+    return Verdict("failed", text, measured)

@@ -14,7 +14,7 @@ Line = dict[str, Any]
 
 def write(line: Line, file: Path | None) -> None:
     """Appends the line in one piece, or prints it where there is no file."""
-    text = json.dumps(_finite(line), allow_nan=False)
+    text = json.dumps(_replace_nonfinite(line), allow_nan=False)
     if file is None:
         print(text, flush=True)
         return
@@ -27,13 +27,13 @@ def write(line: Line, file: Path | None) -> None:
 
 
 def read(file: Path) -> list[Line]:
-    """The lines of a file, none where there is no file.
+    """Reads the lines of a file, none where there is no file.
 
     Raises ValueError where one is not a line of results.
     """
     if not file.exists():
         return []
-    found = []
+    lines = []
     for number, text in enumerate(file.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
@@ -41,12 +41,12 @@ def read(file: Path) -> list[Line]:
             raise ValueError(f"{file}, line {number}: expected JSON, {error}") from error
         if not isinstance(line, dict) or "case" not in line:
             raise ValueError(f"{file}, line {number}: expected a line of results")
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def read_all(path: Path) -> list[Line]:
-    """The lines of a file, or of a folder's files.
+    """Reads the lines of a file, or of a folder's files.
 
     Raises FileNotFoundError where there is none, ValueError as ``read``.
     """
@@ -56,17 +56,17 @@ def read_all(path: Path) -> list[Line]:
     return [line for file in files for line in read(file)]
 
 
-def keep(file: Path, wanted: Callable[[Line], bool]) -> None:
-    """Leaves those that are wanted; the file is replaced in one piece."""
+def filter_file(file: Path, keeps: Callable[[Line], bool]) -> None:
+    """Keeps the lines for which ``keeps`` holds; the file is replaced in one piece."""
     if not file.exists():
         return
     new = file.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in read(file) if wanted(line)))
+    new.write_text("".join(json.dumps(line) + "\n" for line in read(file) if keeps(line)))
     os.replace(new, file)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not finite is written as text."""
+def _replace_nonfinite(value: Any) -> Any:
+    """Replaces numbers that are not finite by text, as JSON has no NaN."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _replace_nonfinite(v) for k, v in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,8 @@
-"""What a call holds at most beyond what was there before it, by torch's own account.
+"""Peak memory of a call beyond what was held before it, as torch counts it.
 
-Its outputs are part of that. On a CPU the profiler keeps the account, which sees torch's tensors
-and not what a library takes from the system by itself: fastlora's native one for M x R factors, and
-a strip of output a thread. ``benchmarks.tables.peak`` measures whole processes.
+The call's outputs are included. On a CPU torch's profiler counts, which sees tensors and not what a
+library allocates itself: fastlora's native one allocates M x R factors and a strip of output a
+thread. ``benchmarks.tables.peak`` measures whole processes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 
-def peak(call: Callable[[], object], device: str) -> int:
-    """Bytes that a call holds at most beyond those that were held before."""
+def measure_peak(call: Callable[[], object], device: str) -> int:
+    """Returns the most bytes that a call holds beyond those held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""One case's lines as a table of text."""
+"""Tables of text of one case's lines."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ HEADING = (
 )  # fmt: skip
 
 
-def rows(lines: Sequence[Line]) -> list[list[str]]:
-    """A row under ``HEADING`` for every provider that was timed."""
-    return [_row(line) for line in lines if "ms" in line]
+def make_rows(lines: Sequence[Line]) -> list[list[str]]:
+    """Makes a row under ``HEADING`` for every provider that was timed."""
+    return [_make_row(line) for line in lines if "ms" in line]
 
 
-def notes(lines: Sequence[Line]) -> list[str]:
-    """Why the others were not."""
+def make_notes(lines: Sequence[Line]) -> list[str]:
+    """Says why the others were not timed."""
     untimed = (line for line in lines if "ms" not in line)
     return [f"{ln['provider'] or 'process'}: {ln['status']}: {ln['reason']}" for ln in untimed]
 
 
-def plain(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns one below another, the first to the left."""
+def format_plain(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligns columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        text = [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]
+    def align(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        text = [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)]
         return "  " + "  ".join(text).rstrip()
 
-    return "\n".join(map(line, (heading, *rows)))
+    return "\n".join(map(align, (heading, *rows)))
 
 
-def _row(line: Line) -> list[str]:
+def _make_row(line: Line) -> list[str]:
     ratio = line.get("ratio")
     return [
         line["provider"],
@@ -49,11 +49,11 @@ def _row(line: Line) -> list[str]:
         f"{line['cpu_ratio']['p50']:.3f}" if ratio else "-",
         f"{line['tflops']:.3g}",
         f"{line['gbps']:.3g}",
-        _worst(line),
+        _format_worst(line),
     ]
 
 
-def _worst(line: Line) -> str:
-    """The output that comes nearest to its bound."""
+def _format_worst(line: Line) -> str:
+    """Formats the error of the output that comes nearest to its bound."""
     worst = max(line["gate"].values(), key=lambda g: g["error"] / g["bound"])
     return f"{worst['error']:.1e} / {worst['bound']:.0e}"

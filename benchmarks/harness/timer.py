@@ -1,10 +1,10 @@
-"""The one timer: providers take turns, so that whatever else the machine does hits all alike.
+"""Timing in turns: whatever else the machine does slows all providers alike.
 
 A round times one call of every provider, in an order drawn anew; a ratio is taken within a round
 and then summarised. Every call finds its operands cold: a provider goes round its
 copies of them, and between two uses of a copy more memory is touched than a cache holds. On the
-CPU it finds its code warm, as the layers before would leave it: each timed call follows two on
-other copies that nobody looks at.
+CPU it finds its code warm, as the layers before would leave it: each timed call follows two
+untimed ones on other copies.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from benchmarks.harness.work import Call
+from benchmarks.harness.case import Call
 
 # More than the last-level caches it is meant to outrun: 50 to 60 MB on data-centre GPUs.
 ROTATED_BYTES = 200 * 2**20
-# Of layers so small that their copies would be thousands, and take a minute to build. A model's are
+# For small layers, whose copies would be thousands and take a minute to build; a model's layers are
 # in some cache too.
 _MOST_COPIES = 200
 
@@ -48,18 +48,18 @@ class Samples:
     late: float | None = None
 
 
-def copies(operand_bytes: int, providers: int) -> int:
-    """How many copies of its operands each provider needs for a rotation past the caches."""
-    wanted = math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers))
-    count = min(max(HostClock.TURN, wanted), _MOST_COPIES)
-    # Or of a turn's calls it would always be the same copies' that is timed.
+def count_copies(operand_bytes: int, providers: int) -> int:
+    """Counts the copies of its operands that each provider needs to outrun the caches."""
+    needed = math.ceil(ROTATED_BYTES / max(1, operand_bytes * providers))
+    count = min(max(HostClock.TURN, needed), _MOST_COPIES)
+    # A multiple of a turn's calls would time the same copies every turn.
     return count + (count % HostClock.TURN == 0)
 
 
-def clock_for(
+def make_clock(
     device: str, *, host_only: bool = False, waits: bool = False
 ) -> HostClock | CudaClock:
-    """host_only: a GPU is not waited for. waits: it is, in every call."""
+    """Makes a clock. host_only: a GPU is not waited for. waits: every call waits for it."""
     if device == "cpu":
         return HostClock()
     if host_only or waits:
@@ -68,20 +68,20 @@ def clock_for(
     return CudaClock()
 
 
-def interleaved(
-    calls: dict[str, list[Call]], device: str, seconds: float, **how: bool
+def time_in_turns(
+    calls: dict[str, list[Call]], device: str, seconds: float, **options: bool
 ) -> dict[str, Samples]:
-    """Samples of every provider. calls: one for each copy of the operands; how: ``clock_for``'s."""
-    clock, order = clock_for(device, **how), random.Random(0)
+    """Times every provider in turns. calls: one for each copy; options: ``make_clock``'s."""
+    clock, order = make_clock(device, **options), random.Random(0)
     names = list(calls)
-    rounds = _rounds(_warm_up(calls, clock) * clock.TURN, seconds)
+    rounds = _count_rounds(_warm_up(calls, clock) * clock.TURN, seconds)
     samples = {name: Samples() for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for i in range(rounds):
-            # Or each would always follow the same neighbour.
+            # So that no provider always follows the same neighbour.
             order.shuffle(names)
             for name in names:
                 each = calls[name]
@@ -99,26 +99,26 @@ def interleaved(
     return samples
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, and the quantiles that hold three fifths of the samples."""
+def compute_spread(values: list[float]) -> dict[str, float]:
+    """Computes the median, and the quantiles that hold three fifths of the samples."""
     p20, p50, p80 = np.percentile(values, (20, 50, 80)).tolist()
     return {"p20": p20, "p50": p50, "p80": p80}
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """The median's 95 % interval by the percentile bootstrap (Efron 1979): resampled rounds."""
+def compute_interval(values: list[float]) -> dict[str, float]:
+    """Computes the median's 95 % interval by the percentile bootstrap (Efron 1979) over rounds."""
     drawn = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values)))
     low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5)).tolist()
     return {"low": low, "high": high}
 
 
-def ratios(samples: list[float], base: list[float]) -> list[float]:
-    """Round by round."""
+def compute_ratios(samples: list[float], base: list[float]) -> list[float]:
+    """Computes ratios round by round."""
     return [ours / theirs for ours, theirs in zip(samples, base, strict=True)]
 
 
 def _warm_up(calls: dict[str, list[Call]], clock: HostClock | CudaClock) -> float:
-    """Seconds of the last of the rounds that nobody looks at."""
+    """Warms up; returns the seconds of the last untimed round."""
     began, a_round = time.perf_counter(), 0.0
     for i in range(_WARM_UP_ROUNDS):
         started = time.perf_counter()
@@ -130,14 +130,16 @@ def _warm_up(calls: dict[str, list[Call]], clock: HostClock | CudaClock) -> floa
     return a_round
 
 
-def _rounds(a_round: float, seconds: float) -> int:
-    wanted = min(max(int(seconds / a_round), _ROUNDS[0]), _ROUNDS[1])
-    return max(_ROUNDS_AT_LEAST, min(wanted, int(_LONGEST / a_round)))
+def _count_rounds(a_round: float, seconds: float) -> int:
+    affordable = min(max(int(seconds / a_round), _ROUNDS[0]), _ROUNDS[1])
+    return max(_ROUNDS_AT_LEAST, min(affordable, int(_LONGEST / a_round)))
 
 
 class HostClock:
-    # A turn: the last one is timed. With one before it a small layer's time still depended on whose
-    # turn was before (1.25 to 1.56 of the base), with two it is that of eight (1.11).
+    """Wall clock and CPU time of this process."""
+
+    # Calls in a turn; the last is timed. With one untimed call before it a small layer's time still
+    # depended on the turn before (1.25 to 1.56 of the base), with two it is that of eight (1.11).
     TURN = 3
 
     def __init__(
@@ -168,7 +170,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events around each call, while the GPU idles until the host has enqueued it: the time between
+    """Events around each call; the GPU idles until the host has enqueued it, so the time between
     them is the GPU's own. A call that waits for the device inside is charged for the wait."""
 
     TURN = 1
@@ -188,7 +190,7 @@ class CudaClock:
     def sample(self, name: str, *calls: Call) -> None:
         (call,) = calls
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # As long for all: how long it idled is how warm a GPU is, and how fast.
+        # The same for all: a GPU that idles longer cools and changes its speed.
         torch.cuda._sleep(int(1.5 * max(self._ahead.values()) * _CYCLES) + 20_000)
         start.record()
         cpu = time.process_time_ns()

@@ -1,1 +1,1 @@
-"""Who fastlora is measured beside: libraries imported where installed, and the compiler."""
+"""Peers of fastlora: other libraries, imported where installed, and the compiler."""

@@ -1,4 +1,4 @@
-"""torch.compile as a provider: one compilation serves every copy of a case's operands."""
+"""Providers under torch.compile: one compilation serves every copy of a case's operands."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness.work import Absent, Builder, Call, Case, Operands
+from benchmarks.harness.case import Absent, Builder, Call, Case, Operands
 
 Function = Callable[[], Any]
 Compile = Callable[[Function], Function]
 Compilable = Callable[[Case, Operands, Compile], Call]
 
-# In what torch and triton say where a machine cannot compile at all.
+# Part of torch's and triton's errors where a machine cannot compile at all.
 _NO_COMPILER = re.compile(r"C(\+\+)? compiler|Python\.h")
 
 
-def as_it_is(function: Function) -> Function:
+def leave_alone(function: Function) -> Function:
     return function
 
 
-def whole(builder: Builder) -> Compilable:
-    """Of a builder all of whose call can be compiled."""
+def compile_whole(builder: Builder) -> Compilable:
+    """Wraps a builder whose whole call can be compiled."""
     return lambda case, o, wrap: wrap(builder(case, o))
 
 
-def compiled(builder: Compilable, case: Case, o: Operands) -> Call:
-    """``builder``'s call, with what it passes through its third argument compiled.
+def compile_call(builder: Compilable, case: Case, o: Operands) -> Call:
+    """Returns ``builder``'s call, with what it passes through its third argument compiled.
 
     In one graph, for this shape alone, with Inductor's defaults. It is compiled here, its backward
     too, before anything is timed; the guards that a compiled function checks are timed.
@@ -54,8 +54,8 @@ def compiled(builder: Compilable, case: Case, o: Operands) -> Call:
     return call
 
 
-def compiled_module(module: nn.Module, device: str) -> Any:
-    """The module as its user compiles it, by its first call.
+def compile_module(module: nn.Module, device: str) -> Any:
+    """Compiles the module as its user would, by its first call.
 
     Modules of one kind and shape share a compilation. ``Absent`` where there would be no compiler.
     """
@@ -67,7 +67,7 @@ def compiled_module(module: nn.Module, device: str) -> Any:
 
 
 def _compile(case: Case, function: Function) -> Function:
-    """A copy's operands are in the closure, whose values the compiled code takes as arguments."""
+    """Compiles a function, whose operands lie in its closure, as arguments of the compiled code."""
     assert isinstance(function, FunctionType)
     code = _code_for(function.__code__, case.device, case.name)
     same = FunctionType(code, function.__globals__, closure=function.__closure__)
@@ -76,5 +76,5 @@ def _compile(case: Case, function: Function) -> Function:
 
 @cache
 def _code_for(code: CodeType, *case: str) -> CodeType:
-    """Compilations belong to a code object and are limited in number: each case has its own."""
+    """Copies the code for a case: a code object's compilations are limited in number."""
     return code.replace()

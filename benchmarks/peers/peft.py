@@ -1,4 +1,4 @@
-"""Other libraries as providers: imported where installed, never vendored."""
+"""PEFT as a provider: imported where installed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.work import Absent
+from benchmarks.harness.case import Absent
 
 
-def peft_linear(
+def make_peft_linear(
     weight: Tensor, adapters: Sequence[tuple[Tensor, Tensor, float]], dropout: float = 0.0
 ) -> Any:
-    """PEFT's own ``lora.Linear`` on these very tensors; its adapters are named "0", "1", …"""
+    """Makes PEFT's own ``lora.Linear`` on these very tensors; adapters are named "0", "1", …"""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -42,8 +42,8 @@ def peft_linear(
     return layer.train(dropout > 0)
 
 
-def torch_keep(like: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
-    """The mask that torch's dropout draws next for such an input."""
+def draw_torch_mask(like: Tensor, dropout: float, dtype: torch.dtype) -> Tensor:
+    """Draws the mask that torch's dropout draws next for such an input."""
     ones = torch.ones_like(like, dtype=dtype)
     if like.requires_grad:  # where it does, a device may pick another kernel with other draws
         ones.requires_grad_()

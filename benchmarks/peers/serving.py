@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.harness.work import Absent, Call, Case, Operands, Outputs
+from benchmarks.harness.case import Absent, Call, Case, Operands, Outputs
 from benchmarks.peers.calls import importing
 
 # Rows of one adapter that a program of SGLang takes: its --max-lora-chunk-size by default.
 _CHUNK = 16
 
 
-def vllm(case: Case, o: Operands) -> Call:
-    """vLLM's ``lora_shrink`` and ``lora_expand``.
+def prepare_vllm(case: Case, o: Operands) -> Call:
+    """Prepares vLLM's ``lora_shrink`` and ``lora_expand``.
 
     As vLLM has them, scalings are multiplied into lora_B, and every slot has the largest rank.
     """
-    _half_precision(case, "vllm")
+    _check_half_precision(case, "vllm")
     with importing("vllm"):
         from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
-    x, weight, ids = _rows(o)
+    x, weight, ids = _list_rows(o)
     T, (S, R, _) = x.shape[0], o["lora_A"].shape
     meta = LoRAKernelMeta.make(max_loras=S, max_num_tokens=T, device=x.device)
     meta.prepare_tensors(ids)
@@ -47,9 +47,9 @@ def vllm(case: Case, o: Operands) -> Call:
     return call
 
 
-def sglang(case: Case, o: Operands) -> Call:
-    """SGLang's default backend, ``csgmv``: chunks of rows that want the same adapter."""
-    _half_precision(case, "sglang")
+def prepare_sglang(case: Case, o: Operands) -> Call:
+    """Prepares SGLang's default backend, ``csgmv``: chunks of rows with the same adapter."""
+    _check_half_precision(case, "sglang")
     with importing("sglang"):
         from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
             chunked_sgmv_lora_expand_forward as expand,
@@ -59,10 +59,10 @@ def sglang(case: Case, o: Operands) -> Call:
         )
         from sglang.srt.lora.utils import LoRABatchInfo
 
-    x, weight, ids = _rows(o)
+    x, weight, ids = _list_rows(o)
     N, S, device = weight.shape[0], o["lora_A"].shape[0], x.device
-    # Who wants no adapter wants one of rank 0, whose weights are not read.
-    chunks = _chunks(torch.where(ids < 0, S, ids).tolist())
+    # Rows without an adapter get one of rank 0, whose weights are not read.
+    chunks = _make_chunks(torch.where(ids < 0, S, ids).tolist())
     known = LoRABatchInfo(
         use_cuda_graph=False,
         bs=ids.numel(),
@@ -96,7 +96,7 @@ def sglang(case: Case, o: Operands) -> Call:
     return call
 
 
-def _half_precision(case: Case, library: str) -> None:
+def _check_half_precision(case: Case, library: str) -> None:
     if case.dtype not in ("bf16", "fp16"):
         raise Absent(f"{library} serves bf16 and fp16, not {case.dtype}")
 
@@ -109,8 +109,8 @@ class _Chunks(NamedTuple):
     rows: list[int]
 
 
-def _chunks(of_row: list[int]) -> _Chunks:
-    """Rows in the order of their adapters, in chunks of one adapter and ``_CHUNK`` rows at most."""
+def _make_chunks(of_row: list[int]) -> _Chunks:
+    """Sorts rows by adapter and cuts them into chunks of one adapter, ``_CHUNK`` rows at most."""
     rows = sorted(range(len(of_row)), key=lambda row: of_row[row])
     adapters, starts = [], []
     for number, row in enumerate(rows):
@@ -121,8 +121,8 @@ def _chunks(of_row: list[int]) -> _Chunks:
     return _Chunks(adapters, [*starts, len(rows)], rows)
 
 
-def _rows(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """x as rows (T, K), the weight, and an id for each row, int32 (T,)."""
+def _list_rows(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns x as rows (T, K), the weight, and an id for each row, int32 (T,)."""
     x = o["x"].flatten(0, -2)
     ids = o["ids"].repeat_interleave(x.shape[0] // o["ids"].numel())
     return x, o["weight"], ids.int()

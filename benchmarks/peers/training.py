@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.harness.work import Absent, Case
+from benchmarks.harness.case import Absent, Case
 from benchmarks.peers.calls import calling, importing
 
 # What Liger replaces in transformers' module for every Llama of the process, not for one alone.
 _SHARED = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
 
 
-def unsloth_linear(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
-    """Unsloth's ``LoRA_W`` as a function of x (M, K), weight, lora_A, lora_B and the scaling.
+def import_unsloth_linear(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    """Imports Unsloth's ``LoRA_W``, a function of x (M, K), weight, lora_A, lora_B and scaling.
 
     Its products are torch's; its own is the order of the backward, and what that keeps. Importing
     Unsloth changes settings of torch and transformers: let it come after the others of a case.
@@ -35,8 +35,8 @@ def unsloth_linear(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor, floa
     return linear
 
 
-def liger(model: Any) -> Any:
-    """A PEFT model of transformers' Llama with Liger's norm, rotation, SwiGLU and loss.
+def apply_liger(model: Any) -> Any:
+    """Puts Liger's norm, rotation, SwiGLU and loss into a PEFT model of transformers' Llama.
 
     The same model, in training mode. Liger has no LoRA of its own: PEFT's layers stay. Other models
     of the process are left as they are.

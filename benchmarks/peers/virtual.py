@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.machine import version
-from benchmarks.harness.work import Absent
+from benchmarks.harness.case import Absent
+from benchmarks.harness.machine import find_version
 
 # Relative norms of logits: float32's rounding is 1e-7, and what virtual tokens change 1e-2 or more.
 _SAME = 1e-4
 
 
-def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls earlier tokens' keys and values: the one place that asks.
+def name_cache_argument(model: nn.Module) -> str:
+    """Names the model's forward argument of earlier tokens' keys and values.
 
     5.24 takes the old name until 5.40, and warns.
     """
@@ -31,43 +31,44 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in taken else "past_key_values"
 
 
-def tuning(kind: str, tokens: int) -> Any:
-    """PEFT's config of "prefix" or "prompt" tuning; ``Absent`` where ``generate`` gets it wrong."""
-    reason = lost(kind)
+def make_config(kind: str, tokens: int) -> Any:
+    """Makes PEFT's config of "prefix" or "prompt" tuning; ``Absent`` if ``generate`` is wrong."""
+    reason = explain_loss(kind)
     if reason:
         raise Absent(reason)
-    return _config(kind, tokens)
+    return _make_config(kind, tokens)
 
 
 @cache
-def lost(kind: str) -> str | None:
-    """Why ``generate`` of the installed packages does not write what PEFT's own forward computes.
+def explain_loss(kind: str) -> str | None:
+    """Says why ``generate`` of the installed packages differs from PEFT's own forward.
 
     One call of each on a tiny model shows it, so no list of versions has to. None where it does.
     """
-    pair = f"PEFT {version('peft')}'s {kind} tuning with transformers {version('transformers')}"
+    versions = find_version("peft"), find_version("transformers")
+    pair = f"PEFT {versions[0]}'s {kind} tuning with transformers {versions[1]}"
     try:
-        model, (written, computed, without) = _tried(kind)
+        model, (written, computed, without) = _try_generate(kind)
     except Exception as error:  # nothing in it is ours
         return f"{pair}: {type(error).__name__}: {error}"
-    if _apart(computed, without) <= _SAME:
+    if _compute_distance(computed, without) <= _SAME:
         return f"{pair}: forward ignores it"
     for token in range(written.shape[1]):
-        apart = _apart(written[:, token], computed[:, token])
+        apart = _compute_distance(written[:, token], computed[:, token])
         if apart > _SAME:
             return (
                 f"{pair}: generate gets it wrong: from token {token + 1} on its logits are not "
-                f"forward's, a relative difference of {apart:.2g}{_renamed(model)}"
+                f"forward's, a relative difference of {apart:.2g}{_explain_renaming(model)}"
             )
     return None
 
 
-def _renamed(model: Any) -> str:
-    name = cache_argument(model.get_base_model())
+def _explain_renaming(model: Any) -> str:
+    name = name_cache_argument(model.get_base_model())
     return "" if name == "past_key_values" else f" (past_key_values is now called {name})"
 
 
-def _config(kind: str, tokens: int) -> Any:
+def _make_config(kind: str, tokens: int) -> Any:
     import peft
 
     make = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[kind]
@@ -75,8 +76,8 @@ def _config(kind: str, tokens: int) -> Any:
 
 
 @torch.no_grad()
-def _tried(kind: str) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
-    """A model and two tokens' logits: of ``generate``, of forward, of its forward without it."""
+def _try_generate(kind: str) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """Returns a model and two tokens' logits: by ``generate``, forward, the base's forward."""
     import peft
     import transformers
 
@@ -96,11 +97,11 @@ def _tried(kind: str) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
         warnings.simplefilter("ignore")  # of names that are going to go
         torch.manual_seed(0)
         base = transformers.LlamaForCausalLM(config)
-        model = peft.get_peft_model(base, _config(kind, 4)).eval()
+        model = peft.get_peft_model(base, _make_config(kind, 4)).eval()
         (encoder,) = model.prompt_encoder.values()
         for parameter in (*base.parameters(), encoder.embedding.weight):
             parameter.normal_(std=0.5)  # attention looks at every token
-        found = model.generate(
+        generated = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=2,
@@ -109,10 +110,10 @@ def _tried(kind: str) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        tokens = found.sequences[:, :-1]
+        tokens = generated.sequences[:, :-1]
         computed, without = (m(input_ids=tokens).logits[:, -2:] for m in (model, base))
-    return model, (torch.stack(found.logits, 1), computed, without)
+    return model, (torch.stack(generated.logits, 1), computed, without)
 
 
-def _apart(got: Tensor, want: Tensor) -> float:
+def _compute_distance(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())

@@ -1,1 +1,1 @@
-"""What is made of results: Markdown, pictures, CSV, comparisons, targets."""
+"""Reports of results: Markdown, pictures, comparisons, targets."""

@@ -1,4 +1,4 @@
-"""This run beside an earlier one: what became slower, by ratios that a run forms within itself.
+"""Comparison with an earlier run: what became slower, by ratios formed within each run.
 
 A ratio's other side may change too, in noise or with a newer torch. So a provider of ours counts as
 slower when its ratio to the base and its ratio to the leanest torch both say so. Ratios of another
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.harness.case import BASE, YARDSTICK
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import BASE, YARDSTICK
-from benchmarks.reports.standing import OURS
+from benchmarks.reports.comparison import OURS
 
 # The least slow-down that counts. One by half is above it with room for noise: six quick runs of an
 # unchanged tree, on two cores that four other processes wanted, were off by 1.01 to 1.29 at worst,
@@ -24,7 +24,7 @@ NOTHING = "nothing was judged: no provider of ours was measured on this device b
 
 @dataclass(frozen=True)
 class Change:
-    """Of one provider: its ratio to the base then and now, how much slower it is at least."""
+    """One provider's ratio to the base then and now, and how much slower it is at least."""
 
     case: str
     provider: str
@@ -38,11 +38,11 @@ class Change:
         return self.judged and self.slowdown > MARGIN
 
 
-def changes(now: Sequence[Line], then: Sequence[Line]) -> list[Change]:
-    """Every provider of ours that was timed both times, the one that lost most first."""
-    ratios, before = _ratios(now), _ratios(then)
-    where, earlier = _timed(now), _timed(then)
-    found = []
+def list_changes(now: Sequence[Line], then: Sequence[Line]) -> list[Change]:
+    """Lists every provider of ours that was timed both times, the one that lost most first."""
+    ratios, before = _read_ratios(now), _read_ratios(then)
+    where, earlier = _select_timed(now), _select_timed(then)
+    changes = []
     for key in ratios.keys() & before.keys():
         case, provider = key
         if not provider.startswith(OURS):
@@ -51,13 +51,13 @@ def changes(now: Sequence[Line], then: Sequence[Line]) -> list[Change]:
         yardstick = (case, YARDSTICK)
         if yardstick in ratios and yardstick in before:
             growth.append(growth[0] * before[yardstick] / ratios[yardstick])
-        here = _same_device(where[case], earlier[case])
-        found.append(Change(*key, before[key], ratios[key], min(growth), here))
-    return sorted(found, key=lambda change: -change.slowdown)
+        here = _is_same_device(where[case], earlier[case])
+        changes.append(Change(*key, before[key], ratios[key], min(growth), here))
+    return sorted(changes, key=lambda change: -change.slowdown)
 
 
-def table(found: Sequence[Change]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows."""
+def make_table(changes: Sequence[Change]) -> tuple[list[str], list[list[str]]]:
+    """Returns heading and rows."""
     rows = [
         [
             change.case,
@@ -67,20 +67,20 @@ def table(found: Sequence[Change]) -> tuple[list[str], list[list[str]]]:
             f"{change.slowdown:.2f}",
             "slower" if change.slower else "" if change.judged else "another device",
         ]
-        for change in found
+        for change in changes
     ]
     return ["case", "provider", f"/ {BASE}, then", "now", "slower by", ""], rows
 
 
-def _ratios(lines: Sequence[Line]) -> dict[tuple[str, str], float]:
+def _read_ratios(lines: Sequence[Line]) -> dict[tuple[str, str], float]:
     return {(ln["case"], ln["provider"]): ln["ratio"]["p50"] for ln in lines if "ratio" in ln}
 
 
-def _timed(lines: Sequence[Line]) -> dict[str, Line]:
+def _select_timed(lines: Sequence[Line]) -> dict[str, Line]:
     return {line["case"]: line for line in lines if "ratio" in line}
 
 
-def _same_device(a: Line, b: Line) -> bool:
+def _is_same_device(a: Line, b: Line) -> bool:
     names = ["device_name", "threads"]
     if "instruction_set" in a and "instruction_set" in b:  # older lines do not say
         names.append("instruction_set")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from benchmarks.cases import SUITES
 from benchmarks.harness import lines
+from benchmarks.harness.case import BASE, YARDSTICK
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import BASE, YARDSTICK
 from benchmarks.reports import markdown
-from benchmarks.reports.standing import WINS, Pair, is_rival
+from benchmarks.reports.comparison import WINS, Pair, is_rival
 
 OURS, PEFT = "fastlora", "peft"
 NAMED = (OURS, YARDSTICK, PEFT)
@@ -56,42 +56,44 @@ Found = dict[tuple[str, str], Line]
 
 
 def read(folder: Path) -> Found:
-    """Lines with a ratio, by case and provider; suites in their order."""
+    """Reads lines with a ratio, by case and provider; suites in their order."""
     every = [line for suite in SUITES for line in lines.read(folder / f"{suite}.jsonl")]
     return {(ln["case"], ln["provider"]): ln for ln in every if "ratio" in ln}
 
 
-def table(folders: Sequence[Found]) -> str:
-    """A row a case: the base's time, ratios of ours and others, the fastest one left, the limit."""
+def make_table(folders: Sequence[Found]) -> str:
+    """Makes a row a case: the base's time, ratios, the fastest of all others, the limit."""
     heading = ("case", "base, ms", *NAMED, "another", "limit")
-    cases = dict.fromkeys(case for found in folders for case, _ in found)
-    return markdown.table(heading, [_row(case, folders) for case in cases])
+    cases = dict.fromkeys(case for folder in folders for case, _ in folder)
+    return markdown.make_table(heading, [_make_row(case, folders) for case in cases])
 
 
-def _row(case: str, folders: Sequence[Found]) -> list[str]:
-    of = [{p: line for (c, p), line in found.items() if c == case} for found in folders]
-    cells = [_joined(f"{o[BASE]['ms']['p50']:.3g}" if BASE in o else "-" for o in of)]
-    cells += [_joined(_ratio(o.get(name)) for o in of) for name in NAMED]
+def _make_row(case: str, folders: Sequence[Found]) -> list[str]:
+    of = [{p: line for (c, p), line in folder.items() if c == case} for folder in folders]
+    cells = [_join(f"{o[BASE]['ms']['p50']:.3g}" if BASE in o else "-" for o in of)]
+    cells += [_join(_format_ratio(o.get(name)) for o in of) for name in NAMED]
     others = {p: line for o in of for p, line in o.items() if p not in NAMED and is_rival(p)}
     another = min(others, key=lambda p: others[p]["ratio"]["p50"], default=None)
-    cells.append(f"{another}: {_joined(_ratio(o.get(another)) for o in of)}" if another else "")
+    cells.append(
+        f"{another}: {_join(_format_ratio(o.get(another)) for o in of)}" if another else ""
+    )
     limits = [f"{o[OURS]['limit']:.2f}" for o in of if OURS in o]
-    return [case, *cells, limits[0] if len(set(limits)) == 1 else _joined(limits)]
+    return [case, *cells, limits[0] if len(set(limits)) == 1 else _join(limits)]
 
 
-def headlines(folders: Sequence[Found]) -> str:
-    """fastlora's time over that of the frozen base, of torch at its fastest, and of PEFT."""
+def make_headlines(folders: Sequence[Found]) -> str:
+    """Makes a table of fastlora's time over the base's, torch's at its fastest, and PEFT's."""
     rows = []
     for words, case in HEADLINES:
         cells = [
-            _joined(_over(f, case, names) for f in folders) for names in ((BASE,), TORCH, (PEFT,))
+            _join(_compare(f, case, names) for f in folders) for names in ((BASE,), TORCH, (PEFT,))
         ]
         rows.append([words, *cells])
-    return markdown.table(("fastlora's time over", "the base's", "torch's", "PEFT's"), rows)
+    return markdown.make_table(("fastlora's time over", "the base's", "torch's", "PEFT's"), rows)
 
 
-def _over(found: Found, case: str, names: Sequence[str]) -> str:
-    ours, others = found.get((case, OURS)), [found[case, n] for n in names if (case, n) in found]
+def _compare(lines: Found, case: str, names: Sequence[str]) -> str:
+    ours, others = lines.get((case, OURS)), [lines[case, n] for n in names if (case, n) in lines]
     if ours is None or not others:
         return "-"
     pair = Pair(ours, min(others, key=lambda line: line["ratio"]["p50"]))
@@ -99,11 +101,11 @@ def _over(found: Found, case: str, names: Sequence[str]) -> str:
     return f"**{text}**" if pair.outcome == WINS else text
 
 
-def _ratio(line: Line | None) -> str:
+def _format_ratio(line: Line | None) -> str:
     return f"{line['ratio']['p50']:.2f}" if line else "-"
 
 
-def _joined(cells: Iterable[str]) -> str:
+def _join(cells: Iterable[str]) -> str:
     return " / ".join(cells)
 
 
@@ -112,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path)
     parser.add_argument("--headlines", action="store_true", help="the short table")
     options = parser.parse_args(argv)
-    found = [read(folder) for folder in options.folders]
-    empty = [folder for folder, each in zip(options.folders, found, strict=True) if not each]
+    results = [read(folder) for folder in options.folders]
+    empty = [folder for folder, each in zip(options.folders, results, strict=True) if not each]
     if empty:
         print(f"summary: expected results in {empty[0]}, found none", file=sys.stderr)
         return 2
-    print(headlines(found) if options.headlines else table(found))
+    print(make_headlines(results) if options.headlines else make_table(results))
     return 0
 
 

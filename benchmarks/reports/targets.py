@@ -15,14 +15,14 @@ from pathlib import Path
 from benchmarks import RESULTS
 from benchmarks.harness import lines
 from benchmarks.harness.lines import Line
-from benchmarks.reports.wanted import TARGETS, Target
+from benchmarks.reports.target_list import TARGETS, Target
 
 MET, NOISE, MISSED, UNKNOWN = "met", "within noise", "missed", "not measured"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One case: the value and its interval, and whose it is."""
+    """One case's value, its interval and the provider it is of."""
 
     case: str
     provider: str
@@ -31,22 +31,24 @@ class Measured:
     high: float
 
 
-def measured(target: Target, found: Sequence[Line]) -> tuple[list[Measured], list[str]]:
-    """Of each case that matches, in the lines' order; and of those that cannot be, why."""
+def find_values(target: Target, lines: Sequence[Line]) -> tuple[list[Measured], list[str]]:
+    """Finds the value of each case that matches, and why others have none."""
     by_case: dict[str, dict[str, Line]] = {}
-    for line in found:
+    for line in lines:
         if line["device"] == target.device and _matches(line["case"], target.cases):
             by_case.setdefault(line["case"], {})[line["provider"] or ""] = line
     values, reasons = [], []
-    for case, of in by_case.items():
-        timed = [of[name] for name in target.ours if "ratio" in of.get(name, {})]
-        over = of.get(target.over, {})
+    for case, line_of in by_case.items():
+        timed = [line_of[name] for name in target.ours if "ratio" in line_of.get(name, {})]
+        over = line_of.get(target.over, {})
         if not timed or "ratio" not in over:
-            dead = [of[name] for name in ("", *target.ours, target.over) if name in of]
-            said = next((f"{d['status']}: {d.get('reason')}" for d in dead if "ratio" not in d), "")
-            reasons.append(f"{case}: {said or 'no such provider'}")
+            dead = [line_of[name] for name in ("", *target.ours, target.over) if name in line_of]
+            reason = next(
+                (f"{d['status']}: {d.get('reason')}" for d in dead if "ratio" not in d), ""
+            )
+            reasons.append(f"{case}: {reason or 'no such provider'}")
             continue
-        each = [_value(target, case, line, over) for line in timed]
+        each = [_compute_value(target, case, line, over) for line in timed]
         pick = max if target.at_least else min
         values.append(pick(each, key=lambda m: m.value))
     return values, reasons
@@ -56,8 +58,8 @@ def _matches(case: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(case, glob) for glob in globs)
 
 
-def _value(target: Target, case: str, line: Line, over: Line) -> Measured:
-    ratio, other = _interval(line), _interval(over)
+def _compute_value(target: Target, case: str, line: Line, over: Line) -> Measured:
+    ratio, other = _read_interval(line), _read_interval(over)
     # Both are ratios to the base: that of the two is as wide as both of them.
     middle, low, high = ratio[0] / other[0], ratio[1] / other[2], ratio[2] / other[1]
     if target.measure == "limit":
@@ -70,25 +72,25 @@ def _value(target: Target, case: str, line: Line, over: Line) -> Measured:
     return Measured(case, line["provider"], middle, low, high)
 
 
-def _interval(line: Line) -> tuple[float, float, float]:
+def _read_interval(line: Line) -> tuple[float, float, float]:
     ratio: Mapping[str, float] = line["ratio"]
     # Older lines have no interval, only how the rounds were spread.
     return ratio["p50"], ratio.get("low", ratio["p20"]), ratio.get("high", ratio["p80"])
 
 
 def judge(target: Target, m: Measured) -> str:
-    """Met or missed when all of the interval is."""
+    """Judges: met or missed when the whole interval is, else noise."""
     if target.at_least:
         return MET if m.low >= target.bound else MISSED if m.high < target.bound else NOISE
     return MET if m.high <= target.bound else MISSED if m.low > target.bound else NOISE
 
 
-def row(target: Target, found: Sequence[Line]) -> tuple[str, str, str, str]:
-    """Work, target, what was measured (of several cases the worst), and the result."""
-    wanted = f"{'>=' if target.at_least else '<='} {_number(target, target.bound)}"
-    values, reasons = measured(target, found)
+def make_row(target: Target, lines: Sequence[Line]) -> tuple[str, str, str, str]:
+    """Makes a row: work, target, value (the worst of several cases), result."""
+    bound = f"{'>=' if target.at_least else '<='} {_format_number(target, target.bound)}"
+    values, reasons = find_values(target, lines)
     if not values:
-        return target.work, wanted, "", f"{UNKNOWN}: {reasons[0]}" if reasons else UNKNOWN
+        return target.work, bound, "", f"{UNKNOWN}: {reasons[0]}" if reasons else UNKNOWN
     pick = min if target.at_least else max
     worst = pick(values, key=lambda m: m.low if target.at_least else m.high)
     verdicts = [judge(target, m) for m in values]
@@ -99,26 +101,29 @@ def row(target: Target, found: Sequence[Line]) -> tuple[str, str, str, str]:
             (m for m, v in zip(values, verdicts, strict=True) if v == MISSED),
             key=lambda m: m.value,
         )
-        result += f" by {_number(target, abs(worst.value - target.bound))}"
-    said = f"{_number(target, worst.value)} ({_number(target, worst.low)} to "
-    said += f"{_number(target, worst.high)})"
+        result += f" by {_format_number(target, abs(worst.value - target.bound))}"
+    text = f"{_format_number(target, worst.value)} ({_format_number(target, worst.low)} to "
+    text += f"{_format_number(target, worst.high)})"
     if len(target.ours) > 1:
-        said += f" by {worst.provider}"
+        text += f" by {worst.provider}"
     if len(values) > 1:
-        said += f", worst of {len(values)}: {worst.case}"
+        text += f", worst of {len(values)}: {worst.case}"
         result += f", {missed} of {len(values)}" if missed else ""
-    return target.work, wanted, said, result + (f", {len(reasons)} without" if reasons else "")
+    return target.work, bound, text, result + (f", {len(reasons)} without" if reasons else "")
 
 
-def _number(target: Target, value: float) -> str:
+def _format_number(target: Target, value: float) -> str:
     return f"{value:.1f}x" if target.measure == "times" else f"{value:.3f}"
 
 
-def table(found: Sequence[Line], *, markdown: bool) -> str:
-    """The rows of the devices that the lines are of."""
-    devices = {line["device"] for line in found}
+def make_table(lines: Sequence[Line], *, markdown: bool) -> str:
+    """Makes a table of the targets of the devices that the lines are of."""
+    devices = {line["device"] for line in lines}
     chosen = [target for target in TARGETS if target.device in devices]
-    rows = [("work", "target", "measured", "result"), *(row(target, found) for target in chosen)]
+    rows = [
+        ("work", "target", "measured", "result"),
+        *(make_row(target, lines) for target in chosen),
+    ]
     if markdown:
         because = ["because", *(target.because for target in chosen)]
         wide = [f"| {' | '.join((*r, why))} |" for r, why in zip(rows, because, strict=True)]
@@ -135,23 +140,23 @@ def main(
     parser.add_argument("folder", metavar="DIR", nargs="?", type=Path)
     parser.add_argument("--markdown", action="store_true", help="with the reasons of the targets")
     options = parser.parse_args(argv)
-    folder = options.folder or _default()
+    folder = options.folder or _find_folder()
     try:
-        found = lines.read_all(folder)
+        results = lines.read_all(folder)
     except (OSError, ValueError) as error:
         print(f"benchmarks: targets: {error}", file=sys.stderr)
         return 2
-    print(table(found, markdown=options.markdown))
+    print(make_table(results, markdown=options.markdown))
     return 0
 
 
-def _default() -> Path:
+def _find_folder() -> Path:
     import torch
 
     from benchmarks.harness import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return RESULTS / machine.folder_name(device)
+    return RESULTS / machine.name_folder(device)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What is measured: each suite's operands, providers, truth and cost."""
+"""Suites of cases: each has operands, providers, right results and a cost."""

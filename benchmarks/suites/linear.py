@@ -9,13 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.harness.truth import gradients, oracle
-from benchmarks.harness.work import BASE, DTYPES, Call, Case, Operands, Outputs, Work, sampled, wide
-from benchmarks.peers.calls import tried
-from benchmarks.peers.compiling import Compile, as_it_is, compiled
-from benchmarks.peers.peft import peft_linear, torch_keep
-from benchmarks.peers.training import unsloth_linear
-from benchmarks.suites.paths import along, on, with_base
+from benchmarks.harness.case import (
+    BASE,
+    DTYPES,
+    Call,
+    Case,
+    Operands,
+    Outputs,
+    Work,
+    spread_indices,
+    widen,
+)
+from benchmarks.harness.oracle import compute_gradients, oracle
+from benchmarks.peers.calls import try_call
+from benchmarks.peers.compiling import Compile, compile_call, leave_alone
+from benchmarks.peers.peft import draw_torch_mask, make_peft_linear
+from benchmarks.peers.training import import_unsloth_linear
+from benchmarks.suites.paths import run_along, run_on, run_with_base
 from fastlora import batch_invariant
 from fastlora import functional as F
 from fastlora.backends import dropout
@@ -44,22 +54,22 @@ class Linear(Work):
             "fastlora": self._fastlora,
         }
         if invariant:
-            # What it costs that a row has its bits in every batch.
+            # The cost of the same bits for a row in every batch.
             self.name = "linear-invariant"
             self.providers["fastlora-invariant"] = self._invariant
         elif natively:
-            # Who multiplies by the weight on a CPU: where the one is better, and where the other.
+            # The product with the weight on a CPU, by the native kernel and by torch.
             self.name = "linear-native"
             for name, whole in (("native", True), ("torch-product", False)):
-                self.providers[name] = partial(with_base, whole, self._fastlora)
+                self.providers[name] = partial(run_with_base, whole, self._fastlora)
         else:
-            self.gpu_providers = {path: partial(along, path, self._fastlora) for path in PATHS}
-            self.gpu_providers["cuda"] = partial(on, "cuda", self._fastlora)
-            self.gpu_providers["unsloth"] = partial(tried, "unsloth", self._unsloth)
+            self.gpu_providers = {path: partial(run_along, path, self._fastlora) for path in PATHS}
+            self.gpu_providers["cuda"] = partial(run_on, "cuda", self._fastlora)
+            self.gpu_providers["unsloth"] = partial(try_call, "unsloth", self._unsloth)
             self.compiled_providers = {
-                "torch-compiled": partial(compiled, self._torch),
-                "peft-compiled": partial(compiled, self._peft),
-                "fastlora-compiled": partial(compiled, self._fastlora),
+                "torch-compiled": partial(compile_call, self._torch),
+                "peft-compiled": partial(compile_call, self._peft),
+                "fastlora-compiled": partial(compile_call, self._fastlora),
             }
 
     def operands(self, case: Case, seed: int) -> Operands:
@@ -81,7 +91,7 @@ class Linear(Work):
     def _base(self, case: Case, o: Operands) -> Call:
         return self._call(o, lambda: nnf.linear(o["x"], o["weight"]), [o["x"]])
 
-    def _torch(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+    def _torch(self, case: Case, o: Operands, wrap: Compile = leave_alone) -> Call:
         x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
 
         def forward() -> Tensor:
@@ -92,22 +102,22 @@ class Linear(Work):
 
         return self._call(o, wrap(forward), [x, lora_A, lora_B])
 
-    def _peft(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
-        layer = peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)], case.dropout)
+    def _peft(self, case: Case, o: Operands, wrap: Compile = leave_alone) -> Call:
+        layer = make_peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)], case.dropout)
         x, leaves = o["x"], [o["x"], layer.lora_A["0"].weight, layer.lora_B["0"].weight]
         return self._call(o, wrap(lambda: layer(x)), leaves)
 
-    def _fastlora(self, case: Case, o: Operands, wrap: Compile = as_it_is) -> Call:
+    def _fastlora(self, case: Case, o: Operands, wrap: Compile = leave_alone) -> Call:
         x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
-        how = {"dropout_p": case.dropout, "training": case.dropout > 0}
+        dropout_options = {"dropout_p": case.dropout, "training": case.dropout > 0}
 
         def forward() -> Tensor:
-            return F.lora_linear(x, weight, lora_A, lora_B, SCALING, **how)
+            return F.lora_linear(x, weight, lora_A, lora_B, SCALING, **dropout_options)
 
         return self._call(o, wrap(forward), [x, lora_A, lora_B])
 
     def _unsloth(self, case: Case, o: Operands) -> Call:
-        linear = unsloth_linear(case)
+        linear = import_unsloth_linear(case)
         x, weight, lora_A, lora_B = (o[name] for name in _TENSORS)
 
         def forward() -> Tensor:
@@ -148,13 +158,13 @@ class Linear(Work):
         rows, columns, outs = self._sampled(case)
         keep = None if mask is None else mask[rows]
         y = oracle.lora_linear(
-            o["x"][rows], wide(o["weight"]), *map(wide, factors[:2]), scaling, keep=keep
+            o["x"][rows], widen(o["weight"]), *map(widen, factors[:2]), scaling, keep=keep
         )
         if not self.backward:
             return {"y": y}
         # Of some features, so that every token is summed and N*K gradients of the weight are not.
-        found = gradients(o["dy"], o["x"], o["weight"], *factors, mask, columns, outs)
-        return {"y": y, **(found if provider != BASE else {"dx": found["dx"]})}
+        gradients = compute_gradients(o["dy"], o["x"], o["weight"], *factors, mask, columns, outs)
+        return {"y": y, **(gradients if provider != BASE else {"dx": gradients["dx"]})}
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
         rows, columns, outs = self._sampled(case)
@@ -167,10 +177,14 @@ class Linear(Work):
         return {name: t.detach().cpu()[index[name]] for name, t in outputs.items()}
 
     def _sampled(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-        return sampled(case.shape["M"]), sampled(case.shape["K"]), sampled(case.shape["N"])
+        return (
+            spread_indices(case.shape["M"]),
+            spread_indices(case.shape["K"]),
+            spread_indices(case.shape["N"]),
+        )
 
     def _mask(self, case: Case, o: Operands, provider: str) -> Tensor | None:
-        """What the provider's call multiplies x by under the generator's present state."""
+        """Draws the mask that the provider's call multiplies x by, from the generator's state."""
         x, p = o["x"], case.dropout
         if not p or provider == BASE:
             return None
@@ -180,7 +194,7 @@ class Linear(Work):
         else:
             # PEFT drops from its copy of x in the adapters' dtype.
             dtype = o["lora_A"].dtype if provider == "peft" else DTYPES[case.dtype]
-            keep, factor = torch_keep(x, p, dtype), 1 / (1 - p)
+            keep, factor = draw_torch_mask(x, p, dtype), 1 / (1 - p)
         share, noise = float(keep.double().mean()), (p * (1 - p) / keep.numel()) ** 0.5
         if abs(share - (1 - p)) > 6 * noise:
             raise ValueError(f"the dropout mask keeps {share:.4f} of the elements for p = {p}")

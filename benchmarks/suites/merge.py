@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.harness.truth import oracle
-from benchmarks.harness.work import BASE, Call, Case, Operands, Outputs, Work, sampled, wide
-from benchmarks.peers.peft import peft_linear
-from benchmarks.suites.paths import on
+from benchmarks.harness.case import BASE, Call, Case, Operands, Outputs, Work, spread_indices, widen
+from benchmarks.harness.oracle import oracle
+from benchmarks.peers.peft import make_peft_linear
+from benchmarks.suites.paths import run_on
 from fastlora import functional as F
 from fastlora.functional.receipt import Adapter
 
@@ -22,7 +22,7 @@ _SHARE, _GATED_SHARE = 0.05, 0.5
 
 
 class _OfWeights(Work):
-    """Operands have an adapter of ``share`` of the weight; the gate sees a stronger one."""
+    """Work on a weight and an adapter of ``share`` of it; the gate compares a stronger one."""
 
     suite = "merge"
     share = _SHARE
@@ -49,7 +49,7 @@ class Swap(_OfWeights):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
-        self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
+        self.gpu_providers = {b: partial(run_on, b, self._fastlora) for b in ("triton", "cuda")}
 
     def operands(self, case: Case, seed: int) -> Operands:
         N, K, R = (case.shape[k] for k in "NKR")
@@ -73,7 +73,7 @@ class Swap(_OfWeights):
         return call
 
     def _torch(self, case: Case, o: Operands) -> Call:
-        weight, (mine, other) = o["weight"], _both(o)
+        weight, (mine, other) = o["weight"], _list_both(o)
 
         def add(adapter: Adapter, sign: int) -> None:
             A, B, scaling = adapter
@@ -90,7 +90,7 @@ class Swap(_OfWeights):
         return call
 
     def _peft(self, case: Case, o: Operands) -> Call:
-        layer = peft_linear(o["weight"], _both(o))
+        layer = make_peft_linear(o["weight"], _list_both(o))
         weight, names = layer.get_base_layer().weight, list(layer.lora_A)
         layer.merge(adapter_names=names[:1])
 
@@ -103,7 +103,7 @@ class Swap(_OfWeights):
         return call
 
     def _fastlora(self, case: Case, o: Operands) -> Call:
-        weight, (mine, other) = o["weight"], _both(o)
+        weight, (mine, other) = o["weight"], _list_both(o)
         receipt = F.merge_(weight, [mine])
 
         def call() -> Outputs:
@@ -115,13 +115,13 @@ class Swap(_OfWeights):
         return call
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
-        weight, other_A, other_B = (wide(operands[k]) for k in ("weight", "other_A", "other_B"))
-        rows = sampled(case.shape["N"])
+        weight, other_A, other_B = (widen(operands[k]) for k in ("weight", "other_A", "other_B"))
+        rows = spread_indices(case.shape["N"])
         adapters = [] if provider == BASE else [(other_A, other_B[rows], SCALING)]
         return {"merged": oracle.merge(weight[rows], adapters)}
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
-        rows = sampled(case.shape["N"])
+        rows = spread_indices(case.shape["N"])
         return {name: t.detach().cpu()[rows] for name, t in outputs.items()}
 
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class Swap(_OfWeights):
         return 2 * adapters * N * K * R, 2 * size * N * K + lora_size * adapters * R * (K + N)
 
 
-def _both(o: Operands) -> list[Adapter]:
+def _list_both(o: Operands) -> list[Adapter]:
     return [(o["lora_A"], o["lora_B"], SCALING), (o["other_A"], o["other_B"], SCALING)]
 
 
@@ -154,7 +154,7 @@ class Merge(_OfWeights):
             "peft": self._peft,
             "fastlora": self._fastlora,
         }
-        self.gpu_providers = {b: partial(on, b, self._fastlora) for b in ("triton", "cuda")}
+        self.gpu_providers = {b: partial(run_on, b, self._fastlora) for b in ("triton", "cuda")}
         if not unmerge:
             self.providers["torch-split"] = self._torch_split
 
@@ -174,7 +174,7 @@ class Merge(_OfWeights):
             other.copy_(weight)
             if not self.unmerge:
                 return {"merged": other}
-            seen = self._seen(other)
+            seen = self._copy_row(other)
             weight.copy_(other)
             return {"merged": seen, "restored": weight}
 
@@ -190,14 +190,14 @@ class Merge(_OfWeights):
             add(SCALING)
             if not self.unmerge:
                 return {"merged": weight}
-            seen = self._seen(weight)
+            seen = self._copy_row(weight)
             add(-SCALING)
             return {"merged": seen, "restored": weight}
 
         return call
 
     def _torch_split(self, case: Case, o: Operands) -> Call:
-        """Factors as a sum of two each, so that a half-precision product has float32's accuracy."""
+        """Splits factors into sums of two, so that half-precision products are float32-accurate."""
         weight, lora_A, lora_B = o["weight"], o["lora_A"], o["lora_B"]
 
         def parts(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +212,7 @@ class Merge(_OfWeights):
         return call
 
     def _peft(self, case: Case, o: Operands) -> Call:
-        layer = peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)])
+        layer = make_peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)])
         weight = layer.get_base_layer().weight
 
         def call() -> Outputs:
@@ -220,7 +220,7 @@ class Merge(_OfWeights):
             if not self.unmerge:
                 layer.merged_adapters.clear()  # it merges a second time only what is not merged
                 return {"merged": weight}
-            seen = self._seen(weight)
+            seen = self._copy_row(weight)
             layer.unmerge()
             return {"merged": seen, "restored": weight}
 
@@ -233,29 +233,29 @@ class Merge(_OfWeights):
             receipt = F.merge_(weight, adapters, receipt=self.unmerge)
             if receipt is None:
                 return {"merged": weight}
-            seen = self._seen(weight)
+            seen = self._copy_row(weight)
             F.unmerge_(weight, receipt)
             return {"merged": seen, "restored": weight}
 
         return call
 
-    def _seen(self, weight: torch.Tensor) -> torch.Tensor:
-        """One row as it is while merged: without it, doing nothing would pass for both steps."""
+    def _copy_row(self, weight: torch.Tensor) -> torch.Tensor:
+        """Copies a row while merged: without it, doing nothing would pass for both steps."""
         return weight[-1:].clone()
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
-        weight, lora_A, lora_B = (wide(operands[k]) for k in ("weight", "lora_A", "lora_B"))
+        weight, lora_A, lora_B = (widen(operands[k]) for k in ("weight", "lora_A", "lora_B"))
         adapters = [] if provider == BASE else [(lora_A, lora_B, SCALING)]
         if self.unmerge:
             last = [(lora_A, lora_B[-1:], scaling) for lora_A, lora_B, scaling in adapters]
-            restored = weight[sampled(case.shape["N"])]
+            restored = weight[spread_indices(case.shape["N"])]
             return {"merged": oracle.merge(weight[-1:], last), "restored": restored}
-        rows = sampled(case.shape["N"])
+        rows = spread_indices(case.shape["N"])
         some = [(lora_A, lora_B[rows], scaling) for lora_A, lora_B, scaling in adapters]
         return {"merged": oracle.merge(weight[rows], some)}
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
-        rows = sampled(case.shape["N"])
+        rows = spread_indices(case.shape["N"])
         whole = "restored" if self.unmerge else "merged"
         return {
             name: t.detach().cpu()[rows] if name == whole else t.detach().cpu()

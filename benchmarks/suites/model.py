@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.work import BASE, Call, Case, Operands, Outputs
-from benchmarks.peers.compiling import compiled_module
-from benchmarks.peers.training import liger
+from benchmarks.harness.case import BASE, Call, Case, Operands, Outputs
+from benchmarks.peers.compiling import compile_module
+from benchmarks.peers.training import apply_liger
 from benchmarks.suites import llama, models
 from benchmarks.suites.linear import Linear
 
 
 class Train(llama.OfLlama):
-    """The loss of B x L tokens, and the gradients of x (B, L, H), every lora_A and every lora_B.
+    """Loss of B x L tokens, and the gradients of x (B, L, H), every lora_A and every lora_B.
 
     x, in the place of embedded tokens, has a gradient for all, as it has for blocks in the middle
     of a model; the frozen base has no other. An optimizer is no part of it: all would run the same
@@ -32,17 +32,19 @@ class Train(llama.OfLlama):
     def __init__(self) -> None:
         super().__init__()
         self.providers = {
-            BASE: partial(_step, llama.built, adapters=False),
-            "torch": partial(_step, models.lean),
-            "peft": partial(_step, models.peft_lora),
-            "peft-patched": partial(_step, models.peft_patched),
-            "fastlora": partial(_step, models.replaced),
+            BASE: partial(_prepare_step, llama.build_model, adapters=False),
+            "torch": partial(_prepare_step, models.build_lean),
+            "peft": partial(_prepare_step, models.build_peft),
+            "peft-patched": partial(_prepare_step, models.build_peft_patched),
+            "fastlora": partial(_prepare_step, models.build_fastlora),
         }
-        self.gpu_providers = {"peft-liger": partial(_step, _liger)}
+        self.gpu_providers = {"peft-liger": partial(_prepare_step, _build_liger)}
         self.compiled_providers = {
-            "base-compiled": partial(_step, llama.built, adapters=False, compiles=True),
-            "peft-compiled": partial(_step, models.peft_lora, compiles=True),
-            "fastlora-compiled": partial(_step, models.replaced, compiles=True),
+            "base-compiled": partial(
+                _prepare_step, llama.build_model, adapters=False, compiles=True
+            ),
+            "peft-compiled": partial(_prepare_step, models.build_peft, compiles=True),
+            "fastlora-compiled": partial(_prepare_step, models.build_fastlora, compiles=True),
         }
 
     def inputs(self, case: Case, draw: torch.Generator) -> Operands:
@@ -64,22 +66,22 @@ class Train(llama.OfLlama):
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
         adapted = self.truth(case, provider) != BASE
-        model, dense = llama.exact(case, operands, 0 if adapted else None)
+        model, dense = llama.build_exact(case, operands, 0 if adapted else None)
         x = operands["x"].detach().double().requires_grad_()
-        wanted = {name: weight.requires_grad_() for name, weight in dense.items() if adapted}
+        leaves = {name: weight.requires_grad_() for name, weight in dense.items() if adapted}
         logits = model(inputs_embeds=x, use_cache=False).logits[:, :-1]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), operands["ids"][:, 1:].flatten())
-        dx, *grads = torch.autograd.grad(loss, [x, *wanted.values()])
+        dx, *grads = torch.autograd.grad(loss, [x, *leaves.values()])
         out = {"loss": loss.detach(), "dx": dx}
-        for name, dW in zip(wanted, grads, strict=True):
+        for name, dW in zip(leaves, grads, strict=True):
             lora_A, lora_B = (operands[f"{name}.lora_{f}"][0].double() for f in "AB")
             # Of W + scaling * lora_B @ lora_A.
-            out[f"{name}.lora_A"] = llama.scaling(case, 0) * lora_B.T @ dW
-            out[f"{name}.lora_B"] = llama.scaling(case, 0) * dW @ lora_A.T
+            out[f"{name}.lora_A"] = llama.choose_scaling(case, 0) * lora_B.T @ dW
+            out[f"{name}.lora_B"] = llama.choose_scaling(case, 0) * dW @ lora_A.T
         return self.sample(case, out)
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
-        """All of it; a block's gradients of seven lora_A are one output, and those of lora_B."""
+        """Selects all; a block's gradients of seven lora_A are one output, and those of lora_B."""
         out = {name: outputs[name].detach().cpu() for name in ("loss", "dx")}
         for name, gradient in outputs.items():
             if ".lora_" in name:
@@ -89,14 +91,14 @@ class Train(llama.OfLlama):
         return out
 
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
-        """Of every linear as in suite ``linear``, and the attention's products."""
+        """Counts every linear as in suite ``linear``, and the attention's products."""
         B, L, layers, R = (case.shape[k] for k in ("B", "L", "layers", "R"))
         adapted = self.truth(case, provider) != BASE
-        query, _, width = llama.heads(case)
+        query, _, width = llama.count_heads(case)
         head = (llama.VOCABULARY, case.shape["H"])
         # Q K^T and P V, of which the mask leaves half; twice as many products backward.
         flops, moved = 3 * layers * 2 * B * L * L * query * width, 0
-        for number, (N, K) in enumerate([*llama.linears(case).values(), head]):
+        for number, (N, K) in enumerate([*llama.list_linears(case).values(), head]):
             shape = {"M": B * L, "K": K, "N": N, "R": R}
             last = number == 7 * layers
             linear = replace(case, work=_LINEAR, shape=shape)
@@ -108,11 +110,11 @@ class Train(llama.OfLlama):
 _LINEAR = Linear(backward=True)
 
 
-def _liger(case: Case, o: Operands) -> Any:
-    return liger(models.peft_lora(case, o))
+def _build_liger(case: Case, o: Operands) -> Any:
+    return apply_liger(models.build_peft(case, o))
 
 
-def _step(
+def _prepare_step(
     build: Callable[[Case, Operands], Any],
     case: Case,
     o: Operands,
@@ -121,8 +123,8 @@ def _step(
     compiles: bool = False,
 ) -> Call:
     model = build(case, o)
-    leaves = {"dx": o["x"], **(models.trainable(case, model) if adapters else {})}
-    run = compiled_module(model, case.device) if compiles else model
+    leaves = {"dx": o["x"], **(models.make_trainable(case, model) if adapters else {})}
+    run = compile_module(model, case.device) if compiles else model
 
     def call() -> Outputs:
         loss: Tensor = run(inputs_embeds=o["x"], labels=o["ids"], use_cache=False).loss

@@ -9,14 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from benchmarks.harness.truth import oracle
-from benchmarks.harness.work import BASE, Absent, Call, Case, Operands, Outputs, Work, sampled, wide
-from benchmarks.peers.calls import tried
-from benchmarks.peers.compiling import compiled, whole
-from benchmarks.peers.peft import peft_linear
-from benchmarks.peers.serving import sglang, vllm
-from benchmarks.suites.paths import along, on
-from benchmarks.suites.workloads import adapter_ids
+from benchmarks.harness.case import (
+    BASE,
+    Absent,
+    Call,
+    Case,
+    Operands,
+    Outputs,
+    Work,
+    spread_indices,
+    widen,
+)
+from benchmarks.harness.oracle import oracle
+from benchmarks.peers.calls import try_call
+from benchmarks.peers.compiling import compile_call, compile_whole
+from benchmarks.peers.peft import make_peft_linear
+from benchmarks.peers.serving import prepare_sglang, prepare_vllm
+from benchmarks.suites.paths import run_along, run_on
+from benchmarks.suites.workloads import draw_adapter_ids
 from fastlora import functional as F
 
 _MIXED_SEQUENCES = 4
@@ -24,15 +34,15 @@ _PAGE = 8
 # Of the Triton kernels; kernels/choose/ledger.py has the list, but importing it needs triton.
 # "library" is how others serve: the library's product, then a launch to shrink and one to expand.
 PATHS = ("decode", "decode_beside", "prefill", "prefill_beside", "library")
-# What slots have in turn where ranks are mixed, as far as R goes.
+# Ranks of slots in turn where they are mixed, at most R.
 _RANKS = (8, 16, 32, 64, 128)
 
 
 class Multi(Work):
-    """Every row of x through the base and its own adapter.
+    """Rows of x, each through the base and its own adapter.
 
-    What a server knows once a step (which rows belong together) is prepared outside the timed call
-    for everyone who has a use for it. decode: x (T, K), ids (T,), a row is a request. prefill:
+    What a server computes once a step (which rows belong together) is prepared outside the timed
+    call for every provider. decode: x (T, K), ids (T,), a row is a request. prefill:
     x (B, L, K), ids (B,). mixed: x (T, K), ids (T,), half of the rows prefill, half decode.
     """
 
@@ -41,21 +51,26 @@ class Multi(Work):
     def __init__(self, phase: str) -> None:
         self.phase = phase
         self.name = f"multi-{phase}"
-        self.providers = {BASE: _base, "torch": _torch, "peft": _peft, "fastlora": _fastlora}
-        self.providers["fastlora-pages"] = _fastlora_pages
+        self.providers = {
+            BASE: _prepare_base,
+            "torch": _prepare_torch,
+            "peft": _prepare_peft,
+            "fastlora": _prepare_fastlora,
+        }
+        self.providers["fastlora-pages"] = _prepare_fastlora_pages
         if phase != "mixed":
             # Copies an adapter for every row or sequence: of use while they are few.
-            self.providers["torch-gather"] = _torch_gather
+            self.providers["torch-gather"] = _prepare_torch_gather
         self.compiled_providers = {
-            f"{name}-compiled": partial(compiled, whole(self.providers[name]))
+            f"{name}-compiled": partial(compile_call, compile_whole(self.providers[name]))
             for name in ("torch", "torch-gather", "peft", "fastlora")
             if name in self.providers
         }
-        self.gpu_providers = {path: partial(along, path, _fastlora) for path in PATHS}
-        self.gpu_providers["cuda"] = partial(on, "cuda", _fastlora)
-        self.gpu_providers["merged"] = _merged
-        self.gpu_providers["vllm"] = partial(tried, "vllm", vllm)
-        self.gpu_providers["sglang"] = partial(tried, "sglang", sglang)
+        self.gpu_providers = {path: partial(run_along, path, _prepare_fastlora) for path in PATHS}
+        self.gpu_providers["cuda"] = partial(run_on, "cuda", _prepare_fastlora)
+        self.gpu_providers["merged"] = _prepare_merged
+        self.gpu_providers["vllm"] = partial(try_call, "vllm", prepare_vllm)
+        self.gpu_providers["sglang"] = partial(try_call, "sglang", prepare_sglang)
 
     def operands(self, case: Case, seed: int) -> Operands:
         K, N, R, S = (case.shape[k] for k in "KNRS")
@@ -70,9 +85,9 @@ class Multi(Work):
         # Deltas of different adapters differ by about half of the output.
         lora_A = case.adapter(draw, S, R, K, scale=K**-0.5)
         lora_B = case.adapter(draw, S, N, R, scale=0.5 * R**-0.5)
-        ranks = torch.tensor(_ranks(case), device=case.device)
+        ranks = torch.tensor(_list_ranks(case), device=case.device)
         for slot, r in enumerate(ranks.tolist()):
-            # Zero past the rank: right too for those who know one rank alone.
+            # Zero past the rank: right too for providers of a single rank.
             lora_A[slot, r:] = 0
             lora_B[slot, :, r:] = 0
         return {
@@ -87,9 +102,9 @@ class Multi(Work):
 
     def _row_ids(self, case: Case, seed: int) -> Tensor:
         sequences = case.shape.get("B", _MIXED_SEQUENCES)
-        return adapter_ids(
+        return draw_adapter_ids(
             case.workload,
-            _rows(case),
+            _count_rows(case),
             case.shape["S"],
             phase=self.phase,
             sequences=sequences,
@@ -97,8 +112,8 @@ class Multi(Work):
         )
 
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
-        rows = sampled(_rows(case))
-        o = {name: wide(t) for name, t in operands.items() if name not in ("ids", "ranks")}
+        rows = spread_indices(_count_rows(case))
+        o = {name: widen(t) for name, t in operands.items() if name not in ("ids", "ranks")}
         ids = operands["ids"].cpu()
         if self.phase == "prefill":
             ids = ids.repeat_interleave(case.shape["L"])
@@ -110,35 +125,35 @@ class Multi(Work):
         return {"y": y}
 
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
-        return {"y": outputs["y"].detach().flatten(0, -2).cpu()[sampled(_rows(case))]}
+        return {"y": outputs["y"].detach().flatten(0, -2).cpu()[spread_indices(_count_rows(case))]}
 
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
-        T, (K, N) = _rows(case), (case.shape[k] for k in "KN")
+        T, (K, N) = _count_rows(case), (case.shape[k] for k in "KN")
         size, lora_size = case.element_sizes
         flops, moved = 2 * T * K * N, size * (K * N + T * (K + N))
         if provider != BASE:
-            ids, ranks = self._row_ids(case, 0), torch.tensor([*_ranks(case), 0])
+            ids, ranks = self._row_ids(case, 0), torch.tensor([*_list_ranks(case), 0])
             flops += 2 * int(ranks[ids].sum()) * (K + N)
             moved += lora_size * int(ranks[ids.unique()].sum()) * (K + N)
         return flops, moved
 
 
-def _rows(case: Case) -> int:
+def _count_rows(case: Case) -> int:
     return case.shape["T"] if "T" in case.shape else case.shape["B"] * case.shape["L"]
 
 
-def _ranks(case: Case) -> list[int]:
-    """Of each slot."""
+def _list_ranks(case: Case) -> list[int]:
+    """Lists the rank of each slot."""
     S, R = case.shape["S"], case.shape["R"]
     return [min(R, _RANKS[slot % len(_RANKS)]) if case.ranks else R for slot in range(S)]
 
 
-def _base(case: Case, o: Operands) -> Call:
+def _prepare_base(case: Case, o: Operands) -> Call:
     return lambda: {"y": nnf.linear(o["x"], o["weight"])}
 
 
-def _torch(case: Case, o: Operands) -> Call:
-    """A loop over the adapters present, their rows known beforehand."""
+def _prepare_torch(case: Case, o: Operands) -> Call:
+    """Prepares a loop over the adapters present, their rows known beforehand."""
     x, ids = o["x"], o["ids"]
     T, N = x.shape[:-1].numel(), o["weight"].shape[0]
     of_row = ids.repeat_interleave(T // ids.numel())
@@ -160,8 +175,8 @@ def _torch(case: Case, o: Operands) -> Call:
     return call
 
 
-def _torch_gather(case: Case, o: Operands) -> Call:
-    """Two batched products with every row's, or sequence's, own adapter gathered."""
+def _prepare_torch_gather(case: Case, o: Operands) -> Call:
+    """Prepares two batched products with the adapter of every row or sequence gathered."""
     x, ids = o["x"], o["ids"]
     rows = x[:, None] if x.dim() == 2 else x  # [B, L, K]
     slots, none = ids.clamp(min=0), (ids < 0)[:, None, None]
@@ -176,28 +191,28 @@ def _torch_gather(case: Case, o: Operands) -> Call:
     return call
 
 
-def _peft(case: Case, o: Operands) -> Call:
-    layer, names = peft_mixed(o)
+def _prepare_peft(case: Case, o: Operands) -> Call:
+    layer, names = make_peft_mixed(o)
     return lambda: {"y": layer(o["x"], adapter_names=names)}
 
 
-def peft_mixed(o: Operands) -> tuple[Any, list[str]]:
-    """PEFT's layer and the ``adapter_names`` of its mixed batch, one for each element of it."""
+def make_peft_mixed(o: Operands) -> tuple[Any, list[str]]:
+    """Makes PEFT's layer and the ``adapter_names`` of its mixed batch."""
     slots = enumerate(zip(o["ranks"].tolist(), o["scalings"].tolist(), strict=True))
     parts = [(o["lora_A"][i, :r], o["lora_B"][i, :, :r], scaling) for i, (r, scaling) in slots]
     names = ["__base__" if i < 0 else str(i) for i in o["ids"].tolist()]
-    return peft_linear(o["weight"], parts), names
+    return make_peft_linear(o["weight"], parts), names
 
 
-def _fastlora(case: Case, o: Operands) -> Call:
+def _prepare_fastlora(case: Case, o: Operands) -> Call:
     groups = F.group_rows(o["ids"], case.shape["S"])
     args = (o["x"], o["weight"], o["lora_A"], o["lora_B"], groups, o["scalings"])
     ranks = o["ranks"] if case.ranks else None
     return lambda: {"y": F.multi_lora_linear(*args, ranks=ranks)}
 
 
-def _fastlora_pages(case: Case, o: Operands) -> Call:
-    """The same adapters as a bank has them: in pages of eight ranks, B's rank-major."""
+def _prepare_fastlora_pages(case: Case, o: Operands) -> Call:
+    """Prepares the same adapters as a bank has them: in pages of eight ranks, B's rank-major."""
     groups, (S, R, _) = F.group_rows(o["ids"], case.shape["S"]), o["lora_A"].shape
     pages = -(-R // _PAGE)
     lora_A, lora_B = (
@@ -209,8 +224,8 @@ def _fastlora_pages(case: Case, o: Operands) -> Call:
     return lambda: {"y": F.multi_lora_linear(*args, ranks=o["ranks"], page_table=table)}
 
 
-def _merged(case: Case, o: Operands) -> Call:
-    """The one adapter of all rows merged into the weight beforehand."""
+def _prepare_merged(case: Case, o: Operands) -> Call:
+    """Prepares a weight with the only adapter of all rows merged."""
     if case.shape["S"] > 1:
         raise Absent("a weight has one adapter merged at a time")
     r, scaling = int(o["ranks"][0]), float(o["scalings"][0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
-from benchmarks.harness.work import DTYPES, Absent, Builder, Call, Case, Operands, Outputs
+from benchmarks.harness.case import DTYPES, Absent, Builder, Call, Case, Operands, Outputs
 from fastlora import use_backend
 from fastlora.backends import native
 from fastlora.backends.cpu.linear import FEW_ROWS
@@ -12,8 +12,8 @@ from fastlora.ops import availability
 from fastlora.ops.run import Refused, strictly
 
 
-def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
-    """What the provider ``fastlora`` calls, on one backend alone."""
+def run_on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """Prepares the call of provider ``fastlora`` on one backend alone."""
     reason = availability.unusable(backend)
     if reason is not None:
         raise Absent(reason)
@@ -30,8 +30,8 @@ def on(backend: str, fastlora: Builder, case: Case, o: Operands) -> Call:
     return on_the_backend
 
 
-def with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Call:
-    """What the provider ``fastlora`` calls on a CPU: the base in the native kernel, or by torch."""
+def run_with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """Prepares ``fastlora``'s call on a CPU, the base in the native kernel or by torch."""
     reason = availability.unusable("cpu")
     if reason is not None:
         raise Absent(reason)
@@ -46,8 +46,8 @@ def with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) -> Cal
     return chosen
 
 
-def along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:
-    """What the provider ``fastlora`` calls, with its Triton kernels along one path."""
+def run_along(path: str, fastlora: Builder, case: Case, o: Operands) -> Call:
+    """Prepares ``fastlora``'s call with its Triton kernels along one path."""
     try:
         from fastlora.kernels.choose.choice import NoSuchPath, use_path
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""Commands of their own, whose tables the docs show: whole processes and whole models."""
+"""Commands that print tables of the docs: whole processes and whole models."""

@@ -34,60 +34,60 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 R, ADAPTERS, ROUNDS = 16, 3, 15
 
 
-def row(*cells: str) -> None:
+def print_row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def heading(*cells: str) -> None:
-    row(*cells)
+def print_heading(*cells: str) -> None:
+    print_row(*cells)
     print("|---" * len(cells) + "|")
 
 
-def layer(size: int, dtype: torch.dtype, ratio: float) -> tuple[Tensor, list[Adapter]]:
-    """A weight (size, size) and a float32 adapter whose |d| / |W| is ratio."""
+def draw_layer(size: int, dtype: torch.dtype, ratio: float) -> tuple[Tensor, list[Adapter]]:
+    """Draws a weight (size, size) and a float32 adapter whose |d| / |W| is ratio."""
     torch.manual_seed(0)
     weight = (torch.randn(size, size) * size**-0.5).to(dtype)
     A, B = torch.randn(R, size) * size**-0.5, torch.randn(size, R) * ratio * R**-0.5
     return weight, [(A, B, 1.0)]
 
 
-def receipt(options: argparse.Namespace) -> None:
+def print_receipts(options: argparse.Namespace) -> None:
     ratios = (0.001, 0.01, 0.1, 1.0)
-    heading(r"\|d\|/\|W\|", *(f"{ratio:g}" for ratio in ratios))
+    print_heading(r"\|d\|/\|W\|", *(f"{ratio:g}" for ratio in ratios))
     for dtype in DTYPES:
         cells = []
         for ratio in ratios:
-            weight, adapters = layer(options.size, dtype, ratio)
+            weight, adapters = draw_layer(options.size, dtype, ratio)
             before = weight.clone()
-            made = F.merge_(weight, adapters)
-            held = sum(t.nbytes for t in made.parts) / weight.nbytes
-            F.unmerge_(weight, made)
+            merge_receipt = F.merge_(weight, adapters)
+            held = sum(t.nbytes for t in merge_receipt.parts) / weight.nbytes
+            F.unmerge_(weight, merge_receipt)
             if not torch.equal(weight, before):
                 raise RuntimeError(f"{dtype}, {ratio}: the weight did not come back")
             cells.append(f"{100 * held:.2g} %")
-        row(str(dtype).removeprefix("torch."), *cells)
+        print_row(str(dtype).removeprefix("torch."), *cells)
 
 
-def fidelity(options: argparse.Namespace) -> None:
-    heading(r"\|d\|/\|W\|", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))
+def print_fidelity(options: argparse.Namespace) -> None:
+    print_heading(r"\|d\|/\|W\|", *(str(dtype).removeprefix("torch.") for dtype in DTYPES))
     for ratio in (0.0001, 0.001, 0.003, 0.01, 0.1, 1.0):
         cells = []
         for dtype in DTYPES:
-            before, adapters = layer(options.size, dtype, ratio)
+            before, adapters = draw_layer(options.size, dtype, ratio)
             after = before.clone()
             F.merge_(after, adapters, receipt=False)
-            found = measure(before, after, adapters)
-            gain = f"{found.gain:.2f}" if found.gain >= LOW_GAIN else f"**{found.gain:.2f}**"
-            cells.append(f"{gain} / {found.error:.2g} / {found.changed:.0%}".replace("%", " %"))
-        row(f"{ratio:g}", *cells)
+            result = measure(before, after, adapters)
+            gain = f"{result.gain:.2f}" if result.gain >= LOW_GAIN else f"**{result.gain:.2f}**"
+            cells.append(f"{gain} / {result.error:.2g} / {result.changed:.0%}".replace("%", " %"))
+        print_row(f"{ratio:g}", *cells)
 
 
-def combining(options: argparse.Namespace) -> None:
+def print_combining(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     size, weights, names = options.size, [0.7, -0.4, 0.5], [str(i) for i in range(ADAPTERS)]
     adapters = [(torch.randn(R, size), torch.randn(size, R), 2.0) for _ in names]
-    model = peft_model(adapters, names)
-    heading("type", "fastlora, ms", "PEFT, ms")
+    model = make_peft_model(adapters, names)
+    print_heading("type", "fastlora, ms", "PEFT, ms")
     for kind in ("cat", "linear", "svd", "ties", "ties_svd"):
 
         def ours(kind: str = kind) -> Adapter:
@@ -107,13 +107,13 @@ def combining(options: argparse.Namespace) -> None:
         rounds = 3 if kind.endswith("_svd") else ROUNDS
         for _ in range(rounds):
             model.delete_adapter("new")
-            samples.append((milliseconds(ours), milliseconds(theirs)))
+            samples.append((time_call(ours), time_call(theirs)))
         model.delete_adapter("new")
-        row(kind, *(f"{statistics.median(each):.3g}" for each in zip(*samples, strict=True)))
+        print_row(kind, *(f"{statistics.median(each):.3g}" for each in zip(*samples, strict=True)))
 
 
-def peft_model(adapters: Sequence[Adapter], names: Sequence[str]) -> Any:
-    """PEFT's model of one linear layer with these adapters."""
+def make_peft_model(adapters: Sequence[Adapter], names: Sequence[str]) -> Any:
+    """Makes PEFT's model of one linear layer with these adapters."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
@@ -133,7 +133,7 @@ def peft_model(adapters: Sequence[Adapter], names: Sequence[str]) -> Any:
     return model
 
 
-def milliseconds(call: Callable[[], object]) -> float:
+def time_call(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - began)
@@ -170,19 +170,19 @@ model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/base", dtyp
 model = PeftModel.from_pretrained(model, folder + "/adapter").merge_and_unload()
 model.save_pretrained(out, max_shard_size=int(shard))
 """
-# Of this process's own memory: what wait() tells of a child counts its parent's, too.
+# Reads this process's own memory: what wait() reports of a child includes its parent's.
 PEAK = """
 lines = open("/proc/self/status").read().splitlines()
 print("peak", next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """
 
 
-def checkpoint(options: argparse.Namespace) -> None:
+def print_checkpoint(options: argparse.Namespace) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     shard = str(500_000_000)
 
     def run(script: str, *arguments: str) -> tuple[float, float]:
-        """Seconds and GB of a process."""
+        """Returns seconds and GB of a process."""
         command = [sys.executable, "-c", script + PEAK, *arguments]
         began = time.perf_counter()
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -195,20 +195,25 @@ def checkpoint(options: argparse.Namespace) -> None:
         run(BASE, folder, str(options.layers), str(options.size), shard)
         files = list(Path(folder, "base").glob("*.safetensors"))
         total = sum(path.stat().st_size for path in files) / 1e9
-        found: dict[str, list[tuple[float, float]]] = {"fastlora merge": [], "PEFT": []}
+        samples_of: dict[str, list[tuple[float, float]]] = {"fastlora merge": [], "PEFT": []}
         for turn in range(options.rounds):
-            for (name, samples), script in zip(found.items(), (FASTLORA, PEFT), strict=True):
+            for (name, samples), script in zip(samples_of.items(), (FASTLORA, PEFT), strict=True):
                 samples.append(run(script, folder, f"{folder}/{name} {turn}", shard))
         layers = json.loads(Path(folder, "report.json").read_text())["layers"]
         if not all(0.98 < layer["gain"] < 1.02 for layer in layers.values()):
             raise RuntimeError("fastlora merge: a layer's gain is not 1")
-    heading(f"{total:.2g} GB, {len(layers)} linears, {len(files)} files", "s", "GB at most")
-    for name, samples in found.items():
+    print_heading(f"{total:.2g} GB, {len(layers)} linears, {len(files)} files", "s", "GB at most")
+    for name, samples in samples_of.items():
         seconds, peaks = (sorted(each) for each in zip(*samples, strict=True))
-        row(name, f"{seconds[0]:.1f} to {seconds[-1]:.1f}", f"{peaks[-1]:.2f}")
+        print_row(name, f"{seconds[0]:.1f} to {seconds[-1]:.1f}", f"{peaks[-1]:.2f}")
 
 
-TABLES = {"receipt": receipt, "fidelity": fidelity, "combine": combining, "checkpoint": checkpoint}
+TABLES = {
+    "receipt": print_receipts,
+    "fidelity": print_fidelity,
+    "combine": print_combining,
+    "checkpoint": print_checkpoint,
+}
 SIZES = {"combine": 1024}
 
 
@@ -225,7 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     threads, backend = torch.get_num_threads(), fastlora.backend("merge_", "cpu")
-    print(f"{machine.device_name('cpu')}, torch {torch.__version__}, {threads} threads, {backend}")
+    device = machine.find_device_name("cpu")
+    print(f"{device}, torch {torch.__version__}, {threads} threads, {backend}")
     TABLES[options.table](options)
 
 

@@ -28,8 +28,8 @@ R, SCALING, SHARE = 16, 2.0, 0.05
 ROUNDS = 7
 
 
-def model(layers: int, device: str, divide: int) -> tuple[list[Tensor], list[list[Adapter]]]:
-    """Weights (N, K) and an adapter each, |d| / |W| = SHARE."""
+def draw_model(layers: int, device: str, divide: int) -> tuple[list[Tensor], list[list[Adapter]]]:
+    """Draws weights (N, K) and an adapter each, |d| / |W| = SHARE."""
     torch.manual_seed(0)
     kind = {"device": device, "dtype": torch.bfloat16}
     weights, adapters = [], []
@@ -41,8 +41,8 @@ def model(layers: int, device: str, divide: int) -> tuple[list[Tensor], list[lis
     return weights, adapters
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call."""
+def time_call(call: Callable[[], object], device: str) -> float:
+    """Returns the milliseconds of one call."""
     if device == "cpu":
         began = time.perf_counter()
         call()
@@ -61,25 +61,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--divide", type=int, default=1, help="every size by this much")
     options = parser.parse_args(arguments)
-    weights, adapters = model(options.layers, options.device, options.divide)
+    weights, adapters = draw_model(options.layers, options.device, options.divide)
     moved = 2 * sum(w.nbytes for w in weights)
 
     def check(before: Tensor) -> None:
-        found = measure(before, weights[-1], adapters[-1])
-        if not 0.98 < found.gain < 1.02:
-            raise RuntimeError(f"the merge is wrong: {found}")
+        fidelity = measure(before, weights[-1], adapters[-1])
+        if not 0.98 < fidelity.gain < 1.02:
+            raise RuntimeError(f"the merge is wrong: {fidelity}")
 
     def addmm() -> None:
         for weight, ((A, B, scaling),) in zip(weights, adapters, strict=True):
             weight.addmm_(B, A, alpha=scaling)
 
-    def copied() -> None:
+    def copy_weights() -> None:
         for weight in weights:
             weight.mul_(1)
 
     held: list = []
     ways: dict[str, Callable[[], object]] = {
-        "read and written, nothing more": copied,
+        "read and written, nothing more": copy_weights,
         "W.addmm_, one after another": addmm,
         "fastlora, for good": lambda: F.foreach_merge_(weights, adapters, receipt=False),
         "fastlora, with receipts": lambda: held.append(F.foreach_merge_(weights, adapters)),
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 1):
         for name, call in ways.items():
-            samples[name].append(timed(call, options.device))
+            samples[name].append(time_call(call, options.device))
     size = moved / 2**31
     print(
         f"| {len(weights)} linears, {size:.2f} GiB in bfloat16, R = {R} | ms | bandwidth | share |"

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import fastlora
 from benchmarks.harness import machine
-from benchmarks.harness.timer import ratios, spread
+from benchmarks.harness.timer import compute_ratios, compute_spread
 from fastlora.adapters import files as adapter_files
-from fastlora.demo.model import clone, small_llama
+from fastlora.demo.model import clone, make_small_llama
 from fastlora.serving import Request
 
 VOCABULARY = 256
@@ -37,7 +37,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def write_adapters(base: nn.Module, folder: Path, count: int, r: int) -> list[str]:
-    """Adapters of every linear but the head, in PEFT's files; their names."""
+    """Writes adapters of every linear but the head, in PEFT's files; returns their names."""
     draw = torch.Generator().manual_seed(1)
     linears = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear)}
     config = fastlora.LoRAConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
@@ -52,7 +52,7 @@ def write_adapters(base: nn.Module, folder: Path, count: int, r: int) -> list[st
     return [f"a{i}" for i in range(count)]
 
 
-def pefts(base: nn.Module, folder: Path, names: list[str]) -> peft.PeftModel:
+def load_peft(base: nn.Module, folder: Path, names: list[str]) -> peft.PeftModel:
     model = peft.PeftModel.from_pretrained(clone(base), str(folder / names[0]), names[0])
     for name in names[1:]:
         model.load_adapter(str(folder / name), name)
@@ -72,8 +72,8 @@ def check(
         raise RuntimeError(f"logits are {error:.2g} from PEFT's, at most {TOLERANCE[kind]}")
 
 
-def streamed(engine: Any, ids: list[list[int]], names: list[str], tokens: int) -> list[list[int]]:
-    """What an engine writes for rows that all come at once."""
+def stream(engine: Any, ids: list[list[int]], names: list[str], tokens: int) -> list[list[int]]:
+    """Returns what an engine writes for rows that all come at once."""
     handles = [
         engine.submit(Request(row, name, max_new_tokens=tokens, eos_token_id=()))
         for row, name in zip(ids, names, strict=True)
@@ -81,10 +81,10 @@ def streamed(engine: Any, ids: list[list[int]], names: list[str], tokens: int) -
     return [handle.result() for handle in handles]
 
 
-def timed(
+def time_in_turns(
     calls: dict[str, Callable[[], object]], rounds: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of each round; the first one, which allocates, is left out."""
+    """Returns seconds of each round but the first, which allocates."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds + 1):
@@ -98,22 +98,22 @@ def timed(
     return {name: each[1:] for name, each in samples.items()}
 
 
-def throughput(options: argparse.Namespace, dtype: torch.dtype) -> None:
+def print_throughput(options: argparse.Namespace, dtype: torch.dtype) -> None:
     """Prints a table: tokens a second of a batch of ``rows``, over the base's and over PEFT's."""
-    base = small_llama(options.hidden, options.layers, VOCABULARY, seed=0).to(dtype).eval()
+    base = make_small_llama(options.hidden, options.layers, VOCABULARY, seed=0).to(dtype).eval()
     base = base.to(options.device)
     kind = str(dtype).removeprefix("torch.")
     rows, tokens = options.rows, options.tokens
     torch.manual_seed(0)
     ids = torch.randint(VOCABULARY, (rows, 16), device=options.device)
-    how = {
+    settings = {
         "attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "min_new_tokens": tokens,
         "do_sample": False, "pad_token_id": 0,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         every = write_adapters(base, folder, min(64, rows), options.rank)
-        theirs = pefts(base, folder, every)
+        theirs = load_peft(base, folder, every)
         server = fastlora.MultiLoRAModel(clone(base), len(every), options.rank)
         for name in every:
             server.load_adapter(folder / name, name)
@@ -122,20 +122,25 @@ def throughput(options: argparse.Namespace, dtype: torch.dtype) -> None:
             names = [every[i % different] for i in range(rows)]
             check(server, theirs, ids, names)
             calls: dict[str, Callable[[], Any]] = {
-                "base": partial(base.generate, ids, **how),
-                "PEFT": partial(theirs.generate, input_ids=ids, adapter_names=names, **how),
-                "fastlora, generate": partial(server.generate, ids, adapter_names=names, **how),
-                "fastlora, engine": partial(streamed, engine, ids.tolist(), names, tokens),
+                "base": partial(base.generate, ids, **settings),
+                "PEFT": partial(theirs.generate, input_ids=ids, adapter_names=names, **settings),
+                "fastlora, generate": partial(
+                    server.generate, ids, adapter_names=names, **settings
+                ),
+                "fastlora, engine": partial(stream, engine, ids.tolist(), names, tokens),
             }
             written = calls["fastlora, generate"]()[:, 16:].tolist()
             if kind == "float32" and calls["fastlora, engine"]() != written:
                 raise RuntimeError("the engine's tokens are not generate's")
-            samples = timed(calls, options.rounds, options.device)
+            samples = time_in_turns(calls, options.rounds, options.device)
             for name, seconds in samples.items():
                 if name == "base":
                     continue
-                speed = rows * tokens / spread(seconds)["p50"]
-                over = [spread(ratios(samples[other], seconds)) for other in ("base", "PEFT")]
+                speed = rows * tokens / compute_spread(seconds)["p50"]
+                over = [
+                    compute_spread(compute_ratios(samples[other], seconds))
+                    for other in ("base", "PEFT")
+                ]
                 print(
                     f"| {kind} | {different} | {name} | {speed:,.0f} | "
                     + " | ".join(f"{r['p50']:.2f} ({r['p20']:.2f} to {r['p80']:.2f})" for r in over)
@@ -151,7 +156,7 @@ class Arrivals:
         self.server, self.options = server, options
 
     def run(self, engine: Any, residents: list[str], arriving: list[str]) -> float:
-        """Seconds that the rows took, from first token to last."""
+        """Returns the seconds that the rows took, from first token to last."""
         length, every = self.options.cold_tokens, self.options.every
         handles = [
             engine.submit(Request([1, 2, 3], name, max_new_tokens=length, eos_token_id=()))
@@ -180,9 +185,9 @@ class Arrivals:
         return ends[0] - start
 
 
-def cold(options: argparse.Namespace) -> None:
+def print_cold(options: argparse.Namespace) -> None:
     """Prints what adapters that are not on the device cost rows that are."""
-    base = small_llama(options.hidden, options.layers, VOCABULARY, seed=0).eval()
+    base = make_small_llama(options.hidden, options.layers, VOCABULARY, seed=0).eval()
     base = base.to(options.device)
     rows, comers = options.cold_rows, options.cold_tokens // options.every - 1
     with tempfile.TemporaryDirectory() as temporary:
@@ -214,7 +219,7 @@ def cold(options: argparse.Namespace) -> None:
                             f"expected {comers} and none"
                         )
             size = server.bank.stats().device_bytes_used / len(residents + sets[0])
-            ratio = spread(ratios(times["cold"], times["hot"]))
+            ratio = compute_spread(compute_ratios(times["cold"], times["hot"]))
             print(
                 f"| {tier} | {size / 1e6:.2f} | {options.cold_tokens / comers:.0f} | "
                 f"{ratio['p50']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f}) |",
@@ -240,15 +245,15 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     sizes = f"hidden {options.hidden}, {options.layers} layers, rank {options.rank}"
-    print(f"{machine.device_name(options.device)}, {options.threads} threads; {sizes}\n")
+    print(f"{machine.find_device_name(options.device)}, {options.threads} threads; {sizes}\n")
     print("| base | adapters | model | tokens/s | over the base (p20 to p80) | over PEFT |")
     print("|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
-        throughput(options, dtype)
+        print_throughput(options, dtype)
     print(f"\n{options.cold_rows} rows, float32\n")
     print("| an adapter comes from | MB | every tokens | time over one that is there |")
     print("|---|---|---|---|")
-    cold(options)
+    print_cold(options)
 
 
 if __name__ == "__main__":

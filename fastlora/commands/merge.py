@@ -1,4 +1,4 @@
-"""``fastlora merge``: adapters into a model's files, and how much of them arrived."""
+"""``fastlora merge``: adapters into a model's files, with each layer's fidelity."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DTYPES = {
     }.items()
     for name in names
 }
-# Layers of the least gain that are printed; the report file has all.
+# How many layers of the least gain are printed; the report file has all.
 _SHOWN = 5
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Merges PEFT adapters into a local model's safetensors, written to a new folder with its "
         "config, tokenizer and whatever else it holds. The same command resumes a run that was "
@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", type=Path, metavar="BASE", help="the model's folder, only read")
     parser.add_argument(
         "adapters",
-        type=adapter,
+        type=parse_adapter,
         nargs="+",
         metavar="ADAPTER[=weight]",
         help="an adapter's folder and what to multiply it by, 1 by default",
@@ -56,8 +56,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def adapter(text: str) -> tuple[str, float]:
-    """``folder`` or ``folder=weight``: a folder of that name, or a number after the last =."""
+def parse_adapter(text: str) -> tuple[str, float]:
+    """Parses ``folder`` or ``folder=weight``; the weight is a number after the last =."""
     folder, sign, last = text.rpartition("=")
     if sign and Path(text).is_dir():
         if Path(folder).is_dir():
@@ -72,13 +72,13 @@ def adapter(text: str) -> tuple[str, float]:
     return (folder, weight) if sign else (text, 1.0)
 
 
-def merge(options: argparse.Namespace) -> int:
-    """Exit code 0: merged; 1: the disk failed; 2: it cannot be merged; 130: interrupted."""
+def run_merge(options: argparse.Namespace) -> int:
+    """Returns 0 when merged, 1 when the disk failed, 2 for what cannot be merged, 130 on Ctrl-C."""
     report: Path | None = options.report
     if report is not None and (
         report.is_dir() or not os.access(report.absolute().parent, os.W_OK | os.X_OK)
     ):
-        return _said(f"--report: expected a file in a folder to write to, got {report}", 2)
+        return _fail(f"--report: expected a file in a folder to write to, got {report}", 2)
     try:
         with closing(_Bar()) as bar:
             merged = merge_folder(
@@ -89,25 +89,25 @@ def merge(options: argparse.Namespace) -> int:
                 allow_partial=options.allow_partial,
                 watch=bar.show,
             )
-        print(summary(merged, options.out))
+        print(summarize(merged, options.out))
         if report is not None:
             try:
                 durable.write(report, [_as_json(merged)])
             except OSError as error:
-                return _said(f"merged, but without the report: {_text(error)}", 1)
+                return _fail(f"merged, but without the report: {_explain_error(error)}", 1)
     except KeyboardInterrupt:
-        return _said("interrupted" + _resumable(options.out), 130)
+        return _fail("interrupted" + _suggest_resuming(options.out), 130)
     except (FileNotFoundError, FileExistsError, BlockingIOError, PermissionError) as error:
-        return _said(_text(error), 2)
+        return _fail(_explain_error(error), 2)
     except OSError as error:
-        return _said(_text(error) + _resumable(options.out), 1)
+        return _fail(_explain_error(error) + _suggest_resuming(options.out), 1)
     except (TypeError, ValueError, RuntimeError) as error:
-        return _said(str(error), 2)
+        return _fail(str(error), 2)
     return 0
 
 
-def summary(merged: Merged, out: Path) -> str:
-    """What was written, what was left out, and a table of fidelity."""
+def summarize(merged: Merged, out: Path) -> str:
+    """Says what was written and what was left out, with a table of fidelity."""
     size = f"{merged.nbytes / 1e9:.3g} GB" if merged.nbytes > 1e6 else f"{merged.nbytes} bytes"
     lines = [f"merged {len(merged.fidelity)} layers into {out}, {size} of weights"]
     lines += [f"{len(merged.kept)} files were whole from before"] if merged.kept else []
@@ -116,11 +116,11 @@ def summary(merged: Merged, out: Path) -> str:
     if merged.others.weights:
         lines.append(f"copied as they are: {list_some(merged.others.weights)}")
     lines += [f"note: {note}" for note in merged.others.notes()]
-    found = sorted(merged.fidelity.items(), key=lambda item: item[1].gain)
-    columns = [list(column) for column in zip(*(_columns(f) for _, f in found), strict=True)]
-    rows = [(layer, _columns(fidelity)) for layer, fidelity in found[:_SHOWN]]
-    if len(found) > 1:
-        rows.append((f"median of {len(found)}", tuple(map(statistics.median, columns))))
+    layers = sorted(merged.fidelity.items(), key=lambda item: item[1].gain)
+    columns = [list(column) for column in zip(*(_list_columns(f) for _, f in layers), strict=True)]
+    rows = [(layer, _list_columns(fidelity)) for layer, fidelity in layers[:_SHOWN]]
+    if len(layers) > 1:
+        rows.append((f"median of {len(layers)}", tuple(map(statistics.median, columns))))
     width = max(len(layer) for layer, _ in rows)
     lines.append(f"{'lowest gain':<{width}}   gain    error  changed  |d|/|W|")
     for layer, (gain, error, changed, relative) in rows:
@@ -131,7 +131,7 @@ def summary(merged: Merged, out: Path) -> str:
     return "\n".join(lines + ([f"warning: {warning}"] if warning else []))
 
 
-def _columns(fidelity: Fidelity) -> tuple[float, float, float, float]:
+def _list_columns(fidelity: Fidelity) -> tuple[float, float, float, float]:
     return fidelity.gain, fidelity.error, fidelity.changed, fidelity.size
 
 
@@ -146,22 +146,22 @@ def _as_json(merged: Merged) -> bytes:
     return json.dumps(values, indent=2).encode() + b"\n"
 
 
-def _resumable(out: Path) -> str:
-    return "; the same command resumes it" if journal.unfinished(out) else ""
+def _suggest_resuming(out: Path) -> str:
+    return "; the same command resumes it" if journal.is_unfinished(out) else ""
 
 
-def _text(error: OSError) -> str:
-    # Python puts the number before a text of ours, too.
+def _explain_error(error: OSError) -> str:
+    # str(error) would put the number before our own texts, too.
     return str(error) if error.filename or not error.strerror else error.strerror
 
 
-def _said(text: str, code: int) -> int:
+def _fail(text: str, code: int) -> int:
     print(f"fastlora merge: {text}", file=sys.stderr)
     return code
 
 
 class _Bar:
-    """The command's progress, a step a file."""
+    """Progress bar of the command, a step a file."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -173,7 +173,7 @@ class _Bar:
         if file != self._file:
             self._file = file
             self._bar.step(file)
-        self._bar.within(share)
+        self._bar.advance_within(share)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""How far a command is: a bar with rich on a terminal, else a line a step."""
+"""Progress of a command: a bar with rich on a terminal, else a line a step."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 
 class Progress:
-    def __init__(self, what: str, steps: int) -> None:
-        self._what, self._steps, self._done = what, steps, 0
+    """Context manager; ``title`` names the command, ``steps`` counts its steps."""
+
+    def __init__(self, title: str, steps: int) -> None:
+        self._title, self._steps, self._step = title, steps, 0
         self._bar: Any = None
         if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
             self._bar = importlib.import_module("rich.progress").Progress(transient=True)
-            self._task = self._bar.add_task(what, total=steps)
+            self._task = self._bar.add_task(title, total=steps)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -29,21 +31,21 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, what: str) -> None:
-        """The next step begins."""
-        self._done += 1
+    def step(self, name: str) -> None:
+        """Begins the next step."""
+        self._step += 1
         if self._bar is None:
-            print(f"{self._what} {self._done}/{self._steps}: {what}", flush=True)
+            print(f"{self._title} {self._step}/{self._steps}: {name}", flush=True)
         else:
-            self._bar.update(self._task, completed=self._done - 1, description=what)
+            self._bar.update(self._task, completed=self._step - 1, description=name)
 
-    def within(self, share: float) -> None:
-        """How much of the running step is done, 0 to 1; a bar shows it, lines do not."""
+    def advance_within(self, share: float) -> None:
+        """Moves the bar to ``share`` (0 to 1) of the running step; without a bar does nothing."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done - 1 + share)
+            self._bar.update(self._task, completed=self._step - 1 + share)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         if self._bar is None:
             print(text, flush=True)
         else:

@@ -4,7 +4,8 @@ corpora.py  the text                        compare.py   full, last layer, LoRA;
 model.py    the base model                  adapters.py  four adapters, reopened, on every domain
 methods.py  the ways to fine-tune it        serve.py     all of them in one batch
 training.py a run and its measurements      merge.py     into the weights and out again
-claims.py   what is asserted                story.py     the chapters in order
+claims.py   what is asserted                chapters.py  all of it in order
+screen.py   what is printed                 settings.py  sizes, rates, shared state
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NEEDS = ("accelerate", "peft", "psutil", "rich", "tokenizers", "transformers")
 def run(
     model: str | None = None, data: str | None = None, *, quick: bool = False, seed: int = 0
 ) -> int:
-    """Runs the demo and prints what it measures; 0 when everything it claims holds.
+    """Runs the demo, prints what it measures, and returns 0 when all its claims hold.
 
     A small Llama is pre-trained on text that comes with CPython, then fine-tuned on four domains:
     by full fine-tuning, a part of the model and LoRA on the first, by LoRA on the others. The
@@ -41,7 +42,7 @@ def run(
     # bitsandbytes, which PEFT imports where it is, looks for a package that nothing here needs.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from fastlora.demo import story
+        from fastlora.demo import chapters
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDS:
             raise
@@ -53,8 +54,8 @@ def run(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries' advice is not what one came to read
         try:
-            scene = story.prepare(model, data, quick=quick, seed=seed)
+            scene = chapters.prepare(model, data, quick=quick, seed=seed)
         except (OSError, ValueError) as error:
             print(f"fastlora demo: {error}", file=sys.stderr)
             return 2
-        return story.tell(scene)
+        return chapters.tell(scene)

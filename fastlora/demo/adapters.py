@@ -12,8 +12,8 @@ import fastlora
 from fastlora.demo import methods
 from fastlora.demo.compare import Outcome, fine_tune
 from fastlora.demo.model import clone
-from fastlora.demo.stage import Stage
-from fastlora.demo.training import held_out_loss
+from fastlora.demo.settings import Stage
+from fastlora.demo.training import measure_held_out_loss
 
 # Of the largest logit. Both sides sum the same few hundred fp32 products a layer in another order
 # or batch shape, about 1e-6 of it; without its adapter a row is off by 1e-1.
@@ -22,49 +22,51 @@ SAME_LOGITS = 1e-4
 
 @dataclass(frozen=True)
 class Probe:
-    """One held-out row (1, length), what an adapter's own model makes of it, and the base."""
+    """One held-out row (1, length), with an adapter's own logits and the base's."""
 
     row: Tensor
     logits: Tensor
     base: Tensor
 
     def error(self, logits: Tensor) -> float:
-        """How far ``logits`` are from the adapter's own, relative to the largest."""
-        return distance(logits, self.logits)
+        """Computes how far ``logits`` are from the adapter's own, relative to the largest."""
+        return compute_distance(logits, self.logits)
 
     @property
     def effect(self) -> float:
-        """How far the adapter moves the base's logits, on the same scale."""
-        return distance(self.base, self.logits)
+        """Distance of the base's logits from the adapter's, on the same scale."""
+        return compute_distance(self.base, self.logits)
 
 
 @torch.no_grad()
-def logits(model: nn.Module, row: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, row: Tensor) -> Tensor:
     return model(input_ids=row.to(next(model.parameters()).device)).logits
 
 
 def train_all(stage: Stage, done: dict[str, Outcome]) -> dict[str, Probe]:
-    """Trains an adapter for each domain that is not ``done``, saves all; a probe of each."""
+    """Trains an adapter for each domain that is not ``done``, saves all; returns probes."""
     probes = {}
     for domain, text in stage.domains.items():
         outcome = done.get(domain) or fine_tune(
-            stage, "LoRA", methods.lora(stage), stage.rates.lora, domain
+            stage, "LoRA", methods.prepare_lora(stage), stage.rates.lora, domain
         )
-        fastlora.save_adapter(outcome.model, stage.adapter(domain))
+        fastlora.save_adapter(outcome.model, stage.adapter_folder(domain))
         row = text.held_out[:1]
-        probes[domain] = Probe(row, logits(outcome.model, row), logits(stage.base, row))
+        probes[domain] = Probe(
+            row, compute_logits(outcome.model, row), compute_logits(stage.base, row)
+        )
     return probes
 
 
-def matrix(stage: Stage) -> None:
+def compare_on_domains(stage: Stage) -> None:
     """Prints the held-out loss of every adapter on every domain, reopened from its file."""
     stage.screen.chapter("Every adapter on every domain: held-out loss")
     model = clone(stage.base)
-    losses = {"base model": _losses(stage, stage.base)}
+    losses = {"base model": _measure_losses(stage, stage.base)}
     for domain in stage.domains:
-        stage.screen.doing(f"{domain}'s adapter on every domain")
-        fastlora.load_adapter(model, stage.adapter(domain))
-        losses[domain] = _losses(stage, model)
+        stage.screen.announce(f"{domain}'s adapter on every domain")
+        fastlora.load_adapter(model, stage.adapter_folder(domain))
+        losses[domain] = _measure_losses(stage, model)
     best = {d: min(losses, key=lambda name: losses[name][d]) for d in stage.domains}
     stage.screen.table(
         ["adapter", *stage.domains],
@@ -87,22 +89,22 @@ def matrix(stage: Stage) -> None:
 def reopen_in_peft(stage: Stage, probes: dict[str, Probe]) -> peft.PeftModel:
     """Opens every saved adapter in PEFT and claims the same logits; returns the PEFT model."""
     stage.screen.chapter("Saved by fastlora, opened by PEFT")
-    stage.screen.doing("reopening in PEFT")
+    stage.screen.announce("reopening in PEFT")
     names = list(stage.domains)
     model = peft.PeftModel.from_pretrained(
-        clone(stage.base), stage.adapter(names[0]), adapter_name=names[0]
+        clone(stage.base), stage.adapter_folder(names[0]), adapter_name=names[0]
     )
     for name in names[1:]:
-        model.load_adapter(stage.adapter(name), adapter_name=name)
+        model.load_adapter(stage.adapter_folder(name), adapter_name=name)
     model.eval()
     errors = {}
     for name, probe in probes.items():
         model.set_adapter(name)
-        errors[name] = probe.error(logits(model, probe.row))
+        errors[name] = probe.error(compute_logits(model, probe.row))
     stage.screen.table(
         ["adapter", "its files", "PEFT's logits off by", "the base's off by"],
         [
-            [name, _size(stage, name), f"{errors[name]:.1e}", f"{probe.effect:.1e}"]
+            [name, _format_size(stage, name), f"{errors[name]:.1e}", f"{probe.effect:.1e}"]
             for name, probe in probes.items()
         ],
     )
@@ -115,14 +117,17 @@ def reopen_in_peft(stage: Stage, probes: dict[str, Probe]) -> peft.PeftModel:
     return model
 
 
-def _losses(stage: Stage, model: nn.Module) -> dict[str, float]:
-    return {name: held_out_loss(model, text.held_out) for name, text in stage.domains.items()}
+def _measure_losses(stage: Stage, model: nn.Module) -> dict[str, float]:
+    return {
+        name: measure_held_out_loss(model, text.held_out) for name, text in stage.domains.items()
+    }
 
 
-def _size(stage: Stage, domain: str) -> str:
-    return f"{sum(file.stat().st_size for file in stage.adapter(domain).iterdir()) / 1e3:,.0f} kB"
+def _format_size(stage: Stage, domain: str) -> str:
+    size = sum(file.stat().st_size for file in stage.adapter_folder(domain).iterdir())
+    return f"{size / 1e3:,.0f} kB"
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest of ``b``."""
+def compute_distance(a: Tensor, b: Tensor) -> float:
+    """Computes the largest difference, relative to the largest of ``b``."""
     return ((a - b).abs().max() / b.abs().max()).item()

@@ -1,4 +1,4 @@
-"""What the demo asserts: a sentence, the figures measured for it, and whether they bear it out."""
+"""Claims of the demo: a sentence, the figures measured for it, and whether they confirm it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Claim:
 
 @dataclass
 class Claims:
-    """Every claim of a demo, in the order in which it was put to the test."""
+    """Claims of a demo, in the order in which they were tested."""
 
-    made: list[Claim] = field(default_factory=list)
+    every: list[Claim] = field(default_factory=list)
 
     def check(self, sentence: str, holds: bool, figures: str, *, counts: bool = True) -> None:
-        """Writes down whether ``sentence`` holds by ``figures``."""
-        self.made.append(Claim(sentence, figures, bool(holds), counts))
+        """Adds a claim: whether ``sentence`` holds by ``figures``."""
+        self.every.append(Claim(sentence, figures, bool(holds), counts))
 
     @property
     def failed(self) -> list[Claim]:
         """The claims that count and do not hold."""
-        return [claim for claim in self.made if claim.counts and not claim.holds]
+        return [claim for claim in self.every if claim.counts and not claim.holds]
 
     @property
     def exit_code(self) -> int:
         """0 when every claim that counts holds, and there is one; else 1."""
-        return int(bool(self.failed) or not any(claim.counts for claim in self.made))
+        return int(bool(self.failed) or not any(claim.counts for claim in self.every))

@@ -1,4 +1,4 @@
-"""Full fine-tuning, the last layer only and LoRA side by side; then PEFT beside us."""
+"""Comparison of full fine-tuning, the last layer only and LoRA; then with PEFT."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import fastlora
 from fastlora.demo import methods
-from fastlora.demo.stage import Stage
-from fastlora.demo.training import Run, held_out_loss, step_seconds, train
+from fastlora.demo.settings import Stage
+from fastlora.demo.training import Run, measure_held_out_loss, time_steps, train
 
 # Of the distance from the base's held-out loss to full fine-tuning's.
 ENOUGH_OF_THE_GAP = 0.70
@@ -30,7 +30,7 @@ SAME_LESSON = 0.02  # of what training took off the base's loss
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model as one method left it, what its run measured, its held-out loss."""
+    """Model after one method, with its run's measurements and held-out loss."""
 
     model: nn.Module
     run: Run
@@ -39,18 +39,18 @@ class Outcome:
 
 def fine_tune(stage: Stage, method: str, model: nn.Module, rate: float, domain: str) -> Outcome:
     """Trains ``model`` in place on ``domain``."""
-    stage.screen.doing(f"{method} on {domain}")
+    stage.screen.announce(f"{method} on {domain}")
     text = stage.domains[domain]
     run = train(model, text.train, rate, stage.recipe, stage.screen.advance)
-    return Outcome(model, run, held_out_loss(model, text.held_out))
+    return Outcome(model, run, measure_held_out_loss(model, text.held_out))
 
 
 def compare(stage: Stage, domain: str) -> Outcome:
-    """Prints every method's figures on ``domain``, claims what LoRA achieves; LoRA's outcome."""
+    """Prints every method's figures on ``domain``, claims LoRA's, and returns its outcome."""
     stage.screen.chapter(f"Fine-tuning on {domain}: everything, a part, or an adapter")
-    base = held_out_loss(stage.base, stage.domains[domain].held_out)
-    chosen = chosen_methods(stage)
-    stage.screen.say(str(fastlora.report(methods.lora(stage))))
+    base = measure_held_out_loss(stage.base, stage.domains[domain].held_out)
+    chosen = choose_methods(stage)
+    stage.screen.say(str(fastlora.report(methods.prepare_lora(stage))))
     outcomes = {
         name: fine_tune(stage, name, prepare(stage), rate, domain)
         for name, (rate, prepare) in chosen.items()
@@ -95,28 +95,28 @@ def compare(stage: Stage, domain: str) -> Outcome:
     return outcomes["LoRA"]
 
 
-def chosen_methods(stage: Stage) -> dict[str, tuple[float, Callable[[Stage], PreTrainedModel]]]:
-    """{name: (learning rate, what prepares the model)}; LoRA alone when memory is short."""
+def choose_methods(stage: Stage) -> dict[str, tuple[float, Callable[[Stage], PreTrainedModel]]]:
+    """Returns {name: (learning rate, prepare)}; LoRA alone when memory is short."""
     rates = stage.rates
     heavy = {
-        "full": (rates.full, methods.full),
-        "last block only": (rates.last_block, methods.only_last_block),
-        "last layer only": (rates.last_layer, methods.only_last_layer),
+        "full": (rates.full, methods.prepare_full),
+        "last block only": (rates.last_block, methods.prepare_last_block),
+        "last layer only": (rates.last_layer, methods.prepare_last_layer),
     }
-    return (heavy if _fits(stage.base) else {}) | {"LoRA": (rates.lora, methods.lora)}
+    return (heavy if _fits(stage.base) else {}) | {"LoRA": (rates.lora, methods.prepare_lora)}
 
 
-def beside_peft(stage: Stage, domain: str, ours: Outcome) -> None:
-    """Trains PEFT from the same weights on the same batches; claims that it goes the same way."""
+def compare_with_peft(stage: Stage, domain: str, ours: Outcome) -> None:
+    """Trains PEFT from the same weights on the same batches; claims the same losses."""
     stage.screen.chapter("PEFT beside us: the same seed, the same initial adapter")
-    theirs = fine_tune(stage, "PEFT", methods.peft_lora(stage), stage.rates.lora, domain)
+    theirs = fine_tune(stage, "PEFT", methods.prepare_peft_lora(stage), stage.rates.lora, domain)
     steps = list(zip(ours.run.losses, theirs.run.losses, strict=True))[:FIRST_STEPS]
     apart = max(abs(a - b) for a, b in steps)
-    learned = held_out_loss(stage.base, stage.domains[domain].held_out) - ours.loss
-    stage.screen.doing("timing a step of each, in turns")
+    learned = measure_held_out_loss(stage.base, stage.domains[domain].held_out) - ours.loss
+    stage.screen.announce("timing a step of each, in turns")
     batch = stage.domains[domain].train[: stage.recipe.batch_size]
-    models = [methods.lora(stage), methods.peft_lora(stage)]
-    seconds = step_seconds(models, batch, stage.size.timing_rounds)
+    models = [methods.prepare_lora(stage), methods.prepare_peft_lora(stage)]
+    seconds = time_steps(models, batch, stage.size.timing_rounds)
     stage.screen.table(
         ["", "first loss", "last loss", "held-out loss", "step"],
         [

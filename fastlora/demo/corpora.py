@@ -1,4 +1,4 @@
-"""The text: what the small model reads first, and four domains to fine-tune it on.
+"""Texts: for pre-training of the small model, and of four domains to fine-tune it on.
 
 Everything comes with CPython: pydoc's topics, the standard library's sources, ``calendar``,
 ``unicodedata``, ``http``. The same seed and the same Python give the same text.
@@ -36,10 +36,10 @@ class Text:
     held_out: str
 
 
-def pretraining_text(seed: int, chars: int) -> str:
-    """At most ``chars`` characters: prose about Python and Python itself, paragraphs shuffled."""
+def make_pretraining_text(seed: int, chars: int) -> str:
+    """Makes ``chars`` characters at most: prose about Python and Python, shuffled."""
     rng = random.Random(seed)
-    sources = _standard_library()
+    sources = _list_sources()
     rng.shuffle(sources)
     texts = list(topics.values())
     while sources and sum(map(len, texts)) < chars:
@@ -49,8 +49,8 @@ def pretraining_text(seed: int, chars: int) -> str:
     return "\n\n".join(paragraphs)[:chars]
 
 
-def domain_text(name: str, seed: int, chars: int) -> Text:
-    """About ``chars`` characters of ``DOMAINS[name]``, an eighth of its entries held out."""
+def make_domain_text(name: str, seed: int, chars: int) -> Text:
+    """Makes about ``chars`` characters of ``DOMAINS[name]``, an eighth of its entries held out."""
     entries: list[str] = []
     length = 0
     for entry in DOMAINS[name](random.Random(f"{name} {seed}")):
@@ -62,8 +62,8 @@ def domain_text(name: str, seed: int, chars: int) -> Text:
     return Text("".join(entries[cut:]), "".join(entries[:cut]))
 
 
-def file_text(path: str | Path) -> Text:
-    """The user's text file, its last eighth held out.
+def read_file_text(path: str | Path) -> Text:
+    """Reads the user's text file, its last eighth held out.
 
     Raises FileNotFoundError when it is missing, ValueError when it is empty or not UTF-8.
     """
@@ -79,8 +79,8 @@ def file_text(path: str | Path) -> Text:
     return Text(text[:cut], text[cut:])
 
 
-def _calendar(rng: random.Random) -> Iterator[str]:
-    """Months of 1800–2199, weeks from Monday or from Sunday; none comes twice."""
+def _write_calendar(rng: random.Random) -> Iterator[str]:
+    """Writes months of 1800–2199, weeks from Monday or from Sunday; none comes twice."""
     styles = calendar.TextCalendar(calendar.MONDAY), calendar.TextCalendar(calendar.SUNDAY)
     pages = list(itertools.product(styles, range(1800, 2200), range(1, 13)))
     rng.shuffle(pages)
@@ -88,17 +88,17 @@ def _calendar(rng: random.Random) -> Iterator[str]:
         yield style.formatmonth(year, month) + "\n"
 
 
-def _unicode(rng: random.Random) -> Iterator[str]:
-    """Characters and their names."""
+def _write_unicode(rng: random.Random) -> Iterator[str]:
+    """Writes characters and their names."""
     for code in rng.sample(range(0xA0, 0x3000), 0x3000 - 0xA0):
         name = unicodedata.name(chr(code), None)
         if name:
             yield f"U+{code:04X} {name}\n"
 
 
-def _records(rng: random.Random) -> Iterator[str]:
-    """What a server of the standard library's sources might log, as JSON lines."""
-    files = [path.name for path in _standard_library()]
+def _write_records(rng: random.Random) -> Iterator[str]:
+    """Writes what a server of the standard library's sources might log, as JSON lines."""
+    files = [path.name for path in _list_sources()]
     statuses = list(http.HTTPStatus)
     while True:
         status = rng.choice(statuses)
@@ -111,8 +111,8 @@ def _records(rng: random.Random) -> Iterator[str]:
         yield json.dumps(record) + "\n"
 
 
-def _morse(rng: random.Random) -> Iterator[str]:
-    """Paragraphs of pydoc's topics in Morse code, a slash between words."""
+def _write_morse(rng: random.Random) -> Iterator[str]:
+    """Writes paragraphs of pydoc's topics in Morse code, a slash between words."""
     paragraphs = "\n\n".join(topics.values()).split("\n\n")
     rng.shuffle(paragraphs)
     for paragraph in paragraphs:
@@ -122,12 +122,12 @@ def _morse(rng: random.Random) -> Iterator[str]:
 
 
 DOMAINS: dict[str, Callable[[random.Random], Iterator[str]]] = {
-    "calendar": _calendar,
-    "unicode": _unicode,
-    "records": _records,
-    "morse": _morse,
+    "calendar": _write_calendar,
+    "unicode": _write_unicode,
+    "records": _write_records,
+    "morse": _write_morse,
 }
 
 
-def _standard_library() -> list[Path]:
+def _list_sources() -> list[Path]:
     return sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

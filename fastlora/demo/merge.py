@@ -1,4 +1,4 @@
-"""The adapter into the weights, and out again to the last bit."""
+"""Merging of the adapter into the weights, and out again to the last bit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.demo.adapters import SAME_LOGITS, Probe, logits
+from fastlora.demo.adapters import SAME_LOGITS, Probe, compute_logits
 from fastlora.demo.model import clone
-from fastlora.demo.stage import Stage
+from fastlora.demo.settings import Stage
 
 _AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -16,19 +16,23 @@ _AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def merge(stage: Stage, domain: str, probe: Probe) -> None:
     """Merges and unmerges the adapter of ``domain``; claims same outputs, then the same bits."""
     stage.screen.chapter(f"Merged and unmerged: {domain}'s adapter")
-    stage.screen.doing("merging")
-    model = fastlora.load_adapter(clone(stage.base), stage.adapter(domain)).eval()
-    before = bits(model)
+    stage.screen.announce("merging")
+    model = fastlora.load_adapter(clone(stage.base), stage.adapter_folder(domain)).eval()
+    before = copy_bits(model)
     fastlora.merge_adapter(model)
-    error = probe.error(logits(model, probe.row))
-    changed = different(before, bits(model))
+    error = probe.error(compute_logits(model, probe.row))
+    changed = list_different(before, copy_bits(model))
     fastlora.unmerge_adapter(model)
-    left = different(before, bits(model))
+    still_different = list_different(before, copy_bits(model))
     stage.screen.table(
         ["", "tensors that differ from before", "logits off by"],
         [
             ["merged", str(len(changed)), f"{error:.1e}"],
-            ["unmerged", str(len(left)), f"{probe.error(logits(model, probe.row)):.1e}"],
+            [
+                "unmerged",
+                str(len(still_different)),
+                f"{probe.error(compute_logits(model, probe.row)):.1e}",
+            ],
         ],
     )
     stage.claims.check(
@@ -38,17 +42,17 @@ def merge(stage: Stage, domain: str, probe: Probe) -> None:
     )
     stage.claims.check(
         "unmerged, every bit of every tensor is back",
-        not left,
-        f"{len(before) - len(left)} of {len(before)} tensors equal",
+        not still_different,
+        f"{len(before) - len(still_different)} of {len(before)} tensors equal",
     )
 
 
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers as integers: no two bit patterns compare equal."""
+def copy_bits(model: nn.Module) -> dict[str, Tensor]:
+    """Copies all parameters and buffers as integers: no two bit patterns compare equal."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {n: t.detach().clone().view(_AS_INTEGER[t.element_size()]) for n, t in tensors}
 
 
-def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that are not the same in both."""
+def list_different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Lists the tensors that are not the same in both."""
     return [n for n in a.keys() | b.keys() if n not in a or n not in b or not a[n].equal(b[n])]

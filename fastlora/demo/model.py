@@ -1,4 +1,4 @@
-"""The base model: a small Llama that reads bytes, or the user's own from a directory."""
+"""Base model: a small Llama that reads bytes, or the user's own from a directory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from transformers import (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A token a byte: nothing to train, and no text that it cannot spell."""
+def make_byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Makes a tokenizer of a token a byte: nothing to train, and it spells every text."""
     alphabet = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -31,8 +31,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def small_llama(hidden: int, layers: int, vocabulary: int, seed: int) -> PreTrainedModel:
-    """An untrained Llama with ``layers`` blocks, heads of 32 and the usual proportions."""
+def make_small_llama(hidden: int, layers: int, vocabulary: int, seed: int) -> PreTrainedModel:
+    """Makes an untrained Llama with ``layers`` blocks, heads of 32 and the usual proportions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -51,8 +51,8 @@ def small_llama(hidden: int, layers: int, vocabulary: int, seed: int) -> PreTrai
     return LlamaForCausalLM(config)
 
 
-def own_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and its tokenizer, from a local directory.
+def load_user_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model in float32 and its tokenizer from a local directory.
 
     Raises FileNotFoundError when there is no such directory, ValueError when transformers cannot
     load one or the other from it.
@@ -72,20 +72,20 @@ def own_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
 
 def clone(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy to change; nothing is shared with ``model``."""
+    """Copies the model; nothing is shared with ``model``."""
     return copy.deepcopy(model)
 
 
-def last_block(model: nn.Module) -> nn.Module:
-    """The last of the model's repeated blocks: of its longest ``nn.ModuleList``."""
+def find_last_block(model: nn.Module) -> nn.Module:
+    """Finds the last of the model's repeated blocks: of its longest ``nn.ModuleList``."""
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not stacks:
         raise ValueError("model: expected blocks in an nn.ModuleList, found none")
     return max(stacks, key=len)[-1]
 
 
-def rows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
-    """``text`` as tokens in rows (n, length); what is left over at the end is dropped."""
+def cut_rows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
+    """Cuts ``text`` into rows (n, length) of tokens; an incomplete last row is dropped."""
     encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False)
     tokens = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     return tokens[: len(tokens) // length * length].view(-1, length)

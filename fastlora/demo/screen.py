@@ -1,4 +1,4 @@
-"""What one sees: a progress bar at the bottom, chapters and tables above it."""
+"""Terminal output: a progress bar at the bottom, chapters and tables above it."""
 
 from __future__ import annotations
 
@@ -48,22 +48,24 @@ class Screen:
         self._progress.stop()
 
     def expect(self, steps: int) -> None:
-        """Says how often ``advance`` will be called altogether."""
+        """Sets how often ``advance`` will be called altogether."""
         self._progress.update(self._task, total=steps)
 
-    def doing(self, what: str) -> None:
-        """Says beside the bar what goes on."""
-        self._progress.update(self._task, description=escape(what))
+    def announce(self, step: str) -> None:
+        """Prints beside the bar what runs now."""
+        self._progress.update(self._task, description=escape(step))
 
     def advance(self) -> None:
-        """One training step is done."""
+        """Moves the bar by one training step."""
         self._progress.advance(self._task)
 
     def chapter(self, title: str) -> None:
+        """Prints the heading of a chapter."""
         self._progress.print()
         self._progress.print(Rule(f"[bold]{escape(title)}[/bold]", align="left", style="cyan"))
 
     def say(self, text: str) -> None:
+        """Prints a text."""
         self._progress.print(escape(text))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -75,16 +77,16 @@ class Screen:
             table.add_row(*map(escape, row))
         self._progress.print(table)
 
-    def claims(self, claims: Sequence[Claim]) -> None:
+    def show_claims(self, claims: Sequence[Claim]) -> None:
         """Prints every claim with its mark, its figures below."""
         for claim in claims:
-            self._progress.print(f"{_mark(claim)} {escape(claim.sentence)}")
+            self._progress.print(f"{_choose_mark(claim)} {escape(claim.sentence)}")
             self._progress.print(f"  [dim]{escape(claim.figures)}[/dim]")
         if any(not claim.counts and not claim.holds for claim in claims):
             self.say("· depends on model, text and length of training, and does not count here")
 
 
-def _mark(claim: Claim) -> str:
+def _choose_mark(claim: Claim) -> str:
     if claim.holds:
         return "[green]✓[/green]"
     return "[bold red]✗[/bold red]" if claim.counts else "[yellow]·[/yellow]"

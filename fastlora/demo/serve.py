@@ -1,4 +1,4 @@
-"""All adapters and the base in one batch, and how fast that generates beside PEFT."""
+"""Serving of all adapters and the base in one batch, timed beside PEFT."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.demo.adapters import SAME_LOGITS, Probe, distance
+from fastlora.demo.adapters import SAME_LOGITS, Probe, compute_distance
 from fastlora.demo.methods import SETTINGS
 from fastlora.demo.model import clone
-from fastlora.demo.stage import Stage
+from fastlora.demo.settings import Stage
 
 PROMPT = "\n"
 ROWS_AN_ADAPTER = 2  # in the timed batch
@@ -26,25 +26,27 @@ TEMPERATURE = 0.5
 def serve(stage: Stage, probes: dict[str, Probe], theirs: peft.PeftModel) -> None:
     """Mixes all adapters in a batch, shows what each writes, times generation beside PEFT."""
     stage.screen.chapter("One batch, every adapter and the base")
-    stage.screen.doing("serving")
+    stage.screen.announce("serving")
     server = fastlora.MultiLoRAModel(
         clone(stage.base), max_adapters=len(stage.domains), max_rank=SETTINGS["r"]
     )
     for name in stage.domains:
-        server.load_adapter(stage.adapter(name), adapter_name=name)
-    _mix(stage, server, probes)
-    _write(stage, server)
-    _time(stage, server, theirs)
+        server.load_adapter(stage.adapter_folder(name), adapter_name=name)
+    _check_mixed_batch(stage, server, probes)
+    _show_samples(stage, server)
+    _time_generation(stage, server, theirs)
 
 
-def _mix(stage: Stage, server: fastlora.MultiLoRAModel, probes: dict[str, Probe]) -> None:
+def _check_mixed_batch(
+    stage: Stage, server: fastlora.MultiLoRAModel, probes: dict[str, Probe]
+) -> None:
     """Claims that a row in a mixed batch gets what its adapter alone would give it."""
     names = [*probes, None]
     first = next(iter(probes.values()))
     batch = torch.cat([probe.row for probe in probes.values()] + [first.row])
     mixed = server(input_ids=batch.to(stage.base.device), adapter_names=names).logits
     errors = [p.error(row[None]) for p, row in zip(probes.values(), mixed[:-1], strict=True)]
-    errors.append(distance(mixed[-1:], first.base))
+    errors.append(compute_distance(mixed[-1:], first.base))
     effects = [probe.effect for probe in probes.values()]
     stage.screen.table(
         ["row of the batch", "off its adapter alone by", "off the base by"],
@@ -60,14 +62,14 @@ def _mix(stage: Stage, server: fastlora.MultiLoRAModel, probes: dict[str, Probe]
     )
 
 
-def _write(stage: Stage, server: fastlora.MultiLoRAModel) -> None:
+def _show_samples(stage: Stage, server: fastlora.MultiLoRAModel) -> None:
     """Prints how the base and each adapter continue an empty line, all in one batch."""
     names = [None, *stage.domains]
     prompt = torch.tensor([stage.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]])
     torch.manual_seed(stage.recipe.seed)
     written = server.generate(
-        **_inputs(stage, prompt.repeat(len(names), 1)),
-        **_tokens(3 * stage.size.new_tokens),
+        **_make_inputs(stage, prompt.repeat(len(names), 1)),
+        **_limit_tokens(3 * stage.size.new_tokens),
         adapter_names=names,
         do_sample=True,
         temperature=TEMPERATURE,
@@ -82,13 +84,13 @@ def _write(stage: Stage, server: fastlora.MultiLoRAModel) -> None:
             stage.screen.say(f"  {label:<12}{line[:SAMPLE_WIDTH]}")
 
 
-def _time(stage: Stage, server: fastlora.MultiLoRAModel, theirs: peft.PeftModel) -> None:
+def _time_generation(stage: Stage, server: fastlora.MultiLoRAModel, theirs: peft.PeftModel) -> None:
     """Prints tokens a second of both, generating the same mixed batch in turns."""
-    stage.screen.doing("generating, in turns with PEFT")
+    stage.screen.announce("generating, in turns with PEFT")
     names = [*stage.domains, None] * ROWS_AN_ADAPTER
     prompt = torch.cat([d.held_out[:1, :16] for d in stage.domains.values()])
     prompt = torch.cat([prompt, prompt[:1]]).repeat(ROWS_AN_ADAPTER, 1)
-    call = _inputs(stage, prompt) | _tokens(stage.size.new_tokens) | {"do_sample": False}
+    call = _make_inputs(stage, prompt) | _limit_tokens(stage.size.new_tokens) | {"do_sample": False}
     tokens = len(names) * stage.size.new_tokens
     servers: dict[str, tuple[Any, list[str | None]]] = {
         "fastlora": (server, names),
@@ -108,11 +110,11 @@ def _time(stage: Stage, server: fastlora.MultiLoRAModel, theirs: peft.PeftModel)
     )
 
 
-def _inputs(stage: Stage, prompt: Tensor) -> dict[str, Tensor]:
+def _make_inputs(stage: Stage, prompt: Tensor) -> dict[str, Tensor]:
     prompt = prompt.to(stage.base.device)
     return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
 
 
-def _tokens(count: int) -> dict[str, Any]:
-    """Exactly ``count`` new tokens, even where one of them would end the text."""
+def _limit_tokens(count: int) -> dict[str, Any]:
+    """Returns options for exactly ``count`` new tokens, even past one that ends the text."""
     return {"max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}

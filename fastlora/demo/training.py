@@ -1,4 +1,4 @@
-"""One fine-tuning run with transformers' Trainer, and what is measured on it."""
+"""Fine-tuning runs with transformers' Trainer, and their measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EVAL_BATCH = 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and on how much to train; the same for every method but the learning rate."""
+    """Recipe of training, the same for every method but the learning rate."""
 
     steps: int
     batch_size: int
@@ -27,7 +27,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """losses: of each step. trained, share: parameters. step_seconds: the median."""
+    """Measurements. losses: by step. trained, share: parameters. step_seconds: the median."""
 
     losses: list[float]
     trained: int
@@ -85,8 +85,8 @@ def train(
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: Tensor) -> float:
-    """Mean loss a token on blocks (n, length), in nats."""
+def measure_held_out_loss(model: nn.Module, blocks: Tensor) -> float:
+    """Measures the mean loss a token on blocks (n, length), in nats."""
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
@@ -95,9 +95,9 @@ def held_out_loss(model: nn.Module, blocks: Tensor) -> float:
     return total / len(blocks)
 
 
-def step_seconds(models: Sequence[nn.Module], batch: Tensor, rounds: int) -> list[float]:
-    """Median seconds of a training step of each model, taken in turns so that noise hits all."""
-    steps = [_stepper(model, batch) for model in models]
+def time_steps(models: Sequence[nn.Module], batch: Tensor, rounds: int) -> list[float]:
+    """Measures median seconds of each model's training step, in turns so that noise hits all."""
+    steps = [_make_step(model, batch) for model in models]
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(rounds + 1):
         for i in range(len(models)):
@@ -108,10 +108,10 @@ def step_seconds(models: Sequence[nn.Module], batch: Tensor, rounds: int) -> lis
     return [statistics.median(s[1:]) for s in seconds]  # the first step also allocates
 
 
-def _stepper(model: nn.Module, batch: Tensor) -> Callable[[], None]:
+def _make_step(model: nn.Module, batch: Tensor) -> Callable[[], None]:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    # A rate of nothing: the work of a step without its effect.
+    # A rate of 0: the work of a step without its effect.
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     batch = batch.to(trained[0].device)
 
@@ -124,7 +124,7 @@ def _stepper(model: nn.Module, batch: Tensor) -> Callable[[], None]:
 
 
 class _Trainer(Trainer):
-    """Keeps the loss of every step, unrounded."""
+    """Trainer that keeps the loss of every step, unrounded."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -137,7 +137,7 @@ class _Trainer(Trainer):
 
 
 class _Clock(TrainerCallback):
-    """Times each step, from the forward to the optimizer's end, and moves the progress bar."""
+    """Clock of each step, from the forward to the optimizer's end; moves the progress bar."""
 
     def __init__(self, advance: Callable[[], None]) -> None:
         self.seconds: list[float] = []

@@ -55,7 +55,7 @@ class AdapterCheckpoints(_Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model = _module(self.model)
+        model = _as_module(self.model)
         saved = {id(tensor) for tensor in adapter_state_dict(model).values()}
         parameters = model.named_parameters()
         lost = [name for name, p in parameters if p.requires_grad and id(p) not in saved]
@@ -70,7 +70,7 @@ class AdapterCheckpoints(_Trainer):
             return super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
-            save_adapter(_module(self.model), folder)
+            save_adapter(_as_module(self.model), folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
@@ -81,18 +81,18 @@ class AdapterCheckpoints(_Trainer):
     ) -> None:
         if not _holds_adapter_alone(resume_from_checkpoint):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_adapter(_module(model or self.model), resume_from_checkpoint, is_trainable=True)
+        load_adapter(_as_module(model or self.model), resume_from_checkpoint, is_trainable=True)
         return None
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is None or not _holds_adapter_alone(best):
             return super()._load_best_model()
-        load_adapter(_module(self.model), best, is_trainable=True)
+        load_adapter(_as_module(self.model), best, is_trainable=True)
         return None
 
 
-def _module(model: Any) -> nn.Module:
+def _as_module(model: Any) -> nn.Module:
     return model
 
 

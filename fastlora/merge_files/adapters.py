@@ -1,4 +1,4 @@
-"""Adapters as they are merged into files: PEFT's folders, by layer, with a weight each."""
+"""Adapters to merge into files: PEFT's folders, by layer, with a weight each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARTS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", ".lora_B.bias"
 
 @dataclass(frozen=True)
 class Layer:
-    """lora_A (R, K), lora_B (N, R), lora_bias (N,); scaling: of all, the adapter's weight in it."""
+    """Layer of an adapter: lora_A (R, K), lora_B (N, R), lora_bias (N,); scaling by its weight."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -30,10 +30,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter's tensors by the layer's name, without PEFT's prefix.
+    """Adapter's tensors by the layer's name, without PEFT's prefix.
 
-    biases: trained ones of the base. copies: by name, weights of the base, which PEFT saves along
-    where an embedding is a target or has another size; they stay in the file. digest: of both.
+    biases: the base's, trained. copies: the base's weights by name, which PEFT saves along where an
+    embedding is a target or was resized; they stay in the file. digest: of config and weights.
     """
 
     folder: Path
@@ -67,13 +67,14 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
         strip_peft_wrappers(n): Stored(folder / files.WEIGHTS_NAME, files.PREFIX + n) for n in along
     }
     _check_finite(folder, copies)
-    own = {name: shape for name, shape in shapes.items() if name not in along}
-    tensors = files.read_tensors(folder, own, along)
+    lora_shapes = {name: shape for name, shape in shapes.items() if name not in along}
+    tensors = files.read_tensors(folder, lora_shapes, along)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: {name}: expected finite numbers, it has others")
     digest = "".join(
-        durable.digest_of(folder / name).sha256 for name in (files.CONFIG_NAME, files.WEIGHTS_NAME)
+        durable.digest_file(folder / name).sha256
+        for name in (files.CONFIG_NAME, files.WEIGHTS_NAME)
     )
     parts: dict[str, dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
@@ -82,12 +83,12 @@ def read_adapter(directory: str | os.PathLike[str], weight: float = 1.0) -> Adap
         if end is not None:
             parts.setdefault(name.removesuffix(end), {})[_PARTS[end]] = tensor
         elif name.endswith(".bias") and config.bias != "none":
-            biases[_layer_of(name)] = tensor
+            biases[_name_layer(name)] = tensor
         else:
             raise ValueError(f"{folder}: expected lora_A and lora_B of linear layers, got {name}")
     if not parts:
         raise ValueError(f"{folder}: expected lora_A and lora_B of some layer, found none")
-    layers = {name: _layer(folder, config, name, part, weight) for name, part in parts.items()}
+    layers = {name: _make_layer(folder, config, name, part, weight) for name, part in parts.items()}
     return AdapterFolder(folder, weight, config, layers, biases, copies, digest)
 
 
@@ -117,18 +118,18 @@ def _check_mergeable(folder: Path, config: LoRAConfig) -> None:
         )
 
 
-def _layer_of(name: str) -> str:
+def _name_layer(name: str) -> str:
     return name.rpartition(".")[0].removesuffix(".base_layer")
 
 
-def _layer(
+def _make_layer(
     folder: Path, config: LoRAConfig, name: str, parts: dict[str, Tensor], weight: float
 ) -> Layer:
     where, r = f"{folder}: {name}", config.rank_of(name)
-    wanted = {"lora_A", "lora_B"} | ({"lora_bias"} if config.lora_bias else set())
-    if parts.keys() != wanted:
+    expected = {"lora_A", "lora_B"} | ({"lora_bias"} if config.lora_bias else set())
+    if parts.keys() != expected:
         raise ValueError(
-            f"{where}: expected {', '.join(sorted(wanted))}, got {', '.join(sorted(parts))}"
+            f"{where}: expected {', '.join(sorted(expected))}, got {', '.join(sorted(parts))}"
         )
     if not config.names(name):
         raise ValueError(f"{where}: the config does not name this layer")

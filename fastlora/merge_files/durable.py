@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens to the process or the machine meanwhile."""
+"""Files that are whole or absent, whatever happens to the process or the machine meanwhile."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 PARTIAL = ".partial"
 
 CHUNK = 1 << 22
-# Of a disk without room; EFBIG is a limit of the process or of the file system.
+# Errors of a full disk; EFBIG is a limit of the process or of the file system.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Written(NamedTuple):
+    """Size and digest of a written file."""
+
     size: int
     sha256: str
 
@@ -51,25 +53,27 @@ def write(path: Path, chunks: Iterable[Any]) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def chunks_of(path: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-    """``size`` bytes of a file from ``start`` on, all by default; RuntimeError if it has fewer."""
+def read_chunks(path: Path, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """Yields ``size`` bytes of a file from ``start``, or all; RuntimeError if it has fewer."""
     with path.open("rb") as file:
         file.seek(start)
-        left = size
-        while left is None or left > 0:
-            chunk = file.read(CHUNK if left is None else min(CHUNK, left))
+        remaining = size
+        while remaining is None or remaining > 0:
+            chunk = file.read(CHUNK if remaining is None else min(CHUNK, remaining))
             if not chunk:
-                if left is None:
+                if remaining is None:
                     return
-                raise RuntimeError(f"{path}: it ends {left} bytes early: changed while it was read")
-            left = None if left is None else left - len(chunk)
+                raise RuntimeError(
+                    f"{path}: it ends {remaining} bytes early: changed while it was read"
+                )
+            remaining = None if remaining is None else remaining - len(chunk)
             yield chunk
 
 
-def digest_of(path: Path) -> Written:
-    """As ``write`` returned it, if the file is still what was written."""
+def digest_file(path: Path) -> Written:
+    """Digests a file: equal to what ``write`` returned if the file is unchanged."""
     digest, size = hashlib.sha256(), 0
-    for chunk in chunks_of(path):
+    for chunk in read_chunks(path):
         digest.update(chunk)
         size += len(chunk)
     return Written(size, digest.hexdigest())
@@ -87,8 +91,8 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file ``path``, which is made and stays; BlockingIOError if somebody else does.
+def hold_lock(path: Path) -> Iterator[None]:
+    """Holds the lock file ``path``, which stays; BlockingIOError while another process holds it.
 
     The lock ends with its process, however that ends.
     """

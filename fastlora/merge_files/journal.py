@@ -1,4 +1,4 @@
-"""The notes of an unfinished merge in its output folder: what it is, and which files are whole."""
+"""Notes of an unfinished merge in its output folder: its settings and finished files."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ LOCK = ".fastlora-merge.lock"
 
 
 class Journal:
-    """run: what decides every byte of the output, by name. Each change is on disk at once."""
+    """Journal of a merge. run: all that decides the output's bytes, by name. Writes at once."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], finished: dict[str, Any]) -> None:
         self.folder, self._run, self._finished = folder, run, finished
 
-    def finished(self, name: str) -> dict[str, Fidelity] | None:
-        """The fidelity of a file's layers, if the file is there and every byte as written."""
+    def find_finished(self, name: str) -> dict[str, Fidelity] | None:
+        """Returns the fidelity of a file's layers, if the file is there and as it was written."""
         note, path = self._finished.get(name), self.folder / name
         if note is None or not path.is_file() or path.stat().st_size != note["written"][0]:
             return None
-        if durable.digest_of(path) != Written(*note["written"]):
+        if durable.digest_file(path) != Written(*note["written"]):
             return None
         return {layer: Fidelity(*values) for layer, values in note["fidelity"].items()}
 
     def finish(self, name: str, written: Written, fidelity: Mapping[str, Fidelity]) -> None:
-        """A file is whole."""
-        values = {layer: astuple(found) for layer, found in fidelity.items()}
+        """Notes that a file is whole."""
+        values = {layer: astuple(layer_fidelity) for layer, layer_fidelity in fidelity.items()}
         self._finished[name] = {"written": written, "fidelity": values}
         self.write()
 
@@ -44,17 +44,17 @@ class Journal:
         durable.write(self.folder / JOURNAL, [json.dumps(notes).encode()])
 
     def close(self) -> None:
-        """All files are whole: nothing is left of the notes."""
+        """Removes the notes, when all files are whole."""
         for name in (JOURNAL, LOCK):
             (self.folder / name).unlink(missing_ok=True)
         durable.sync(self.folder)
 
 
 @contextmanager
-def opened(folder: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
+def open_journal(folder: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
     """Makes the folder, or goes on in one that holds an unfinished merge that is the same ``run``.
 
-    Raises FileExistsError for any other folder, BlockingIOError while another process is at it.
+    Raises FileExistsError for any other folder, BlockingIOError while another process writes to it.
     """
     if os.path.lexists(folder):
         _check_unfinished(folder)
@@ -62,27 +62,27 @@ def opened(folder: Path, run: Mapping[str, Any]) -> Iterator[Journal]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"out: {folder} cannot be made: {error.strerror}") from error
-    with _alone(folder):
+    with _hold_lock(folder):
         try:
             # Again: the process that had the lock may have finished in the meantime.
             _check_unfinished(folder)
         except FileExistsError:
             (folder / LOCK).unlink(missing_ok=True)
             raise
-        journal = Journal(folder, run, _notes(folder, run))
+        journal = Journal(folder, run, _read_notes(folder, run))
         journal.write()
         yield journal
 
 
-def unfinished(folder: Path) -> bool:
+def is_unfinished(folder: Path) -> bool:
     """Whether the folder holds a merge that has begun."""
     return (folder / JOURNAL).is_file()
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _hold_lock(folder: Path) -> Iterator[None]:
     try:
-        with durable.locked(folder / LOCK):
+        with durable.hold_lock(folder / LOCK):
             yield
     except BlockingIOError:
         raise BlockingIOError(f"out: another process is merging into {folder}") from None
@@ -91,18 +91,18 @@ def _alone(folder: Path) -> Iterator[None]:
 def _check_unfinished(folder: Path) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"out: expected a new folder, {folder} is a file")
-    found = set(os.listdir(folder))
+    names = set(os.listdir(folder))
     # A merge that was killed at once had not come to its notes.
-    if JOURNAL not in found and found - {LOCK, JOURNAL + durable.PARTIAL}:
-        holds = "a model already" if "config.json" in found else f"{min(found - {LOCK})}"
+    if JOURNAL not in names and names - {LOCK, JOURNAL + durable.PARTIAL}:
+        holds = "a model already" if "config.json" in names else f"{min(names - {LOCK})}"
         raise FileExistsError(
             f"out: expected a new folder or an unfinished merge, {folder} holds {holds}"
         )
 
 
-def _notes(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the same run has finished; FileExistsError if the notes are of another."""
-    if not unfinished(folder):
+def _read_notes(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what the same run has finished; FileExistsError if the notes are of another."""
+    if not is_unfinished(folder):
         return {}
     try:
         notes = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a transformers model calls the tensors of its checkpoints: the table it loads them by."""
+"""Names of a transformers model's tensors for those of its checkpoints, as it loads them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Loaded:
-    """Of names in a checkpoint. names: the model's name of each that is loaded as it is.
+    """Table of names. names: the model's name of each checkpoint tensor that is loaded as it is.
 
-    made: of each tensor of the model that is computed while loading, what it is computed of.
+    made: sources of each of the model's tensors that is computed while loading.
     """
 
     names: dict[str, str] = field(default_factory=dict)
     made: dict[str, list[str]] = field(default_factory=dict)
 
 
-def loaded(model: nn.Module, names: Iterable[str]) -> Loaded:
-    """How ``model`` would load tensors of these names; what it has no place for is in neither.
+def look_up_names(model: nn.Module, names: Iterable[str]) -> Loaded:
+    """Looks up how ``model`` would load tensors of these names; unknown ones are in neither.
 
     The order of steps is that of transformers' ``convert_and_load_state_dict_in_model`` (5.23.0,
     5.24.0). Raises LookupError where the installed transformers has no such table.
@@ -40,17 +40,17 @@ def loaded(model: nn.Module, names: Iterable[str]) -> Loaded:
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     targets = {source: step for step in converters for source in step.source_patterns}
-    prefix, own = getattr(model, "base_model_prefix", ""), model.state_dict()
-    found = Loaded()
+    prefix, state = getattr(model, "base_model_prefix", ""), model.state_dict()
+    loaded = Loaded()
     for name in sorted(names, key=dot_natural_key):
-        place, source = rename_source_key(name, renamings, converters, prefix, own)
-        if place not in own and name in own:
-            place, source = rename_source_key(name, [], [], prefix, own)
+        place, source = rename_source_key(name, renamings, converters, prefix, state)
+        if place not in state and name in state:
+            place, source = rename_source_key(name, [], [], prefix, state)
         if source is None:
-            if place in own:
-                found.names[name] = place
+            if place in state:
+                loaded.names[name] = place
             continue
-        first, *rest = targets[source].target_patterns
-        for target in (first, *rest):
-            found.made.setdefault(place.replace(first, target), []).append(name)
-    return found
+        first, *others = targets[source].target_patterns
+        for target in (first, *others):
+            loaded.made.setdefault(place.replace(first, target), []).append(name)
+    return loaded

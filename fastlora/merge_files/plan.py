@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint adapters change, and how: all of it checked before anything is."""
+"""Plan of a merge: which tensors change and how, all checked before anything is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastlora import functional
 from fastlora.backends.dtypes import CODES
 from fastlora.config.listing import group_by_reason, list_some
 from fastlora.functional.receipt import Adapter
-from fastlora.merge_files import model_code, places, vocabulary
+from fastlora.merge_files import layer_lookup, model_code, vocabulary
 from fastlora.merge_files.adapters import AdapterFolder, Layer
 from fastlora.merge_files.shards import Checkpoint, Entry, Shard
 from fastlora.merge_files.vocabulary import Vocabulary
@@ -38,26 +38,26 @@ class WeightChange:
     adapters: list[Adapter] = field(default_factory=list)
 
     def apply(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The merged weight in ``dtype``, rounded once; stored is kept."""
+        """Returns the merged weight in ``dtype``, rounded once; stored is kept."""
         # One that gets narrower is summed in float32 (float64), as merge_ sums within a half.
         work = stored.to(torch.promote_types(stored.dtype, dtype), copy=True)
-        functional.merge_(self.seen(work), self.adapters, receipt=False)
+        functional.merge_(self.orient(work), self.adapters, receipt=False)
         return work.to(dtype)
 
-    def seen(self, stored: Tensor) -> Tensor:
-        """The weight as the adapters see it, (N, K)."""
+    def orient(self, stored: Tensor) -> Tensor:
+        """Returns the weight as (N, K), transposed where it is stored (K, N)."""
         return stored.T if self.transposed else stored
 
 
 @dataclass
 class BiasChange:
-    """What is added to one bias (N,), or to the trained one that takes its place."""
+    """Additions to one bias (N,), or to the trained one that takes its place."""
 
     trained: Tensor | None = None
     added: list[tuple[Tensor, float]] = field(default_factory=list)
 
     def apply(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The bias in ``dtype``, rounded once; stored is kept."""
+        """Returns the bias in ``dtype``, rounded once; stored is kept."""
         total = (stored if self.trained is None else self.trained).to(torch.float64)
         for values, scaling in self.added:
             total = total + values.to(torch.float64) * scaling
@@ -66,9 +66,9 @@ class BiasChange:
 
 @dataclass
 class Plan:
-    """weights, biases: by name of the base's tensor. skipped: what is left out, for people.
+    """Changes by name of the base's tensor. skipped: what is left out, as text.
 
-    vocabulary: tensors of the adapters' that take the base's place, before anything is added.
+    vocabulary: the adapters' own tensors that take the base's place before anything is added.
     """
 
     base: Checkpoint
@@ -81,16 +81,16 @@ class Plan:
     def change(self, name: str) -> WeightChange | BiasChange | None:
         return self.weights.get(name) or self.biases.get(name)
 
-    def kept(self, entry: Entry) -> bool:
+    def is_unchanged(self, entry: Entry) -> bool:
         """Whether a tensor is written as the base has it, but for its dtype."""
         return self.change(entry.name) is None and entry.name not in self.vocabulary.tensors
 
     def entry(self, name: str) -> Entry:
-        """A tensor as it will be, in the base's dtype."""
+        """Returns the entry of a tensor as it will be, in the base's dtype."""
         return self.vocabulary.entry(self.base.entry(name))
 
     def read(self, shard: Shard, name: str) -> Tensor:
-        """What is added to: the base's tensor, or the adapter's in its place."""
+        """Reads the tensor to add to: the base's, or the adapter's in its place."""
         stored = self.vocabulary.tensors.get(name)
         return shard.read(name) if stored is None else stored.read()
 
@@ -101,7 +101,7 @@ def make(
     dtype: torch.dtype | None,
     allow_partial: bool,
 ) -> Plan:
-    """Finds the tensors of every adapter's layers; ValueError naming what cannot be merged.
+    """Makes the plan of every adapter's layers; ValueError names what cannot be merged.
 
     With allow_partial, layers that the base lacks are left out, and so may be those that the
     adapter's config names and its file lacks; some layer of every adapter must be there.
@@ -113,10 +113,10 @@ def make(
             f"base: {base.folder} is quantised ({kind}), and merged weights would have to be "
             "quantised anew: merge into the model it was made from"
         )
-    found = [(adapter, places.find(base, adapter)) for adapter in adapters]
-    plan = Plan(base, dtype, vocabulary.find(base, found, allow_partial))
+    placed = [(adapter, layer_lookup.find(base, adapter)) for adapter in adapters]
+    plan = Plan(base, dtype, vocabulary.find(base, placed, allow_partial))
     plan.skipped += plan.vocabulary.skipped
-    for adapter, its_places in found:
+    for adapter, its_places in placed:
         if adapter.biases and (len(adapters) > 1 or adapter.weight != 1):
             # They take the base's place; of two, or of half of one, there is no sum.
             raise ValueError(
@@ -128,17 +128,19 @@ def make(
     return plan
 
 
-def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial: bool) -> None:
-    absent = places.absent(adapter, found)
-    unfilled = places.unfilled(plan.base, adapter, found)
-    refused = len(absent) == len(adapter.layers) or (bool(absent) and found.uninstalled)
+def _add(
+    plan: Plan, adapter: AdapterFolder, places: layer_lookup.Places, allow_partial: bool
+) -> None:
+    absent = layer_lookup.list_absent(adapter, places)
+    unfilled = layer_lookup.list_unfilled(plan.base, adapter, places)
+    refused = len(absent) == len(adapter.layers) or (bool(absent) and places.uninstalled)
     if refused or ((absent or unfilled) and not allow_partial):
-        raise ValueError(_incomplete(plan.base, adapter, found, absent, unfilled))
+        raise ValueError(_explain_incomplete(plan.base, adapter, places, absent, unfilled))
     plan.skipped += [f"{name} of {adapter.folder}: not in the base" for name in absent]
     plan.skipped += [f"{name} of the base: not in {adapter.folder}" for name in unfilled]
-    unfit = model_code.unfit(plan.base, adapter, found)
-    left = {*absent, *unfit}
-    if unfit and (not allow_partial or len(left) == len(adapter.layers)):
+    unfit = model_code.explain_unfit(plan.base, adapter, places)
+    left_out = {*absent, *unfit}
+    if unfit and (not allow_partial or len(left_out) == len(adapter.layers)):
         raise ValueError(
             f"{adapter.folder}: cannot be merged into {plan.base.folder}: "
             f"{list_some(group_by_reason(unfit), separator='; ')} (allow_partial=True, "
@@ -146,27 +148,27 @@ def _add(plan: Plan, adapter: AdapterFolder, found: places.Places, allow_partial
         )
     plan.skipped += [f"{name} of {adapter.folder}: {reason}" for name, reason in unfit.items()]
     for name, layer in adapter.layers.items():
-        if name not in left:
-            _add_layer(plan, adapter, name, found.of(name), layer)
+        if name not in left_out:
+            _add_layer(plan, adapter, name, places.of(name), layer)
     for name, values in adapter.biases.items():
-        place = found.of(name)
+        place = places.of(name)
         # PEFT's files name a bias that is tied with another twice, transformers' once.
-        if f"{place}.bias" in plan.base.holder or not _twin(adapter, name, plan.base, found):
-            _bias(plan, adapter, place, values).trained = values
+        if f"{place}.bias" in plan.base.holder or not _has_twin(adapter, name, plan.base, places):
+            _get_bias_change(plan, adapter, place, values).trained = values
 
 
 def _add_layer(plan: Plan, adapter: AdapterFolder, name: str, place: str, layer: Layer) -> None:
     weight = f"{place}.weight"
-    transposed = _transposed(plan, adapter, name, weight, layer)
+    transposed = _is_transposed(plan, adapter, name, weight, layer)
     _check_untied(plan, adapter, name, weight)
     change = plan.weights.setdefault(weight, WeightChange(transposed))
     change.adapters.append((layer.lora_A, layer.lora_B, layer.scaling))
     if layer.lora_bias is not None:
-        bias = _bias(plan, adapter, place, layer.lora_bias)
+        bias = _get_bias_change(plan, adapter, place, layer.lora_bias)
         bias.added.append((layer.lora_bias, layer.scaling))
 
 
-def _bias(plan: Plan, adapter: AdapterFolder, place: str, values: Tensor) -> BiasChange:
+def _get_bias_change(plan: Plan, adapter: AdapterFolder, place: str, values: Tensor) -> BiasChange:
     name = f"{place}.bias"
     if name not in plan.base.holder:
         raise ValueError(
@@ -181,47 +183,51 @@ def _bias(plan: Plan, adapter: AdapterFolder, place: str, values: Tensor) -> Bia
     return plan.biases.setdefault(name, BiasChange())
 
 
-def _twin(adapter: AdapterFolder, name: str, base: Checkpoint, found: places.Places) -> bool:
+def _has_twin(
+    adapter: AdapterFolder, name: str, base: Checkpoint, places: layer_lookup.Places
+) -> bool:
     """Whether another trained bias, which the base has, is the same."""
     return any(
         torch.equal(values, adapter.biases[name])
         for other, values in adapter.biases.items()
-        if f"{found.of(other)}.bias" in base.holder
+        if f"{places.of(other)}.bias" in base.holder
     )
 
 
-def _incomplete(
+def _explain_incomplete(
     base: Checkpoint,
     adapter: AdapterFolder,
-    found: places.Places,
+    places: layer_lookup.Places,
     absent: list[str],
     unfilled: list[str],
 ) -> str:
-    said = []
+    reasons = []
     if absent:
-        said.append(
+        reasons.append(
             f"{len(absent)} of its {len(adapter.layers)} layers are not in {base.folder}: "
-            f"{list_some(places.kinds(absent))}"
+            f"{list_some(layer_lookup.group_by_kind(absent))}"
         )
-    if absent and found.unknown:
-        said.append(found.unknown)
-    if unfilled and not found.unknown:  # or they are the same layers by other names
-        said.append(
+    if absent and places.unknown:
+        reasons.append(places.unknown)
+    if unfilled and not places.unknown:  # or they are the same layers by other names
+        reasons.append(
             f"its config names {len(unfilled)} layers that its file lacks: "
-            f"{list_some(places.kinds(unfilled))}"
+            f"{list_some(layer_lookup.group_by_kind(unfilled))}"
         )
     if any(name.endswith("lm_head") for name in absent) and base.option(
         "tie_word_embeddings", True
     ):
-        said.append(
+        reasons.append(
             f"an output layer that is tied to the embedding has no weight of its own: {_UNTIE}"
         )
-    if len(absent) < len(adapter.layers) and not (absent and found.uninstalled):
-        said.append("the others are merged with allow_partial=True (--allow-partial)")
-    return f"{adapter.folder}: {'; '.join(said)}"
+    if len(absent) < len(adapter.layers) and not (absent and places.uninstalled):
+        reasons.append("the others are merged with allow_partial=True (--allow-partial)")
+    return f"{adapter.folder}: {'; '.join(reasons)}"
 
 
-def _transposed(plan: Plan, adapter: AdapterFolder, name: str, weight: str, layer: Layer) -> bool:
+def _is_transposed(
+    plan: Plan, adapter: AdapterFolder, name: str, weight: str, layer: Layer
+) -> bool:
     """Whether the base stores the weight (K, N); checks its dtype and shape."""
     base, entry = plan.base, plan.entry(weight)
     if not entry.floating:
@@ -263,11 +269,11 @@ def _check_untied(plan: Plan, adapter: AdapterFolder, name: str, weight: str) ->
         for twin, shard in base.holder.items()
         if twin != weight and shard.tensors[twin].shape == entry.shape
     ]
-    said = bool(tied) and name.rpartition(".")[2] in _OUTPUTS
+    ties = bool(tied) and name.rpartition(".")[2] in _OUTPUTS
     # Where the config leaves it to the model's class, the same numbers twice say it.
-    if (said and not twins) or any(base.same(twin, weight) for twin in twins):
+    if (ties and not twins) or any(base.has_same_bytes(twin, weight) for twin in twins):
         raise ValueError(
             f"{adapter.folder}: {name} is tied to the embedding, which a merge would change too: "
             + _UNTIE
         )
-    plan.vocabulary.untied |= said
+    plan.vocabulary.untied |= ties

@@ -1,4 +1,4 @@
-"""The names that transformers gives a checkpoint's layers while it loads them."""
+"""Names that transformers gives a checkpoint's layers while it loads them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class NotInstalled(LookupError):
 
 @dataclass(frozen=True)
 class Renaming:
-    """model: on the meta device. files: the base's name of each of the model's layers.
+    """Names of the model's layers. model: on the meta device. files: the base's name of each layer.
 
-    made: of layers whose weight is not in the files as it is in the model, what it is made of;
-    twice: of layers that the files have several weights for, their names.
+    made: sources of each layer whose weight the files do not have as the model has it; twice: names
+    of the weights of each layer that the files have several for.
     """
 
     model: nn.Module
@@ -32,17 +32,17 @@ class Renaming:
     made: dict[str, list[str]]
     twice: dict[str, list[str]]
 
-    def of_old(self, layers: Iterable[str]) -> dict[str, str]:
-        """The model's names of layers that are named as a checkpoint's are, as far as it has them.
+    def translate_old(self, layers: Iterable[str]) -> dict[str, str]:
+        """Returns the model's names of layers that have a checkpoint's, as far as it has them.
 
-        So are those of adapters that were trained with a transformers that did not rename yet.
+        Adapters trained with an older transformers, which did not rename, have such names.
         """
-        found = loaded_names.loaded(self.model, [layer + _WEIGHT for layer in layers]).names
-        return {old.removesuffix(_WEIGHT): new.removesuffix(_WEIGHT) for old, new in found.items()}
+        names = loaded_names.look_up_names(self.model, [layer + _WEIGHT for layer in layers]).names
+        return {old.removesuffix(_WEIGHT): new.removesuffix(_WEIGHT) for old, new in names.items()}
 
 
-def composite(base: Checkpoint) -> bool:
-    """Whether the model has models within, whose names are those that transformers changes."""
+def is_composite(base: Checkpoint) -> bool:
+    """Whether the model has inner models, whose names transformers may change."""
     inner = [value for value in base.config.values() if isinstance(value, dict)]
     return any("model_type" in value for value in inner) or any(
         isinstance(base.config.get(name), dict) for name in ("text_config", "vision_config")
@@ -50,28 +50,28 @@ def composite(base: Checkpoint) -> bool:
 
 
 def read(base: Checkpoint) -> Renaming:
-    """Asks the installed transformers; LookupError saying why it cannot tell."""
-    model = on_meta(base)
-    found = loaded_names.loaded(model, base.holder)
-    made = dict(found.made)
+    """Reads the names from the installed transformers; LookupError says why that fails."""
+    model = build_on_meta(base)
+    loaded = loaded_names.look_up_names(model, base.holder)
+    computed = dict(loaded.made)
     by_layer: dict[str, list[str]] = {}
-    for file, name in found.names.items():
+    for file, name in loaded.names.items():
         if name.endswith(_WEIGHT):
             if file.endswith(_WEIGHT):
                 by_layer.setdefault(name, []).append(file)
             else:
-                made.setdefault(name, []).append(file)
+                computed.setdefault(name, []).append(file)
     layers = {name.removesuffix(_WEIGHT): sorted(files) for name, files in by_layer.items()}
     return Renaming(
         model,
         {layer: files[0].removesuffix(_WEIGHT) for layer, files in layers.items()},
-        {name.removesuffix(_WEIGHT): sorted(files) for name, files in made.items()},
+        {name.removesuffix(_WEIGHT): sorted(files) for name, files in computed.items()},
         {layer: files for layer, files in layers.items() if len(files) > 1},
     )
 
 
-def on_meta(base: Checkpoint) -> nn.Module:
-    """The base's model without its weights, of the class that its config names.
+def build_on_meta(base: Checkpoint) -> nn.Module:
+    """Builds the base's model without its weights, of the class that its config names.
 
     LookupError where transformers is missing, does not know it or cannot build it.
     """
@@ -82,12 +82,14 @@ def on_meta(base: Checkpoint) -> nn.Module:
             "transformers, which changes the names of some models' tensors while it loads them, "
             "is not installed: with it fastlora looks them up"
         ) from None
-    said = f"transformers {transformers.__version__}"
+    library = f"transformers {transformers.__version__}"
     names = base.config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise LookupError(f"{said} has no model of architectures={names} to ask how it is written")
+        raise LookupError(
+            f"{library} has no model of architectures={names} to ask how it is written"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(
             base.folder, local_files_only=True, trust_remote_code=False
@@ -96,4 +98,6 @@ def on_meta(base: Checkpoint) -> nn.Module:
         with torch.device("meta"), initialization.meta_device_safe_creation_ops():
             return kind(config)
     except Exception as error:  # whatever a model's code finds wrong with a config
-        raise LookupError(f"{said} cannot build {name} to ask how it is written: {error}") from None
+        raise LookupError(
+            f"{library} cannot build {name} to ask how it is written: {error}"
+        ) from None

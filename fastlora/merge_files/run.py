@@ -1,10 +1,8 @@
-"""The merge itself: file after file, a tensor at a time, so that it may be stopped anywhere."""
+"""Merging of files, one after another and a tensor at a time, so that it can stop anywhere."""
 
 from __future__ import annotations
 
 import functools
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,25 +16,25 @@ from fastlora.backends.dtypes import CODES
 from fastlora.config.listing import list_some
 from fastlora.functional import fidelity
 from fastlora.functional.fidelity import Fidelity, FidelityWarning
-from fastlora.merge_files import arguments, durable, journal, others, plan, shards
+from fastlora.merge_files import durable, input_checks, journal, metadata, other_files, plan, shards
 from fastlora.merge_files.adapters import AdapterFolder, read_adapter
-from fastlora.merge_files.arguments import Folder
-from fastlora.merge_files.others import Others
+from fastlora.merge_files.input_checks import Folder
+from fastlora.merge_files.other_files import Others
 from fastlora.merge_files.plan import Plan, WeightChange
 from fastlora.merge_files.shards import CONFIG_NAME, INDEX_NAME, Entry, Shard
 from fastlora.ops import dispatch
 
-# The file that is being written, of how many, and how much of it is: 0 to 1.
+# Told the file being written, the number of files, and the share of it that is written.
 Watch = Callable[[str, int, float], None]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """fidelity: of each layer, by the base's name. skipped: layers that were left out, and why.
+    """Result of a merge. fidelity: by the base's layer. skipped: layers left out, and why.
 
-    nbytes: of all weights. kept: the files that an earlier, interrupted run had finished.
-    vocabulary: what of the base the adapters' own rows have taken the place of; exchanged: where
-    that is more than rows that were added. others: what lay beside the weights, copied or not.
+    nbytes: of all weights. kept: files that an earlier, interrupted run had finished. vocabulary:
+    the base's tensors that adapters' rows have replaced; exchanged: those with more than added
+    rows. others: files beside the weights, copied or not.
     """
 
     fidelity: dict[str, Fidelity]
@@ -49,13 +47,17 @@ class Merged:
 
     @property
     def low(self) -> list[str]:
-        """The layers that lost a good part of the adapters to rounding, the worst first."""
+        """Layers that lost a good part of the adapters to rounding, the worst first."""
         # Not `<`: a gain may be NaN.
-        low = [name for name, found in self.fidelity.items() if not found.gain >= fidelity.LOW_GAIN]
+        low = [
+            name
+            for name, layer_fidelity in self.fidelity.items()
+            if not layer_fidelity.gain >= fidelity.LOW_GAIN
+        ]
         return sorted(low, key=lambda name: self.fidelity[name].gain)
 
     def warning(self) -> str | None:
-        """What to say about ``low``."""
+        """Returns a text on ``low``, if there is any."""
         if not self.low:
             return None
         worst = self.low[0]
@@ -115,22 +117,22 @@ def merge_folder(
     allow_partial: bool = False,
     watch: Watch | None = None,
 ) -> Merged:
-    """``merge_checkpoint`` without its warnings; ``watch`` is told how far it is."""
-    if dtype is not None and dtype not in shards.CODE_OF:
-        names = ", ".join(map(str, shards.CODE_OF))
+    """Merges as ``merge_checkpoint`` without its warnings; ``watch`` is told the progress."""
+    if dtype is not None and dtype not in shards.CODES:
+        names = ", ".join(map(str, shards.CODES))
         raise ValueError(f"dtype: expected one of {names}, got {dtype!r}")
     checkpoint, folder = shards.open_checkpoint(base), Path(out)
     if folder.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ValueError(f"out: expected a folder outside of base, got {folder}")
-    read = [read_adapter(*pair) for pair in arguments.pairs(adapters)]
+    read = [read_adapter(*pair) for pair in input_checks.read_pairs(adapters)]
     steps = plan.make(checkpoint, read, dtype, allow_partial)
     rewritten = steps.weights.keys() | steps.vocabulary.tensors.keys()
-    beside = others.find(checkpoint, rewritten, folder)
-    return _run(steps, beside, _identity(steps, beside, read), folder, watch or (lambda *_: None))
+    beside = other_files.find(checkpoint, rewritten, folder)
+    return _run(steps, beside, _identify(steps, beside, read), folder, watch or (lambda *_: None))
 
 
-def _identity(steps: Plan, beside: Others, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
-    """All that decides the output's bytes: by it a run knows its own unfinished work."""
+def _identify(steps: Plan, beside: Others, adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
+    """Collects all that decides the output's bytes, by which a run knows its unfinished work."""
     base = steps.base
     files = [shard.path for shard in base.shards] + [base.folder / name for name in beside.copied]
     files += [base.folder / CONFIG_NAME, *([base.index] if base.index else [])]
@@ -153,52 +155,55 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _run(
     steps: Plan, beside: Others, identity: Mapping[str, Any], out: Path, watch: Watch
 ) -> Merged:
-    base, found, kept = steps.base, {}, []
-    layouts = [_layout(shard, steps) for shard in base.shards]
-    files = len(layouts) + sum(others.is_large(base.folder / name) for name in beside.copied)
+    base, all_fidelities, reused = steps.base, {}, []
+    layouts = [_lay_out(shard, steps) for shard in base.shards]
+    files = len(layouts) + sum(other_files.is_large(base.folder / name) for name in beside.copied)
     sizes = {out / name: (base.folder / name).stat().st_size for name in beside.copied}
     sizes |= {out / layout.path.name: len(layout.start) + layout.nbytes for layout in layouts}
-    arguments.check_room(out, sizes)
+    input_checks.check_room(out, sizes)
 
     def check(path: Path) -> None:
         if _stamp(path) != identity["base"][str(path.relative_to(base.folder))]:
             raise RuntimeError(f"base: {path} was changed meanwhile: start anew")
 
-    with journal.opened(out, identity) as notes:
+    with journal.open_journal(out, identity) as notes:
         for layout in layouts:
             name = layout.path.name
             watch(name, files, 0.0)
-            fidelities = notes.finished(name)
+            fidelities = notes.find_finished(name)
             if fidelities is not None:
-                kept.append(name)
+                reused.append(name)
             else:
                 fidelities = {}
                 show = functools.partial(watch, name, files)
-                chunks = _chunks(steps, layout, check, fidelities, show)
+                chunks = _iterate_chunks(steps, layout, check, fidelities, show)
                 notes.finish(name, durable.write(out / name, chunks), fidelities)
-            found |= fidelities
-        kept += others.copy(base, beside, out, notes, check, lambda name: watch(name, files, 0.0))
-        nbytes = sum(layout.nbytes for layout in layouts)
+            all_fidelities |= fidelities
+        reused += other_files.copy(
+            base, beside, out, notes, check, lambda name: watch(name, files, 0.0)
+        )
+        entries = [entry for layout in layouts for entry in layout.entries]
+        nbytes = sum(entry.nbytes for entry in entries)
         if base.index is not None:
-            durable.write(out / INDEX_NAME, _index(base.index, layouts, steps))
-        # The last: nothing loads a folder without it.
-        durable.write(out / CONFIG_NAME, _config(base.folder / CONFIG_NAME, steps))
+            durable.write(out / INDEX_NAME, metadata.make_index(base.index, entries, steps))
+        # Last, since nothing loads a folder without a config.
+        durable.write(out / CONFIG_NAME, metadata.make_config(base.folder / CONFIG_NAME, steps))
         notes.close()
-    given = steps.vocabulary
+    vocabulary = steps.vocabulary
     return Merged(
-        dict(sorted(found.items())),
+        dict(sorted(all_fidelities.items())),
         steps.skipped,
         nbytes,
-        kept,
-        given.said,
-        given.exchanged,
+        reused,
+        vocabulary.notes,
+        vocabulary.exchanged,
         beside,
     )
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A file to be written. start: its bytes up to the tensors, which follow in this order."""
+    """Layout of an output file. start: its bytes up to the tensors, which follow in this order."""
 
     path: Path
     source: Shard
@@ -210,93 +215,59 @@ class _Layout:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def _layout(shard: Shard, steps: Plan) -> _Layout:
+def _lay_out(shard: Shard, steps: Plan) -> _Layout:
     before = list(shard.tensors.values())
     after = [steps.entry(entry.name).as_dtype(steps.dtype) for entry in before]
     if after == before:
         return _Layout(shard.path, shard, shard.start, before)
     # The widest first, as safetensors has it, so that every tensor is aligned.
     after.sort(key=lambda entry: -entry.itemsize)
-    return _Layout(shard.path, shard, shards.start_of(after, shard.metadata), after)
+    return _Layout(shard.path, shard, shards.make_start(after, shard.metadata), after)
 
 
-def _chunks(
+def _iterate_chunks(
     steps: Plan,
     layout: _Layout,
     check: Callable[[Path], None],
     fidelities: dict[str, Fidelity],
     show: Callable[[float], None],
 ) -> Iterator[Any]:
-    """A file's bytes, in pieces; puts the fidelity of its layers where it is asked to."""
+    """Yields a file's bytes in pieces; puts the fidelity of its layers into ``fidelities``."""
     source, written, total = layout.source, 0, max(1, layout.nbytes)
     yield layout.start
     for entry in layout.entries:
-        if steps.kept(entry) and entry.dtype == source.tensors[entry.name].dtype:
-            yield from source.bytes_of(entry.name)
+        if steps.is_unchanged(entry) and entry.dtype == source.tensors[entry.name].dtype:
+            yield from source.read_bytes(entry.name)
         else:
-            yield shards.raw(_merged(steps, source, entry, fidelities))
+            yield shards.view_bytes(_merge_tensor(steps, source, entry, fidelities))
         written += entry.nbytes
         show(written / total)
     check(source.path)
 
 
-def _merged(steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]) -> Tensor:
-    """A tensor as it is to be written."""
+def _merge_tensor(
+    steps: Plan, source: Shard, entry: Entry, fidelities: dict[str, Fidelity]
+) -> Tensor:
+    """Returns a tensor as it is to be written, and notes its layer's fidelity."""
     name, dtype, change = entry.name, CODES[entry.dtype], steps.change(entry.name)
     stored = steps.read(source, name)
     try:
         merged = stored.to(dtype) if change is None else change.apply(stored, dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if not _finite_where(stored, merged):
+    if not _stays_finite(stored, merged):
         raise ValueError(f"{name}: it has numbers that are not finite as {dtype}")
     if isinstance(change, WeightChange):
         # Beside the base in the same dtype: what else conversion costs is not the adapters' loss.
-        before = change.seen(stored.to(dtype))
+        before = change.orient(stored.to(dtype))
         layer = name.removesuffix(".weight")
-        fidelities[layer] = fidelity.measure(before, change.seen(merged), change.adapters)
+        fidelities[layer] = fidelity.measure(before, change.orient(merged), change.adapters)
     return merged
 
 
-def _finite_where(before: Tensor, after: Tensor) -> bool:
+def _stays_finite(before: Tensor, after: Tensor) -> bool:
     """Whether after is finite wherever before was."""
     # As a rule it is everywhere, which the extremes tell without a tensor of the weight's size.
     if not after.numel() or all(bound.isfinite() for bound in after.aminmax()):
         return True
     return bool((after.isfinite() | ~before.isfinite()).all())
-
-
-def _index(path: Path, layouts: Sequence[_Layout], steps: Plan) -> list[bytes]:
-    text = path.read_bytes()
-    if steps.dtype is None and steps.vocabulary.size is None:
-        return [text]
-    index, entries = json.loads(text), [e for layout in layouts for e in layout.entries]
-    sizes = {"total_size": sum(entry.nbytes for entry in entries)}
-    if "total_parameters" in (index.get("metadata") or {}):
-        sizes["total_parameters"] = sum(math.prod(entry.shape) for entry in entries)
-    index["metadata"] = (index.get("metadata") or {}) | sizes
-    return [json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"]
-
-
-def _config(path: Path, steps: Plan) -> list[bytes]:
-    text = path.read_bytes()
-    config = json.loads(text)
-    before = json.dumps(config)
-    if steps.dtype is not None:
-        name = str(steps.dtype).removeprefix("torch.")
-        if not _set_dtype(config, name):
-            config["torch_dtype"] = name  # which newer and older transformers read
-    steps.vocabulary.write(config)
-    if json.dumps(config) == before:
-        return [text]
-    return [json.dumps(config, indent=2).encode() + b"\n"]
-
-
-def _set_dtype(config: dict[str, Any], name: str) -> bool:
-    """Exchanges the dtype, also that of inner models; whether the outer one had any."""
-    known = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
-    config.update(dict.fromkeys(known, name))
-    for inner in config.values():
-        if isinstance(inner, dict):
-            _set_dtype(inner, name)
-    return bool(known)

@@ -1,4 +1,4 @@
-"""A model's weights on disk: one safetensors file or several with an index, as transformers has it.
+"""Weights of a model on disk: one safetensors file, or several with an index, as transformers has.
 
 Headers are read, tensors one at a time: nothing of a file's size is held.
 """
@@ -32,7 +32,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: dtype is safetensors' code, offset and nbytes say where its bytes lie."""
+    """Tensor of a file: dtype is safetensors' code, offset and nbytes say where its bytes lie."""
 
     name: str
     dtype: str
@@ -49,7 +49,7 @@ class Entry:
         return self.nbytes / max(1, math.prod(self.shape))
 
     def as_dtype(self, dtype: torch.dtype | None) -> Entry:
-        """The entry of the tensor once converted; only float16 to float64 are."""
+        """Returns the entry of the converted tensor; only float16 to float64 are converted."""
         if dtype is None or not self.floating:
             return self
         nbytes = self.nbytes // CODES[self.dtype].itemsize * dtype.itemsize
@@ -66,27 +66,27 @@ class Shard:
     tensors: dict[str, Entry]
 
     def read(self, name: str) -> Tensor:
-        """A float tensor on the CPU, its memory its own."""
+        """Reads a float tensor into new memory on the CPU."""
         entry = self.tensors[name]
         tensor = torch.empty(entry.shape, dtype=CODES[entry.dtype])
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
-            left = memoryview(raw(tensor))
-            while left and (count := file.readinto(left)):
-                left = left[count:]
-        if left:
+            remaining = memoryview(view_bytes(tensor))
+            while remaining and (count := file.readinto(remaining)):
+                remaining = remaining[count:]
+        if remaining:
             raise RuntimeError(f"{self.path}: it ends within {name!r}: changed while it was read")
         return tensor
 
-    def bytes_of(self, name: str) -> Iterator[bytes]:
-        """A tensor of any dtype as it is stored."""
+    def read_bytes(self, name: str) -> Iterator[bytes]:
+        """Yields the stored bytes of a tensor of any dtype."""
         entry = self.tensors[name]
-        return durable.chunks_of(self.path, entry.offset, entry.nbytes)
+        return durable.read_chunks(self.path, entry.offset, entry.nbytes)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that transformers loads: its weights and its config."""
+    """Folder that transformers loads: its weights and its config."""
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -98,20 +98,20 @@ class Checkpoint:
         return self.holder[name].tensors[name]
 
     def option(self, name: str, default: object = None) -> object:
-        """A setting of the config, or of its text model's."""
+        """Returns a setting of the config, or of its text model's."""
         text = self.config.get("text_config")
         inner = text.get(name, default) if isinstance(text, dict) else default
         return self.config.get(name, inner)
 
-    def same(self, first: str, second: str) -> bool:
-        """Whether two tensors have the same bytes, of two dtypes once in the narrower."""
+    def has_same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same bytes, two dtypes compared in the narrower."""
         shards = self.holder[first], self.holder[second]
         codes = {self.entry(name).dtype for name in (first, second)}
         if len(codes) > 1 and codes <= CODES.keys():
             dtype = min((CODES[code] for code in codes), key=lambda dtype: dtype.itemsize)
             one, other = (self.holder[name].read(name).to(dtype) for name in (first, second))
             return torch.equal(one, other)
-        pairs = zip(shards[0].bytes_of(first), shards[1].bytes_of(second), strict=True)
+        pairs = zip(shards[0].read_bytes(first), shards[1].read_bytes(second), strict=True)
         return self.entry(first).nbytes == self.entry(second).nbytes and all(
             a == b for a, b in pairs
         )
@@ -130,8 +130,8 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if not (base / WEIGHTS_NAME).is_file():
         index = base / INDEX_NAME
         if not index.is_file():
-            raise FileNotFoundError(_no_weights(base))
-        names = sorted(set(_weight_map(index).values()))
+            raise FileNotFoundError(_explain_no_weights(base))
+        names = sorted(set(_read_weight_map(index).values()))
     if not (base / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"base: expected {CONFIG_NAME} in {base}")
     shards = tuple(open_shard(base / name) for name in names)
@@ -141,7 +141,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             if name in holder:
                 raise ValueError(f"{shard.path}: {name!r} is in {holder[name].path.name} too")
             holder[name] = shard
-    for name, file in _weight_map(index).items() if index else ():
+    for name, file in _read_weight_map(index).items() if index else ():
         if name not in holder or holder[name].path.name != file:
             raise ValueError(f"{index}: {name!r} is not in {file}")
     config = read_json(base / CONFIG_NAME)
@@ -166,15 +166,15 @@ def open_shard(path: Path) -> Shard:
     metadata = header.pop("__metadata__", None) or {}
     first = 8 + len(text)
     entries = [
-        Entry(name, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], _span(e))
+        Entry(name, e["dtype"], tuple(e["shape"]), first + e["data_offsets"][0], _measure_span(e))
         for name, e in header.items()
     ]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     return Shard(path, length + text, metadata, {entry.name: entry for entry in entries})
 
 
-def start_of(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
-    """The first bytes of a file that holds tensors in this order: length and header."""
+def make_start(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
+    """Makes the first bytes of a file that holds tensors in this order: length and header."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
@@ -189,17 +189,17 @@ def start_of(entries: Iterable[Entry], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def raw(tensor: Tensor) -> Any:
-    """A tensor's bytes as a flat numpy array, which shares its memory if it is contiguous."""
+def view_bytes(tensor: Tensor) -> Any:
+    """Returns a tensor's bytes as a flat numpy array; shares memory if it is contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _span(entry: dict[str, Any]) -> int:
+def _measure_span(entry: dict[str, Any]) -> int:
     start, end = entry["data_offsets"]
     return end - start
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: expected a weight_map that is not empty")
@@ -215,12 +215,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _no_weights(base: Path) -> str:
-    said = f"base: expected {WEIGHTS_NAME} or {INDEX_NAME} in {base}"
+def _explain_no_weights(base: Path) -> str:
+    text = f"base: expected {WEIGHTS_NAME} or {INDEX_NAME} in {base}"
     pickles = sorted(path.name for path in base.iterdir() if path.suffix in _PICKLES)
     if pickles:
-        said += (
+        text += (
             f"; {pickles[0]} is a pickle, which can run code and is never read: convert it where "
             "you trust it, with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
         )
-    return said
+    return text

@@ -1,4 +1,4 @@
-"""Weights of the base in adapters' files: whose they are, and rows that a vocabulary has more."""
+"""Weights of the base in adapters' files, and rows that a resized vocabulary has more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastlora.adapters.base_copies import describe_own_rows, is_frozen_weight
 from fastlora.adapters.stored import OwnRows, Stored, find_differing_rows, have_same_rows
 from fastlora.merge_files.adapters import AdapterFolder
-from fastlora.merge_files.places import Places
+from fastlora.merge_files.layer_lookup import Places
 from fastlora.merge_files.shards import Checkpoint, Entry, Shard
 
 _ANOTHER = "it was trained on another base, merge it into that"
@@ -21,20 +21,20 @@ class Vocabulary:
     """Tensors that adapters bring whole, by the base's name, which take the base's place.
 
     size: how many rows the vocabulary has, None where as many as the base's. exchanged: rows that
-    the base had otherwise, for people; said: of rows that it lacked too; skipped: what is left out.
+    the base had otherwise, for people; notes: on all such rows; skipped: what is left out.
     untied: whether the output
     layer is changed and not the embedding, though the config says they are one.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     size: int | None = None
-    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     exchanged: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     untied: bool = False
 
     def entry(self, entry: Entry) -> Entry:
-        """A base's tensor as it will be."""
+        """Returns the entry of a base's tensor as it will be."""
         stored = self.tensors.get(entry.name)
         if stored is None or stored.shape == entry.shape:
             return entry
@@ -42,8 +42,8 @@ class Vocabulary:
         return replace(entry, shape=stored.shape, nbytes=nbytes)
 
     def write(self, config: dict[str, Any]) -> None:
-        """Puts it into a model's config, or that of its text model."""
-        # Encoder-decoders of T5's kind scale by what it says.
+        """Writes sizes and tying into a model's config, and its text model's."""
+        # T5-like encoder-decoders scale outputs by this setting.
         untied = self.untied and not config.get("is_encoder_decoder")
         for each in (config, config.get("text_config")):
             if not isinstance(each, dict):
@@ -54,7 +54,7 @@ class Vocabulary:
                 each["tie_word_embeddings"] = False
 
     def check_whole(self, base: Checkpoint) -> None:
-        """ValueError where of two embeddings of the base only one would have the new size."""
+        """Raises ValueError where only one of the base's two embeddings would have the new size."""
         if self.size is None:
             return
         shapes = {base.entry(name).shape for name in self.tensors}
@@ -76,24 +76,24 @@ class Vocabulary:
 def find(
     base: Checkpoint, adapters: Sequence[tuple[AdapterFolder, Places]], allow_partial: bool
 ) -> Vocabulary:
-    """What adapters bring of the base's own weights that is not the base's; nothing is written.
+    """Finds copies of the base's weights in adapters that differ from the base's.
 
     Raises ValueError, naming file and tensor, for what the base has no place for, what is no
     embedding, frozen weights of another base, and adapters that disagree.
     """
-    found = Vocabulary()
-    given: dict[str, list[tuple[AdapterFolder, Stored]]] = {}
+    vocabulary = Vocabulary()
+    copies_of: dict[str, list[tuple[AdapterFolder, Stored]]] = {}
     for adapter, places in adapters:
         for name, stored in adapter.copies.items():
             owner, _, kind = name.rpartition(".")
             place = f"{places.of(owner)}.{kind}"
             if place in base.holder:
-                given.setdefault(place, []).append((adapter, stored))
-            # Of layers that the base lacks others tell.
+                copies_of.setdefault(place, []).append((adapter, stored))
+            # Layers that the base lacks are reported elsewhere.
             elif owner not in adapter.layers and not _is_twin(base, adapter, places, name):
-                _missing(base, adapter, place, allow_partial, found)
-    for place, copies in given.items():
-        changed = [_changed(base, place, adapter, stored) for adapter, stored in copies]
+                _note_missing(base, adapter, place, allow_partial, vocabulary)
+    for place, copies in copies_of.items():
+        changed = [_find_change(base, place, adapter, stored) for adapter, stored in copies]
         if not any(changed):
             continue
         (first, stored), *others = copies
@@ -103,30 +103,32 @@ def find(
                     f"{first.folder} and {other.folder}: they have different rows of {place}: "
                     "merge one of them, and the other into what that gives"
                 )
-        found.tensors[place] = stored
-        _say(base, place, first, stored, next(filter(None, changed)), found)
-    sizes = {stored.shape[0] for stored in found.tensors.values()} - {base.option("vocab_size")}
+        vocabulary.tensors[place] = stored
+        _note_change(base, place, first, stored, next(filter(None, changed)), vocabulary)
+    sizes = {stored.shape[0] for stored in vocabulary.tensors.values()} - {
+        base.option("vocab_size")
+    }
     if len(sizes) > 1:
         raise ValueError(
             f"the adapters are for vocabularies of {' and '.join(map(str, sorted(sizes)))} rows"
         )
-    found.size = next(iter(sizes), None)
-    if found.size is not None:
-        found.said.append(
-            f"vocab_size={found.size}; the tokenizer is the base's, without new tokens"
+    vocabulary.size = next(iter(sizes), None)
+    if vocabulary.size is not None:
+        vocabulary.notes.append(
+            f"vocab_size={vocabulary.size}; the tokenizer is the base's, without new tokens"
         )
-    return found
+    return vocabulary
 
 
 @dataclass(frozen=True)
-class _Changed:
+class _Change:
     rows: OwnRows | None  # None where there are only fewer
 
 
-def _changed(
+def _find_change(
     base: Checkpoint, place: str, adapter: AdapterFolder, stored: Stored
-) -> _Changed | None:
-    """What of a copy is not the base's; checked to be rows of an embedding."""
+) -> _Change | None:
+    """Returns what differs in a copy from the base; ValueError unless it is an embedding's rows."""
     entry = base.entry(place)
     if stored.dtype is None or not entry.floating or stored.shape[1:] != entry.shape[1:]:
         raise ValueError(
@@ -138,37 +140,37 @@ def _changed(
     if rows is None and stored.shape == entry.shape:
         return None
     if entry.shape[0] != base.option("vocab_size"):
-        own = describe_own_rows(place, rows)
-        raise ValueError(f"{adapter.folder}: {own}, which is no embedding: {_ANOTHER}")
-    if rows is not None and is_frozen_weight(stored.key) and _old(entry.shape[0], rows):
+        description = describe_own_rows(place, rows)
+        raise ValueError(f"{adapter.folder}: {description}, which is no embedding: {_ANOTHER}")
+    if rows is not None and is_frozen_weight(stored.key) and _count_old(entry.shape[0], rows):
         raise ValueError(
             f"{adapter.folder}: {describe_own_rows(place, rows)}, though PEFT freezes the weight "
             f"of a layer with LoRA: {_ANOTHER}"
         )
-    return _Changed(rows)
+    return _Change(rows)
 
 
-def _old(before: int, rows: OwnRows) -> int:
-    """How many of the rows are none that were added to ``before``, in the file or by its base."""
+def _count_old(before: int, rows: OwnRows) -> int:
+    """Counts rows that are not new ones, added to the ``before`` rows of the base."""
     return 0 if rows.of == before and rows.added else int((rows.indices < before).sum())
 
 
-def _say(
+def _note_change(
     base: Checkpoint,
     place: str,
     adapter: AdapterFolder,
     stored: Stored,
-    changed: _Changed,
-    found: Vocabulary,
+    changed: _Change,
+    vocabulary: Vocabulary,
 ) -> None:
     before, rows = base.entry(place).shape[0], changed.rows
     text = f"{place} of {adapter.folder}: {stored.shape[0]} rows"
     if stored.shape[0] != before:
         text += f" instead of {before}"
-    if rows is not None and (old := _old(before, rows)):
+    if rows is not None and (old := _count_old(before, rows)):
         text += f", {old} of them exchanged for what the base has"
-        found.exchanged.append(text)
-    found.said.append(text)
+        vocabulary.exchanged.append(text)
+    vocabulary.notes.append(text)
 
 
 def _is_twin(base: Checkpoint, adapter: AdapterFolder, places: Places, name: str) -> bool:
@@ -200,8 +202,12 @@ def _is_copy(shard: Shard, entry: Entry, stored: Stored) -> bool:
     return find_differing_rows(stored, lambda start, stop: tensor[start:stop]) is None
 
 
-def _missing(
-    base: Checkpoint, adapter: AdapterFolder, place: str, allow_partial: bool, found: Vocabulary
+def _note_missing(
+    base: Checkpoint,
+    adapter: AdapterFolder,
+    place: str,
+    allow_partial: bool,
+    vocabulary: Vocabulary,
 ) -> None:
     if not allow_partial:
         raise ValueError(
@@ -209,4 +215,4 @@ def _missing(
             "the model that it was trained on, or leave it out with allow_partial=True "
             "(--allow-partial)"
         )
-    found.skipped.append(f"{place} of {adapter.folder}: not in the base")
+    vocabulary.skipped.append(f"{place} of {adapter.folder}: not in the base")

@@ -1,4 +1,4 @@
-"""Made-up lines of results, as ``benchmarks/harness/one.py`` writes them."""
+"""Made-up lines of results, as ``benchmarks/harness/measurement.py`` writes them."""
 
 import json
 import re

@@ -2,9 +2,9 @@
 
 from torch.nn import functional as nnf
 
-from benchmarks.harness import one
-from benchmarks.harness.screen import Plain
-from benchmarks.harness.work import Case, Ceilings
+from benchmarks.harness import measurement
+from benchmarks.harness.case import Case, Ceilings
+from benchmarks.harness.terminal import Plain
 from benchmarks.suites.linear import SCALING, Linear
 from benchmarks.suites.multi import Multi
 
@@ -20,7 +20,7 @@ def linear_case(**providers) -> Case:
 
 
 def lines_of(case: Case) -> dict[str, dict]:
-    measured = list(one.measure(case, SEEN, seconds=0.02))
+    measured = list(measurement.measure(case, SEEN, seconds=0.02))
     Plain(1).case(case.name, measured)
     return {line["provider"]: line for line in measured}
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cases
 from benchmarks import cli as bench
-from benchmarks.harness import ceilings, lines, machine, one, runner, screen, timer
+from benchmarks.harness import ceilings, lines, machine, measurement, runner, terminal, timer
 from benchmarks.reports import compare
 from fastlora.commands import main as cli
 from tests.benchmarks.small_case import SEEN, linear_case
@@ -27,13 +27,13 @@ def _threads():
 
 def quick_folder(root):
     """Where ``--save root --quick`` puts its lines, once it has set the number of threads."""
-    return root / (machine.folder_name("cpu") + "-quick")
+    return root / (machine.name_folder("cpu") + "-quick")
 
 
 @pytest.fixture
 def bench_linear(tmp_path, monkeypatch):
     """``fastlora bench`` on two tiny layers, ceilings given; its exit code and lines."""
-    monkeypatch.setattr(runner, "_ceilings", lambda *_: SEEN)
+    monkeypatch.setattr(runner, "_measure_ceilings", lambda *_: SEEN)
 
     def run(*more: str) -> tuple[int, list[lines.Line]]:
         code = cli.main(["bench", "linear", *SMALL, "--save", str(tmp_path), *more])
@@ -48,11 +48,11 @@ def measured(bench_linear, monkeypatch):
 
     def run_some(batch, command, file, timeout):
         names = {case.name for case in batch}
-        lines.keep(file, lambda line: line["case"] not in names)
+        lines.filter_file(file, lambda line: line["case"] not in names)
         for case in batch:
-            for line in one.measure(case, SEEN, seconds=0.05):
+            for line in measurement.measure(case, SEEN, seconds=0.05):
                 lines.write(line, file)
-        return [(case, runner._lines(case, file)) for case in batch]
+        return [(case, runner._read_case(case, file)) for case in batch]
 
     monkeypatch.setattr(runner, "run_some", run_some)
     return bench_linear
@@ -73,7 +73,7 @@ def test_shapes_of_ones_own_are_measured(bench_linear, capsys):
     assert line["share"] == pytest.approx(least / line["ms"]["p50"] * 1e3)
     assert line["peak_bytes"] >= 4 * 4 * 48
     assert "bootstrap" in line["method"]
-    assert line["commit"] == machine.commit()
+    assert line["commit"] == machine.find_commit()
     assert {"load"} <= line["clocks"].keys()
     assert all(name in line["versions"] for name in machine.PEERS)
     assert "linear-train-fp32-M4-K32-N48-R4" in said
@@ -89,15 +89,15 @@ def test_what_is_measured_is_not_measured_again(measured, tmp_path, monkeypatch)
     assert {line["timestamp"]: 0 for line in lines.read_all(folder)} == stamps
     # Another commit's lines are measured, another torch's, those of a case that did not pass, and
     # of one that was interrupted before anybody was timed.
-    facts = machine.facts("cpu")
-    case = cases.custom("cpu", "linear", [(4, 32, 48, 4)], ["fp32"])[0]
+    facts = machine.collect_facts("cpu")
+    case = cases.make_custom("cpu", "linear", [(4, 32, 48, 4)], ["fp32"])[0]
     assert runner.is_done(case, folder, facts)
     for name in ("commit", "tuning", "versions"):
         assert not runner.is_done(case, folder, {**facts, name: "another"})
     file = folder / "linear.jsonl"
     lines.write({"case": case.name, "status": "failed", **facts}, file)
     assert not runner.is_done(case, folder, facts)
-    lines.keep(file, lambda line: line["case"] != case.name)
+    lines.filter_file(file, lambda line: line["case"] != case.name)
     lines.write({"case": case.name, "status": "absent", **facts}, file)
     assert not runner.is_done(case, folder, facts)
 
@@ -131,7 +131,7 @@ def test_a_slow_down_by_half_is_seen_and_noise_is_not():
     before = made_up(torch=1.2, fastlora=1.1, peft=1.3)
 
     def judged(**now: float) -> bool:
-        (change,) = compare.changes(made_up(**now), before)
+        (change,) = compare.list_changes(made_up(**now), before)
         return change.slower
 
     assert judged(torch=1.2, fastlora=1.65)
@@ -141,9 +141,9 @@ def test_a_slow_down_by_half_is_seen_and_noise_is_not():
     assert not judged(torch=1.8, fastlora=1.65)
     assert not judged(torch=0.8, fastlora=1.15)
     elsewhere = [{**line, "device_name": "another"} for line in made_up(torch=1.2, fastlora=3.0)]
-    (change,) = compare.changes(elsewhere, before)
+    (change,) = compare.list_changes(elsewhere, before)
     assert not change.slower
-    assert "another device" in compare.table([change])[1][0]
+    assert "another device" in compare.make_table([change])[1][0]
 
 
 def test_a_run_that_is_slower_than_an_earlier_one_fails(measured, tmp_path, capsys):
@@ -225,19 +225,19 @@ def test_a_gpu_s_clock_starts_for_anybody(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    assert ceilings._seconds(lambda: clock.sleep(0.01), "cuda") == pytest.approx(0.01)
+    assert ceilings._time(lambda: clock.sleep(0.01), "cuda") == pytest.approx(0.01)
     calls = {"short": [lambda: None], "long": [lambda: clock.sleep(0.01)]}
     for how in ({}, {"waits": True}, {"host_only": True}):
-        samples = timer.interleaved(calls, "cuda", 0.1, **how)
-        assert timer.spread(samples["long"].ms)["p50"] == pytest.approx(10)
-        assert timer.spread(samples["short"].ms)["p50"] == pytest.approx(0)
+        samples = timer.time_in_turns(calls, "cuda", 0.1, **how)
+        assert timer.compute_spread(samples["long"].ms)["p50"] == pytest.approx(10)
+        assert timer.compute_spread(samples["short"].ms)["p50"] == pytest.approx(0)
         assert samples["long"].late == (None if how else 0)
 
 
 def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, capsys):
     """A run in which something else wanted the machine, and then a quiet one."""
     _, found = measured()
-    earlier, quiet, runs = tmp_path / "earlier.jsonl", one.measure, []
+    earlier, quiet, runs = tmp_path / "earlier.jsonl", measurement.measure, []
     for line in found:
         lines.write({**line, "ratio": {"p50": 1.0}}, earlier)
 
@@ -248,8 +248,8 @@ def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, c
             ours = line["provider"] == "fastlora"
             yield {**line, "ratio": {"p50": slow if ours else 1.0}, "cpu_ratio": {"p50": 1.0}}
 
-    monkeypatch.setattr(one, "measure", disturbed)
-    monkeypatch.setattr(screen.table, "rows", lambda _: [])
+    monkeypatch.setattr(measurement, "measure", disturbed)
+    monkeypatch.setattr(terminal.table, "make_rows", lambda _: [])
     assert measured("--compare", str(earlier))[0] == 0
     assert "slower, measured again: linear-forward" in capsys.readouterr().out
     assert len(runs) == 4
@@ -258,11 +258,11 @@ def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, c
 def test_the_interval_holds_the_median_and_narrows():
     draw = torch.Generator().manual_seed(0)
     values = (1 + 0.1 * torch.randn(300, generator=draw)).tolist()
-    few, many = timer.interval(values[:10]), timer.interval(values)
-    assert few["low"] < timer.spread(values[:10])["p50"] < few["high"]
+    few, many = timer.compute_interval(values[:10]), timer.compute_interval(values)
+    assert few["low"] < timer.compute_spread(values[:10])["p50"] < few["high"]
     assert many["low"] < 1 < many["high"]
     assert many["high"] - many["low"] < 0.5 * (few["high"] - few["low"])
-    assert timer.interval(values) == many
+    assert timer.compute_interval(values) == many
     # The median's standard error is 1.25 sigma / sqrt(n), of which the interval has 3.92.
     assert many["high"] - many["low"] == pytest.approx(3.92 * 0.125 / 300**0.5, rel=0.3)
 
@@ -314,11 +314,11 @@ def test_a_broken_file_is_named(tmp_path):
 
 def test_without_rich_the_tables_are_plain(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    rich = screen.screen(1)
+    rich = terminal.open_screen(1)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    plain = screen.screen(1)
-    assert isinstance(plain, screen.Plain)
-    assert isinstance(rich, screen.Rich)
+    plain = terminal.open_screen(1)
+    assert isinstance(plain, terminal.Plain)
+    assert isinstance(rich, terminal.Rich)
     broken = {"case": "a", "provider": "peft", "status": "absent", "reason": "[not] installed"}
     monkeypatch.undo()
     for each in (plain, rich):
@@ -342,20 +342,20 @@ def test_the_commit_names_what_was_changed(monkeypatch, tmp_path):
     (tmp_path / "kernels" / "tuning").mkdir(parents=True)
     source = tmp_path / "kernels" / "a.py"
     source.write_text("a = 1\n")
-    outside = machine.commit()
+    outside = machine.find_commit()
     assert outside.startswith("files ")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
         subprocess.run([*git, *command], check=True)
-    clean = machine.commit()
+    clean = machine.find_commit()
     assert len(clean) == 40
     (tmp_path / "kernels" / "tuning" / "a.json").write_text(json.dumps([]))
-    assert machine.commit() == clean
+    assert machine.find_commit() == clean
     source.write_text("a = 2\n")
-    changed = machine.commit()
+    changed = machine.find_commit()
     assert changed.startswith(clean + "+changes ")
     source.write_text("a = 3\n")
-    assert machine.commit() not in (clean, changed)
+    assert machine.find_commit() not in (clean, changed)
 
 
 def test_a_case_that_is_asked_for_by_name_need_not_be_quick():
@@ -372,6 +372,8 @@ def test_a_case_that_is_asked_for_by_name_need_not_be_quick():
     ]
     listed = subprocess.run(command, cwd=runner.ROOT, capture_output=True, text=True).stdout
     assert case.name not in listed
-    arguments = bench._parser("x").parse_args(["--device", "cpu", "--quick", "--one", case.name])
+    arguments = bench._make_parser("x").parse_args(
+        ["--device", "cpu", "--quick", "--one", case.name]
+    )
     assert case.name in {found.name for found in bench._select(arguments)}
     assert linear_case().name not in listed

@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 
 from benchmarks import cases
 from benchmarks.harness import gate
-from benchmarks.harness.work import Absent, Case
-from benchmarks.peers.compiling import compiled
+from benchmarks.harness.case import Absent, Case
+from benchmarks.peers.compiling import compile_call
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.multi import Multi
 from tests.benchmarks.small_case import SIZES, case_of
@@ -84,7 +84,7 @@ def test_without_a_compiler_compiled_providers_are_absent(monkeypatch, tmp_path)
         config.patch(missing),
         pytest.raises(Absent, match=r"cannot compile here: .*C\+\+ compiler"),
     ):
-        compiled(builder, case, case.work.operands(case, 0))
+        compile_call(builder, case, case.work.operands(case, 0))
 
 
 def test_what_is_no_single_graph_or_drops_is_absent():
@@ -93,7 +93,7 @@ def test_what_is_no_single_graph_or_drops_is_absent():
 
     case = case_of(Linear(backward=False))
     with pytest.raises(Absent, match="no single graph"):
-        compiled(breaks, case, case.work.operands(case, 0))
+        compile_call(breaks, case, case.work.operands(case, 0))
     case = case_of(Linear(backward=True), dropout=0.1)
     with pytest.raises(Absent, match="dropout masks"):
         case.work.compiled_providers["torch-compiled"](case, case.work.operands(case, 0))

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as nnf
 
 from benchmarks import cases
-from benchmarks.harness import gate, one
-from benchmarks.harness.truth import gradients
-from benchmarks.harness.work import Absent, Case
+from benchmarks.harness import gate, measurement
+from benchmarks.harness.case import Absent, Case
+from benchmarks.harness.oracle import compute_gradients
 from benchmarks.suites import linear, multi
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge, Swap
@@ -126,7 +126,7 @@ def test_the_cuda_kernels_are_providers(on_cuda_kernels):
 
     def verdict(case: Case) -> str:
         case.work.providers |= {"cuda": case.work.gpu_providers["cuda"]}
-        return gate.check(case, one.SEED)["cuda"].status
+        return gate.check(case, measurement.SEED)["cuda"].status
 
     case = dataclasses.replace(linear_case(), dtype="bf16")
     shapes = {"M": 8, "K": 64, "N": 48, "R": 8}
@@ -149,7 +149,7 @@ def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
         assert set(paths).isdisjoint(case.providers)
         assert set(paths) <= set(dataclasses.replace(case, device="cuda").providers)
         case.work.providers |= case.work.gpu_providers
-        verdicts = gate.check(case, one.SEED)
+        verdicts = gate.check(case, measurement.SEED)
         for path in paths:
             verdict = verdicts[path]
             # Not every product can take every path, and no other stands in for it.
@@ -176,7 +176,7 @@ def test_gradients_of_many_tokens_are_the_oracle_s(dropout):
     keep, factor = torch.rand(M, K) >= dropout, 1 / (1 - dropout)
     want = oracle.lora_linear_grads(dy, x, W, A, B, -1.5, keep=keep, keep_scale=factor)
     mask = keep.double() * factor if dropout else None
-    got = gradients(dy, x, W, A, B, -1.5, mask, columns, outs)
+    got = compute_gradients(dy, x, W, A, B, -1.5, mask, columns, outs)
     torch.testing.assert_close(got["dx"], want["x"][:, columns], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got["dA"], want["lora_A"][:, columns], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got["dB"], want["lora_B"][outs], rtol=1e-12, atol=1e-12)

@@ -14,7 +14,7 @@ import torch
 from benchmarks import cases
 from benchmarks.cli import main
 from benchmarks.harness import lines, timer
-from benchmarks.harness.work import Case, Ceilings
+from benchmarks.harness.case import Case, Ceilings
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
@@ -43,8 +43,8 @@ def test_the_gpu_s_own_time_is_measured():
         "long": [lambda: torch.cuda._sleep(2_000_000)],
         "host": [lambda: time.sleep(0.01)],
     }
-    samples = timer.interleaved(calls, "cuda", 0.2)
-    p50 = {name: timer.spread(of.ms)["p50"] for name, of in samples.items()}
+    samples = timer.time_in_turns(calls, "cuda", 0.2)
+    p50 = {name: timer.compute_spread(of.ms)["p50"] for name, of in samples.items()}
     assert p50["long"] > 5 * p50["short"]
 
 
@@ -54,7 +54,7 @@ def test_providers_take_turns_on_their_copies():
         name: [lambda n=name, i=i: order.append((n, i)) for i in range(4)]
         for name in ("a", "b", "c")
     }
-    rounds = len(timer.interleaved(calls, "cpu", 0.0)["a"].ms)
+    rounds = len(timer.time_in_turns(calls, "cpu", 0.0)["a"].ms)
     turns = order[-9 * rounds :]  # each of three calls: two warm the code, one is timed
     assert rounds == 10
     names = [n for n, _ in turns]
@@ -63,10 +63,10 @@ def test_providers_take_turns_on_their_copies():
     assert all(sorted(each) == ["a", "b", "c"] for each in orders)
     assert len(set(orders)) > 2  # nobody always follows the same neighbour
     assert [i for n, i in turns if n == "b"] == [i % 4 for i in range(3 * rounds)]
-    assert timer.copies(2**20, 4) == 50
+    assert timer.count_copies(2**20, 4) == 50
     # Not three: the last of a turn's calls would always be the same copy's.
-    assert timer.copies(2**30, 4) == 4
-    assert timer.copies(2**10, 4) == 200
+    assert timer.count_copies(2**30, 4) == 4
+    assert timer.count_copies(2**10, 4) == 200
 
 
 def test_of_a_turn_the_last_call_is_timed():
@@ -74,8 +74,8 @@ def test_of_a_turn_the_last_call_is_timed():
         return time.sleep(0.02)
 
     calls = {"base": [slow, slow, lambda: None]}
-    samples = timer.interleaved(calls, "cpu", 0.0)["base"]
-    assert timer.spread(samples.ms)["p50"] < 10
+    samples = timer.time_in_turns(calls, "cpu", 0.0)["base"]
+    assert timer.compute_spread(samples.ms)["p50"] < 10
 
 
 def test_names_are_unique_and_select_cases():

@@ -6,9 +6,9 @@ import torch
 from benchmarks import RESULTS, cases, judge
 from benchmarks import cli as bench
 from benchmarks.harness import lines, machine, runner
-from benchmarks.harness.screen import Plain
-from benchmarks.harness.work import Ceilings
-from benchmarks.reports import bound, compare, earlier
+from benchmarks.harness.case import Ceilings
+from benchmarks.harness.terminal import Plain
+from benchmarks.reports import compare, earlier_results, peer_limit
 from tests.benchmarks.result_lines import line, written
 
 MANY = "multi-decode-bf16-T16-K2048-N2048-R16-S8-uniform"
@@ -49,7 +49,7 @@ def untimed(each, status, reason):
     ],
 )
 def test_results_lie_by_name_and_instruction_set(name, instructions, threads, folder):
-    assert machine.cpu_folder(name, instructions, threads) == folder
+    assert machine.name_cpu_folder(name, instructions, threads) == folder
 
 
 def test_a_cpu_with_amx_shares_no_folder_with_one_without(tmp_path, monkeypatch):
@@ -60,38 +60,38 @@ def test_a_cpu_with_amx_shares_no_folder_with_one_without(tmp_path, monkeypatch)
     folders = []
     for flags in ("avx512_bf16 amx_bf16 amx_tile", "avx512_bf16"):
         info.write_text(f"model name\t: Some Maker's CPU\nflags\t\t: fpu {flags}\n")
-        folders.append(machine.folder_name("cpu").rsplit("/", 1)[0])
+        folders.append(machine.name_folder("cpu").rsplit("/", 1)[0])
     assert folders == ["cpu/some-maker-s-cpu-avx512_bf16-amx", "cpu/some-maker-s-cpu-avx512_bf16"]
-    assert machine.facts("cpu")["instruction_set"] == "avx512_bf16"
+    assert machine.collect_facts("cpu")["instruction_set"] == "avx512_bf16"
     monkeypatch.setattr(machine.native, "unusable", lambda: "not built")
-    assert machine.instruction_set() == "no native"
+    assert machine.find_instruction_set() == "no native"
 
 
 def test_of_a_root_this_device_s_folder_is_taken(tmp_path):
     other = tmp_path / "cpu" / "another-avx2" / "1-thread"
-    mine = tmp_path / machine.folder_name("cpu")
+    mine = tmp_path / machine.name_folder("cpu")
     for folder in (other, tmp_path / "sub" / "cpu" / "another-avx2" / "1-thread"):
         folder.mkdir(parents=True)
         written(folder, line("fastlora"))
-    found, why = earlier.find(tmp_path, "cpu")
+    found, why = earlier_results.find(tmp_path, "cpu")
     assert found == []
-    assert why.startswith(f"no evidence of this CPU ({machine.device_name('cpu')}, ")
-    assert machine.instruction_set() in why
+    assert why.startswith(f"no evidence of this CPU ({machine.find_device_name('cpu')}, ")
+    assert machine.find_instruction_set() in why
     assert why.endswith("nothing to compare with; have: cpu/another-avx2/1-thread")
     for path in (other, other / "linear.jsonl"):
-        assert [len(found) for found in earlier.find(path, "cpu")] == [1, 0]
+        assert [len(found) for found in earlier_results.find(path, "cpu")] == [1, 0]
     mine.mkdir(parents=True)
     written(mine, line("fastlora"), line("torch"))
-    assert [len(found) for found in earlier.find(tmp_path, "cpu")] == [2, 0]
+    assert [len(found) for found in earlier_results.find(tmp_path, "cpu")] == [2, 0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"linear.jsonl, found none in .*empty"):
-        earlier.find(tmp_path / "empty", "cpu")
+        earlier_results.find(tmp_path / "empty", "cpu")
 
 
 def test_lines_of_another_instruction_set_are_not_judged():
     def judged(then: dict, now: dict) -> bool:
         before, after = line("fastlora", **then), line("fastlora", 9, 9, 9, **now)
-        (change,) = compare.changes([after], [before])
+        (change,) = compare.list_changes([after], [before])
         return change.slower
 
     amx = {"instruction_set": "avx512_bf16+amx"}
@@ -114,11 +114,11 @@ def run(monkeypatch):
             return good or len(asked) == 1
 
         monkeypatch.setattr(runner, "run", lambda chosen, *_: measure([c.name for c in chosen]))
-        monkeypatch.setattr(runner, "lines_of", lambda case, folder: state[case.name])
+        monkeypatch.setattr(runner, "read_lines", lambda case, folder: state[case.name])
         chosen = [case for case in cases.CPU if case.name in (MANY, UNDONE)]
         measure([case.name for case in chosen])
         measured = judge.Run(chosen, RESULTS, [], 1.0, Plain(1))
-        return judge.beside_peers(measured, 2.5), asked[1:]
+        return judge.judge_by_peers(measured, 2.5), asked[1:]
 
     return judged
 
@@ -168,9 +168,12 @@ def test_ours_must_be_there(run, capsys):
 
 def test_compiled_is_set_beside_compiled():
     found = of(torch=1, torch_compiled=0.2, fastlora=1.5, fastlora_compiled=0.6, base=1, merged=0.1)
-    beside = {pair.ours["provider"]: pair.other["provider"] for pair in bound.pairs(found)}
+    beside = {
+        pair.ours["provider"]: pair.other["provider"]
+        for pair in peer_limit.pair_with_fastest(found)
+    }
     assert beside == {"fastlora": "torch", "fastlora-compiled": "torch-compiled"}
-    (pair,) = bound.pairs(of(torch=1, peft_compiled=0.5, fastlora=1.5))
+    (pair,) = peer_limit.pair_with_fastest(of(torch=1, peft_compiled=0.5, fastlora=1.5))
     assert pair.other["provider"] == "peft-compiled"
 
 
@@ -179,8 +182,8 @@ def test_with_one_thread_both_clocks_must_say_so():
 
     def factor(**fields):
         found = of(torch=1, fastlora=4)
-        (pair,) = bound.pairs({**each, **fields} for each in found)
-        return bound.times(pair)
+        (pair,) = peer_limit.pair_with_fastest({**each, **fields} for each in found)
+        return peer_limit.compute_times(pair)
 
     assert factor() == 4
     assert factor(cpu_ratio={"p50": 1.0}) == 1
@@ -188,16 +191,16 @@ def test_with_one_thread_both_clocks_must_say_so():
     assert factor(cpu_ratio={"p50": 1.0}, device="cuda") == 4
     found = of(torch=1, peft=1.5, fastlora=3)
     found[0]["cpu_ratio"] = {"p50": 3.0}  # torch waited least, and worked the most
-    (pair,) = bound.pairs(found)
-    assert (pair.other["provider"], bound.times(pair)) == ("peft", 2)
+    (pair,) = peer_limit.pair_with_fastest(found)
+    assert (pair.other["provider"], peer_limit.compute_times(pair)) == ("peft", 2)
 
 
 def test_what_amx_explains_is_excused_with_amx_alone():
     found = of("linear-invariant-bf16-M512-K64-N64-R4", torch=1, fastlora_invariant=6)
-    assert [bound.times(pair) for pair in bound.pairs(found)] == [6]
+    assert [peer_limit.compute_times(pair) for pair in peer_limit.pair_with_fastest(found)] == [6]
     amx = [{**each, "instruction_set": "avx512_bf16+amx"} for each in found]
-    assert bound.pairs(amx) == []
-    assert len(bound.excused(amx)) == 1
+    assert peer_limit.pair_with_fastest(amx) == []
+    assert len(peer_limit.list_excused(amx)) == 1
 
 
 def test_the_evidence_has_no_other_losses_than_those_that_are_known():
@@ -208,9 +211,15 @@ def test_the_evidence_has_no_other_losses_than_those_that_are_known():
     seen = set()
     for folder in kept:
         found = lines.read_all(folder)
-        assert max(map(bound.times, bound.pairs(found))) <= 2.5, folder
-        seen |= {known for pair, known in bound.excused(found) if bound.times(pair) > 2.5}
-    measured = {known for known in bound.KNOWN if "EPYC" in known.measured}
+        assert max(map(peer_limit.compute_times, peer_limit.pair_with_fastest(found))) <= 2.5, (
+            folder
+        )
+        seen |= {
+            known
+            for pair, known in peer_limit.list_excused(found)
+            if peer_limit.compute_times(pair) > 2.5
+        }
+    measured = {known for known in peer_limit.KNOWN if "EPYC" in known.measured}
     assert seen >= measured > set()
 
 
@@ -218,14 +227,14 @@ def test_the_evidence_has_no_other_losses_than_those_that_are_known():
 def said(tmp_path, monkeypatch):
     """``fastlora bench``'s exit code where every case gives these lines."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(runner, "_ceilings", lambda *_: Ceilings(1.0, {}))
+    monkeypatch.setattr(runner, "_measure_ceilings", lambda *_: Ceilings(1.0, {}))
 
     def code(found, *words):
         def run_some(batch, command, file, timeout):
             file.write_text("")
             for each in found:
                 lines.write(each, file)
-            return [(case, runner.lines_of(case, file.parent)) for case in batch]
+            return [(case, runner.read_lines(case, file.parent)) for case in batch]
 
         monkeypatch.setattr(runner, "run_some", run_some)
         command = ["--device", "cpu", "--threads", "1", "--save", str(tmp_path), "--case", MANY]

@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from benchmarks.harness import gate, one
-from benchmarks.harness.work import Case, Ceilings
+from benchmarks.harness import gate, measurement
+from benchmarks.harness.case import Case, Ceilings
 from benchmarks.peers import virtual
 from benchmarks.suites import llama, models
-from benchmarks.suites.generate import Generate, _generated, _of
-from benchmarks.suites.model import Train, _step
+from benchmarks.suites.generate import Generate, _prepare, _prepare_one
+from benchmarks.suites.model import Train, _prepare_step
 from tests.benchmarks import virtual_tuning
 from tests.support import oracle
 
@@ -40,7 +40,7 @@ def statuses(case: Case, **providers) -> dict[str, str]:
 
 def good(case: Case) -> dict[str, str]:
     """All are ok, but for what the installed transformers loses of PEFT's."""
-    lost = {f"peft-{kind}" for kind in ("prefix", "prompt") if virtual.lost(kind)}
+    lost = {f"peft-{kind}" for kind in ("prefix", "prompt") if virtual.explain_loss(kind)}
     return {name: "absent" if name in lost else "ok" for name in case.providers}
 
 
@@ -66,11 +66,11 @@ CHANGES = {
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_wrong_model_fails_in_a_step_and_in_generate(how):
     name, change = CHANGES[how]
-    wrong = partial(_step, changed(models.replaced, name, change))
+    wrong = partial(_prepare_step, changed(models.build_fastlora, name, change))
     assert statuses(train(), wrong=wrong) == dict.fromkeys(train().providers, "ok") | {
         "wrong": "failed"
     }
-    wrong = _of(changed(models.lean, name, change))
+    wrong = _prepare_one(changed(models.build_lean, name, change))
     found = statuses(generate(1), wrong=wrong)
     assert found.pop("wrong") == "failed"
     assert found == good(generate(1))
@@ -99,7 +99,7 @@ def mixed(names: list[str]):
     """fastlora's server with these rows' adapters."""
 
     def build(case, o):
-        return _generated(models.served(case, o, range(3)), case, o, adapter_names=names)
+        return _prepare(models.build_server(case, o, range(3)), case, o, adapter_names=names)
 
     return build
 
@@ -124,7 +124,7 @@ def test_prefix_and_prompt_have_truths_of_their_own(monkeypatch):
     def other(kind):
         def build(case, o):
             o[kind] = o[kind] * 0.99
-            return _of(partial(models.peft_virtual, kind=kind))(case, o)
+            return _prepare_one(partial(models.build_peft_virtual, kind=kind))(case, o)
 
         return build
 
@@ -149,14 +149,15 @@ def test_a_step_s_logits_are_its_own():
 def test_what_failed_is_not_timed():
     case = generate(3)
     wrong = changed(
-        lambda case, o: models.lean_many(case, o, [0, 1, 2, 0]), *CHANGES["an adapter is missing"]
+        lambda case, o: models.build_lean_many(case, o, [0, 1, 2, 0]),
+        *CHANGES["an adapter is missing"],
     )
     case.work.providers = {
         "base": case.work.providers["base"],
-        "torch": _of(lambda case, o: models.lean_many(case, o, [0, 1, 2, 0])),
-        "wrong": _of(wrong),
+        "torch": _prepare_one(lambda case, o: models.build_lean_many(case, o, [0, 1, 2, 0])),
+        "wrong": _prepare_one(wrong),
     }
-    lines = {line["provider"]: line for line in one.measure(case, SEEN, seconds=0.02)}
+    lines = {line["provider"]: line for line in measurement.measure(case, SEEN, seconds=0.02)}
     assert {name for name, line in lines.items() if "ms" in line} == {"base", "torch"}
     assert lines["wrong"]["status"] == "failed"
     assert lines["torch"]["peak_bytes"] > 0
@@ -186,8 +187,8 @@ def test_operands_are_shared_by_the_model_and_by_nobody_else():
     assert torch.equal(o[name], again[name])
     assert not torch.equal(o[name], other[name])
     assert o[name].data_ptr() != again[name].data_ptr()
-    assert llama.built(case, o).get_parameter(name).data_ptr() == o[name].data_ptr()
-    layer = models.peft_lora(case, o).base_model.model.get_submodule(SOME.removesuffix(".lora_"))
+    assert llama.build_model(case, o).get_parameter(name).data_ptr() == o[name].data_ptr()
+    layer = models.build_peft(case, o).base_model.model.get_submodule(SOME.removesuffix(".lora_"))
     assert layer.lora_A["0"].weight.data_ptr() == o[f"{SOME}A"].data_ptr()
 
 
@@ -196,7 +197,7 @@ def test_grouped_heads_are_llama_3_s(monkeypatch):
     virtual_tuning.kept(monkeypatch)
     shape = {"B": 2, "L": 4, "new": 2, "H": 1024, "I": 64, "layers": 1, "R": 4, "S": 1}
     case = Case(Generate(one=True), "cpu", "fp32", shape)
-    assert llama.heads(case) == (8, 2, 128)
+    assert llama.count_heads(case) == (8, 2, 128)
     assert set(statuses(case).values()) == {"ok"}
 
 
@@ -223,7 +224,7 @@ def test_without_a_compiler_the_compiled_are_absent(monkeypatch):
 @pytest.mark.parametrize("case", [train(compiled=True), generate(1), generate(3)])
 def test_without_transformers_everyone_is_absent(monkeypatch, case):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    lines = list(one.measure(case, SEEN))
+    lines = list(measurement.measure(case, SEEN))
     assert [line["provider"] for line in lines] == list(case.providers)
     assert {line["status"] for line in lines} == {"absent"}
     assert all(line["reason"].startswith("transformers cannot be imported") for line in lines)

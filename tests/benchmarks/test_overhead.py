@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.harness import gate, one
-from benchmarks.harness.work import Case, Ceilings
+from benchmarks.harness import gate, measurement
+from benchmarks.harness.case import Case, Ceilings
 from benchmarks.suites.overhead import Overhead, OverheadMulti
 
 SEEN = Ceilings(1e10, {"fp32": 1e11})
@@ -43,7 +43,7 @@ def test_everyone_is_right_and_what_is_wrong_is_seen(case, monkeypatch):
         return right(case, o)
 
     case.work.providers["wrong"] = wrong
-    verdicts = gate.check(case, one.SEED)
+    verdicts = gate.check(case, measurement.SEED)
     assert verdicts.pop("wrong").status == "failed"
     for provider, verdict in verdicts.items():
         allowed = ("ok", "absent") if provider.startswith("peft") else ("ok",)
@@ -57,7 +57,7 @@ def test_the_compiler_s_own_code_is_right_too():
     case.work.compiled_providers = {
         "fastlora-compiled": case.work.compiled_providers["fastlora-compiled"]
     }
-    verdicts = gate.check(case, one.SEED)
+    verdicts = gate.check(case, measurement.SEED)
     assert {verdict.status for verdict in verdicts.values()} <= {"ok", "absent"}
     assert verdicts["torch"].status == "ok"
 
@@ -72,7 +72,7 @@ def test_a_call_s_time_is_that_of_one_of_many():
 
     case.work.providers = {k: case.work.providers[k] for k in ("base", "torch")} | {"slow": slow}
     case.work.compiled_providers = {}
-    lines = {line["provider"]: line for line in one.measure(case, SEEN, seconds=0.02)}
+    lines = {line["provider"]: line for line in measurement.measure(case, SEEN, seconds=0.02)}
     assert lines["slow"]["calls"] == 50
     assert 1 <= lines["slow"]["ms"]["p50"] < 20
     assert lines["slow"]["copies"] == 3

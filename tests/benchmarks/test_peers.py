@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.harness import gate
-from benchmarks.harness.work import Absent, Case
+from benchmarks.harness.case import Absent, Case
 from benchmarks.peers import training as peers_training
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.multi import Multi
@@ -175,7 +175,7 @@ def test_rows_without_an_adapter_and_ranks_of_their_own(fake, library, monkeypat
 )
 def test_a_library_that_is_called_in_another_way_is_absent(fake, library, said, monkeypatch):
     fake(monkeypatch, fits=False)
-    monkeypatch.setattr("benchmarks.peers.calls.version", lambda name: f"of {name}")
+    monkeypatch.setattr("benchmarks.peers.calls.find_version", lambda name: f"of {name}")
     work = Linear(backward=False) if library == "unsloth" else Multi("decode")
     verdict = verdict_of(library, case_of(work, "fp16"))
     assert verdict.status == "absent"
@@ -223,7 +223,7 @@ def test_liger_changes_one_model_alone(fits, monkeypatch):
 
     model = Model(2, 2).eval()
     if fits:
-        assert peers_training.liger(model) is model
+        assert peers_training.apply_liger(model) is model
         assert model.training
         model(torch.ones(1, 2))
         with pytest.raises(RuntimeError):
@@ -231,5 +231,5 @@ def test_liger_changes_one_model_alone(fits, monkeypatch):
         assert seen == ["Liger's"] * 2
     else:
         with pytest.raises(Absent, match="is not as expected here: TypeError"):
-            peers_training.liger(model)
+            peers_training.apply_liger(model)
     assert {name: getattr(llama, name) for name in before} == before

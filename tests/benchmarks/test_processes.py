@@ -52,7 +52,7 @@ def test_a_crash_is_a_line(tmp_path, script, reason):
         (line,) = dying(script, file)
     assert (line["status"], line["provider"]) == ("crashed", None)
     assert line["reason"].startswith(reason)
-    assert any(reason in note for note in table.notes([line]))
+    assert any(reason in note for note in table.make_notes([line]))
 
 
 def test_a_crash_costs_one_case_of_its_process(tmp_path):

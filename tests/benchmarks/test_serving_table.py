@@ -24,7 +24,7 @@ def test_they_are_printed(capsys):
 
 
 def test_a_server_that_is_wrong_is_not_timed(monkeypatch):
-    made = serving.pefts
+    made = serving.load_peft
 
     def spoilt(*args):
         model = made(*args)
@@ -34,6 +34,6 @@ def test_a_server_that_is_wrong_is_not_timed(monkeypatch):
                     parameter.mul_(1.01)
         return model
 
-    monkeypatch.setattr(serving, "pefts", spoilt)
+    monkeypatch.setattr(serving, "load_peft", spoilt)
     with pytest.raises(RuntimeError, match="from PEFT's, at most"):
         serving.main(SMALL)

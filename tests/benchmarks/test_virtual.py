@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.harness import gate, one
-from benchmarks.harness.work import Absent, Case
+from benchmarks.harness import gate, measurement
+from benchmarks.harness.case import Absent, Case
 from benchmarks.peers import virtual
 from benchmarks.suites.generate import Generate
 from tests.benchmarks.virtual_tuning import fresh, kept, lost_from
@@ -35,14 +35,14 @@ class New(nn.Module):
 
 @pytest.mark.parametrize("kind, name", [(Old, "past_key_values"), (New, "cache")])
 def test_a_cache_is_called_as_the_model_calls_it(kind, name):
-    assert virtual.cache_argument(kind()) == name
+    assert virtual.name_cache_argument(kind()) == name
     assert kind()(None, **{name: "earlier"}) == "earlier"
 
 
 def test_the_installed_transformers_takes_the_name_without_a_warning():
     model, ids = llama(), tokens(1, 5)
     past = transformers.DynamicCache()
-    name = virtual.cache_argument(model)
+    name = virtual.name_cache_argument(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first = model(input_ids=ids[:, :3], **{name: past}).logits
@@ -53,24 +53,24 @@ def test_the_installed_transformers_takes_the_name_without_a_warning():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pair_that_keeps_it_is_measured(kind, monkeypatch):
     kept(monkeypatch)
-    assert virtual.lost(kind) is None
-    assert virtual.tuning(kind, 7).num_virtual_tokens == 7
+    assert virtual.explain_loss(kind) is None
+    assert virtual.make_config(kind, 7).num_virtual_tokens == 7
 
 
 @pytest.mark.parametrize("token", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pair_that_loses_it_is_absent_and_says_why(kind, token, monkeypatch):
     lost_from(token, monkeypatch)
-    reason = virtual.lost(kind)
+    reason = virtual.explain_loss(kind)
     assert f"PEFT {peft.__version__}'s {kind} tuning" in reason
     assert f"transformers {transformers.__version__}" in reason
     assert f"from token {token} on its logits are not forward's" in reason
     with pytest.raises(Absent, match="generate gets it wrong"):
-        virtual.tuning(kind, 4)
+        virtual.make_config(kind, 4)
     case = Case(Generate(one=True), "cpu", "fp32", SHAPE)
     chosen = ("base", "torch", f"peft-{kind}")
     case.work.providers = {name: case.work.providers[name] for name in chosen}
-    verdicts = gate.check(case, one.SEED)
+    verdicts = gate.check(case, measurement.SEED)
     assert verdicts.pop(f"peft-{kind}") == gate.Verdict("absent", reason)
     assert {verdict.status for verdict in verdicts.values()} == {"ok"}
 
@@ -83,7 +83,7 @@ def test_a_forward_that_ignores_it_is_no_measure(kind, monkeypatch):
         "forward",
         lambda self, *args, **kwargs: self.base_model(*args, **kwargs),
     )
-    assert "forward ignores it" in virtual.lost(kind)
+    assert "forward ignores it" in virtual.explain_loss(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,11 +93,11 @@ def test_whatever_the_pair_raises_is_the_reason(kind, monkeypatch):
 
     fresh(monkeypatch)
     monkeypatch.setattr(peft.PeftModelForCausalLM, "generate", refuse)
-    assert "KeyError: 'cache_position'" in virtual.lost(kind)
+    assert "KeyError: 'cache_position'" in virtual.explain_loss(kind)
 
 
 def test_the_check_draws_nothing_of_the_caller_s(monkeypatch):
     fresh(monkeypatch)
     before = torch.get_rng_state()
-    virtual.lost("prompt")
+    virtual.explain_loss("prompt")
     assert torch.equal(torch.get_rng_state(), before)

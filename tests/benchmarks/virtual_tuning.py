@@ -15,7 +15,7 @@ _OLD, _NEW = "past_key_values", "cache"
 
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check found of the pair as it is counts neither now nor afterwards."""
-    monkeypatch.setattr(virtual, "lost", functools.cache(virtual.lost.__wrapped__))
+    monkeypatch.setattr(virtual, "explain_loss", functools.cache(virtual.explain_loss.__wrapped__))
 
 
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
             found = of_peft(self, *args, **kwargs)
         finally:
             self.base_model_prepare_inputs_for_generation = of_base
-        name = virtual.cache_argument(self.get_base_model())
+        name = virtual.name_cache_argument(self.get_base_model())
         return {name if key == _OLD else key: value for key, value in found.items()}
 
     of_peft = _preparing(prepare, monkeypatch)

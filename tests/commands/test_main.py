@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.commands import info
 from fastlora.commands import main as cli
 from fastlora.kernels.choose import records
 from fastlora.ops import availability, dispatch
@@ -38,7 +39,7 @@ def section(text: str, title: str) -> list[str]:
 
 
 def test_info_says_what_runs_and_why_not():
-    text = cli.info()
+    text = info.describe_machine()
     lines = text.splitlines()
     assert lines[0].startswith(f"fastlora {fastlora.__version__} at ")
     versions = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:8]}
@@ -84,7 +85,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
         monkeypatch.setattr(launch, "arch_of", lambda device: 90)
         monkeypatch.setattr(choice, "verified", verified)
-        return section(cli.info(), "kernels")[1:-1]
+        return section(info.describe_machine(), "kernels")[1:-1]
 
     return install
 
@@ -109,11 +110,11 @@ def test_info_says_that_nothing_is_verified(gpu):
 
 def test_info_tells_an_absent_package(monkeypatch):
     absent = {"peft", "triton"}
-    find = cli.importlib.util.find_spec
+    find = info.importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
+        info.importlib.util, "find_spec", lambda name: None if name in absent else find(name)
     )
-    lines = cli.info().splitlines()
+    lines = info.describe_machine().splitlines()
     assert {line.split()[0] for line in lines if line.endswith("not installed")} == absent
 
 

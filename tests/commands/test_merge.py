@@ -15,7 +15,7 @@ import torch
 
 from fastlora.commands import main as cli
 from fastlora.commands import merge as merge_command
-from fastlora.commands.merge import adapter
+from fastlora.commands.merge import parse_adapter
 from fastlora.merge_files import journal, run
 from fastlora.merge_files.journal import JOURNAL
 from tests.support.checkpoints import CONFIG, contents, edit_json, save_adapter, save_base, tensors
@@ -98,7 +98,7 @@ def test_weights_dtype_and_partial(merge, given, tmp_path):
     ],
 )
 def test_the_weight_is_the_number_after_the_last_sign(text, folder, weight):
-    assert adapter(text) == (folder, weight)
+    assert parse_adapter(text) == (folder, weight)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_argparse_refuses(given, arguments):
 
 def test_interrupted(merge, given, tmp_path, monkeypatch):
     """Ctrl-C in the seventh file: exit code 130, nothing half, and how to go on."""
-    out, layout = tmp_path / "out", run._chunks
+    out, layout = tmp_path / "out", run._iterate_chunks
 
     def interrupted(steps, layout_, *rest):
         if "00007" in layout_.path.name:
@@ -149,7 +149,7 @@ def test_interrupted(merge, given, tmp_path, monkeypatch):
         return layout(steps, layout_, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_chunks", interrupted)
+        patched.setattr(run, "_iterate_chunks", interrupted)
         code, _, err = merge("base", "adapter", "--out", out)
     assert (code, err) == (130, "fastlora merge: interrupted; the same command resumes it\n")
     assert not (out / CONFIG).exists()
@@ -242,11 +242,11 @@ def test_a_damaged_config_has_no_traceback(merge, given, tmp_path):
     code, _, err = merge(tmp_path / "base", "adapter", "--out", tmp_path / "out")
     assert code == 2
     assert "is quantised (gptq)" in err
-    assert not journal.unfinished(tmp_path / "out")
+    assert not journal.is_unfinished(tmp_path / "out")
 
 
 def test_a_large_model_is_said_in_gigabytes():
     merged = run.Merged({"l": run.Fidelity(1.0, 0.0, 1.0, 0.1)}, [], 14_500_000_000, [])
-    first, _, row = merge_command.summary(merged, Path("out")).splitlines()
+    first, _, row = merge_command.summarize(merged, Path("out")).splitlines()
     assert first == "merged 1 layers into out, 14.5 GB of weights"
     assert row.split() == ["l", "1.000", "0.0e+00", "100.0%", "1.0e-01"]

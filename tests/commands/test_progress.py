@@ -8,7 +8,7 @@ from fastlora.commands import progress
 def test_progress_without_a_terminal(capsys):
     with progress.Progress("tuning", 2) as bar:
         bar.step("one")
-        bar.within(0.5)
+        bar.advance_within(0.5)
         bar.say("[bold]as it is")
         bar.step("two")
     assert capsys.readouterr().out == "tuning 1/2: one\n[bold]as it is\ntuning 2/2: two\n"
@@ -19,7 +19,7 @@ def test_progress_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: True, raising=False)
     with progress.Progress("tuning", 2) as bar:
         bar.step("one")
-        bar.within(0.5)
+        bar.advance_within(0.5)
         assert bar._bar.tasks[0].completed == 0.5
         bar.say("[bold]as it is")
     assert "[bold]as it is" in capsys.readouterr().out

@@ -30,17 +30,17 @@ class Counted:
     """How many layers ran on fastlora while ``with`` it."""
 
     def __enter__(self) -> Counted:
-        self.count, self.before = 0, peft_linear._one_for_all
+        self.count, self.before = 0, peft_linear._run_one_for_all
 
         def counting(*args: Any) -> Any:
             self.count += 1
             return self.before(*args)
 
-        peft_linear._one_for_all = counting
+        peft_linear._run_one_for_all = counting
         return self
 
     def __exit__(self, *_: object) -> None:
-        peft_linear._one_for_all = self.before
+        peft_linear._run_one_for_all = self.before
 
 
 def data_parallel(_: Path) -> None:

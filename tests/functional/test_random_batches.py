@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.suites.workloads import PHASES, WORKLOADS, adapter_ids
+from benchmarks.suites.workloads import PHASES, WORKLOADS, draw_adapter_ids
 from fastlora import functional as F
 from fastlora.ops import availability
 from tests.support import oracle
@@ -74,7 +74,7 @@ class Store:
         rows = random.choice((1, 2, 3, 8, 17, 33))
         workload, phase = random.choice(WORKLOADS), random.choice(PHASES)
         how = {"phase": phase, "without": random.choice((0.0, 0.3)), "seed": random.getrandbits(32)}
-        drawn = adapter_ids(workload, rows, max(1, len(self.meant)), **how)
+        drawn = draw_adapter_ids(workload, rows, max(1, len(self.meant)), **how)
         loaded = torch.tensor([*self.meant, -1])
         return loaded[drawn if self.meant else torch.full_like(drawn, -1)]
 

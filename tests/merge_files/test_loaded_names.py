@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from fastlora.merge_files.loaded_names import loaded
+from fastlora.merge_files.loaded_names import look_up_names
 from tests.support.models import quiet
 from tests.support.vision_models import llava, qwen2_5_vl, randomised
 
@@ -48,7 +48,7 @@ def test_every_tensor_is_found_where_transformers_puts_it(tmp_path, build: Calla
     model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     files = transformers.utils.SAFE_WEIGHTS_NAME
     stored, state = load_file(tmp_path / files), model.state_dict()
-    found = loaded(model, stored)
+    found = look_up_names(model, stored)
     assert {*found.names.values(), *found.made} >= state.keys() - {"lm_head.weight"}
     for file, name in found.names.items():
         assert stored[file].equal(state[name])
@@ -57,15 +57,15 @@ def test_every_tensor_is_found_where_transformers_puts_it(tmp_path, build: Calla
         assert name in state
         assert all(stored[source].shape != state[name].shape for source in sources)
     assert bool(found.made) == (build is nomic_bert)
-    assert all(name == own for own, name in loaded(model, state).names.items())
+    assert all(name == own for own, name in look_up_names(model, state).names.items())
     assert (
-        loaded(model, [*state, "nothing.of.it.weight"]).names.keys()
+        look_up_names(model, [*state, "nothing.of.it.weight"]).names.keys()
         >= state.keys() - found.made.keys()
     )
-    assert "nothing.of.it.weight" not in loaded(model, ["nothing.of.it.weight"]).names
+    assert "nothing.of.it.weight" not in look_up_names(model, ["nothing.of.it.weight"]).names
 
 
 def test_a_transformers_without_the_table(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     with pytest.raises(LookupError, match="renamings cannot be read"):
-        loaded(nn.Linear(2, 2), ["weight"])
+        look_up_names(nn.Linear(2, 2), ["weight"])

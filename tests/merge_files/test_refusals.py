@@ -242,13 +242,13 @@ def test_numbers_too_large_for_the_dtype(tmp_path, what):
 
 
 def test_a_base_that_changes_meanwhile_is_noticed(at, monkeypatch):
-    merged, path = run._merged, one_file(at)
+    merged, path = run._merge_tensor, one_file(at)
 
     def change(*args: Any) -> Tensor:
         os.utime(path, ns=(1, 1))
         return merged(*args)
 
-    monkeypatch.setattr(run, "_merged", change)
+    monkeypatch.setattr(run, "_merge_tensor", change)
     with pytest.raises(RuntimeError, match="was changed meanwhile"):
         merge(at)
     assert not (at / "out" / path.name).exists()

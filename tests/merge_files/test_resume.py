@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_made(given, tmp_path):
 
 def test_one_process_at_a_time(given, half):
     before = contents(half)
-    with durable.locked(half / LOCK):
+    with durable.hold_lock(half / LOCK):
         with pytest.raises(BlockingIOError, match="another process is merging into"):
             merge(given, half)
         assert contents(half) == before
@@ -324,6 +324,6 @@ def test_another_error_while_writing_is_passed_on(tmp_path):
 
 def test_reading_past_the_end_is_noticed(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
-    assert b"".join(durable.chunks_of(tmp_path / "file", 1, 3)) == b"234"
+    assert b"".join(durable.read_chunks(tmp_path / "file", 1, 3)) == b"234"
     with pytest.raises(RuntimeError, match="it ends 2 bytes early"):
-        list(durable.chunks_of(tmp_path / "file", 3, 4))
+        list(durable.read_chunks(tmp_path / "file", 3, 4))

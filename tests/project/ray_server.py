@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
-from fastlora.demo.model import byte_tokenizer
+from fastlora.demo.model import make_byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["alice", "bob", "carol", "dave", "eve"]  # more than the slots of both replicas
@@ -31,7 +31,7 @@ SLOTS, ROWS, ROOM = 2, 4, 20_000
 PROMPT, NEW, SHORT = list(b"Once upon a time"), 24, 6
 PATIENCE = 300  # seconds: how long something may take before it counts as hung
 MARK = "FASTLORA_TEST_RUN"
-TOKENIZER = byte_tokenizer()
+TOKENIZER = make_byte_tokenizer()
 END = len(TOKENIZER)
 
 

@@ -16,7 +16,7 @@ import fastlora
 from fastlora.commands import main as cli
 from fastlora.demo import corpora, run
 from fastlora.demo.claims import Claims
-from fastlora.demo.model import byte_tokenizer, small_llama
+from fastlora.demo.model import make_byte_tokenizer, make_small_llama
 
 SHAPES = {
     "calendar": r"Mo Tu We Th Fr Sa Su\n[ \d\n]+\n",
@@ -29,9 +29,11 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def own_model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    tokenizer = byte_tokenizer()
+    tokenizer = make_byte_tokenizer()
     tokenizer.save_pretrained(directory)
-    small_llama(hidden=32, layers=2, vocabulary=len(tokenizer), seed=0).save_pretrained(directory)
+    make_small_llama(hidden=32, layers=2, vocabulary=len(tokenizer), seed=0).save_pretrained(
+        directory
+    )
     return directory
 
 
@@ -78,9 +80,9 @@ def test_exit_code_of_claims():
 
 @pytest.mark.parametrize("name", corpora.DOMAINS)
 def test_domains_are_deterministic_and_told_apart_at_a_glance(name):
-    text = corpora.domain_text(name, 0, 20_000)
-    assert text == corpora.domain_text(name, 0, 20_000)
-    assert text != corpora.domain_text(name, 1, 20_000)
+    text = corpora.make_domain_text(name, 0, 20_000)
+    assert text == corpora.make_domain_text(name, 0, 20_000)
+    assert text != corpora.make_domain_text(name, 1, 20_000)
     assert 1_000 < len(text.held_out) < len(text.train) / 3
     assert {n for n, shape in SHAPES.items() if re.search(shape, text.train)} == {name}
     assert {n for n, shape in SHAPES.items() if re.search(shape, text.held_out)} == {name}
@@ -88,7 +90,7 @@ def test_domains_are_deterministic_and_told_apart_at_a_glance(name):
 
 @pytest.mark.parametrize("name", ["calendar", "unicode"])
 def test_what_is_held_out_is_not_learnt_from(name):
-    text = corpora.domain_text(name, 0, 50_000)
+    text = corpora.make_domain_text(name, 0, 50_000)
     pattern = {"calendar": r"\w+ \d{4}\n\w\w ", "unicode": r"U\+\w+"}[name]
     seen, unseen = (set(re.findall(pattern, part)) for part in (text.train, text.held_out))
     assert unseen
@@ -96,15 +98,15 @@ def test_what_is_held_out_is_not_learnt_from(name):
 
 
 def test_pretraining_text_is_deterministic():
-    text = corpora.pretraining_text(0, 600_000)
-    assert text == corpora.pretraining_text(0, 600_000)
-    assert text != corpora.pretraining_text(1, 600_000)
+    text = corpora.make_pretraining_text(0, 600_000)
+    assert text == corpora.make_pretraining_text(0, 600_000)
+    assert text != corpora.make_pretraining_text(1, 600_000)
     assert len(text) == 600_000
     assert "def " in text
 
 
 def test_bytes_survive_the_tokenizer():
-    tokenizer = byte_tokenizer()
+    tokenizer = make_byte_tokenizer()
     text = "  naïve ♥\n\tx"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer(text)["input_ids"]) == len(text.encode())

@@ -157,9 +157,9 @@ def test_changes_of_a_lock(tools, tmp_path: Path) -> None:
     versions = []
     for text in ("torch==1\na==1 ; x == 'y'\na==2\nb==1\n", "torch==1\na==2\nc==3 # via a\n"):
         (tmp_path / "lock").write_text(text)
-        versions.append(lock.versions(tmp_path / "lock"))
+        versions.append(lock.read_versions(tmp_path / "lock"))
     said = ["a: 1 ; x == 'y', 2 -> 2", "b: 1 -> gone", "c: new -> 3"]
-    assert list(lock.changes(*versions)) == said
+    assert list(lock.list_changes(*versions)) == said
 
 
 def test_what_the_newest_packages_break_is_printed(tmp_path: Path) -> None:

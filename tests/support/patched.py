@@ -130,8 +130,8 @@ def counted(monkeypatch: Any) -> Any:
         monkeypatch.setattr(owner, name, counting)
 
     with monkeypatch.context() as monkeypatch:
-        count(peft_linear, "_one_for_all", "one")
-        count(peft_linear, "_one_a_row", "many")
+        count(peft_linear, "_run_one_for_all", "one")
+        count(peft_linear, "_run_one_a_row", "many")
         count(lora.Linear, "forward", "peft")
         yield counts
 

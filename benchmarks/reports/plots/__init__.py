@@ -14,7 +14,7 @@ class NoMatplotlib(ImportError):
     """Nothing can be drawn; the message says what to install."""
 
 
-def write(folder: Path, found: Sequence[Line]) -> list[Picture]:
+def write(folder: Path, lines: Sequence[Line]) -> list[Picture]:
     """Draws what the lines have figures for, as PNGs into ``folder``.
 
     Raises NoMatplotlib where it cannot be imported.
@@ -29,7 +29,7 @@ def write(folder: Path, found: Sequence[Line]) -> list[Picture]:
     from benchmarks.reports.plots import ratio as plot_ratio
     from benchmarks.reports.plots import roofline as plot_roofline
 
-    where, timed = provenance.device(found), [line for line in found if "ms" in line]
+    where, timed = provenance.name_devices(lines), [line for line in lines if "ms" in line]
     return [
         *plot_ratio.write(folder, timed, where),
         *plot_merge.write(folder, timed, where),

@@ -1,4 +1,4 @@
-"""What merging makes of the memory's bandwidth: bytes that cannot be avoided over the time."""
+"""Bandwidth of merging: bytes that cannot be avoided over the time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.harness.case import BASE
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import BASE
+from benchmarks.reports.comparison import OURS, group_by_case
 from benchmarks.reports.plots import style as ps
-from benchmarks.reports.standing import OURS, by_case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,12 +21,17 @@ _COLUMNS = 2
 
 
 def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
-    """``merge-bandwidth.png``, where the lines have a merge."""
+    """Draws ``merge-bandwidth.png``, where the lines have a merge."""
     from matplotlib.lines import Line2D
 
     cases = {
-        case: [found[name] for name in ps.ordered(n for n in found if n is not None)]
-        for case, found in by_case(line for line in timed if line["suite"] == "merge").items()
+        case: [
+            provider_lines[name]
+            for name in ps.sort_providers(n for n in provider_lines if n is not None)
+        ]
+        for case, provider_lines in group_by_case(
+            line for line in timed if line["suite"] == "merge"
+        ).items()
     }
     if not cases:
         return []
@@ -36,44 +41,46 @@ def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
     rows = [
         max(bars[i : i + columns]) * _BAR + _OVER + _UNDER for i in range(0, len(bars), columns)
     ]
-    foot = ps.legend_height(1)
+    foot = ps.measure_legend(1)
     subtitle = (
         "each byte of W once in each direction, over the median time · thin bars: p20 to p80 · "
         "higher is faster"
     )
-    heading = ps.heading(subtitle)
+    heading = ps.measure_heading(subtitle)
     height = heading + sum(rows) + foot
-    made = ps.figure(height, f"merge: bandwidth reached, {where}", subtitle)
+    figure = ps.make_figure(height, f"merge: bandwidth reached, {where}", subtitle)
     width = (ps.WIDTH - _LEFT - _RIGHT - (columns - 1) * _BETWEEN) / columns
     furthest = max(
-        max(_fastest(line), _ceiling(line)) for found in cases.values() for line in found
+        max(_fastest(line), _ceiling(line))
+        for provider_lines in cases.values()
+        for line in provider_lines
     )
-    for number, (case, found) in enumerate(cases.items()):
+    for number, (case, provider_lines) in enumerate(cases.items()):
         row, column = divmod(number, columns)
-        plot = len(found) * _BAR
+        plot = len(provider_lines) * _BAR
         below = height - heading - sum(rows[:row]) - _OVER - plot
-        axes = ps.axes(made, _LEFT + column * (width + _BETWEEN), below, width, plot)
+        axes = ps.add_axes(figure, _LEFT + column * (width + _BETWEEN), below, width, plot)
         axes.set_title(case, size=ps.FONT, loc="left", color=ps.INK)
-        _bars(axes, found, furthest)
+        _bars(axes, provider_lines, furthest)
     ceiling = Line2D([], [], color=ps.INK, linestyle="--", linewidth=1.4)
     ceiling.set_label("ceiling: the better of a copy's and a sum's bandwidth, same run")
-    ps.legend(made, [ceiling], foot)
+    ps.add_legend(figure, [ceiling], foot)
     path = folder / "merge-bandwidth.png"
-    ps.save(made, path)
+    ps.save(figure, path)
     return [ps.Picture("merge", path, f"merging: GB/s beside the ceiling, {where}")]
 
 
 def _fastest(line: Line) -> float:
-    """GB/s of the fifth of its rounds that was fastest."""
+    """Returns GB/s of the fifth of its rounds that was fastest."""
     return line["bytes"] / line["ms"]["p20"] / 1e6
 
 
 def _ceiling(line: Line) -> float:
-    """GB/s, 0 where it was not measured."""
+    """Returns GB/s, 0 where it was not measured."""
     return (line.get("ceilings") or {}).get("bandwidth", 0.0) / 1e9
 
 
-def _bars(axes: Axes, found: Sequence[Line], furthest: float) -> None:
+def _bars(axes: Axes, lines: Sequence[Line], furthest: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.grid(visible=False)
@@ -81,14 +88,14 @@ def _bars(axes: Axes, found: Sequence[Line], furthest: float) -> None:
     ticks = MaxNLocator(5).tick_values(0, furthest)
     axes.set_xticks([tick for tick in ticks if tick <= furthest * 1.02])
     axes.spines["bottom"].set_bounds(0, furthest * 1.02)
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    names = ["copy (base)" if line["provider"] == BASE else line["provider"] for line in found]
-    axes.set_yticks(range(len(found)), names)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    names = ["copy (base)" if line["provider"] == BASE else line["provider"] for line in lines]
+    axes.set_yticks(range(len(lines)), names)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("GB/s", size=ps.FONT, x=0.5 / 1.55)
-    ceiling = _ceiling(found[0])
-    for y, line in enumerate(found):
-        style, value = ps.style(line["provider"]), line["gbps"]
+    ceiling = _ceiling(lines[0])
+    for y, line in enumerate(lines):
+        style, value = ps.choose_style(line["provider"]), line["gbps"]
         ends = (line["bytes"] / line["ms"]["p80"] / 1e6, _fastest(line))
         axes.barh(y, value, 0.62, color=style.colour, alpha=1 if style.filled else 0.75, zorder=2)
         axes.hlines(y, *ends, color="#999999" if style.colour == "#000000" else "#333333",
@@ -97,9 +104,9 @@ def _bars(axes: Axes, found: Sequence[Line], furthest: float) -> None:
         if ours:
             axes.get_yticklabels()[y].set_fontweight("bold")
         # In a column of their own, where no bar and no line is.
-        said = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-        said += f" ({100 * value / ceiling:.0f} %)" if ceiling else ""
+        label = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        label += f" ({100 * value / ceiling:.0f} %)" if ceiling else ""
         weight = "bold" if ours else "normal"
-        axes.text(furthest * 1.05, y, said, va="center", size=ps.FONT, color=ps.INK, weight=weight)
+        axes.text(furthest * 1.05, y, label, va="center", size=ps.FONT, color=ps.INK, weight=weight)
     if ceiling:
         axes.axvline(ceiling, color=ps.INK, linestyle="--", linewidth=1.4, zorder=4)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.harness.case import BASE
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import BASE
+from benchmarks.reports.comparison import OURS, name_work
 from benchmarks.reports.plots import style as ps
-from benchmarks.reports.standing import OURS, work_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ class _Panel:
 
 
 def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
-    """A picture for each suite but ``merge``, or for each of its works where they are many.
+    """Draws a picture for each suite but ``merge``, or for each of its works where they are many.
 
     timed: lines with times.
     """
@@ -70,12 +70,12 @@ def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
         if drawn and _along(line):
             suites.setdefault(line["suite"], []).append(line)
     written = []
-    for suite, found in suites.items():
-        works = {suite: found}
-        if len(_layout(found)) > _ROWS:
+    for suite, suite_lines in suites.items():
+        works = {suite: suite_lines}
+        if len(_layout(suite_lines)) > _ROWS:
             works = {}
-            for line in found:
-                works.setdefault(work_of(line), []).append(line)
+            for line in suite_lines:
+                works.setdefault(name_work(line), []).append(line)
         for work, its_lines in works.items():
             rows = _layout(its_lines)
             pages = [rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS)]
@@ -93,16 +93,16 @@ def _along(line: Line) -> str:
     return next((name for name in _ALONG if name in line["shape"]), "")
 
 
-def _layout(found: Sequence[Line]) -> list[list[_Panel]]:
-    """Rows of panels, in an order in which neighbours differ little."""
+def _layout(lines: Sequence[Line]) -> list[list[_Panel]]:
+    """Lays panels out in rows, in an order in which neighbours differ little."""
     panels: dict[tuple, _Panel] = {}
-    providers = len({line["provider"] for line in found})
+    providers = len({line["provider"] for line in lines})
     place = max(_NARROWEST_PLACE, providers * _SLOT + _AROUND)
-    works = list(dict.fromkeys(map(work_of, found)))
-    for line in found:
+    works = list(dict.fromkeys(map(name_work, lines)))
+    for line in lines:
         (key, heading), along = _key(line), _along(line)
         panel = _Panel(along, heading, {}, place)
-        panel = panels.setdefault((works.index(work_of(line)), key), panel)
+        panel = panels.setdefault((works.index(name_work(line)), key), panel)
         panel.places.setdefault(line["shape"][along], {})[line["provider"]] = line
     for panel in panels.values():
         panel.places = dict(sorted(panel.places.items()))
@@ -110,17 +110,27 @@ def _layout(found: Sequence[Line]) -> list[list[_Panel]]:
 
 
 def _key(line: Line) -> tuple[tuple, dict[str, str]]:
-    """What separates and orders the panels of a work, and what stands above one."""
+    """Returns what separates and orders the panels of a work, and a panel's heading."""
     shape, mixed = line["shape"], "ranks_mixed" in line["case"]
     K, N, R = (shape.get(k, 0) for k in "KNR")
     dtype, lora_dtype = line["dtype"], line["lora_dtype"]
-    rest = {k: v for k, v in shape.items() if k not in (_along(line), *"KNR")}
+    other_sizes = {k: v for k, v in shape.items() if k not in (_along(line), *"KNR")}
     workload, dropout = line.get("workload") or "", line.get("dropout") or 0.0
-    key = (dtype, lora_dtype != dtype, N, K, R, mixed, dropout, tuple(rest.items()), workload)
+    key = (
+        dtype,
+        lora_dtype != dtype,
+        N,
+        K,
+        R,
+        mixed,
+        dropout,
+        tuple(other_sizes.items()),
+        workload,
+    )
     heading = {
-        "work": work_of(line).removeprefix(line["suite"] + "-"),
+        "work": name_work(line).removeprefix(line["suite"] + "-"),
         "rows": " ".join(
-            filter(None, (*(f"{k}\N{NO-BREAK SPACE}{v}" for k, v in rest.items()), workload))
+            filter(None, (*(f"{k}\N{NO-BREAK SPACE}{v}" for k, v in other_sizes.items()), workload))
         ),
         "layer": f"{K} × {N}" if K and N else "",
         "rank": f"r 8 to {R}" if mixed else f"r {R}" if R else "",
@@ -131,7 +141,7 @@ def _key(line: Line) -> tuple[tuple, dict[str, str]]:
 
 
 def _rows(panels: Iterable[_Panel]) -> list[list[_Panel]]:
-    """Panels in their order, as many in a row as there is room for."""
+    """Fills rows with panels in their order, as many as there is room for."""
     rows: list[list[_Panel]] = []
     room = 0.0
     for panel in panels:
@@ -144,7 +154,7 @@ def _rows(panels: Iterable[_Panel]) -> list[list[_Panel]]:
 
 
 def _stretch(row: Sequence[_Panel]) -> None:
-    """One row alone fills the picture, as far as it can without looking lost."""
+    """Stretches the panels of a single row to fill the picture, within bounds."""
     room = ps.WIDTH - _LEFT - _RIGHT - (len(row) - 1) * _BETWEEN
     for panel, width in [(panel, sum(p.width for p in row)) for panel in row]:
         panel.stretched = max(1.0, min(_STRETCH, room / width))
@@ -154,11 +164,11 @@ def _draw(path: Path, rows: list[list[_Panel]], title: str) -> None:
     from matplotlib.lines import Line2D
 
     panels = [panel for row in rows for panel in row]
-    providers = ps.ordered(line["provider"] for panel in panels for line in panel.lines)
+    providers = ps.sort_providers(line["provider"] for panel in panels for line in panel.lines)
     # What all panels have in common is said once.
     common = [k for k in panels[0].heading if len({panel.heading[k] for panel in panels}) == 1]
     headings = [_heading(panel, common) for panel in panels]
-    foot = ps.legend_height(len(providers) + 1)
+    foot = ps.measure_legend(len(providers) + 1)
     bounds = [_bounds([line for panel in row for line in panel.lines]) for row in rows]
     cut = any(
         line["ratio"]["p50"] > high
@@ -172,35 +182,35 @@ def _draw(path: Path, rows: list[list[_Panel]], title: str) -> None:
     about = [*filter(None, about), "median and its 95 % interval", "lower is faster"]
     about += ["figures at the edge: beyond it"] if cut else []
     subtitle = " · ".join(about)
-    heading = ps.heading(subtitle)
+    heading = ps.measure_heading(subtitle)
     height = heading + len(rows) * (over + _PLOT + _UNDER) + foot
-    made = ps.figure(height, title, subtitle)
+    figure = ps.make_figure(height, title, subtitle)
     above = iter(headings)
     for number, row in enumerate(rows):
         below = height - heading - (number + 1) * (over + _PLOT + _UNDER) + _UNDER
-        left = _LEFT
+        panel_left = _LEFT
         for panel in row:
-            axes = ps.axes(made, left, below, panel.width, _PLOT)
+            axes = ps.add_axes(figure, panel_left, below, panel.width, _PLOT)
             _fill(axes, panel, providers, bounds[number])
-            said = "\n".join(next(above))
-            axes.set_title(said, size=ps.FONT - 1, loc="left", color=ps.INK, pad=72 * pad)
+            text = "\n".join(next(above))
+            axes.set_title(text, size=ps.FONT - 1, loc="left", color=ps.INK, pad=72 * pad)
             if panel is row[0]:
                 axes.set_ylabel("time / base", size=ps.FONT)
             else:
                 axes.tick_params(axis="y", labelleft=False, length=0)
                 axes.spines["left"].set_visible(False)
             axes.set_xlabel(_ALONG[panel.along], size=ps.FONT)
-            left += panel.width + _BETWEEN
+            panel_left += panel.width + _BETWEEN
     limit = Line2D([], [], color=ps.INK, linestyle="--", linewidth=1.4, label="limit")
-    ps.legend(made, [*map(ps.handle, providers), limit], foot)
-    ps.save(made, path)
+    ps.add_legend(figure, [*map(ps.make_handle, providers), limit], foot)
+    ps.save(figure, path)
 
 
 def _heading(panel: _Panel, common: Sequence[str]) -> list[str]:
-    """Lines no wider than the panel."""
-    said = [text for name, text in panel.heading.items() if name not in common]
+    """Wraps the heading to lines no wider than the panel."""
+    texts = [text for name, text in panel.heading.items() if name not in common]
     most = int(panel.width * _CHARACTERS)
-    return [line for text in said for line in textwrap.wrap(text, most)]
+    return [line for text in texts for line in textwrap.wrap(text, most)]
 
 
 def _fill(axes: Axes, panel: _Panel, providers: list[str], bounds: tuple[float, float]) -> None:
@@ -233,7 +243,7 @@ def _fill(axes: Axes, panel: _Panel, providers: list[str], bounds: tuple[float, 
 
 
 def _points(axes: Axes, name: str, x: list[float], ratios: list[Line], edge: float) -> None:
-    style, ours = ps.style(name), name == OURS
+    style, ours = ps.choose_style(name), name == OURS
     axes.plot(
         x, [r["p50"] for r in ratios], color=style.colour, alpha=0.9 if ours else 0.3,
         linewidth=1.8 if ours else 0.9, zorder=style.above - 1,
@@ -242,7 +252,7 @@ def _points(axes: Axes, name: str, x: list[float], ratios: list[Line], edge: flo
         if r["p50"] > edge:
             axes.plot(at, edge, clip_on=False, **style.points())
             axes.annotate(
-                ps.short(r["p50"]), (at, edge), xytext=(0, 5), textcoords="offset points",
+                ps.format_short(r["p50"]), (at, edge), xytext=(0, 5), textcoords="offset points",
                 ha="center", va="bottom", rotation=90, size=ps.FONT - 2, color=style.colour,
             )  # fmt: skip
         else:
@@ -250,12 +260,12 @@ def _points(axes: Axes, name: str, x: list[float], ratios: list[Line], edge: flo
             axes.errorbar(at, r["p50"], spread, elinewidth=1.1, **style.points())
 
 
-def _bounds(found: Sequence[Line]) -> tuple[float, float]:
-    """Of a row's y-axis: the intervals and 1, with some room; not what is far above fastlora."""
-    limits = [line["limit"] for line in found if line.get("limit")]
-    ours = [line["ratio"]["p50"] for line in found if line["provider"] == OURS]
+def _bounds(lines: Sequence[Line]) -> tuple[float, float]:
+    """Computes a row's y-axis: the intervals and 1, with room, without values far above ours."""
+    limits = [line["limit"] for line in lines if line.get("limit")]
+    ours = [line["ratio"]["p50"] for line in lines if line["provider"] == OURS]
     beyond = _BEYOND * max(1.0, *ours, *limits) if ours else math.inf
-    near = [line["ratio"] for line in found if line["ratio"]["p50"] <= beyond]
+    near = [line["ratio"] for line in lines if line["ratio"]["p50"] <= beyond]
     # An interval that goes on beyond it is cut.
     highs = [min(r.get("high", r["p80"]), beyond) for r in near]
     ends = 1.0, *limits, *(r.get("low", r["p20"]) for r in near), *highs

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.harness.case import DTYPES
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import DTYPES
-from benchmarks.reports.markdown import span
+from benchmarks.reports.comparison import PATHS
+from benchmarks.reports.markdown import format_span
 from benchmarks.reports.plots import style as ps
-from benchmarks.reports.standing import PATHS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,35 +20,35 @@ _LEFT, _BETWEEN, _RIGHT, _PLOT, _OVER, _UNDER = 0.75, 0.75, 0.2, 3.2, 0.3, 0.55
 
 
 def write(folder: Path, timed: Sequence[Line], where: str) -> list[ps.Picture]:
-    """``roofline.png``, a panel a dtype: everyone but our kernels' paths.
+    """Draws ``roofline.png``, a panel a dtype: all providers but our kernels' paths.
 
     Suite ``overhead`` is left out: the host's time says nothing of the device.
     """
-    found: dict[str, list[Line]] = {}
+    lines_of: dict[str, list[Line]] = {}
     for line in timed:
         if line["suite"] == "overhead" or line["provider"] in PATHS:
             continue
         if line.get("flops") and line.get("bytes"):
-            found.setdefault(line["dtype"], []).append(line)
-    if not found:
+            lines_of.setdefault(line["dtype"], []).append(line)
+    if not lines_of:
         return []
-    providers = ps.ordered(line["provider"] for lines in found.values() for line in lines)
-    dtypes = sorted(found, key=lambda dtype: (*DTYPES, dtype).index(dtype))
-    foot = ps.legend_height(len(providers))
+    providers = ps.sort_providers(line["provider"] for lines in lines_of.values() for line in lines)
+    dtypes = sorted(lines_of, key=lambda dtype: (*DTYPES, dtype).index(dtype))
+    foot = ps.measure_legend(len(providers))
     subtitle = (
         "a point is a provider in a case · lines: the bandwidth and the library's products that "
         "the same run measured"
     )
-    height = ps.heading(subtitle) + _OVER + _PLOT + _UNDER + foot
-    made = ps.figure(height, f"roofline, {where}", subtitle)
+    height = ps.measure_heading(subtitle) + _OVER + _PLOT + _UNDER + foot
+    figure = ps.make_figure(height, f"roofline, {where}", subtitle)
     width = (ps.WIDTH - _LEFT - _RIGHT - (len(dtypes) - 1) * _BETWEEN) / len(dtypes)
     for number, dtype in enumerate(dtypes):
-        left = _LEFT + number * (width + _BETWEEN)
-        axes = ps.axes(made, left, foot + _UNDER, width, _PLOT)
-        _panel(axes, dtype, found[dtype], providers)
-    ps.legend(made, map(ps.handle, providers), foot)
+        panel_left = _LEFT + number * (width + _BETWEEN)
+        axes = ps.add_axes(figure, panel_left, foot + _UNDER, width, _PLOT)
+        _panel(axes, dtype, lines_of[dtype], providers)
+    ps.add_legend(figure, map(ps.make_handle, providers), foot)
     path = folder / "roofline.png"
-    ps.save(made, path)
+    ps.save(figure, path)
     return [ps.Picture("", path, f"roofline, {where}")]
 
 
@@ -70,16 +70,16 @@ def _panel(axes: Axes, dtype: str, lines: Sequence[Line], providers: Sequence[st
     axes.set_ylim(min(y) / 2, max(y) * 1.8)
     _ceilings(axes, ceilings, (low, high))
     bandwidths = [bandwidth * 1e3 for bandwidth, _ in ceilings if bandwidth]
-    said = [f"{span(bandwidths, 4)} GB/s"] if bandwidths else []
-    said += [f"{span(tops)} TFLOP/s"] if tops else []
-    heading = f"{dtype}: {', '.join(said)}" if said else dtype
+    parts = [f"{format_span(bandwidths, 4)} GB/s"] if bandwidths else []
+    parts += [f"{format_span(tops)} TFLOP/s"] if tops else []
+    heading = f"{dtype}: {', '.join(parts)}" if parts else dtype
     axes.set_title(heading, size=ps.FONT, loc="left", color=ps.INK)
     for name in reversed(providers):
         mine = [line for line in lines if line["provider"] == name]
         axes.plot(
             [line["flops"] / line["bytes"] for line in mine],
             [line["tflops"] for line in mine],
-            linestyle="none", alpha=0.85, **ps.style(name).points(),
+            linestyle="none", alpha=0.85, **ps.choose_style(name).points(),
         )  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(mt.LogLocator(subs=(1, 2, 5), numticks=12))
@@ -88,17 +88,17 @@ def _panel(axes: Axes, dtype: str, lines: Sequence[Line], providers: Sequence[st
 
 
 def _bandwidth(line: Line) -> float:
-    """TB/s, 0 where it was not measured."""
+    """Returns TB/s, 0 where it was not measured."""
     return (line.get("ceilings") or {}).get("bandwidth", 0.0) / 1e12
 
 
 def _flops(line: Line) -> float:
-    """TFLOP/s of the library's product in the line's dtype."""
+    """Returns TFLOP/s of the library's product in the line's dtype."""
     return ((line.get("ceilings") or {}).get("flops") or {}).get(line["dtype"], 0.0) / 1e12
 
 
 def _ceilings(axes: Axes, ceilings: set[tuple[float, float]], ends: tuple[float, float]) -> None:
-    """A line for each run."""
+    """Draws a line for each run."""
     for bandwidth, flops in ceilings:
         ridge = flops / bandwidth if bandwidth and flops else ends[1]
         x = [ends[0], min(max(ridge, ends[0]), ends[1]), ends[1]]

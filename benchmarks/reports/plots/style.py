@@ -1,4 +1,4 @@
-"""How the pictures look: one colour and marker for a provider, whichever picture it is in.
+"""Style of the pictures: one colour and marker for a provider in all of them.
 
 Colours are Okabe and Ito's, told apart by colour-blind eyes: a colour for a family of providers, a
 marker for the one. fastlora is the largest and lies on top; its paths are hollow.
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.reports.standing import OURS, is_ours
+from benchmarks.reports.comparison import OURS, is_ours
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -68,12 +68,12 @@ _KNOWN = {
     "base-compiled": (_GREY, "s"),
     "base": (_GREY, "o"),
 }
-# Of those whom nobody thought of: the same in every run, by their name.
+# For providers not listed above: chosen by their name, the same in every run.
 _OTHER_COLOURS, _OTHER_MARKERS = (_GREEN, _RED, _PINK, _GREY), ("p", "h", "<", ">", "8")
 
 
 class Picture(NamedTuple):
-    """One that was written. suite: "" where it is of several."""
+    """Picture that was written. suite: "" where it shows several."""
 
     suite: str
     path: Path
@@ -100,7 +100,7 @@ class Style(NamedTuple):
         }
 
 
-def style(provider: str) -> Style:
+def choose_style(provider: str) -> Style:
     by_name = zlib.crc32(provider.encode())
     other = (_OTHER_COLOURS[by_name % 4], _OTHER_MARKERS[by_name // 4 % 5])
     colour, marker = _KNOWN.get(provider, other)
@@ -109,34 +109,34 @@ def style(provider: str) -> Style:
     return Style(colour, marker, 6.5 if marker == "*" else 4.7, not is_ours(provider), 4)
 
 
-def ordered(providers: Iterable[str]) -> list[str]:
+def sort_providers(providers: Iterable[str]) -> list[str]:
     known = list(_KNOWN)
     return sorted(set(providers), key=lambda p: (known.index(p) if p in known else len(known), p))
 
 
-def heading(subtitle: str) -> float:
-    """Inches that the title and this take."""
+def measure_heading(subtitle: str) -> float:
+    """Returns the inches that the title and this take."""
     return _TITLE + _SUBTITLE_LINE * len(textwrap.wrap(subtitle, _SUBTITLE_CHARACTERS))
 
 
-def figure(height: float, title: str, subtitle: str) -> Figure:
-    """WIDTH by ``height`` inches, with its heading; no window is ever opened."""
+def make_figure(height: float, title: str, subtitle: str) -> Figure:
+    """Makes a figure of WIDTH by ``height`` inches with its heading; opens no window."""
     from matplotlib.figure import Figure
 
-    made = Figure((WIDTH, height), dpi=DPI, facecolor="white")
+    figure = Figure((WIDTH, height), dpi=DPI, facecolor="white")
     lines = "\n".join(textwrap.wrap(subtitle, _SUBTITLE_CHARACTERS))
-    made.text(0.015, 1 - 0.12 / height, title, size=FONT + 3, weight="bold", va="top", color=INK)
-    made.text(0.015, 1 - 0.40 / height, lines, size=FONT, va="top", color="#555555")
-    return made
+    figure.text(0.015, 1 - 0.12 / height, title, size=FONT + 3, weight="bold", va="top", color=INK)
+    figure.text(0.015, 1 - 0.40 / height, lines, size=FONT, va="top", color="#555555")
+    return figure
 
 
-def legend(made: Figure, handles: Iterable[Artist], below: float) -> None:
-    """At the figure's foot, its upper edge ``below`` inches above the lower one."""
+def add_legend(figure: Figure, handles: Iterable[Artist], below: float) -> None:
+    """Adds a legend at the figure's foot, its top ``below`` inches above the lower edge."""
     shown = list(handles)
-    made.legend(
+    figure.legend(
         handles=shown,
         loc="upper center",
-        bbox_to_anchor=(0.5, below / made.get_size_inches()[1]),
+        bbox_to_anchor=(0.5, below / figure.get_size_inches()[1]),
         ncol=-(-len(shown) // _legend_rows(len(shown))),
         fontsize=FONT,
         frameon=False,
@@ -145,8 +145,8 @@ def legend(made: Figure, handles: Iterable[Artist], below: float) -> None:
     )
 
 
-def legend_height(entries: int) -> float:
-    """Inches."""
+def measure_legend(entries: int) -> float:
+    """Returns the inches that a legend of so many entries takes."""
     return 0.2 * _legend_rows(entries) + 0.1
 
 
@@ -154,35 +154,35 @@ def _legend_rows(entries: int) -> int:
     return -(-entries // 5)
 
 
-def handle(provider: str) -> Artist:
+def make_handle(provider: str) -> Artist:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=provider, linestyle="none", **style(provider).points())
+    return Line2D([], [], label=provider, linestyle="none", **choose_style(provider).points())
 
 
-def short(value: float) -> str:
+def format_short(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
-def axes(made: Figure, left: float, below: float, width: float, height: float) -> Axes:
-    """Placed by inches from the lower left corner."""
-    W, H = made.get_size_inches()
-    made_axes = made.add_axes((left / W, below / H, width / W, height / H))
-    made_axes.tick_params(labelsize=FONT, colors=INK, length=3)
-    made_axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
-    made_axes.set_axisbelow(True)
+def add_axes(figure: Figure, left: float, below: float, width: float, height: float) -> Axes:
+    """Adds axes, placed by inches from the lower left corner."""
+    W, H = figure.get_size_inches()
+    axes = figure.add_axes((left / W, below / H, width / W, height / H))
+    axes.tick_params(labelsize=FONT, colors=INK, length=3)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
     for side in ("top", "right"):
-        made_axes.spines[side].set_visible(False)
-    return made_axes
+        axes.spines[side].set_visible(False)
+    return axes
 
 
-def save(made: Figure, path: Path) -> None:
-    """256 colours are enough, and a third of the bytes. The same results give the same file."""
+def save(figure: Figure, path: Path) -> None:
+    """Saves a PNG of 256 colours, a third of the bytes; the same results give the same file."""
     # Coverage: a colour that few points have is kept all the same.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image  # which matplotlib needs itself
 
-    canvas = FigureCanvasAgg(made)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
     cover, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE

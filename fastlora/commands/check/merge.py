@@ -1,4 +1,4 @@
-"""What ``fastlora check`` judges merging by: the float64 sum rounded once, and every bit back."""
+"""Cases of merging for ``fastlora check``: the float64 sum rounded once, and every bit back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.backends.dtypes import BITS
 from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.operands import flatten_receipts
-from fastlora.commands.check.linear import DTYPES, WrongResult, laid_out
+from fastlora.commands.check.judging import DTYPES, WrongResult, lay_out
 
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -30,7 +30,7 @@ class MergeCase(NamedTuple):
         return f"N={self.N} K={self.K} R={self.R}, |d|/|W| {self.ratio:g}"
 
 
-# Less than a tile and several of them, with few ranks and more than one step of a product.
+# Less than a tile and several tiles, with few ranks and more than one step of a product.
 _CASES = (
     MergeCase(1, 1, 1, 0.1),
     MergeCase(65, 431, 4, 1.0),
@@ -40,14 +40,14 @@ _CASES = (
 _LARGE = MergeCase(2312, 1128, 48, 0.05)
 
 
-def merge_cases(quick: bool, gpu: bool) -> list[MergeCase]:
+def list_merge_cases(quick: bool, gpu: bool) -> list[MergeCase]:
     if quick:
         return [MergeCase(20, 72, 6, 0.1)]
     return [*_CASES, _LARGE] if gpu else list(_CASES)
 
 
 class MergeSubject:
-    """One case's weights with all that floating point has, and their adapters."""
+    """One case's weights, infinities, NaN and subnormals among them, and their adapters."""
 
     def __init__(
         self, case: MergeCase, name: str, device: torch.device, draw: torch.Generator
@@ -64,7 +64,7 @@ class MergeSubject:
         for layout in case.layouts:
             weight = random(N, K, dtype=dtype, size=size)
             weight.view(-1)[: min(5, N * K)] = special[: N * K].to(device, dtype)
-            self.weights.append(laid_out(weight, layout))
+            self.weights.append(lay_out(weight, layout))
             self.adapters.append(
                 [
                     (
@@ -76,40 +76,40 @@ class MergeSubject:
                 ]
             )
 
-    def verdict(self, op: str, functions: Functions) -> float:
-        """The largest error over the one allowed; WrongResult where it is more, or a bit differs.
+    def judge(self, op: str, functions: Functions) -> float:
+        """Returns the largest error over the one allowed; WrongResult above 1 or for other bits.
 
         functions: merge_, unmerge_ and swap_ of one backend.
         """
         before = [_bits(w) for w in self.weights]
         weights = [w.clone() for w in self.weights]
-        given = _columns(self.adapters)
+        given = _flatten(self.adapters)
         receipts = flatten_receipts(functions["merge_"](weights, *given, True))
         merged = [w.clone() for w in weights]
         if op == "merge_":
             functions["merge_"](again := [w.clone() for w in self.weights], *given, False)
-            _same(again, [_bits(w) for w in merged], "a merge for good has other bits")
-            return self._worst(merged)
+            _expect_bits(again, [_bits(w) for w in merged], "a merge for good has other bits")
+            return self._judge_rounding(merged)
         if op == "unmerge_":
             weights[-1].view(-1)[-1] = 1.5
-            _refused(functions["unmerge_"], weights, *given, receipts)
+            _expect_refusal(functions["unmerge_"], weights, *given, receipts)
             merged[-1].view(-1)[-1] = 1.5
-            _same(weights, [_bits(w) for w in merged], "a refused unmerge changed a weight")
+            _expect_bits(weights, [_bits(w) for w in merged], "a refused unmerge changed a weight")
             weights = [w.clone() for w in self.weights]
             functions["merge_"](weights, *given, False)
             functions["unmerge_"](weights, *given, receipts)
-            _same(weights, before, "not every bit came back")
+            _expect_bits(weights, before, "not every bit came back")
             return 0.0
-        others = _columns([[(A, B, -s) for A, B, s in some[:1]] for some in self.adapters])
+        others = _flatten([[(A, B, -s) for A, B, s in some[:1]] for some in self.adapters])
         made = functions["swap_"](weights, *given, receipts, *others)
         functions["merge_"](wanted := [w.clone() for w in self.weights], *others, False)
-        _same(weights, [_bits(w) for w in wanted], "a swap is not an unmerge and a merge")
+        _expect_bits(weights, [_bits(w) for w in wanted], "a swap is not an unmerge and a merge")
         functions["unmerge_"](weights, *others, flatten_receipts(made))
-        _same(weights, before, "not every bit came back")
+        _expect_bits(weights, before, "not every bit came back")
         return 0.0
 
-    def _worst(self, merged: Sequence[Tensor]) -> float:
-        """Half a unit in the last place, and what float32 sums of so many products may err."""
+    def _judge_rounding(self, merged: Sequence[Tensor]) -> float:
+        """Compares errors with half a unit in the last place and what float32 sums may err."""
         worst = 0.0
         for before, after, adapters in zip(self.weights, merged, self.adapters, strict=True):
             want, size = before.double(), before.double().abs()
@@ -129,7 +129,7 @@ class MergeSubject:
         return worst
 
 
-def _columns(adapters: Sequence[Sequence[tuple[Tensor, Tensor, float]]]) -> tuple[list, ...]:
+def _flatten(adapters: Sequence[Sequence[tuple[Tensor, Tensor, float]]]) -> tuple[list, ...]:
     flat = [adapter for some in adapters for adapter in some]
     return (*([a[i] for a in flat] for i in range(3)), [len(some) for some in adapters])
 
@@ -138,12 +138,12 @@ def _bits(weight: Tensor) -> Tensor:
     return weight.contiguous().view(BITS[weight.itemsize])
 
 
-def _same(weights: Sequence[Tensor], bits: Sequence[Tensor], otherwise: str) -> None:
+def _expect_bits(weights: Sequence[Tensor], bits: Sequence[Tensor], otherwise: str) -> None:
     if not all(torch.equal(_bits(w), b) for w, b in zip(weights, bits, strict=True)):
         raise WrongResult(otherwise)
 
 
-def _refused(unmerge: Callable[..., Any], *args: Any) -> None:
+def _expect_refusal(unmerge: Callable[..., Any], *args: Any) -> None:
     try:
         unmerge(*args)
     except RuntimeError as error:

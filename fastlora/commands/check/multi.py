@@ -1,4 +1,4 @@
-"""``formula`` for many adapters: what ``fastlora check`` wants of them, and their data."""
+"""Cases of many adapters for ``fastlora check``: their data, and the formula's answers to it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from fastlora.backends.torch.multi import group_rows
 from fastlora.backends.values import Adapters, Rows
-from fastlora.commands.check.linear import DTYPES, Product, Subject, laid_out, product_of
+from fastlora.commands.check.judging import DTYPES, Product, choose_product, lay_out
+from fastlora.commands.check.linear import Subject
 
 
 class MultiCase(NamedTuple):
+    """Shape of one layer and batch with S adapters, and what its call has besides."""
+
     M: int
     K: int
     N: int
@@ -27,23 +30,23 @@ class MultiCase(NamedTuple):
     weight: bool = True
 
     def __str__(self) -> str:
-        said = [f"T={self.M} K={self.K} N={self.N} R={self.R} S={self.S}"]
-        said += ["bias, ranks, row scales"] if self.optional else []
-        said += [f"{self.slices} slices"] if self.slices > 1 else []
-        said += [f"pages of {self.page}"] if self.page else []
-        said += [] if self.weight else ["no weight"]
-        said += [self.layout] if self.layout != "plain" else []
-        return ", ".join(said)
+        parts = [f"T={self.M} K={self.K} N={self.N} R={self.R} S={self.S}"]
+        parts += ["bias, ranks, row scales"] if self.optional else []
+        parts += [f"{self.slices} slices"] if self.slices > 1 else []
+        parts += [f"pages of {self.page}"] if self.page else []
+        parts += [] if self.weight else ["no weight"]
+        parts += [self.layout] if self.layout != "plain" else []
+        return ", ".join(parts)
 
 
 _PACKED = {"optional": True, "slices": 3, "page": 4}
 
 
-def multi_cases(quick: bool, gpu: bool) -> list[MultiCase]:
-    """Rows of one adapter and of many, few and many tiles, sums over K of one part and of more."""
+def list_multi_cases(quick: bool, gpu: bool) -> list[MultiCase]:
+    """Lists rows of one adapter and of many, few tiles and many, one part of K and more."""
     if quick:
         return [MultiCase(9, 40, 24, 5, 3, optional=True), MultiCase(9, 40, 24, 5, 3, **_PACKED)]
-    found = [
+    cases = [
         MultiCase(1, 63, 65, 4, 3),
         MultiCase(24, 1100, 136, 40, 6, optional=True),
         MultiCase(24, 72, 136, 40, 6, layout="strided", weight=False),
@@ -51,22 +54,22 @@ def multi_cases(quick: bool, gpu: bool) -> list[MultiCase]:
         MultiCase(130, 256, 384, 24, 4),
         MultiCase(130, 256, 384, 24, 4, **_PACKED),
         MultiCase(17, 72, 100, 12, 5, **_PACKED),
-        # Few rows in whole chunks of 16 bytes.
+        # Few rows, each of whole chunks of 16 bytes.
         MultiCase(40, 264, 136, 24, 6, optional=True),
         MultiCase(17, 72, 104, 16, 5, optional=True, slices=3, page=8),
     ]
     if gpu:
-        found += [
+        cases += [
             MultiCase(2048, 1128, 2312, 48, 8, optional=True),
             MultiCase(2048, 1024, 2304, 64, 128, optional=True),
             MultiCase(200, 4096, 1536, 16, 64, **_PACKED),
             MultiCase(64, 4096, 4096, 64, 32, optional=True),
         ]
-    return found
+    return cases
 
 
 class MultiSubject(Subject):
-    """One case's data; ``Subject`` says the rest. What lies past a slot's rank is NaN."""
+    """One case's data, as in ``Subject``. What lies past a slot's rank is NaN."""
 
     def __init__(
         self, case: MultiCase, name: str, device: torch.device, draw: torch.Generator
@@ -87,7 +90,7 @@ class MultiSubject(Subject):
         }  # fmt: skip
         awkward = ("x", "y", "dy", "weight")
         self.tensors = {
-            n: laid_out(
+            n: lay_out(
                 t.to(device, DTYPES[name]["lora" in n]), case.layout if n in awkward else "plain"
             )
             for n, t in values.items()
@@ -106,17 +109,17 @@ class MultiSubject(Subject):
             self.tensors["lora_A"].masked_fill_(past.repeat(1, case.slices)[:, :, None], math.nan)
             self.tensors["lora_B"].masked_fill_(past[:, None], math.nan)
         exact = {n: t.to(**wide) for n, t in self.tensors.items()}
-        self.want = self._answers(exact, torch.matmul)
-        self.unfused = self._answers(self.tensors, product_of(name))
+        self.want = self._compute_answers(exact, torch.matmul)
+        self.unfused = self._compute_answers(self.tensors, choose_product(name))
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Slices of unequal widths."""
+        """Ends of slices of unequal widths."""
         N, slices = self.case.N, self.case.slices
         return (N,) if slices == 1 else (N // 2, N // 2 + N // 4, N)
 
-    def _answers(self, t: dict[str, Tensor], product: Product) -> dict[str, Tensor]:
-        """The formula and its gradients, a slot and a slice after the other."""
+    def _compute_answers(self, t: dict[str, Tensor], product: Product) -> dict[str, Tensor]:
+        """Computes the formula and its gradients, a slot and a slice after the other."""
         x, dy, dtype, R = t["x"], t["dy"], t["x"].dtype, self.case.R
         delta, h = torch.zeros_like(t["y"]), x.new_zeros(len(x), self.case.slices * R)
         dx = torch.zeros_like(x)
@@ -130,14 +133,17 @@ class MultiSubject(Subject):
             if self.row_scales is not None:
                 factor = factor * self.row_scales.to(x.device)[rows, None].to(dtype)
             for i, end in enumerate(self.ends):
-                columns, own = slice(begin, end), slice(i * R, i * R + r)
-                A, B = t["lora_A"][slot, own].to(dtype), t["lora_B"][slot, columns, :r].to(dtype)
+                columns, h_columns = slice(begin, end), slice(i * R, i * R + r)
+                A, B = (
+                    t["lora_A"][slot, h_columns].to(dtype),
+                    t["lora_B"][slot, columns, :r].to(dtype),
+                )
                 h_rows, up = product(x[rows], A.T), dy[rows, columns]
-                h[rows, own] = h_rows
+                h[rows, h_columns] = h_rows
                 delta[rows, columns] = factor * product(h_rows, B.T)
                 g = product(up, B)
                 dx[rows] += factor * product(g, A)
-                grads["lora_A"][slot, own] = product((factor * g).T, x[rows]).to(A.dtype)
+                grads["lora_A"][slot, h_columns] = product((factor * g).T, x[rows]).to(A.dtype)
                 grads["lora_B"][slot, columns, :r] = product(up.T, factor * h_rows)
                 begin = end
         base = product(x, t["weight"].T)
@@ -161,17 +167,17 @@ class MultiSubject(Subject):
         bias = t["bias"] if case.optional else None
         adapters = Adapters(t["lora_A"], t["lora_B"])
         if op.startswith("packed"):
-            packed = Adapters(*self._paged(), self.ends)
+            packed = Adapters(*self._lay_in_pages(), self.ends)
             if op == "packed_lora_linear":
                 return [("y", function(t["x"], t["weight"], bias, packed, rows))]
-            y = laid_out(t["y"], case.layout)
+            y = lay_out(t["y"], case.layout)
             function(y, t["x"], packed, rows)
             return [("y added to", y)]
         if op == "multi_lora_linear":
             found = function(t["x"], t["weight"], bias, adapters, rows)
             return list(zip(("y", "h"), found, strict=True))
         if op == "multi_lora_add_":
-            y, h = laid_out(t["y"], case.layout), torch.full_like(self.unfused["h"], math.nan)
+            y, h = lay_out(t["y"], case.layout), torch.full_like(self.unfused["h"], math.nan)
             function(y, h, t["x"], adapters, rows)
             return [("y added to", y), ("h", h)]
         names = ("dx", "dweight", "dbias", "dlora_A", "dlora_B")
@@ -179,8 +185,8 @@ class MultiSubject(Subject):
         given = (t["dy"], t["x"], weight, adapters, self.unfused["h"], rows)
         return list(zip(names, function(*given, [True] * 5), strict=True))
 
-    def _paged(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """lora_A, lora_B and a table, as packed ops take them: pages lie scattered among NaN."""
+    def _lay_in_pages(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns lora_A, lora_B and a table as packed ops take them: pages scattered among NaN."""
         A, B, case = self.tensors["lora_A"], self.tensors["lora_B"], self.case
         if not case.page:
             return A, B, None

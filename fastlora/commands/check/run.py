@@ -1,4 +1,4 @@
-"""``fastlora check``: every op, on the user's own device, against ``formula``.
+"""``fastlora check``: every op, on the user's own device, against its formula.
 
 What passes on a GPU, an (op, dtype, path) at a time, becomes a row of ``verified.json``, by which
 ``dispatch`` chooses the kernels.
@@ -6,7 +6,6 @@ What passes on a GPU, an (op, dtype, path) at a time, becomes a row of ``verifie
 
 from __future__ import annotations
 
-import importlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,20 +15,21 @@ from typing import Any
 
 import torch
 
-from fastlora.commands.check.linear import DTYPES, Case, Subject, WrongResult, cases
-from fastlora.commands.check.merge import MergeCase, MergeSubject, merge_cases
-from fastlora.commands.check.multi import MultiCase, MultiSubject, multi_cases
-from fastlora.commands.check.stamps import Stamps, poisoned
+from fastlora.commands.check.judging import DTYPES, WrongResult
+from fastlora.commands.check.linear import Case, Subject, list_cases
+from fastlora.commands.check.merge import MergeCase, MergeSubject, list_merge_cases
+from fastlora.commands.check.multi import MultiCase, MultiSubject, list_multi_cases
+from fastlora.commands.check.stamps import Stamps, is_lost
 from fastlora.ops import availability, dispatch
 from fastlora.ops.run import run_gradients
 from fastlora.ops.table import OPS
 
 # Data of each kind of op, and its cases.
 _SUBJECTS: dict[str, tuple[Any, Any]] = {
-    "linear": (Subject, cases),
-    "multi": (MultiSubject, multi_cases),
-    "packed": (MultiSubject, multi_cases),
-    "merge": (MergeSubject, merge_cases),
+    "linear": (Subject, list_cases),
+    "multi": (MultiSubject, list_multi_cases),
+    "packed": (MultiSubject, list_multi_cases),
+    "merge": (MergeSubject, list_merge_cases),
 }
 CHECKED = tuple(name for name, op in OPS.items() if op.kind in _SUBJECTS)
 MERGES = tuple(name for name, op in OPS.items() if op.kind == "merge")
@@ -50,18 +50,23 @@ class NotTaken(Exception):
     """A call that the CUDA kernels refuse: no verdict on them."""
 
 
-def paths_of(backend: str) -> tuple[str | None, ...]:
+def list_paths(backend: str) -> tuple[str | None, ...]:
+    """Lists the backend's paths; None alone stands for a backend without any."""
     if backend == "cuda":
-        return importlib.import_module("fastlora.backends.cuda.paths").PATHS
+        from fastlora.backends.cuda import paths
+
+        return paths.PATHS
     if backend != "triton":
         return (None,)
-    return importlib.import_module("fastlora.kernels.choose.choice").EVERY_PATH
+    from fastlora.commands.kernels import choice
+
+    return choice.EVERY_PATH
 
 
-def possible(
+def can_run(
     op: str, path: str | None, case: Case | MultiCase | MergeCase, name: str, device: torch.device
 ) -> bool:
-    """Whether the path can run the case, which is one for this op."""
+    """Whether the path can run the case, and the case is one for this op."""
     if isinstance(case, MergeCase) or path in _IN_PLACES:
         return isinstance(case, MergeCase) and path in (None, *_IN_PLACES)
     backward = op.endswith("_backward")
@@ -77,9 +82,8 @@ def possible(
         return "cuda" in OPS[op].backends and path in _CUDA[OPS[op].kind]
     if path is None:
         return True
-    choice = importlib.import_module("fastlora.kernels.choose.choice")
-    ledger = importlib.import_module("fastlora.kernels.choose.ledger")
-    launch = importlib.import_module("fastlora.kernels.tile.launch")
+    from fastlora.commands.kernels import choice, launch, ledger
+
     M, K, N, R = case[:4]
     dtype = DTYPES[name][0]
     inner, outer = (N, K) if backward else (K, N)
@@ -105,37 +109,37 @@ def check(
     seed: int | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Checks the backends and stamps what passed; whether all of it did.
+    """Checks the backends and stamps what passed; returns whether all did.
 
     names, ops: default all of them.
     """
     gpu = device.type == "cuda"
     seed = secrets.randbits(32) if seed is None else seed
-    where = torch.cuda.get_device_name(device) if gpu else "CPU"
-    say(f"fastlora check on {device} ({where}), data of seed {seed}")
+    device_name = torch.cuda.get_device_name(device) if gpu else "CPU"
+    say(f"fastlora check on {device} ({device_name}), data of seed {seed}")
     stamps = Stamps(device, folder, quick) if {"triton", "cuda"} & set(backends) else None
     say(f"{'backend':<8} {'path':<15} {'dtype':<10} {'checks':>6}  worst error over allowed")
     passed = True
     for name in names or [name for name in DTYPES if gpu or name != "tf32"]:
-        with fp32_precision(name):
-            by_op = _subjects(ops or CHECKED, name, device, seed, quick)
+        with set_fp32_precision(name):
+            by_op = _draw_subjects(ops or CHECKED, name, device, seed, quick)
             for backend in backends:
-                for path in paths_of(backend):
-                    failures, dead = _line(backend, path, name, device, by_op, stamps, say)
+                for path in list_paths(backend):
+                    failures, dead = _check_path(backend, path, name, device, by_op, stamps, say)
                     passed = passed and not failures
                     if dead:
                         say("CUDA does not recover from this in one process: stopped here")
                         return False
     if stamps is not None:
-        say(stamps.summary())
+        say(stamps.summarize())
     say("all passed" if passed else "FAILED")
     return passed
 
 
-def _subjects(
+def _draw_subjects(
     ops: Sequence[str], name: str, device: torch.device, seed: int, quick: bool
 ) -> dict[str, Sequence[Any]]:
-    """The data of each op, the same whichever others are checked beside it."""
+    """Draws the data of each op, the same whichever others are checked beside it."""
     drawn: dict[Any, Sequence[Any]] = {}
     by_op: dict[str, Sequence[Any]] = {}
     for op in (op for op in CHECKED if op in ops):
@@ -148,31 +152,31 @@ def _subjects(
     return by_op
 
 
-def _line(
+def _check_path(
     backend: str, path: str | None, name: str, device: torch.device,
     by_op: Mapping[str, Sequence[Any]],
     stamps: Stamps | None, say: Callable[[str], None],
 ) -> tuple[list[str], bool]:  # fmt: skip
-    """One line of the table: its failures, and whether the device is lost."""
+    """Checks a path and prints its line; returns its failures, and whether the device is lost."""
     checks, worst, failures, dead = 0, 0.0, [], False
     for op, subjects in by_op.items():
         if backend not in OPS[op].backends:
             continue
-        function = _function(op, backend, path)
+        function = _find_function(op, backend, path)
         before, failed, wrong = checks, len(failures), False
         for subject in subjects:
-            if dead or not possible(op, path, subject.case, name, device):
+            if dead or not can_run(op, path, subject.case, name, device):
                 continue
             checks += 1
             try:
-                worst = max(worst, subject.verdict(op, function))
+                worst = max(worst, subject.judge(op, function))
             except NotTaken:
                 checks -= 1
             except Exception as error:  # whatever a kernel raises, it has failed its check
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 failures.append(f"    {op} ({subject.case}): {reason}")
-                dead = poisoned(device)
-                # Too little memory, say, is no fault of the kernel: it is not held against it.
+                dead = is_lost(device)
+                # Too little memory, say, is no fault of the kernel, and stamps no failure.
                 wrong = wrong or dead or isinstance(error, WrongResult)
         clean = len(failures) == failed
         if stamps is not None and path is not None and checks > before and (clean or wrong):
@@ -187,8 +191,8 @@ def _line(
     return failures, dead
 
 
-def _function(op: str, backend: str, path: str | None) -> Any:
-    """What a subject's verdict is about; of merging all three, which undo each other."""
+def _find_function(op: str, backend: str, path: str | None) -> Any:
+    """Returns what a subject judges; for merging all three ops, which undo each other."""
     if op in MERGES:
         return {name: dispatch.implementation(name, backend) for name in MERGES}
     if path is not None and path.startswith("cuda_"):
@@ -210,18 +214,20 @@ def _run_on_cuda(op: str, path: str, *operands: Any) -> Any:
 
 
 @contextmanager
-def fp32_precision(name: str) -> Iterator[None]:
-    """Products of float32 as the dtype's name says; what was chosen for other ones is forgotten."""
+def set_fp32_precision(name: str) -> Iterator[None]:
+    """Multiplies float32 as the dtype's name says; forgets choices made for other precisions."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if name == "tf32" else "ieee"
-    _forget()
+    _forget_choices()
     try:
         yield
     finally:
         matmul.fp32_precision = before
-        _forget()
+        _forget_choices()
 
 
-def _forget() -> None:
+def _forget_choices() -> None:
     if availability.unusable("triton") is None:
-        importlib.import_module("fastlora.kernels.choose.choice").forget()
+        from fastlora.commands.kernels import choice
+
+        choice.forget()

@@ -1,4 +1,4 @@
-"""A PEFT model on fastlora's kernels: its LoRA linears get another class, and PEFT's back."""
+"""PEFT models on fastlora's kernels: their LoRA linears get another class, and PEFT's back."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fastlora.integrations.peft import tied as peft_tied
 from fastlora.integrations.peft.linear import Linear
 from fastlora.integrations.peft.merging import warn_of_lost_merges
 from fastlora.integrations.peft.packing import keep_unpacked, let_pack
-from fastlora.integrations.peft.parts import obstacle, product
+from fastlora.integrations.peft.parts import explain_obstacle, read_product
 from fastlora.integrations.peft.quantized import QUANTIZED
-from fastlora.integrations.peft.running import misstated, rank, warn_before_saving
+from fastlora.integrations.peft.running import list_misstated, read_rank, warn_before_saving
 from fastlora.model.report import Report, report
 
 # {PEFT's class: ours}
@@ -36,7 +36,7 @@ class LoraModel(peft.LoraModel):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # PEFT saves what this gives, beside configs that hot-swapping leaves behind.
-        warn_before_saving(self, _patched(self))
+        warn_before_saving(self, _list_patched(self))
         return super().state_dict(*args, **kwargs)
 
     @contextmanager
@@ -47,14 +47,14 @@ class LoraModel(peft.LoraModel):
             if names is None:
                 yield
             else:
-                with peft_rows.named(self, names, args, kwargs):
+                with peft_rows.name_rows(self, names, args, kwargs):
                     yield
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         super()._replace_module(parent, child_name, new_module, child)
-        if isinstance(new_module, lora.LoraLayer) and _left_alone(new_module) is None:
+        if isinstance(new_module, lora.LoraLayer) and _explain_left_alone(new_module) is None:
             _patch_layer(new_module)
             keep_unpacked(new_module)
 
@@ -83,11 +83,11 @@ class LoraModel(peft.LoraModel):
         return model
 
     def _check_merging(self, adapter_names: list[str] | None) -> None:
-        """Before anything is merged, what PEFT merges without a word."""
+        """Refuses or warns of merges that PEFT would make silently, before anything is merged."""
         model: Any = self.model
         peft_tied.refuse(model, adapter_names)
         bypassed.refuse(model, adapter_names)
-        warn_of_lost_merges(_lora_layers(model))
+        warn_of_lost_merges(_list_lora_layers(model))
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -97,17 +97,17 @@ class LoraModel(peft.LoraModel):
 
 
 def patch(model: nn.Module, strict: bool) -> Report:
-    """``fastlora.patch_peft``."""
+    """Does what ``fastlora.patch_peft`` says."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"peft_model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = _lora_layers(model)
+    layers = _list_lora_layers(model)
     if not layers:
         raise ValueError(
             "peft_model: expected a model with LoRA layers of PEFT's, found none in "
             f"{type(unwrap(model)).__name__}: patch what peft.get_peft_model returns (a model "
             "of fastlora.replace_linear needs no patch)"
         )
-    reasons = _reasons(model, layers)
+    reasons = _explain_skipped(model, layers)
     if len(reasons) == len(layers) or (strict and reasons):
         raise ValueError(
             f"peft_model: {len(reasons)} of {len(layers)} LoRA layers cannot be patched: "
@@ -124,12 +124,12 @@ def patch(model: nn.Module, strict: bool) -> Report:
     keep_unpacked(unwrap(model), stacklevel=3)
     _warn_of_virtual_tokens(unwrap(model))
     bypassed.warn(unwrap(model), layers, stacklevel=4)
-    first_forward.watch(_innermost(model))
+    first_forward.watch(_find_innermost(model))
     return report(model)
 
 
 def unpatch(model: nn.Module) -> None:
-    """``fastlora.unpatch_peft``."""
+    """Does what ``fastlora.unpatch_peft`` says."""
     back = OURS | {LoraModel: peft.LoraModel}
     modules = [module for module in unwrap(model).modules() if type(module) in back]
     if not modules:
@@ -141,20 +141,22 @@ def unpatch(model: nn.Module) -> None:
         peft_rows.unwatch(module)
         module.__class__ = back[type(module)]
     let_pack(unwrap(model))
-    first_forward.unwatch_all(_innermost(model))
+    first_forward.unwatch_all(_find_innermost(model))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What ``fastlora.report`` says of PEFT's layers, where some are patched."""
-    layers, patched = _lora_layers(model), _patched(model)
+    """Returns ``fastlora.report``'s part on PEFT's layers, where some are patched."""
+    layers, patched = _list_lora_layers(model), _list_patched(model)
     if not patched:
         return {}
     new = [name for name in layers if name not in patched]
     skipped = dict.fromkeys(new, "not patched: call patch_peft again")
-    skipped |= _reasons(model, layers)
-    bases = {name: product(layer.base_layer) for name, layer in patched.items()}
+    skipped |= _explain_skipped(model, layers)
+    bases = {name: read_product(layer.base_layer) for name, layer in patched.items()}
     return {
-        "replaced": {name: rank(layer) for name, layer in patched.items() if name not in skipped},
+        "replaced": {
+            name: read_rank(layer) for name, layer in patched.items() if name not in skipped
+        },
         "skipped": skipped,
         "around": {
             name: base
@@ -162,12 +164,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
             if isinstance(base, str) and name not in skipped
         },
         "merged": tuple(name for name, layer in patched.items() if layer.merged),
-        "misstated": misstated(model, patched),
+        "misstated": list_misstated(model, patched),
     }
 
 
 def _warn_of_virtual_tokens(model: nn.Module) -> None:
-    """Of prompt learning around the layers, beside a transformers that wants a newer PEFT.
+    """Warns of prompt learning around the layers with a transformers that needs a newer PEFT.
 
     5.24 calls a forward's earlier keys and values ``cache``, and PEFT 0.21 looks for
     ``past_key_values``: ``generate`` writes other texts, without an error.
@@ -193,8 +195,8 @@ def _warn_of_virtual_tokens(model: nn.Module) -> None:
         )
 
 
-def _innermost(model: nn.Module) -> nn.Module:
-    """The base model within PEFT's, which is what PEFT calls, to generate too."""
+def _find_innermost(model: nn.Module) -> nn.Module:
+    """Finds the base model within PEFT's, which is what PEFT calls, to generate too."""
     inner = unwrap(model)
     return unwrap(inner.get_base_model()) if isinstance(inner, peft.PeftModel) else inner
 
@@ -204,30 +206,30 @@ def _patch_layer(layer: nn.Module) -> None:
         layer.__class__ = PATCHED[type(layer)]
 
 
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
+def _list_lora_layers(model: nn.Module) -> dict[str, Any]:
     modules = unwrap(model).named_modules()
     return {name: module for name, module in modules if isinstance(module, lora.LoraLayer)}
 
 
-def _patched(model: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in _lora_layers(model).items() if type(layer) in OURS}
+def _list_patched(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in _list_lora_layers(model).items() if type(layer) in OURS}
 
 
-def _reasons(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
-    """{layer: why PEFT computes it}, of those that it does compute."""
-    found = {
-        name: explain_bypass(unwrap(model), [name]) or _left_alone(layer)
+def _explain_skipped(model: nn.Module, layers: dict[str, Any]) -> dict[str, str]:
+    """Says why PEFT computes a layer, for each that it computes."""
+    reason_of = {
+        name: explain_bypass(unwrap(model), [name]) or _explain_left_alone(layer)
         for name, layer in layers.items()
     }
-    return {name: reason for name, reason in found.items() if reason is not None}
+    return {name: reason for name, reason in reason_of.items() if reason is not None}
 
 
-def _left_alone(layer: Any) -> str | None:
+def _explain_left_alone(layer: Any) -> str | None:
     kind = type(layer)
     if kind not in PATCHED and kind not in OURS:
         return f"it is a {kind.__module__}.{kind.__qualname__}, not a peft.tuners.lora.Linear"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
-    # Those that are active now; others are looked at when their turn comes.
+    # Only active adapters; others are examined when they become active.
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    return obstacle(layer, active or list(layer.lora_A))
+    return explain_obstacle(layer, active or list(layer.lora_A))

@@ -1,4 +1,4 @@
-"""Layers of PEFT's that are not what a model computes with: warned of, and not merged."""
+"""Layers of PEFT's that the model bypasses: warned of, and not merged."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from fastlora.inspection.bypass import explain_bypass, explain_rescaling
 
 
 def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """RuntimeError where merging would put an adapter to work that has had no part so far.
+    """Raises RuntimeError where merging would add an adapter that had no part in the model so far.
 
     model: around PEFT's layers. adapter_names: what is to be merged, by default what is active.
     Adapters that add nothing pass.
     """
-    layers = _outermost((n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer))
+    layers = _list_outermost(
+        (n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)
+    )
     adding = {
         name: layer
         for name, layer in layers.items()
@@ -30,25 +32,26 @@ def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 
 def warn(model: nn.Module, layers: Mapping[str, nn.Module], stacklevel: int) -> None:
-    """Names those of PEFT's ``layers`` that do nothing, or not what they did in training."""
-    alone = _outermost(layers.items())
-    found = {
-        name: explain_bypass(model, [name]) or explain_rescaling(model, [name]) for name in alone
+    """Warns, by name, of PEFT's ``layers`` that do nothing, or not what they did in training."""
+    outermost = _list_outermost(layers.items())
+    reasons = {
+        name: explain_bypass(model, [name]) or explain_rescaling(model, [name])
+        for name in outermost
     }
-    found = {name: reason for name, reason in found.items() if reason is not None}
-    if found:
+    reasons = {name: reason for name, reason in reasons.items() if reason is not None}
+    if reasons:
         warnings.warn(
             "peft_model: PEFT's adapters of these layers are not what the model computes with, "
-            f"unless they are merged: {list_some(group_by_reason(found), 8, '; ')}",
+            f"unless they are merged: {list_some(group_by_reason(reasons), 8, '; ')}",
             stacklevel=stacklevel,
         )
 
 
-def _outermost(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Those within no other, which would know how to use them."""
-    found = dict(layers)
-    within = tuple(f"{name}." for name in found)
-    return {name: layer for name, layer in found.items() if not name.startswith(within)}
+def _list_outermost(layers: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Lists layers that lie within no other; an outer layer decides about its inner ones."""
+    by_name = dict(layers)
+    within = tuple(f"{name}." for name in by_name)
+    return {name: layer for name, layer in by_name.items() if not name.startswith(within)}
 
 
 def _adds(layer: Any, adapter: str) -> bool:

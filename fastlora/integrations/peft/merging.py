@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fastlora import functional as F
 from fastlora.config.listing import list_some
 from fastlora.inspection.plain_tensors import explain_unreadable, is_plain
-from fastlora.integrations.peft.parts import adapter_of, product, unknown
+from fastlora.integrations.peft.parts import explain_unknown, read_adapter, read_product
 from fastlora.modules.dtensors import is_dtensor
 
 
 class Merged(NamedTuple):
-    """What gives a layer's weight back; if its bias changed too, as it was and as it became."""
+    """Receipt of a layer's weight; if its bias changed too, the bias before and after."""
 
     receipt: F.MergeReceipt
     bias: tuple[Tensor, Tensor] | None
@@ -29,13 +29,13 @@ class Merging(lora.Linear):
     """``peft.tuners.lora.Linear`` that merges in place and keeps a receipt of each adapter."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's, but what is not finite is refused, with ``safe_merge`` or without."""
+        """Merges as PEFT does, but refuses what is not finite, with ``safe_merge`` or without."""
         self._merge(safe_merge, adapter_names)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer; what is merged into it then is so for good, and leaves no receipt."""
+        """Returns the base layer; what is merged into it stays, without a receipt."""
         if merge:
             self._merge(safe_merge, adapter_names, receipt=False)
         return self.get_base_layer()
@@ -64,27 +64,27 @@ class Merging(lora.Linear):
 
     def _merge_one(self, name: str, receipt: bool) -> bool:
         """Merges an adapter, if it is one that fastlora knows."""
-        base = product(self.base_layer)
-        if isinstance(base, str) or base.weight.is_meta or unknown(self, name) is not None:
+        base = read_product(self.base_layer)
+        if isinstance(base, str) or base.weight.is_meta or explain_unknown(self, name) is not None:
             return False
-        A, B, own, scaling, _ = adapter_of(self, name)
+        A, B, lora_bias, scaling, _ = read_adapter(self, name)
         bias, biases = base.bias, None
-        if own is not None:
+        if lora_bias is not None:
             if bias is None:
                 return False
             before = bias.detach().clone()
-            after = (before + own.detach() * scaling).to(before.dtype)
+            after = (before + lora_bias.detach() * scaling).to(before.dtype)
             if not bool(after.isfinite().all()):
                 raise ValueError(f"adapter {name!r}: the merged bias would not be finite")
             biases = before, after
         try:
-            made = F.merge_(base.weight, [(A, B, scaling)], receipt=receipt)
+            weight_receipt = F.merge_(base.weight, [(A, B, scaling)], receipt=receipt)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from None
         if bias is not None and biases is not None:
             bias.data.copy_(biases[1])
-        if made is not None:
-            vars(self).setdefault("_receipts", {})[name] = Merged(made, biases)
+        if weight_receipt is not None:
+            vars(self).setdefault("_receipts", {})[name] = Merged(weight_receipt, biases)
         self.merged_adapters.append(name)
         return True
 
@@ -94,7 +94,7 @@ class Merging(lora.Linear):
         merged = receipts.get(name)
         if merged is None:
             return False
-        base = product(self.base_layer)
+        base = read_product(self.base_layer)
         try:
             if isinstance(base, str):
                 raise RuntimeError(base)
@@ -124,7 +124,7 @@ def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
     lost = [
         name
         for name, layer in layers.items()
-        if _is_quantos(getattr(layer.get_base_layer(), "weight", None))
+        if _is_from_quanto(getattr(layer.get_base_layer(), "weight", None))
     ]
     if lost:
         warnings.warn(
@@ -134,12 +134,12 @@ def warn_of_lost_merges(layers: Mapping[str, Any]) -> None:
         )
 
 
-def _is_quantos(weight: object) -> bool:
+def _is_from_quanto(weight: object) -> bool:
     return type(weight).__module__.startswith("optimum.quanto.")
 
 
 def _refuse_wrapped(name: str, base: nn.Module) -> None:
-    """TypeError for a weight, quantized since the patch, of which PEFT would write a copy."""
+    """Raises TypeError for a weight quantized since the patch, of which PEFT would write a copy."""
     weight = base._parameters.get("weight")
     if weight is None or is_plain(weight) or is_dtensor(weight):
         return

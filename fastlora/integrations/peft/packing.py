@@ -26,7 +26,7 @@ def keep_unpacked(model: nn.Module, stacklevel: int = 2) -> None:
     Those without an adapter too: gradients pass through them on their way to the layers below.
     """
     packed = {}
-    for name, layer in _linears(model).items():
+    for name, layer in _list_linears(model).items():
         if vars(layer).get(_MAY):
             vars(layer).update({_MAY: False, _NOTE: True})
         if _unpack(layer):
@@ -42,20 +42,20 @@ def keep_unpacked(model: nn.Module, stacklevel: int = 2) -> None:
 
 def let_pack(model: nn.Module) -> None:
     """Undoes ``keep_unpacked``: the layers pack where bitsandbytes would on this machine."""
-    for layer in _linears(model).values():
+    for layer in _list_linears(model).values():
         if vars(layer).pop(_NOTE, False):
-            vars(layer)[_MAY] = bool(_bitsandbytes().functional.has_avx512bf16())
+            vars(layer)[_MAY] = bool(_import_bitsandbytes().functional.has_avx512bf16())
 
 
-def _linears(model: nn.Module) -> dict[str, Any]:
-    """{name: each Linear4bit}; none where bitsandbytes has not been imported."""
+def _list_linears(model: nn.Module) -> dict[str, Any]:
+    """Lists every Linear4bit by name; none where bitsandbytes has not been imported."""
     if "bitsandbytes" not in sys.modules:
         return {}
-    kind = getattr(_bitsandbytes().nn, "Linear4bit", ())
+    kind = getattr(_import_bitsandbytes().nn, "Linear4bit", ())
     return {name: each for name, each in model.named_modules() if isinstance(each, kind)}
 
 
-def _bitsandbytes() -> Any:
+def _import_bitsandbytes() -> Any:
     return sys.modules["bitsandbytes"]
 
 
@@ -69,7 +69,7 @@ def _unpack(layer: Any) -> bool:
     if getattr(state, "packing_format_for_cpu", False):
         # Its inverse would quantize absmax again, where it was quantized: one more rounding.
         state.original_nested, state.offset, state.state2 = False, None, None
-        unpacked = _bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
+        unpacked = _import_bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
         weight.data, _ = unpacked(weight.data, state)
     elif absmax.dim() != 2:
         return False

@@ -1,4 +1,4 @@
-"""What a LoRA layer of PEFT's is made of, and whether that can be computed without calling it."""
+"""Parts of PEFT's LoRA layers, and whether they can be computed without calling them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora.backends.dtypes import FLOATS
 
-# A DTensor, say, or a quantized weight is neither.
+# Types of plain tensors; a DTensor or a quantized weight is of another.
 _DENSE = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -35,12 +35,12 @@ class Product(NamedTuple):
     bias: Tensor | None
 
 
-def product(base: nn.Module) -> Product | str:
-    """The operands of a base layer that is a plain product, or why it is none."""
+def read_product(base: nn.Module) -> Product | str:
+    """Returns the operands of a base layer that is a plain product, or why it is none."""
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return f"its base is a {kind.__module__}.{kind.__qualname__}"
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    weight, bias = _get_tensor(base, "weight"), _get_tensor(base, "bias")
     if weight is None:
         return "its base has no weight"
     if weight.dtype not in FLOATS:
@@ -50,12 +50,12 @@ def product(base: nn.Module) -> Product | str:
     return Product(weight if kind is nn.Linear else weight.t(), bias)
 
 
-def adapter_of(layer: nn.Module, name: str) -> Adapter:
-    """What adapter ``name`` of the layer is at this moment."""
-    own: Any = layer._modules
-    A = _tensor(own["lora_A"]._modules[name], "weight")
-    B, bias = (_tensor(own["lora_B"]._modules[name], each) for each in ("weight", "bias"))
-    dropout, scaling = own["lora_dropout"]._modules[name], vars(layer)["scaling"][name]
+def read_adapter(layer: nn.Module, name: str) -> Adapter:
+    """Reads the present operands of adapter ``name`` of the layer."""
+    modules: Any = layer._modules
+    A = _get_tensor(modules["lora_A"]._modules[name], "weight")
+    B, bias = (_get_tensor(modules["lora_B"]._modules[name], each) for each in ("weight", "bias"))
+    dropout, scaling = modules["lora_dropout"]._modules[name], vars(layer)["scaling"][name]
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     if isinstance(scaling, Tensor):
         # A number on the device, which is not waited for.
@@ -63,62 +63,64 @@ def adapter_of(layer: nn.Module, name: str) -> Adapter:
     return Adapter(A, B, bias, float(scaling), p)
 
 
-def obstacle(layer: Any, names: Iterable[str], dtype: torch.dtype | None = None) -> str | None:
-    """Why PEFT's own forward has to run for the adapters ``names``; None where it need not.
+def explain_obstacle(
+    layer: Any, names: Iterable[str], dtype: torch.dtype | None = None
+) -> str | None:
+    """Says why PEFT's own forward has to run for the adapters ``names``; None where it need not.
 
     dtype: the input's, where there is one.
     """
     if every_module._has_any_global_hook():
         return "hooks on every module are registered"
     # A layer asks this at each call: attributes of modules are looked up past their __getattr__.
-    own = layer._modules
-    found = _watched(own["base_layer"])
-    if found is not None:
-        return f"its base_layer {found}"
+    modules = layer._modules
+    reason = _explain_hooks(modules["base_layer"])
+    if reason is not None:
+        return f"its base_layer {reason}"
     for name in names:
         for part in ("lora_A", "lora_B", "lora_dropout"):
-            found = _watched(own[part]._modules[name])
-            if found is not None:
-                return f"{part} of adapter {name!r} {found}"
-        found = unknown(layer, name)
-        if found is not None:
-            return found
-        kind = type(own["lora_dropout"]._modules[name])
+            reason = _explain_hooks(modules[part]._modules[name])
+            if reason is not None:
+                return f"{part} of adapter {name!r} {reason}"
+        reason = explain_unknown(layer, name)
+        if reason is not None:
+            return reason
+        kind = type(modules["lora_dropout"]._modules[name])
         if kind is not nn.Identity and kind is not nn.Dropout:
             return f"lora_dropout of adapter {name!r} is a {kind.__module__}.{kind.__qualname__}"
         if not layer.cast_input_dtype_enabled:
-            if _tensor(own["lora_A"]._modules[name], "weight").dtype != dtype:
+            if _get_tensor(modules["lora_A"]._modules[name], "weight").dtype != dtype:
                 return "casting of inputs is disabled"
     return None
 
 
-def unknown(layer: Any, name: str) -> str | None:
-    """Why an adapter's matrices, or the base's, do not say what they add up to."""
-    own = layer._modules
+def explain_unknown(layer: Any, name: str) -> str | None:
+    """Says why an adapter's matrices, or the base's, are not plain; None where they are."""
+    modules = layer._modules
     # Other layers than this one have a base that is quantized, and computes its own output.
     if isinstance(layer, lora.Linear):
-        found = _unreadable(own["base_layer"])
-        if found is not None:
-            return f"its base_layer {found}"
+        reason = _explain_unreadable(modules["base_layer"])
+        if reason is not None:
+            return f"its base_layer {reason}"
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
     dtypes = []
     for part in ("lora_A", "lora_B"):
-        module = own[part]._modules[name]
+        module = modules[part]._modules[name]
         kind = type(module)
-        found = _unreadable(module)
+        reason = _explain_unreadable(module)
         if kind is not nn.Linear:
-            found = f"is a {kind.__module__}.{kind.__qualname__}"
-        if found is not None:
-            return f"{part} of adapter {name!r} {found}"
-        dtypes.append(_tensor(module, "weight").dtype)
+            reason = f"is a {kind.__module__}.{kind.__qualname__}"
+        if reason is not None:
+            return f"{part} of adapter {name!r} {reason}"
+        dtypes.append(_get_tensor(module, "weight").dtype)
     if dtypes[0] is not dtypes[1] or dtypes[0] not in FLOATS:
         return f"lora_A of adapter {name!r} is {dtypes[0]}, its lora_B {dtypes[1]}"
     return None
 
 
-def _watched(part: Any) -> str | None:
-    """Why a part has to be called."""
+def _explain_hooks(part: Any) -> str | None:
+    """Says why a part has to be called; None where it need not."""
     if part._forward_hooks or part._forward_pre_hooks:
         return "has hooks"
     if part._backward_hooks or part._backward_pre_hooks:
@@ -126,8 +128,8 @@ def _watched(part: Any) -> str | None:
     return "has a forward of its own" if "forward" in part.__dict__ else None
 
 
-def _unreadable(part: Any) -> str | None:
-    """What of a part's weight or bias is no plain matrix or vector."""
+def _explain_unreadable(part: Any) -> str | None:
+    """Says what is not a plain matrix or vector in a part's weight or bias."""
     parameters = part._parameters
     for name, dims in (("weight", 2), ("bias", 1)):
         tensor = parameters.get(name)
@@ -142,10 +144,10 @@ def _unreadable(part: Any) -> str | None:
     return None
 
 
-def concatenated(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Those that every row takes as one of all their ranks, whose sum is rounded once.
+def concatenate(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Joins adapters that every row takes into one of all their ranks, whose sum is rounded once.
 
-    As they are, where dropout gives each a mask of its own, or their dtypes differ.
+    Returns them as they are where each has a dropout mask of its own, or their dtypes differ.
     """
     dtypes = {a.lora_A.dtype for a in adapters}
     if len(adapters) == 1 or len(dtypes) > 1 or any(a.dropout_p for a in adapters):
@@ -157,8 +159,8 @@ def concatenated(adapters: Sequence[Adapter]) -> list[Adapter]:
     return [Adapter(A, B, bias, 1.0, 0.0)]
 
 
-def _tensor(part: nn.Module, name: str) -> Any:
-    """A part's weight or bias; the replicas of ``nn.DataParallel`` have them beside _parameters."""
+def _get_tensor(part: nn.Module, name: str) -> Any:
+    """Returns a part's weight or bias; ``nn.DataParallel``'s replicas have plain attributes."""
     parameters = part._parameters
     return parameters[name] if name in parameters else getattr(part, name, None)
 

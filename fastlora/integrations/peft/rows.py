@@ -1,7 +1,7 @@
-"""Whose the rows of PEFT's mixed batches are, which PEFT takes from their number alone.
+"""Adapters of the rows of PEFT's mixed batches, which PEFT infers from their number alone.
 
 PEFT gives ``adapter_names=`` to every layer; here each layer gets the names of the rows that it
-sees, whoever computes it, or refuses.
+sees, even where PEFT computes it, or raises.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastlora.rows.inputs import count_copies
 from fastlora.rows.watch import Watch
 
 _WATCH = "_fastlora_watch"
-# What PEFT gives names to.
+# Modules that PEFT gives names to.
 _NAMED: Any = (lora.LoraLayer, AuxiliaryTrainingWrapper)
 
 
@@ -45,16 +45,16 @@ class Rows(Routing, threading.local):
         )
 
     def names_for(self, x: Tensor, layer: nn.Module, names: Sequence[str]) -> list[str]:
-        """One for each index of x's first dimension; RuntimeError where they are not known."""
-        found = self.find_rows(x, layer)
-        if found is None:
+        """Returns a name for each index of x's first dimension; RuntimeError where unknown."""
+        place = self.find_rows(x, layer)
+        if place is None:
             return list(names[:1]) * len(x)
-        if isinstance(found, Place):
+        if isinstance(place, Place):
             rows: Any = range(len(names)) if self.frame is None else self.frame.rows
-            if found.dim == 0:
-                return [names[int(row)] for row in rows for _ in range(found.copies)]
-        elif found.size == found.shape[0]:
-            each = found.reshape(-1).tolist()
+            if place.dim == 0:
+                return [names[int(row)] for row in rows for _ in range(place.copies)]
+        elif place.size == place.shape[0]:
+            each = place.reshape(-1).tolist()
             return [names[int(row)] for row in each * (len(x) if len(each) == 1 else 1)]
         raise self._make_unknown_error(x, layer, "the batch is not its first dimension")
 
@@ -66,13 +66,13 @@ def watch(model: Any) -> None:
 
 
 def unwatch(model: Any) -> None:
-    found = vars(model).pop(_WATCH, None)
-    if found is not None:
-        found.remove_hooks()
+    watching = vars(model).pop(_WATCH, None)
+    if watching is not None:
+        watching.remove_hooks()
 
 
 @contextmanager
-def named(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[None]:
+def name_rows(model: Any, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[None]:
     """Within, the layers of a watched model get the names of their own rows."""
     watching: Watch = vars(model)[_WATCH]
     rows: Rows = watching.routing

@@ -15,7 +15,7 @@ _REMEDY = (
 
 
 def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """RuntimeError where an adapter would go into a weight that another module reads too.
+    """Raises RuntimeError where an adapter would go into a weight that another module reads too.
 
     model: around PEFT's layers. adapter_names: what is to be merged, by default what is active.
     PEFT only warns.
@@ -24,10 +24,10 @@ def refuse(model: nn.Module, adapter_names: list[str] | None) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, lora.LoraLayer):
             continue
-        wanted = set(layer.active_adapters if adapter_names is None else adapter_names)
-        wanted -= set(layer.merged_adapters)
-        # Those of an embedding have their factors elsewhere.
-        held = wanted & (layer.lora_A.keys() | layer.lora_embedding_A.keys())
+        merging = set(layer.active_adapters if adapter_names is None else adapter_names)
+        merging -= set(layer.merged_adapters)
+        # Embeddings have their factors elsewhere.
+        held = merging & (layer.lora_A.keys() | layer.lora_embedding_A.keys())
         base = layer.get_base_layer()
         if held and base._parameters.get("weight") is not None:
             bases[name] = base

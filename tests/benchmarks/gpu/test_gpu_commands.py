@@ -29,7 +29,7 @@ def _environment(monkeypatch):
 def commands(module: str) -> list[tuple[str, list[str]]]:
     """Of the real parts, those of ``python -m module``: name and arguments."""
     found = []
-    for part in (*gpu.full(), *gpu.quick()):
+    for part in (*gpu.list_full(), *gpu.list_quick()):
         words = [word.replace("{deadline}", "50") for word in part.command]
         if sys.executable in words[:-1] and words[words.index(sys.executable) + 2] == module:
             found.append((part.name, words[words.index(sys.executable) + 3 :]))
@@ -38,7 +38,7 @@ def commands(module: str) -> list[tuple[str, list[str]]]:
 
 def test_every_check_is_one_that_there_is(monkeypatch):
     asked = []
-    monkeypatch.setattr(fastlora_cli, "check", lambda options: asked.append(options) or 0)
+    monkeypatch.setattr(fastlora_cli, "run_check", lambda options: asked.append(options) or 0)
     for name, words in commands("fastlora"):
         assert fastlora_cli.main(words) == 0, name
     assert all(options.device.type == "cuda" for options in asked)
@@ -50,7 +50,7 @@ def test_every_check_is_one_that_there_is(monkeypatch):
         for op in options.op for dtype in options.dtype
     ]  # fmt: skip
     # Each op in each dtype is verified by one process, and by no more.
-    every = {(op, d) for op in fastlora_cli.selftest.CHECKED for d in fastlora_cli.DTYPES}
+    every = {(op, d) for op in fastlora_cli.checking.CHECKED for d in fastlora_cli.DTYPES}
     assert sorted(triton) == sorted(every)
     native = [dtype for options in full if options.backend == "cuda" for dtype in options.dtype]
     assert sorted(native) == sorted(fastlora_cli.DTYPES)
@@ -74,7 +74,7 @@ def test_every_other_command_is_one_that_there_is():
     from benchmarks.gpu import warm
 
     for _, words in commands("benchmarks.gpu.warm"):
-        assert warm.parser().parse_args(words).device == "cuda"
+        assert warm.make_parser().parse_args(words).device == "cuda"
     for name in ("model_merge", "serving"):
         assert commands(f"benchmarks.tables.{name}") == [(name, [])]
         assert (ROOT / "benchmarks" / "tables" / f"{name}.py").exists()
@@ -86,7 +86,7 @@ def test_every_other_command_is_one_that_there_is():
 
 
 def test_names_of_parts_are_unique_and_what_they_wait_for_comes_before():
-    for chosen in (gpu.full(), gpu.quick()):
+    for chosen in (gpu.list_full(), gpu.list_quick()):
         names = [part.name for part in chosen]
         assert len(set(names)) == len(names)
         for i, part in enumerate(chosen):
@@ -98,22 +98,22 @@ def test_a_stale_cuda_library_is_built_where_there_is_a_compiler(tmp_path, monke
     monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "libfastlora_cuda.so")
     monkeypatch.setenv("NVCC", "no-such-nvcc")
     if not Path("/usr/local/cuda/bin/nvcc").exists():
-        assert gpu.unbuilt() == "there is no nvcc"
+        assert gpu.explain_no_build() == "there is no nvcc"
     monkeypatch.setenv("NVCC", f"{shutil.which('sh')} -c")
     versions = {"setuptools": "77.0.1"}
     monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: versions[name])
-    assert gpu.unbuilt() is None
+    assert gpu.explain_no_build() is None
     gpu.LIBRARY.touch()
-    assert gpu.unbuilt() == "the CUDA library is newer than its sources"
+    assert gpu.explain_no_build() == "the CUDA library is newer than its sources"
     os.utime(gpu.LIBRARY, (0, 0))
-    assert gpu.unbuilt() is None
+    assert gpu.explain_no_build() is None
     versions["setuptools"] = "68.2"
-    assert gpu.unbuilt() == "setuptools 77 or newer is needed, this is 68.2"
+    assert gpu.explain_no_build() == "setuptools 77 or newer is needed, this is 68.2"
 
 
 def test_without_a_gpu_parts_are_listed_and_not_run(capsys, monkeypatch):
     assert gpu.main(["--list"]) == 0
-    assert capsys.readouterr().out.count("\n") == len(gpu.full())
+    assert capsys.readouterr().out.count("\n") == len(gpu.list_full())
     if torch.cuda.is_available():
         return
     assert gpu.main(["--quick"]) == 2
@@ -132,7 +132,7 @@ def test_the_probe_says_where_and_with_what(monkeypatch):
     as_gpu = (
         "import torch; from benchmarks.harness import machine\n"
         "torch.cuda.is_available = lambda: True\n"
-        "machine.device_name = lambda device: 'NVIDIA H100 80GB HBM3'\n"
+        "machine.find_device_name = lambda device: 'NVIDIA H100 80GB HBM3'\n"
     )
     monkeypatch.setattr(gpu, "_PROBE", as_gpu + gpu._PROBE)
     found = gpu.probe()
@@ -142,7 +142,7 @@ def test_the_probe_says_where_and_with_what(monkeypatch):
 
 
 def test_the_first_cases_are_those_that_targets_are_decided_by():
-    first = next(part for part in gpu.full() if part.name.startswith("bench-"))
+    first = next(part for part in gpu.list_full() if part.name.startswith("bench-"))
     chosen = cases.select("cuda", name=first.command[first.command.index("--case") + 1])
     assert {case.name for case in chosen} == {
         f"linear-{kind}-bf16-M8192-K4096-N4096-R{R}"

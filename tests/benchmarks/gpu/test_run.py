@@ -185,10 +185,10 @@ def test_what_does_not_apply_says_why_when_its_turn_comes(tmp_path):
     states = run(tmp_path, before, makes, after)
     assert states == {"before": "not applicable", "makes": "ok", "after": "ok"}
     assert noted(tmp_path)["before"]["reason"] == "there is no library"
-    assert gpu.modules("torch", "no_such_module", "nor_this")() == (
+    assert gpu.need_modules("torch", "no_such_module", "nor_this")() == (
         "no_such_module, nor_this not installed"
     )
-    assert gpu.modules("torch")() is None
+    assert gpu.need_modules("torch")() is None
 
 
 # Ends when those it waits for have begun too, if they do within half a minute.

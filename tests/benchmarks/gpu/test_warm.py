@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import cases
 from benchmarks.gpu import warm
-from benchmarks.harness.work import Absent, Case
+from benchmarks.harness.case import Absent, Case
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize("full", [False, True])
 def test_every_case_is_in_one_family_with_those_that_share_its_kernels(device, full):
     chosen = cases.select(device, full=full)
-    shares = warm.families(chosen)
+    shares = warm.group_by_family(chosen)
     assert sorted(c.name for share in shares.values() for c in share) == sorted(
         c.name for c in chosen
     )
@@ -122,7 +122,7 @@ def test_processes_have_a_family_each_and_a_dead_one_costs_its_own(monkeypatch, 
 
     monkeypatch.setattr(warm.subprocess, "run", run)
     assert warm.main(["--device", "cpu", "--jobs", "3", "--quick"]) == 0
-    assert sorted(begun) == sorted(warm.families(cases.select("cpu", quick=True)))
+    assert sorted(begun) == sorted(warm.group_by_family(cases.select("cpu", quick=True)))
     said = capsys.readouterr().out
     assert "linear-bf16-R16-bf16 (1 cases): 3 called, 1 absent, 1 raised, 2 cases left\n" in said
     assert "  a case, peft: why\n" in said

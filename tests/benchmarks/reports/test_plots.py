@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.reports import report, standing
+from benchmarks.reports import comparison, report
 from benchmarks.reports.plots import style as plot_style
 from tests.benchmarks.result_lines import CASE, line, not_timed, written
 
@@ -68,9 +68,13 @@ def test_nothing_timed_is_nothing_drawn(tmp_path):
 
 
 def test_a_provider_looks_the_same_everywhere_and_like_no_other():
-    known = plot_style.ordered([*standing.PATHS, *plot_style._KNOWN])
-    looks = {(plot_style.style(n).colour, plot_style.style(n).marker) for n in known}
+    known = plot_style.sort_providers([*comparison.PATHS, *plot_style._KNOWN])
+    looks = {(plot_style.choose_style(n).colour, plot_style.choose_style(n).marker) for n in known}
     assert len(looks) == len(known)
     assert known[0] == "fastlora"
-    assert plot_style.style("whoever") == plot_style.style("whoever")
-    assert plot_style.ordered(["whoever", "torch", "fastlora"]) == ["fastlora", "torch", "whoever"]
+    assert plot_style.choose_style("whoever") == plot_style.choose_style("whoever")
+    assert plot_style.sort_providers(["whoever", "torch", "fastlora"]) == [
+        "fastlora",
+        "torch",
+        "whoever",
+    ]

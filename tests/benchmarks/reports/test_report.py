@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.reports import plots, provenance, report, standing
+from benchmarks.reports import comparison, plots, provenance, report
 from tests.benchmarks.result_lines import CASE, line, not_timed, written
 
 
@@ -22,30 +22,30 @@ def no_matplotlib(monkeypatch):
 @pytest.mark.parametrize(
     "torch, outcome",
     [
-        ((0.80, 0.9, 0.99), standing.LOSES),
-        ((0.80, 0.9, 1.00), standing.EVEN),  # the intervals touch
-        ((0.90, 1.1, 1.30), standing.EVEN),
-        ((1.20, 1.3, 1.40), standing.EVEN),
-        ((1.21, 1.3, 1.40), standing.WINS),
+        ((0.80, 0.9, 0.99), comparison.LOSES),
+        ((0.80, 0.9, 1.00), comparison.EVEN),  # the intervals touch
+        ((0.90, 1.1, 1.30), comparison.EVEN),
+        ((1.20, 1.3, 1.40), comparison.EVEN),
+        ((1.21, 1.3, 1.40), comparison.WINS),
     ],
 )
 def test_two_are_told_apart_where_their_intervals_do_not_touch(torch, outcome):
     ours = line("fastlora", 1.0, 1.1, 1.2)
-    (found,) = standing.standings([line("base"), line("torch", *torch), ours])
+    (found,) = comparison.compare_all([line("base"), line("torch", *torch), ours])
     assert found.outcome == outcome
 
 
 def test_a_case_is_won_beside_everyone_or_not_at_all():
     lines = [line("fastlora"), line("torch", 1.0, 1.1, 1.2), line("peft", 2.0, 2.0, 2.0)]
-    (found,) = standing.standings(lines)
-    assert {pair.outcome for pair in found.pairs} == {standing.WINS, standing.EVEN}
-    assert found.outcome == standing.EVEN
-    assert CASE in section(report.text(lines), "Too close to call")
+    (found,) = comparison.compare_all(lines)
+    assert {pair.outcome for pair in found.pairs} == {comparison.WINS, comparison.EVEN}
+    assert found.outcome == comparison.EVEN
+    assert CASE in section(report.write_text(lines), "Too close to call")
 
 
 def test_losses_say_to_whom_and_by_how_much_the_greatest_first():
     near, far = CASE.replace("M1", "M16"), CASE.replace("M1", "M512")
-    text = report.text(
+    text = report.write_text(
         [
             *(line("base", case=case) for case in (near, far)),
             *(line("fastlora", 1.98, 2.0, 2.2, case=case) for case in (near, far)),
@@ -65,7 +65,7 @@ def test_losses_say_to_whom_and_by_how_much_the_greatest_first():
 
 
 def test_a_win_is_over_everyone_and_shown_beside_the_fastest():
-    text = report.text(
+    text = report.write_text(
         [
             *(line("base"), line("fastlora", 1.0, 1.0, 1.0)),
             *(line("torch", 1.4, 1.5, 1.6), line("vllm", 1.1, 1.2, 1.3)),
@@ -81,14 +81,15 @@ def test_who_is_no_rival_is_no_loss():
     """The base does less, a merged weight was prepared, a prompt is no LoRA, the rest is ours."""
     others = ("base-compiled", "peft-prefix", "peft-prompt", "peft-patched", "torch-product")
     faster = [line(name, 0.1, 0.1, 0.1) for name in (*others, "merged", "two_pass")]
-    (found,) = standing.standings(
+    (found,) = comparison.compare_all(
         [*faster, line("torch", 1.5, 1.5, 1.5), line("fastlora"), line("base")]
     )
-    assert found.outcome == standing.WINS
+    assert found.outcome == comparison.WINS
     assert [pair.other["provider"] for pair in found.merged] == ["merged"]
     assert [pair.other["provider"] for pair in found.paths] == ["torch-product", "two_pass"]
     lost = section(
-        report.text([*faster, line("fastlora"), line("torch", 2, 2, 2)]), "Where fastlora loses"
+        report.write_text([*faster, line("fastlora"), line("torch", 2, 2, 2)]),
+        "Where fastlora loses",
     )
     assert "Nowhere" in lost
     assert re.search(
@@ -100,12 +101,12 @@ def test_compiled_stands_beside_compiled():
     names = ("fastlora", "fastlora-compiled", "torch", "torch-compiled")
     medians = (1.0, 0.5, 1.2, 0.8)
     lines = [line(n, m, m, m) for n, m in zip(names, medians, strict=True)]
-    (found,) = standing.standings(lines)
+    (found,) = comparison.compare_all(lines)
     beside = {pair.other["provider"]: pair.ours["provider"] for pair in found.pairs}
     assert beside == {"torch": "fastlora", "torch-compiled": "fastlora-compiled"}
-    assert found.outcome == standing.WINS
-    (eager,) = standing.standings([each for each in lines if each["provider"] != names[1]])
-    assert eager.outcome == standing.LOSES
+    assert found.outcome == comparison.WINS
+    (eager,) = comparison.compare_all([each for each in lines if each["provider"] != names[1]])
+    assert eager.outcome == comparison.LOSES
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_compiled_stands_beside_compiled():
     ],
 )
 def test_what_cannot_be_compared_is_said(lines, why):
-    text = report.text(lines)
+    text = report.write_text(lines)
     assert f"- `{CASE}`: {why}" in section(text, "Not compared")
     assert "In none of 1 case could fastlora be compared" in text
     assert "Nothing can be said" in section(text, "Where fastlora loses")
@@ -130,7 +131,7 @@ def test_what_cannot_be_compared_is_said(lines, why):
 def test_the_table_has_times_ratios_limit_share_and_memory():
     lines = [line("base"), line("torch", 1.1, 1.2, 12.34), line("fastlora", 1.0, 1.25, 1.5)]
     lines += [line("peft", peak_bytes=None), line("two_pass", 1.3, 1.3, 1.3)]
-    text = section(report.text(lines), "Suite linear")
+    text = section(report.write_text(lines), "Suite linear")
     assert "| case | base, ms | fastlora | torch | peft | limit | fastlora's share |" in text
     cells = ["1.250 (1.000 to 1.500)", "1.200 (1.100 to 12.3)", "1.000 (1.000 to 1.000)"]
     assert f"| {CASE} | 2.5 | {' | '.join(cells)} | 1.010 | 40 % | 1.5, -, 1.5 |" in text
@@ -139,13 +140,13 @@ def test_the_table_has_times_ratios_limit_share_and_memory():
 
 def test_without_a_base_times_stand_in_for_ratios():
     lines = [not_timed("base", "failed", "y: error 1"), line("fastlora", ratio=None, limit=None)]
-    text = section(report.text(lines), "Suite linear")
+    text = section(report.write_text(lines), "Suite linear")
     assert f"| {CASE} | failed | 2.5 ms | - | 50 % |" in text
 
 
 def test_who_has_no_figures_is_named_with_the_reason():
     other = CASE.replace("M1", "M2")
-    text = report.text(
+    text = report.write_text(
         [
             *(line("base"), line("base", case=other), line("torch"), line("fastlora")),
             *(not_timed("peft", "absent", "cannot be imported", c) for c in (CASE, other)),
@@ -169,7 +170,7 @@ def test_every_run_is_told_apart_with_its_commit_and_its_ceilings():
     }
     other = CASE.replace("M1", "M2")
     lines = [line("base", case=other, **later), line("base"), line("fastlora", quick=True)]
-    text = section(report.text(lines), "Measured on")
+    text = section(report.write_text(lines), "Measured on")
     assert "figures are of 2 runs" in text
     assert (
         "| 1 | 2026-01-02 03:04 | aaaaaaaaaaaa | 1 | 32 | bf16 0.37 | load 0.5; 2600 MHz |" in text
@@ -179,12 +180,12 @@ def test_every_run_is_told_apart_with_its_commit_and_its_ceilings():
     assert "| not installed | peft |" in text
     assert "| cases measured in haste (`--quick`) | 1 |" in text
     assert "Method: as one does." in text
-    one_run = section(report.text(lines[1:]), "Measured on")
+    one_run = section(report.write_text(lines[1:]), "Measured on")
     assert "runs" not in one_run
 
 
 def test_lines_of_dead_processes_alone_make_a_report():
-    text = report.text([not_timed(None, "crashed", "signal SIGSEGV: it said nothing")])
+    text = report.write_text([not_timed(None, "crashed", "signal SIGSEGV: it said nothing")])
     assert text.startswith("# Benchmarks: unknown device")
     assert "no process lived to say so" in text
     assert f"| {CASE} | - | - | - | -, -, - |" in text
@@ -192,7 +193,7 @@ def test_lines_of_dead_processes_alone_make_a_report():
 
 @pytest.mark.parametrize("device, said", [("cpu", "2 threads"), ("cuda", "2 host threads")])
 def test_the_device_is_named_with_its_threads(device, said):
-    assert provenance.device([line("base", device=device)]) == f"Some CPU, {said}"
+    assert provenance.name_devices([line("base", device=device)]) == f"Some CPU, {said}"
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

@@ -30,17 +30,17 @@ def test_the_readme_shows_five_of_the_headlines():
     first = lines.index("| fastlora's time over | the base's | torch's | PEFT's |")
     rows = lines[first : lines.index("", first)]
     assert len(rows) == 7
-    headlines = summary.headlines([summary.read(folder) for folder in FOLDERS])
+    headlines = summary.make_headlines([summary.read(folder) for folder in FOLDERS])
     assert set(rows) <= set(headlines.splitlines())
 
 
 @evidence
 def test_every_headline_was_measured():
     found = [summary.read(folder) for folder in FOLDERS]
-    rows = summary.headlines(found).splitlines()[2:]
+    rows = summary.make_headlines(found).splitlines()[2:]
     assert not any("-" in row.split() for row in rows)
     for (case, provider), line in found[0].items():
-        row = next(r for r in summary.table(found).splitlines() if r.startswith(f"| {case} |"))
+        row = next(r for r in summary.make_table(found).splitlines() if r.startswith(f"| {case} |"))
         if provider in summary.NAMED:
             assert f"{line['ratio']['p50']:.2f}" in row
 
@@ -58,7 +58,7 @@ def test_a_headline_is_bold_where_intervals_do_not_touch_and_torch_is_at_its_fas
     found = {(case, "fastlora"): line(0.85, 0.9, 0.95), (case, "base"): line(1, 1, 1)}
     found |= {(case, "torch"): line(1.7, 1.8, 1.9), (case, "torch-gather"): line(1.1, 1.2, 1.3)}
     found |= {(case, "peft"): line(0.94, 1.0, 1.1)}
-    row = summary.headlines([found]).splitlines()[2]
+    row = summary.make_headlines([found]).splitlines()[2]
     assert row.split(" | ")[1:] == ["**0.90**", "**0.75**", "0.90 |"]
 
 
@@ -70,5 +70,5 @@ def test_each_limit_stands_at_its_folder_s_place():
             for name in ("base", "fastlora")
         }
 
-    assert summary.table([found(1.3), found(1.19)]).endswith("| 1.30 / 1.19 |")
-    assert summary.table([found(1.3), found(1.3)]).endswith("| 1.30 |")
+    assert summary.make_table([found(1.3), found(1.19)]).endswith("| 1.30 / 1.19 |")
+    assert summary.make_table([found(1.3), found(1.3)]).endswith("| 1.30 |")

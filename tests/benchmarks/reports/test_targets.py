@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import cases
 from benchmarks.reports import targets
-from benchmarks.reports.wanted import TARGETS, Target
+from benchmarks.reports.target_list import TARGETS, Target
 
 CASE = "linear-forward-bf16-M8192-K4096-N4096-R16"
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,7 +33,7 @@ BASE = line("base", 1.0, 1.0, 1.0)
 
 
 def result(wanted: Target, *found: dict) -> tuple[str, str]:
-    work, _, measured, verdict = targets.row(wanted, [BASE, *found])
+    work, _, measured, verdict = targets.make_row(wanted, [BASE, *found])
     assert work == "work"
     return measured, verdict
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from fastlora.backends.dropout import keep_mask, keep_scale
+from fastlora.commands.check import judging
 from fastlora.commands.check import linear as formula
 from tests.support import oracle
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", formula.cases(quick=True, gpu=False), ids=str)
+@pytest.mark.parametrize("case", formula.list_cases(quick=True, gpu=False), ids=str)
 def test_the_formula_is_the_oracles(case):
     subject = formula.Subject(case, "fp32", CPU, torch.Generator().manual_seed(0))
     t, want = subject.tensors, subject.want
@@ -41,35 +42,40 @@ def test_the_formula_is_the_oracles(case):
 def test_tf32_is_measured_against_operands_cut_to_tf32():
     a, b = torch.randn(64, 64), torch.randn(64, 64)
     want = a.double() @ b.double()
-    cut = formula.product_of("tf32")(a, b)
+    cut = judging.choose_product("tf32")(a, b)
     assert 1e-4 < oracle.relative_error(cut, want) < 2e-3
-    assert formula.error_ratio(cut, want, cut, "tf32") < 1
-    assert formula.error_ratio(cut, want, a @ b, "fp32") > 10
+    assert judging.compute_error_ratio(cut, want, cut, "tf32") < 1
+    assert judging.compute_error_ratio(cut, want, a @ b, "fp32") > 10
 
 
 def test_errors_are_measured_against_unfused_torch():
     want = torch.randn(40, 40, dtype=torch.float64)
     unfused = want * 1.01
-    assert formula.error_ratio(want * 1.019, want, unfused, "fp32") < 1
-    assert formula.error_ratio(want * 1.021, want, unfused, "fp32") > 1
-    assert not formula.error_ratio(want * math.nan, want, unfused, "fp32") <= 1
-    assert formula.error_ratio(want[1:], want, unfused, "fp32") == math.inf
-    slack = {name: want * (1 + 0.9 * formula.SLACK[name]) for name in formula.SLACK}
-    assert all(formula.error_ratio(got, want, want, name) < 1 for name, got in slack.items())
-    assert formula.error_ratio(slack["fp16"], want, want, "bf16+fp32") < 1
-    assert formula.error_ratio(slack["bf16"], want, want, "fp16+fp32") > 1
+    assert judging.compute_error_ratio(want * 1.019, want, unfused, "fp32") < 1
+    assert judging.compute_error_ratio(want * 1.021, want, unfused, "fp32") > 1
+    assert not judging.compute_error_ratio(want * math.nan, want, unfused, "fp32") <= 1
+    assert judging.compute_error_ratio(want[1:], want, unfused, "fp32") == math.inf
+    slack = {name: want * (1 + 0.9 * judging.SLACK[name]) for name in judging.SLACK}
+    assert all(
+        judging.compute_error_ratio(got, want, want, name) < 1 for name, got in slack.items()
+    )
+    assert judging.compute_error_ratio(slack["fp16"], want, want, "bf16+fp32") < 1
+    assert judging.compute_error_ratio(slack["bf16"], want, want, "fp16+fp32") > 1
 
 
 def test_what_is_allocated_is_nan():
-    with formula.empty_is_nan():
+    with judging.fill_empty_with_nan():
         assert torch.empty(3).isnan().all()
         assert torch.ones(2, dtype=torch.bfloat16).new_empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_cases_cover_what_they_should():
-    full, quick = formula.cases(quick=False, gpu=True), formula.cases(quick=True, gpu=False)
-    assert len(full) > len(formula.cases(quick=False, gpu=False)) > len(quick)
+    full, quick = (
+        formula.list_cases(quick=False, gpu=True),
+        formula.list_cases(quick=True, gpu=False),
+    )
+    assert len(full) > len(formula.list_cases(quick=False, gpu=False)) > len(quick)
     for cases in (full, quick):
         assert {case.layout for case in cases} == {"plain", "strided", "misaligned"}
         plain = [case for case in cases if case.layout == "plain"]

@@ -7,8 +7,8 @@ import torch
 
 from fastlora.backends import torch as reference
 from fastlora.backends.merge_lists.operands import flatten_receipts
-from fastlora.commands.check.linear import WrongResult
-from fastlora.commands.check.merge import MergeSubject, merge_cases
+from fastlora.commands.check.judging import WrongResult
+from fastlora.commands.check.merge import MergeSubject, list_merge_cases
 from fastlora.commands.check.run import MERGES
 
 CPU = torch.device("cpu")
@@ -17,13 +17,13 @@ RIGHT = {op: getattr(reference, op) for op in MERGES}
 
 def subject(dtype: str = "bf16") -> MergeSubject:
     draw = torch.Generator().manual_seed(3)
-    return MergeSubject(merge_cases(quick=True, gpu=False)[0], dtype, CPU, draw)
+    return MergeSubject(list_merge_cases(quick=True, gpu=False)[0], dtype, CPU, draw)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "bf16+fp32"])
 @pytest.mark.parametrize("op", MERGES)
 def test_the_reference_passes(op, dtype):
-    assert 0 <= subject(dtype).verdict(op, RIGHT) <= 1
+    assert 0 <= subject(dtype).judge(op, RIGHT) <= 1
 
 
 def too_much(weights, A, B, scalings, *rest):
@@ -94,4 +94,4 @@ def no_swap(weights, *args):
 def test_what_is_wrong_is_found(op, wrong, says):
     functions = RIGHT | {op: wrong}
     with pytest.raises(WrongResult, match=says):
-        subject().verdict(op, functions)
+        subject().judge(op, functions)

@@ -251,7 +251,7 @@ def test_a_lost_device_stops_the_check(backend, cache, monkeypatch):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     backend(spoil)
-    monkeypatch.setattr(selftest, "poisoned", lambda device: True)
+    monkeypatch.setattr(selftest, "is_lost", lambda device: True)
     passed, said = check(names=["bf16", "fp16"])
     assert not passed
     assert "does not recover" in said[-1]
@@ -310,6 +310,6 @@ def test_the_precision_is_restored():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for name, expected in {"tf32": "tf32", "fp32": "ieee", "bf16": "ieee"}.items():
-        with selftest.fp32_precision(name):
+        with selftest.set_fp32_precision(name):
             assert matmul.fp32_precision == expected
         assert matmul.fp32_precision == before

@@ -35,7 +35,7 @@ def test_nothing_is_stamped_on_a_cpu(cache):
     made = stamps.Stamps(torch.device("cpu"), None, quick=False)
     made.note("lora_linear", "bf16", "one_pass", passed=True)
     assert rows(cache) == []
-    assert "nothing is stamped" in made.summary()
+    assert "nothing is stamped" in made.summarize()
 
 
 def test_a_failure_takes_the_place_of_a_pass(cache):
@@ -75,6 +75,6 @@ def test_the_commit_of_a_checkout(monkeypatch):
         pytest.skip("no git here")
     if done.returncode:
         pytest.skip("no checkout")
-    assert stamps.commit() in (done.stdout.strip(), done.stdout.strip() + "+changes")
+    assert stamps.find_commit() in (done.stdout.strip(), done.stdout.strip() + "+changes")
     monkeypatch.setenv("PATH", "")
-    assert stamps.commit() == fastlora.__version__
+    assert stamps.find_commit() == fastlora.__version__

@@ -1,4 +1,4 @@
-"""Which earlier lines this device's figures may stand beside."""
+"""Earlier results of this device, to compare a run with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness.lines import Line
 
 
 def find(path: Path, device: str) -> tuple[list[Line], str]:
-    """The lines, or none of them and why.
+    """Finds the lines, or none of them and the reason.
 
     path: a file of results, a folder of them, or one of several devices' folders, such as
     ``benchmarks/results``, in which this device's is taken. Raises FileNotFoundError where there
@@ -23,18 +23,18 @@ def find(path: Path, device: str) -> tuple[list[Line], str]:
     folders = {file.parent for suite in SUITES for file in path.rglob(f"{suite}.jsonl")}
     if not folders:
         raise FileNotFoundError(f"expected results such as linear.jsonl, found none in {path}")
-    mine = machine.folder_name(device)
+    mine = machine.name_folder(device)
     if path / mine in folders:
         return lines.read_all(path / mine), ""
     named = (folder.relative_to(path) for folder in folders)
     alike = sorted(str(name) for name in named if len(name.parts) == len(Path(mine).parts))
     have = ", ".join(alike) or "none of this kind"
-    return [], f"no evidence of {_said(device)}: nothing to compare with; have: {have}"
+    return [], f"no evidence of {_describe_device(device)}: nothing to compare with; have: {have}"
 
 
-def _said(device: str) -> str:
-    name, threads = machine.device_name(device), torch.get_num_threads()
+def _describe_device(device: str) -> str:
+    name, threads = machine.find_device_name(device), torch.get_num_threads()
     if device == "cuda":
         return f"this GPU ({name})"
     threads = f"{threads} thread{'s' if threads > 1 else ''}"
-    return f"this CPU ({name}, {machine.instruction_set()}), {threads}"
+    return f"this CPU ({name}, {machine.find_instruction_set()}), {threads}"

@@ -1,17 +1,17 @@
-"""The targets: what is wanted of which cases, and why it can be had."""
+"""The targets: bounds for cases, and why each can be met."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.harness.work import BASE
+from benchmarks.harness.case import BASE
 from benchmarks.suites.linear import PATHS
 from benchmarks.suites.multi import PATHS as MULTI_PATHS
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is wanted of every case that matches.
+    """Bound for every case that matches.
 
     measure: "ratio" is time over that of ``over``, "limit" that over what the ceilings allow, both
     at most ``bound``; "times" is how much faster than ``over``, "bandwidth" the share of the
@@ -32,10 +32,12 @@ class Target:
         return self.measure in ("times", "bandwidth")
 
 
-def _cuda() -> tuple[Target, ...]:
+def _list_cuda() -> tuple[Target, ...]:
     layer = "bf16-M8192-K4096-N4096"
-    found = [
-        _cuda_row(f"forward, M = 8192, r = {R}", f"linear-forward-{layer}-R{R}", ours, bound, why)
+    targets = [
+        _make_cuda_target(
+            f"forward, M = 8192, r = {R}", f"linear-forward-{layer}-R{R}", ours, bound, why
+        )
         for R, ours, bound, why in (
             (16, "Triton", 1.10, "memory and arithmetic allow 1.008"),
             (64, "Triton", 1.10, "memory and arithmetic allow 1.031"),
@@ -43,49 +45,49 @@ def _cuda() -> tuple[Target, ...]:
             (64, "CUDA", 1.06, "the shrink overlaps, the product has four steps of K more"),
         )
     ]
-    found.append(
+    targets.append(
         Target(
             "cuda", "forward over unfused torch, any shape", ("linear-forward-*",), ("fastlora",),
             1.02, "nobody loses by using it", over="torch",
         )
     )  # fmt: skip
     for ours in ("Triton", "CUDA"):
-        found += [
-            _cuda_row(
+        targets += [
+            _make_cuda_target(
                 "forward and backward, M = 8192", f"linear-train-{layer}-R??", ours, 1.08,
                 "memory and arithmetic allow about 1.05",
             ),
-            _cuda_row(
+            _make_cuda_target(
                 "decode over the limit, up to 8 adapters", "multi-decode-*-S[1-8]-*", ours, 1.10,
                 "a launch more than the product", "limit",
             ),
-            _cuda_row(
+            _make_cuda_target(
                 "decode over the limit, up to 128 adapters", "multi-decode-*-S[13]2*-*", ours,
                 1.25, "a launch more, and adapters read in pieces", "limit",
             ),
-            _cuda_row(
+            _make_cuda_target(
                 "merge, of the bandwidth", "merge-bf16-K4096-N4096-R16", ours, 0.85,
                 "4 bytes an element, one launch", "bandwidth",
             ),
-            _cuda_row(
+            _make_cuda_target(
                 "merge with receipt and back, of the bandwidth",
                 "merge-unmerge-bf16-K4096-N4096-R16", ours, 0.70, "the receipt's bytes too",
                 "bandwidth",
             ),
         ]  # fmt: skip
-    return tuple(found)
+    return tuple(targets)
 
 
-def _cuda_row(
+def _make_cuda_target(
     work: str, cases: str, ours: str, bound: float, because: str, measure: str = "ratio"
 ) -> Target:
-    """Of one backend: its best path counts."""
+    """Makes a target of one backend, whose best path counts."""
     triton = {"linear": PATHS, "multi": MULTI_PATHS}.get(cases.split("-")[0], ("triton",))
     providers = triton if ours == "Triton" else ("cuda",)
     return Target("cuda", f"{work}, {ours}", (cases,), providers, bound, because, measure=measure)
 
 
-def _cpu() -> tuple[Target, ...]:
+def _list_cpu() -> tuple[Target, ...]:
     def row(work: str, case: str, bound: float, because: str, over: str = BASE) -> Target:
         return Target("cpu", work, (case,), ("fastlora",), bound, because, over)
 
@@ -134,4 +136,4 @@ def _cpu() -> tuple[Target, ...]:
     return tuple(rows)
 
 
-TARGETS = (*_cuda(), *_cpu())
+TARGETS = (*_list_cuda(), *_list_cpu())

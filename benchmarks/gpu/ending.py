@@ -1,7 +1,7 @@
-"""Ending a process with all that it started, wherever that went.
+"""Ending of a process with all that it started, whatever session that runs in.
 
-A process that begins a session of its own leaves its parent's group; what it inherits all the same
-is the environment, where a mark tells it from anybody else's.
+A process that begins a session of its own leaves its parent's group, but inherits the environment:
+a mark there tells it from other processes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "FASTLORA_PART"
-# To print a summary, or to end children; then for the kernel, with a GPU that hangs, to end it.
+# Seconds for a summary and for ending children; then for the kernel, if the GPU hangs, to end it.
 _PATIENCE = 5.0
 
 
 def new_mark() -> str:
-    """A value for MARK in a process's environment."""
+    """Makes a value for MARK in a process's environment."""
     return uuid.uuid4().hex
 
 
 def end(processes: Sequence[tuple[subprocess.Popen[bytes], str]]) -> bool:
-    """Ends processes that lead a session, given with their marks; whether all of them are gone.
+    """Ends processes that lead a session, each with its mark; returns whether all are gone.
 
-    They get an interrupt and some seconds; then all that is left of them is killed.
+    They get an interrupt and some seconds; then what still runs is killed.
     """
     for process, _ in processes:
         _signal_group(process, signal.SIGINT)
@@ -40,7 +40,7 @@ def end(processes: Sequence[tuple[subprocess.Popen[bytes], str]]) -> bool:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    # Only while it is not reaped: afterwards its id may be another's.
+    # Only before it is reaped: afterwards its id may be another process's.
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -55,10 +55,10 @@ def _wait(processes: Iterable[tuple[subprocess.Popen[bytes], str]]) -> bool:
 
 
 def _kill_marked(marks: set[str]) -> None:
-    """Twice: one may have started another while they were looked for."""
-    wanted = {f"{MARK}={mark}".encode() for mark in marks}
+    """Kills marked processes, twice: one may have started another during the search."""
+    entries = {f"{MARK}={mark}".encode() for mark in marks}
     for _ in range(2):
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if wanted.intersection((folder / "environ").read_bytes().split(b"\0")):
+                if entries.intersection((folder / "environ").read_bytes().split(b"\0")):
                     os.kill(int(folder.name), signal.SIGKILL)

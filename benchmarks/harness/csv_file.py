@@ -27,33 +27,33 @@ _ORDER = (
 )
 
 
-def flat(line: Mapping[str, Any], under: str = "") -> Line:
-    """The line without nesting: {"ms": {"p50": 1}} becomes {"ms.p50": 1}."""
-    found: Line = {}
+def flatten(line: Mapping[str, Any], under: str = "") -> Line:
+    """Returns the line without nesting: {"ms": {"p50": 1}} becomes {"ms.p50": 1}."""
+    flat: Line = {}
     for name, value in line.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{under}{name}.")
+            flat |= flatten(value, f"{under}{name}.")
         else:
-            found[under + name] = value
-    return found
+            flat[under + name] = value
+    return flat
 
 
-def columns(rows: Iterable[Line]) -> list[str]:
-    """Those of flat lines: the known ones whether a line has them or not, then others by name."""
-    left = sorted({name for row in rows for name in row})
+def order_columns(rows: Iterable[Line]) -> list[str]:
+    """Orders the columns: known ones, whether a line has them or not, then others by name."""
+    remaining = sorted({name for row in rows for name in row})
     ordered = []
     for name in _ORDER:
-        below = [n for n in left if n.startswith(name[:-1])] if name.endswith(".*") else [name]
+        below = [n for n in remaining if n.startswith(name[:-1])] if name.endswith(".*") else [name]
         ordered += below
-        left = [n for n in left if n not in below]
-    return ordered + left
+        remaining = [n for n in remaining if n not in below]
+    return ordered + remaining
 
 
-def text(lines: Iterable[Line]) -> str:
-    """CSV with a heading. What a line does not have, or has as null, is an empty cell."""
-    rows = [flat(line) for line in lines]
+def format_csv(lines: Iterable[Line]) -> str:
+    """Formats lines as CSV with a heading; what is missing or null is an empty cell."""
+    rows = [flatten(line) for line in lines]
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns(rows), restval="", lineterminator="\n")
+    writer = csv.DictWriter(out, order_columns(rows), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
@@ -68,6 +68,6 @@ def write_csv(jsonl: Path) -> Path:
         raise FileNotFoundError(f"jsonl: expected a file of results, found none at {jsonl}")
     target = jsonl.with_suffix(".csv")
     new = target.with_suffix(".csv.new")
-    new.write_text(text(read(jsonl)), newline="")
+    new.write_text(format_csv(read(jsonl)), newline="")
     os.replace(new, target)
     return target

@@ -1,4 +1,4 @@
-"""What every chapter of the demo shares, and how large the demo is."""
+"""Settings of the demo: its sizes and rates, and what all chapters share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """hidden, layers: of the small Llama. chars: of text. length: tokens a row. held_out: rows."""
+    """Sizes. hidden, layers: of the small Llama. length: tokens a row. held_out: rows."""
 
     hidden: int
     layers: int
@@ -40,7 +40,7 @@ QUICK = Size(64, 2, 40_000, 12, 20_000, 6, 4, 64, 8, 2, 8)
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rate of each way to fine-tune."""
+    """Learning rate of each way to fine-tune."""
 
     full: float
     last_block: float
@@ -50,7 +50,7 @@ class Rates:
 
 # For a small model, briefly trained: each the best of a sweep by factors of two.
 SMALL_MODEL = Rates(full=3e-3, last_block=1.2e-2, last_layer=8e-2, lora=1e-2)
-# For one that was trained for weeks, and has more to lose: what is customary.
+# For a model that was trained for weeks, and has more to lose: customary rates.
 LARGE_MODEL = Rates(full=5e-5, last_block=2e-4, last_layer=5e-4, lora=5e-4)
 
 
@@ -64,7 +64,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Stage:
-    """The base model, what it is to learn and how, and where results go.
+    """Shared state of the chapters: base model, domains, recipe, and where results go.
 
     quality: whether claims about how well a method learns count; those about exactness always do.
     """
@@ -80,6 +80,6 @@ class Stage:
     claims: Claims
     quality: bool
 
-    def adapter(self, domain: str) -> Path:
-        """Where the adapter of ``domain`` is saved."""
+    def adapter_folder(self, domain: str) -> Path:
+        """Returns the folder of ``domain``'s adapter."""
         return self.directory / domain

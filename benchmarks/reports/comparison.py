@@ -1,7 +1,7 @@
-"""Who is faster than whom in a case, as far as the intervals of both ratios tell.
+"""Comparison of a case's providers, as far as the intervals of their ratios tell.
 
-Two providers are told apart where the 95 % intervals of their ratios to the base do not touch. A
-ratio is formed within a round of one run, so lines of different runs are not compared.
+One provider is faster than another where the 95 % intervals of their ratios to the base do not
+touch. A ratio is formed within a round of one run, so lines of different runs are not compared.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.harness.case import BASE
 from benchmarks.harness.lines import Line
-from benchmarks.harness.work import BASE
 from benchmarks.suites import linear, multi
 
 OURS = "fastlora"
@@ -20,7 +20,7 @@ OURS = "fastlora"
 PATHS = (*dict.fromkeys((*linear.PATHS, *multi.PATHS)), "triton", "cuda", "native", "torch-product")
 # One adapter's weights, merged before the clock starts: nothing is left to do but the base's work.
 MERGED = ("merged", "peft-merged")
-# They compute something else than LoRA.
+# Providers that compute something else than LoRA.
 _OTHER_FUNCTIONS = ("peft-prefix", "peft-prompt")
 _COMPILED = "-compiled"
 
@@ -31,12 +31,12 @@ LOSES, WINS, EVEN, UNKNOWN = "loses", "wins", "even", "not compared"
 
 
 def is_ours(provider: str) -> bool:
-    """peft-patched: PEFT's model on fastlora's kernels."""
+    """Whether a provider is fastlora's; peft-patched is PEFT's model on fastlora's kernels."""
     return provider.startswith(OURS) or provider == "peft-patched" or provider in PATHS
 
 
 def is_rival(provider: str) -> bool:
-    """Whoever does the same work in a call and is not ours."""
+    """Whether a provider does the same work in a call and is not ours."""
     idle = provider.startswith(BASE) or provider in MERGED or provider in _OTHER_FUNCTIONS
     return not idle and not is_ours(provider)
 
@@ -74,7 +74,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Standing:
-    """Of fastlora in one case. pairs: with everyone else; merged: with weights merged beforehand;
+    """Standing of fastlora in one case. pairs: with all others; merged: with weights merged before;
     paths: with its own paths. Faster ones come first. reason: why there are no pairs.
     """
 
@@ -86,49 +86,49 @@ class Standing:
 
     @property
     def outcome(self) -> str:
-        """It loses where anyone is ahead, and wins where it is ahead of all."""
-        found = {pair.outcome for pair in self.pairs}
-        if LOSES in found:
+        """A loss where any other is ahead, a win where fastlora is ahead of all."""
+        outcomes = {pair.outcome for pair in self.pairs}
+        if LOSES in outcomes:
             return LOSES
-        return UNKNOWN if not found else WINS if found == {WINS} else EVEN
+        return UNKNOWN if not outcomes else WINS if outcomes == {WINS} else EVEN
 
 
-def by_case(lines: Iterable[Line]) -> dict[str, dict[str | None, Line]]:
-    """The last line of each provider; under None what became of a case's process."""
-    found: dict[str, dict[str | None, Line]] = {}
+def group_by_case(lines: Iterable[Line]) -> dict[str, dict[str | None, Line]]:
+    """Groups lines: the last of each provider by case; under None that of a case's process."""
+    groups: dict[str, dict[str | None, Line]] = {}
     for line in lines:
-        found.setdefault(line["case"], {})[line.get("provider")] = line
-    return found
+        groups.setdefault(line["case"], {})[line.get("provider")] = line
+    return groups
 
 
-def work_of(line: Line) -> str:
-    """``linear-train``, ``multi-decode``: a case's name up to its dtype."""
+def name_work(line: Line) -> str:
+    """Returns a case's name up to its dtype: ``linear-train``, ``multi-decode``."""
     return line["case"].split(f"-{line['dtype']}-")[0]
 
 
-def run_of(line: Line) -> tuple[Any, ...]:
-    """Equal for lines of one run: ceilings are measured once a run, and never come out the same."""
+def identify_run(line: Line) -> tuple[Any, ...]:
+    """Returns a key that lines of one run share: ceilings differ from run to run."""
     ceilings = line.get("ceilings") or {}
     flops = tuple(sorted((ceilings.get("flops") or {}).items()))
     where = (line.get("device_name"), line.get("threads"), line.get("commit"), line.get("seed"))
     return (*where, ceilings.get("bandwidth"), flops)
 
 
-def standings(lines: Iterable[Line]) -> list[Standing]:
-    """One for each case, in the order of the lines."""
+def compare_all(lines: Iterable[Line]) -> list[Standing]:
+    """Compares each case, in the order of the lines."""
     counted = (line for line in lines if not line["case"].startswith(_OWN_SIZES))
-    return [_standing(case, providers) for case, providers in by_case(counted).items()]
+    return [_compare(case, providers) for case, providers in group_by_case(counted).items()]
 
 
-def _standing(case: str, providers: dict[str | None, Line]) -> Standing:
+def _compare(case: str, providers: dict[str | None, Line]) -> Standing:
     ours = providers.get(OURS)
-    why = _incomparable(ours, providers.get(None))
-    if ours is None or why:
-        return Standing(case, reason=why)
+    reason = _explain_incomparable(ours, providers.get(None))
+    if ours is None or reason:
+        return Standing(case, reason=reason)
     timed = {
         name: line
         for name, line in providers.items()
-        if name is not None and _has_interval(line) and run_of(line) == run_of(ours)
+        if name is not None and _has_interval(line) and identify_run(line) == identify_run(ours)
     }
     compiled = timed.get(OURS + _COMPILED, ours)
     pairs = [
@@ -139,12 +139,12 @@ def _standing(case: str, providers: dict[str | None, Line]) -> Standing:
     merged, paths = (
         [pair for pair in pairs if pair.other["provider"] in names] for names in (MERGED, PATHS)
     )
-    why = "" if rivals else "nobody else was timed in the same run"
-    return Standing(case, rivals, merged, paths, why)
+    reason = "" if rivals else "nobody else was timed in the same run"
+    return Standing(case, rivals, merged, paths, reason)
 
 
-def _incomparable(ours: Line | None, process: Line | None) -> str:
-    """Why fastlora has no place in a case, or "" where it has."""
+def _explain_incomparable(ours: Line | None, process: Line | None) -> str:
+    """Says why fastlora cannot be compared in a case, or "" where it can."""
     if ours is None:
         if process is None:
             return f"no line of {OURS}"

@@ -1,4 +1,4 @@
-"""What is seen while cases run: tables and a progress bar with rich, plain lines without it."""
+"""Terminal output while cases run: tables and a progress bar with rich, plain lines without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.harness.lines import Line
 
 
 class Screen(Protocol):
-    """A context manager; ``total`` cases are announced one by one and shown when measured."""
+    """Context manager; ``total`` cases are announced one by one and shown when measured."""
 
     def __enter__(self) -> Screen: ...
 
@@ -23,8 +23,8 @@ class Screen(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def begin(self, what: str) -> None:
-        """Says what goes on."""
+    def begin(self, name: str) -> None:
+        """Announces a case."""
 
     def case(self, name: str, lines: Sequence[Line]) -> None:
         """Shows one case's lines, and counts it."""
@@ -35,8 +35,8 @@ class Screen(Protocol):
     def say(self, text: str) -> None: ...
 
 
-def screen(total: int) -> Screen:
-    """The one for this terminal, for ``total`` cases."""
+def open_screen(total: int) -> Screen:
+    """Opens the screen that suits this terminal, for ``total`` cases."""
     if not sys.stdout.isatty():
         return Plain(total)  # a log, or a pipe
     try:
@@ -46,6 +46,8 @@ def screen(total: int) -> Screen:
 
 
 class Plain:
+    """Screen of plain lines, for logs and pipes."""
+
     def __init__(self, total: int) -> None:
         self._total, self._number = total, 0
 
@@ -55,25 +57,27 @@ class Plain:
     def __exit__(self, *_: object) -> None:
         return None
 
-    def begin(self, what: str) -> None:
+    def begin(self, name: str) -> None:
         pass
 
     def case(self, name: str, lines: Sequence[Line]) -> None:
         self._number += 1
         self.say(f"\n[{self._number}/{self._total}] {name}")
-        self.table(table.HEADING, table.rows(lines))
-        for note in table.notes(lines):
+        self.table(table.HEADING, table.make_rows(lines))
+        for note in table.make_notes(lines):
             self.say(f"  {note}")
 
     def table(self, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if rows:
-            self.say(table.plain(heading, rows))
+            self.say(table.format_plain(heading, rows))
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
 
 class Rich:
+    """Screen with a progress bar."""
+
     def __init__(self, total: int) -> None:
         """Raises ImportError where rich is not installed."""
         from rich.console import Console
@@ -105,12 +109,12 @@ class Rich:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def begin(self, what: str) -> None:
-        self._progress.update(self._task, description=what)
+    def begin(self, name: str) -> None:
+        self._progress.update(self._task, description=name)
 
     def case(self, name: str, lines: Sequence[Line]) -> None:
-        self.table(table.HEADING, table.rows(lines), title=name)
-        for note in table.notes(lines):
+        self.table(table.HEADING, table.make_rows(lines), title=name)
+        for note in table.make_notes(lines):
             self.say(note)
         self._progress.advance(self._task)
 

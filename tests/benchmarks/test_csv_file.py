@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from benchmarks.reports import flat
+from benchmarks.harness import csv_file
 from tests.benchmarks.result_lines import line, not_timed, written
 
 
@@ -14,13 +14,13 @@ def test_csv_has_every_field_of_every_line(tmp_path):
         not_timed("peft", "absent", 'says "no",\nthen dies'),
         not_timed(None, "crashed", "signal SIGSEGV"),
     ]
-    path = flat.write_csv(written(tmp_path, *lines) / "linear.jsonl")
+    path = csv_file.write_csv(written(tmp_path, *lines) / "linear.jsonl")
     assert path == tmp_path / "linear.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(lines)
     for row, each in zip(rows, lines, strict=True):
-        fields = flat.flat(each)
+        fields = csv_file.flatten(each)
         assert {k: v for k, v in row.items() if v} == {
             k: str(v) for k, v in fields.items() if v is not None
         }
@@ -33,8 +33,8 @@ def test_csv_has_every_field_of_every_line(tmp_path):
 
 
 def test_csv_columns_keep_their_order_whatever_the_lines_have():
-    full = flat.columns([flat.flat(line("base", further={"b": 1, "a": 2}))])
-    poor = flat.columns([flat.flat(not_timed(None, "crashed", "-"))])
+    full = csv_file.order_columns([csv_file.flatten(line("base", further={"b": 1, "a": 2}))])
+    poor = csv_file.order_columns([csv_file.flatten(not_timed(None, "crashed", "-"))])
     assert [name for name in full if name in poor] == poor
     assert full[:4] == ["suite", "case", "provider", "status"]
     assert full[-2:] == ["further.a", "further.b"]
@@ -46,4 +46,4 @@ def test_csv_of_no_results_is_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"expected a file of results, found none at .*x\.j"
     ):
-        flat.write_csv(tmp_path / "x.jsonl")
+        csv_file.write_csv(tmp_path / "x.jsonl")

@@ -1,7 +1,7 @@
-"""What is true, in float64: ``oracle`` a token at a time, ``gradients`` of many tokens at once.
+"""Exact results in float64: ``oracle`` a token at a time, ``compute_gradients`` of many at once.
 
-``oracle`` is tests/support/oracle.py, by its path, as anybody may have installed a package
-``tests``.
+``oracle`` is tests/support/oracle.py, loaded by its path, as some other package ``tests`` may be
+installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import ROOT
 
-__all__ = ["gradients", "oracle"]
+__all__ = ["compute_gradients", "oracle"]
 
 
 def _load(path: Path) -> ModuleType:
@@ -30,7 +30,7 @@ def _load(path: Path) -> ModuleType:
 oracle = _load(ROOT / "tests" / "support" / "oracle.py")
 
 
-def gradients(
+def compute_gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -41,20 +41,20 @@ def gradients(
     columns: Tensor,
     outs: Tensor,
 ) -> dict[str, Tensor]:
-    """Of ``(lora_linear * dy).sum()``: dx and dA of features ``columns``, dB of ``outs``.
+    """Computes gradients of ``(lora_linear * dy).sum()``: dx, dA of ``columns``, dB of ``outs``.
 
     mask: float64 (M, K), what dropout multiplied x by. As products, on the operands' device: for
     8192 rows the oracle's loop takes minutes. tests/benchmarks/test_gate.py holds it to the oracle.
     """
     dy, x, weight, lora_A, lora_B = (t.detach() for t in (dy, x, weight, lora_A, lora_B))
     dy, A, B = dy.double(), lora_A.double(), lora_B.double()
-    kept = x.new_ones((), dtype=torch.float64) if mask is None else mask
-    up, down = dy @ B, (x.double() * kept) @ A.T  # [M, R] both
-    some = kept if mask is None else kept[:, columns]
+    factor = x.new_ones((), dtype=torch.float64) if mask is None else mask
+    up, down = dy @ B, (x.double() * factor) @ A.T  # [M, R] both
+    some = factor if mask is None else factor[:, columns]
     dx = dy @ weight[:, columns].double() + scaling * some * (up @ A[:, columns])
-    found = {
+    results = {
         "dx": dx,
         "dA": scaling * up.T @ (x[:, columns].double() * some),
         "dB": scaling * dy[:, outs].T @ down,
     }
-    return {name: t.cpu() for name, t in found.items()}
+    return {name: t.cpu() for name, t in results.items()}

@@ -8,8 +8,7 @@ from datetime import datetime, timezone
 import torch
 
 from benchmarks.harness import gate, machine, memory, timer
-from benchmarks.harness.lines import Line
-from benchmarks.harness.work import (
+from benchmarks.harness.case import (
     BASE,
     DTYPES,
     Call,
@@ -17,14 +16,15 @@ from benchmarks.harness.work import (
     Ceilings,
     Operands,
     Outputs,
-    copied,
+    copy_operands,
 )
+from benchmarks.harness.lines import Line
 from fastlora.ops import dispatch
 
 SEED = 0
 SECONDS, QUICK_SECONDS = 1.5, 0.3
 
-# Stands in every line; docs/benchmarks.md explains it.
+# Written to every line; docs/benchmarks.md explains it.
 METHOD = (
     "every provider is held to float64 before it is timed (gate); warm-up; providers take turns, "
     "in another order each round; on a CPU a turn is three calls, the last is timed; copies of "
@@ -34,8 +34,8 @@ METHOD = (
 )
 
 
-def identity(case: Case) -> Line:
-    """What a line says of its case, whatever became of it."""
+def describe_case(case: Case) -> Line:
+    """Describes the case, for every line about it."""
     return {
         "suite": case.suite,
         "case": case.name,
@@ -52,58 +52,58 @@ def identity(case: Case) -> Line:
 def measure(
     case: Case, ceilings: Ceilings, *, seed: int = SEED, seconds: float = SECONDS
 ) -> Iterator[Line]:
-    """Lines of those who did not pass, before anything is timed; then of the others."""
-    where = machine.facts(case.device) | {
+    """Yields lines of providers that failed the gate, before timing; then those of the others."""
+    facts = machine.collect_facts(case.device) | {
         "seed": seed,
-        "backend": _backend(case),
+        "backend": _choose_backend(case),
         "method": METHOD,
         "ceilings": ceilings._asdict(),
     }
     verdicts = gate.check(case, seed)
-    lines = {name: _line(case, name, verdict) | where for name, verdict in verdicts.items()}
+    lines = {name: _make_line(case, name, verdict) | facts for name, verdict in verdicts.items()}
     passed = [name for name, verdict in verdicts.items() if verdict.status == "ok"]
     yield from (lines[name] for name in verdicts if name not in passed)
     if not passed:
         return
 
     operands = case.work.operands(case, seed)
-    count, build = _copies(case, operands, len(passed)), case.providers
+    count, build = _count_copies(case, operands, len(passed)), case.providers
     calls = {
-        name: [_sampled(case, build[name](case, copied(operands))) for _ in range(count)]
+        name: [_repeat(case, build[name](case, copy_operands(operands))) for _ in range(count)]
         for name in passed
     }
-    how = {"host_only": case.work.host_only, "waits": case.work.waits}
-    samples = timer.interleaved(calls, case.device, seconds, **how)
-    clocks, base = machine.clocks(case.device), samples.get(BASE)
-    # Afterwards: who watches memory slows what he watches.
-    peaks = {name: memory.peak(calls[name][0], case.device) for name in passed}
+    clock_options = {"host_only": case.work.host_only, "waits": case.work.waits}
+    samples = timer.time_in_turns(calls, case.device, seconds, **clock_options)
+    clocks, base = machine.read_clocks(case.device), samples.get(BASE)
+    # Memory tracking slows the call, so it is a run of its own.
+    peaks = {name: memory.measure_peak(calls[name][0], case.device) for name in passed}
     for name in passed:
         least = case.work.least(case, name, ceilings), case.work.least(case, BASE, ceilings)
         yield {
             **lines[name],
-            **_timing(case, lines[name], samples[name], base, least),
+            **_make_timing(case, lines[name], samples[name], base, least),
             "peak_bytes": peaks[name],
             "copies": count,
             "clocks": clocks,
         }
 
 
-def _backend(case: Case) -> str:
-    """What fastlora chooses for the case's op and dtypes."""
+def _choose_backend(case: Case) -> str:
+    """Returns the backend that fastlora chooses for the case's op and dtypes."""
     dtypes = DTYPES[case.dtype], DTYPES[case.lora_dtype or case.dtype]
     with dispatch.quietly():
         return dispatch.choose(case.work.op, torch.device(case.device), *dtypes)
 
 
-def _copies(case: Case, operands: Operands, providers: int) -> int:
-    """Of the operands, for each provider: past the caches, but where the host's time is asked."""
+def _count_copies(case: Case, operands: Operands, providers: int) -> int:
+    """Counts each provider's copies of operands: enough to outrun caches, except for host time."""
     if case.work.host_only:
         return timer.HostClock.TURN
-    return timer.copies(sum(t.nbytes for t in operands.values()), providers)
+    return timer.count_copies(sum(t.nbytes for t in operands.values()), providers)
 
 
-def _sampled(case: Case, call: Call) -> Call:
-    """What a sample times: the call, as often as its work says."""
+def _repeat(case: Case, call: Call) -> Call:
+    """Returns what a sample times: the call, as often as its work says."""
     many = range(case.work.calls)
     if len(many) == 1:
         return call
@@ -116,11 +116,11 @@ def _sampled(case: Case, call: Call) -> Call:
     return calls
 
 
-def _line(case: Case, provider: str, verdict: gate.Verdict) -> Line:
+def _make_line(case: Case, provider: str, verdict: gate.Verdict) -> Line:
     flops, moved = case.work.cost(case, provider)
     errors = {k: {"error": e, "bound": b} for k, (e, b) in verdict.errors.items()}
     return {
-        **identity(case),
+        **describe_case(case),
         "provider": provider,
         "status": verdict.status,
         "reason": verdict.reason or None,
@@ -130,31 +130,33 @@ def _line(case: Case, provider: str, verdict: gate.Verdict) -> Line:
     }
 
 
-def _timing(
+def _make_timing(
     case: Case,
     line: Line,
     samples: timer.Samples,
     base: timer.Samples | None,
     least: tuple[float, float],
 ) -> Line:
-    """least: seconds that the ceilings allow the provider and the base."""
+    """Makes a line's times. least: seconds that the ceilings allow the provider and the base."""
     calls = case.work.calls
     ms, cpu_ms = ([t / calls for t in each] for each in (samples.ms, samples.cpu_ms))
-    spread = timer.spread(ms)
+    spread = timer.compute_spread(ms)
     timing: Line = {
         "clock": "CUDA events" if samples.late is not None else "wall",
         "late": samples.late,
         "rounds": len(ms),
         "calls": calls,
         "ms": spread,
-        "cpu_ms": timer.spread(cpu_ms),
+        "cpu_ms": timer.compute_spread(cpu_ms),
         "tflops": line["flops"] / spread["p50"] / 1e9,
         "gbps": line["bytes"] / spread["p50"] / 1e6,
         "share": least[0] * 1e3 / spread["p50"],
     }
     if base is not None:
-        ratios = timer.ratios(samples.ms, base.ms)
-        timing["ratio"] = timer.spread(ratios) | timer.interval(ratios)
-        timing["cpu_ratio"] = timer.spread(timer.ratios(samples.cpu_ms, base.cpu_ms))
+        ratios = timer.compute_ratios(samples.ms, base.ms)
+        timing["ratio"] = timer.compute_spread(ratios) | timer.compute_interval(ratios)
+        timing["cpu_ratio"] = timer.compute_spread(
+            timer.compute_ratios(samples.cpu_ms, base.cpu_ms)
+        )
         timing["limit"] = least[0] / least[1]
     return timing

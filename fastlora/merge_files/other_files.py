@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model's folder, and what of it goes along when it is merged."""
+"""Files beside the weights in a model's folder, and which of them are copied along."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastlora.merge_files import durable
 from fastlora.merge_files.journal import Journal
 from fastlora.merge_files.shards import CONFIG_NAME, Checkpoint, open_shard
 
-# What transformers, optimum, vLLM, llama.cpp, … take for a folder's model instead of, or before,
-# its safetensors: of a merged model's folder they would load the base.
+# Loaded by transformers, optimum, vLLM, llama.cpp, … instead of, or before, a folder's safetensors:
+# from a merged model's folder they would load the base.
 _SAME = (
     *("model.*safetensors", "model-*-of-*.safetensors", "model.safetensors.index*.json"),
     *("pytorch_model.*bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index*.json"),
@@ -35,10 +35,10 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class Others:
-    """Paths within the base. copied: all that goes along, config excepted, which is edited.
+    """Paths within the base. copied: all that is copied; the config is edited instead.
 
-    weights: of these, other models' weights. unmerged: those that are likely the base's own once
-    more. left: what does not go along, with why not.
+    weights: those of them with other models' weights. unmerged: those that are likely copies of the
+    base. left: files that are not copied, with the reason.
     """
 
     copied: tuple[Path, ...] = ()
@@ -47,17 +47,17 @@ class Others:
     left: Mapping[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What a user is to know of it."""
-        said = []
+        """Returns the texts that a user should read."""
+        notes = []
         if self.left:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.left.items())
-            said.append(f"{len(self.left)} files of the base were left out: {reasons}")
+            notes.append(f"{len(self.left)} files of the base were left out: {reasons}")
         if self.unmerged:
-            said.append(
+            notes.append(
                 "copied as they are, and likely the base without the adapters: "
                 + ", ".join(self.unmerged)
             )
-        return said
+        return notes
 
 
 def find(base: Checkpoint, changed: Collection[str], out: Path) -> Others:
@@ -67,25 +67,27 @@ def find(base: Checkpoint, changed: Collection[str], out: Path) -> Others:
     circle or to ``out``.
     """
     written = {shard.path for shard in base.shards} | {base.folder / CONFIG_NAME, base.index}
-    copied, weights, unmerged, left = [], [], [], {}
-    for path in _files(base.folder, out.resolve(), (base.folder.resolve(),)):
+    copied, weights, unmerged, left_out = [], [], [], {}
+    for path in _list_files(base.folder, out.resolve(), (base.folder.resolve(),)):
         if path in written:
             continue
         name = path.relative_to(base.folder)
         root, known = path.parent == base.folder, path.name.lower()
-        why = _obstacle(path)
-        same = not why and (_any(known, _EXPORTS) or _repeats(path, base, changed))
-        if not why and root:
-            why = _obstacle_at_root(known, same)
-        if why:
-            left[str(name)] = why
+        reason = _explain_obstacle(path)
+        same = not reason and (
+            _matches_any(known, _EXPORTS) or _has_merged_tensor(path, base, changed)
+        )
+        if not reason and root:
+            reason = _explain_obstacle_at_root(known, same)
+        if reason:
+            left_out[str(name)] = reason
             continue
         copied.append(name)
         if same:
             unmerged.append(str(name))
         elif known.endswith(_WEIGHTS):
             weights.append(str(name))
-    return Others(tuple(copied), tuple(weights), tuple(unmerged), left)
+    return Others(tuple(copied), tuple(weights), tuple(unmerged), left_out)
 
 
 def copy(
@@ -96,25 +98,25 @@ def copy(
     check: Callable[[Path], None],
     watch: Callable[[str], None],
 ) -> list[str]:
-    """Writes them into ``out``; the names of large ones that were whole from before.
+    """Copies them into ``out``; returns the names of large ones that were whole already.
 
-    check: raises if a file that has been read was changed meanwhile; watch: told of large ones.
+    check: raises if a file was changed while it was read; watch: told of large ones.
     """
-    kept = []
+    reused = []
     for other in others.copied:
         name, source = str(other), base.folder / other
         large = is_large(source)
         if large:
             watch(name)
-            if notes.finished(name) is not None:
-                kept.append(name)
+            if notes.find_finished(name) is not None:
+                reused.append(name)
                 continue
-        _make(out, other.parent)
-        written = durable.write(out / other, durable.chunks_of(source))
+        _make_folder(out, other.parent)
+        written = durable.write(out / other, durable.read_chunks(source))
         check(source)
         if large:
             notes.finish(name, written, {})
-    return kept
+    return reused
 
 
 def is_large(path: Path) -> bool:
@@ -122,8 +124,8 @@ def is_large(path: Path) -> bool:
     return path.stat().st_size >= durable.CHUNK
 
 
-def _files(folder: Path, out: Path, within: tuple[Path, ...]) -> Iterator[Path]:
-    """Files of a folder and of those below; within: where the folder and its parents really are."""
+def _list_files(folder: Path, out: Path, within: tuple[Path, ...]) -> Iterator[Path]:
+    """Yields files of a folder and those below; within: real paths of it and its parents."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -135,11 +137,11 @@ def _files(folder: Path, out: Path, within: tuple[Path, ...]) -> Iterator[Path]:
             raise ValueError(f"base: {path} leads in a circle, to {real}: expected no such link")
         if out.is_relative_to(real) or real.is_relative_to(out):
             raise ValueError(f"out: expected a folder outside of base, {path} leads to {out}")
-        yield from _files(path, out, (*within, real))
+        yield from _list_files(path, out, (*within, real))
 
 
-def _obstacle(path: Path) -> str | None:
-    """Why a file cannot be copied, or is never to be."""
+def _explain_obstacle(path: Path) -> str | None:
+    """Says why a file cannot or must not be copied; None where it can."""
     if path.name.endswith(durable.PARTIAL):
         return "begun and not finished"
     if path.is_file():
@@ -147,22 +149,22 @@ def _obstacle(path: Path) -> str | None:
     return "a link to nothing" if path.is_symlink() else "no file"
 
 
-def _obstacle_at_root(name: str, same: bool) -> str | None:
-    """Why a file beside the merged weights would stand for another model than the merged one."""
-    if same or _any(name, _SAME):
+def _explain_obstacle_at_root(name: str, same: bool) -> str | None:
+    """Says why a file beside the merged weights would stand for another model; None if not."""
+    if same or _matches_any(name, _SAME):
         return "the base without the adapters, which loaders may take for the model"
-    if _any(name, _ADAPTERS):
+    if _matches_any(name, _ADAPTERS):
         return "an adapter, which transformers would put onto the merged model"
-    if _any(name, _TRAINING):
+    if _matches_any(name, _TRAINING):
         return "a state of the base's training"
     return None
 
 
-def _any(name: str, patterns: Collection[str]) -> bool:
+def _matches_any(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _repeats(path: Path, base: Checkpoint, changed: Collection[str]) -> bool:
+def _has_merged_tensor(path: Path, base: Checkpoint, changed: Collection[str]) -> bool:
     """Whether the file has a tensor that is merged, as it was."""
     if path.suffix != ".safetensors":
         return False
@@ -175,7 +177,7 @@ def _repeats(path: Path, base: Checkpoint, changed: Collection[str]) -> bool:
     )
 
 
-def _make(out: Path, folder: Path) -> None:
+def _make_folder(out: Path, folder: Path) -> None:
     """Makes a folder within ``out`` that lasts."""
     for part in (*reversed(folder.parents), folder):
         if not (out / part).is_dir():

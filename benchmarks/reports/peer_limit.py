@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from benchmarks.harness.lines import Line
-from benchmarks.reports.standing import OURS, Pair, by_case, is_rival
+from benchmarks.reports.comparison import OURS, Pair, group_by_case, is_rival
 
 _COMPILED = "-compiled"
 
@@ -32,13 +32,13 @@ class Known:
     instructions: str = "*"
 
     def covers(self, ours: Line, peer: Line) -> bool:
-        pairs = (
+        patterns = (
             (ours["case"], self.case),
             (ours["provider"], self.ours),
             (peer["provider"].removesuffix(_COMPILED), self.peer),
             (ours.get("instruction_set", ""), self.instructions),
         )
-        return all(fnmatchcase(name, pattern) for name, pattern in pairs)
+        return all(fnmatchcase(name, pattern) for name, pattern in patterns)
 
 
 KNOWN = (
@@ -75,80 +75,84 @@ KNOWN = (
 )
 
 
-def times(pair: Pair) -> float:
-    """How many times as long ours takes, as far as it is ours."""
+def compute_times(pair: Pair) -> float:
+    """Computes how many times as long ours takes; with one CPU thread by the lesser clock."""
     if (pair.ours["device"], pair.ours["threads"]) != ("cpu", 1):
         return pair.factor
     ours, other = (line["cpu_ratio"]["p50"] for line in (pair.ours, pair.other))
     return min(pair.factor, ours / other)
 
 
-def pairs(found: Iterable[Line]) -> list[Pair]:
-    """Each provider of ours and the fastest peer that does the same work, the worst first.
+def pair_with_fastest(lines: Iterable[Line]) -> list[Pair]:
+    """Pairs each provider of ours with the fastest peer that does the same work, the worst first.
 
-    found: of one run. Compiled ones are set beside compiled ones.
+    lines: of one run. Compiled providers are paired with compiled ones.
     """
     fastest = []
-    for ours, peers in _beside(found):
-        judged = [Pair(ours, line) for line in peers if _known(ours, line) is None]
+    for ours, peers in _pair_with_peers(lines):
+        judged = [Pair(ours, line) for line in peers if _find_known(ours, line) is None]
         if judged:
-            fastest.append(max(judged, key=times))
-    return sorted(fastest, key=times, reverse=True)
+            fastest.append(max(judged, key=compute_times))
+    return sorted(fastest, key=compute_times, reverse=True)
 
 
-def excused(found: Iterable[Line]) -> list[tuple[Pair, Known]]:
-    """The pairs that ``KNOWN`` leaves out, and why."""
-    every = [(Pair(ours, line), _known(ours, line)) for ours, of in _beside(found) for line in of]
+def list_excused(lines: Iterable[Line]) -> list[tuple[Pair, Known]]:
+    """Lists the pairs that ``KNOWN`` leaves out, and why."""
+    every = [
+        (Pair(ours, line), _find_known(ours, line))
+        for ours, of in _pair_with_peers(lines)
+        for line in of
+    ]
     return [(pair, known) for pair, known in every if known is not None]
 
 
-def missing(wanted: Mapping[str, Iterable[str]], found: Iterable[Line]) -> list[str]:
-    """Providers of ours that were not timed, and why. wanted: all of a case's, by its name."""
-    said = []
-    for case, of in by_case(found).items():
-        for name in filter(_is_judged, wanted.get(case, ())):
-            line = of.get(name) or of.get(None) or {"status": "left out", "reason": None}
+def list_missing(providers: Mapping[str, Iterable[str]], lines: Iterable[Line]) -> list[str]:
+    """Lists ours that were not timed, and why. providers: all of a case's, by its name."""
+    missing = []
+    for case, line_of in group_by_case(lines).items():
+        for name in filter(_is_judged, providers.get(case, ())):
+            line = line_of.get(name) or line_of.get(None) or {"status": "left out", "reason": None}
             if "ratio" not in line:
-                said.append(f"{case}: {name} {line['status']}: {line.get('reason')}")
-    return said
+                missing.append(f"{case}: {name} {line['status']}: {line.get('reason')}")
+    return missing
 
 
-def table(found: Sequence[Pair], bound: float) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows."""
+def make_table(pairs: Sequence[Pair], bound: float) -> tuple[list[str], list[list[str]]]:
+    """Returns heading and rows."""
     rows = [
         [
             pair.ours["case"],
             pair.ours["provider"],
             pair.other["provider"],
             f"{pair.factor:.2f}",
-            f"{times(pair):.2f}",
-            f"over {bound:g}" if times(pair) > bound else "",
+            f"{compute_times(pair):.2f}",
+            f"over {bound:g}" if compute_times(pair) > bound else "",
         ]
-        for pair in found
+        for pair in pairs
     ]
     return ["case", "ours", "fastest peer", "times its time", "judged by", ""], rows
 
 
-def _beside(found: Iterable[Line]) -> Iterator[tuple[Line, list[Line]]]:
-    """Every provider of ours that was timed, and its peers."""
-    for of in by_case(found).values():
-        timed = {name: line for name, line in of.items() if name and "ratio" in line}
-        ours = {name: _compiles(name) for name in timed if _is_judged(name)}
+def _pair_with_peers(lines: Iterable[Line]) -> Iterator[tuple[Line, list[Line]]]:
+    """Yields every provider of ours that was timed, and its peers."""
+    for line_of in group_by_case(lines).values():
+        timed = {name: line for name, line in line_of.items() if name and "ratio" in line}
+        ours = {name: _is_compiled(name) for name in timed if _is_judged(name)}
         for name, kind in ours.items():
             # Where nothing of ours is compiled, compiled peers are peers as well.
             kinds = {kind} if any(ours.values()) else {False, True}
-            peers = (other for other in timed if is_rival(other) and _compiles(other) in kinds)
+            peers = (other for other in timed if is_rival(other) and _is_compiled(other) in kinds)
             yield timed[name], [timed[other] for other in peers]
 
 
-def _compiles(provider: str) -> bool:
+def _is_compiled(provider: str) -> bool:
     return provider.endswith(_COMPILED)
 
 
 def _is_judged(provider: str) -> bool:
-    """fastlora as users call it, not one path that is forced."""
+    """Whether a provider is fastlora as users call it, not one forced path."""
     return provider.startswith(OURS)
 
 
-def _known(ours: Line, peer: Line) -> Known | None:
+def _find_known(ours: Line, peer: Line) -> Known | None:
     return next((known for known in KNOWN if known.covers(ours, peer)), None)

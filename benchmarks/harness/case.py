@@ -1,4 +1,4 @@
-"""What a case is, and what a kind of work must say of itself to be measured."""
+"""Cases, and the interface of a kind of work that can be measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# The providers that every work has: what ratios are taken to, and what errors are judged by.
+# Providers of every work: the base of ratios, and the yardstick of errors.
 BASE, YARDSTICK = "base", "torch"
 
 Operands = dict[str, Tensor]
@@ -25,18 +25,18 @@ _TINY |= {"H": 64, "I": 96, "layers": 2, "new": 3}
 
 
 class Ceilings(NamedTuple):
-    """What the device reached in this run: bytes a second, and flops a second by dtype."""
+    """Rates that the device reached in this run: bytes a second, and flops a second by dtype."""
 
     bandwidth: float
     flops: dict[str, float]
 
 
 class Absent(Exception):
-    """A provider's builder raises it, with the reason, where the provider cannot be had."""
+    """Reason why a provider cannot be had, raised by its builder."""
 
 
 class Work(ABC):
-    """One kind of work: its operands, who can do it, what must come out, what it costs at least.
+    """One kind of work: operands, providers, expected outputs and least cost.
 
     ``providers``: a builder takes a case and its own operands, prepares whatever is prepared once a
     step or less, and returns the call that is timed.
@@ -45,47 +45,47 @@ class Work(ABC):
     suite: str
     name: str
     providers: dict[str, Builder]
-    # Those that there are on a GPU alone, and those whose compilation takes longer than a case.
+    # Providers on a GPU alone, and providers whose compilation takes longer than a case.
     gpu_providers: Mapping[str, Builder] = {}
     compiled_providers: Mapping[str, Builder] = {}
     # Calls in one sample, whose time is divided by them. Where the host alone is timed, a GPU is
     # not waited for.
     calls = 1
     host_only = False
-    # Whether a call waits for the device inside, as generating does: then a GPU's events would miss
-    # what passed before it was waited for, and the wall's clock is taken.
+    # Whether a call waits for the device inside, as generating does: a GPU's events would then miss
+    # part of it, and the wall clock is used.
     waits = False
     # The op whose backend a line names.
     op = "lora_linear"
-    # Times one layer's limit (gate.py): how far unfused torch itself may be from float64.
+    # Factor on one layer's limit (gate.py): how far unfused torch itself may be from float64.
     yardstick_factor = 1.0
 
     @abstractmethod
     def operands(self, case: Case, seed: int) -> Operands:
-        """The same values for the same seed, in new tensors on the case's device."""
+        """Draws the operands in new tensors on the case's device; same seed, same values."""
 
     @abstractmethod
     def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
-        """The oracle's float64 outputs, the sampled part; without adapters for the base."""
+        """Computes the sampled part of the outputs in float64; without adapters for the base."""
 
     @abstractmethod
     def sample(self, case: Case, outputs: Outputs) -> Outputs:
-        """The part of a call's outputs that ``expected`` computes."""
+        """Selects the part of a call's outputs that ``expected`` computes."""
 
     @abstractmethod
     def cost(self, case: Case, provider: str) -> tuple[int, int]:
-        """Floating-point operations and bytes, each operand moved once."""
+        """Returns floating-point operations and bytes, each operand moved once."""
 
     def truth(self, case: Case, provider: str) -> str:
-        """Providers of one truth are held to the same ``expected`` outputs."""
+        """Returns a key: providers of one key have the same ``expected`` outputs."""
         return BASE if provider == BASE else "adapters"
 
     def gated(self, case: Case) -> Case:
-        """The case whose outputs are compared before this one is timed: itself where it can be."""
+        """Returns the case that the gate compares before this is timed: itself if it can be."""
         return case
 
     def least(self, case: Case, provider: str, ceilings: Ceilings) -> float:
-        """Seconds that memory and arithmetic need, as far as this device was seen to go."""
+        """Returns the seconds that memory and arithmetic need at this device's ceilings."""
         flops, moved = self.cost(case, provider)
         return max(moved / ceilings.bandwidth, flops / ceilings.flops[case.dtype])
 
@@ -104,7 +104,7 @@ class Case:
     ranks: str = ""  # "mixed": slots of 8 to R ranks
     quick: bool = False
     full: bool = False  # measured with --full alone
-    compiled: bool = False  # whether those take part who compile first
+    compiled: bool = False  # whether compiled providers take part
 
     @property
     def providers(self) -> dict[str, Builder]:
@@ -131,30 +131,30 @@ class Case:
         return DTYPES[self.dtype].itemsize, DTYPES[self.lora_dtype or self.dtype].itemsize
 
     def tiny(self) -> Case:
-        """The same case at a shape that takes no time, for tests, and nobody who compiles."""
+        """Returns the case at a tiny shape, for tests, without compiled providers."""
         shape = {k: min(v, _TINY[k]) for k, v in self.shape.items()}
         return replace(self, shape=shape, compiled=False)
 
     def tensor(self, draw: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-        """A normal tensor in the base's dtype on the case's device."""
+        """Draws a normal tensor in the base's dtype on the case's device."""
         values = torch.randn(shape, generator=draw).mul_(scale)
         return values.to(self.device, DTYPES[self.dtype])
 
     def adapter(self, draw: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-        """The same in the adapters' dtype, with values that the base's dtype can hold."""
+        """Draws a tensor in the adapters' dtype, with values that the base's dtype can hold."""
         return self.tensor(draw, *shape, scale=scale).to(DTYPES[self.lora_dtype or self.dtype])
 
 
-def copied(operands: Operands) -> Operands:
-    """Tensors of the call's own, with the same values, that want gradients where these do."""
+def copy_operands(operands: Operands) -> Operands:
+    """Copies operands for one call, with the same values and requires_grad."""
     return {k: t.detach().clone().requires_grad_(t.requires_grad) for k, t in operands.items()}
 
 
-def sampled(size: int, count: int = 7) -> Tensor:
-    """Indices spread over ``range(size)``, both ends among them."""
+def spread_indices(size: int, count: int = 7) -> Tensor:
+    """Returns indices spread over ``range(size)``, both ends among them."""
     return torch.linspace(0, size - 1, min(size, count)).round().long().unique()
 
 
-def wide(t: Tensor) -> Tensor:
-    """As the oracle sees it: float64 on the host, converted once instead of once a token."""
+def widen(t: Tensor) -> Tensor:
+    """Converts for the oracle: float64 on the host, once instead of once a token."""
     return t.detach().to("cpu", torch.float64)
