@@ -96,8 +96,9 @@ asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under Addre
 	export FASTLORA_CUDA_HOST_FLAGS="$(filter-out -Og,$(ASAN_FLAGS))"; \
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
-	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/backends/test_native.py tests/backends/cpu/test_abi.py tests/backends/cpu/test_merge.py tests/backends/cpu/test_pages.py \
-		tests/backends/cuda/test_machine.py tests/backends/cuda/test_linear.py tests/backends/cuda/test_multi.py tests/backends/cuda/test_merge.py $(ARGS)
+	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/backends/test_native.py tests/backends/test_native_calls.py \
+		tests/backends/cpu tests/backends/cuda --ignore tests/backends/cpu/test_subnormals.py \
+		--ignore tests/backends/cuda/test_build.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
 	$(BIN)/python -m fastlora demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)

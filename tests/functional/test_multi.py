@@ -4,17 +4,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as nnf
 
 from fastlora import functional as F
 from fastlora.backends.torch import multi as reference_multi
-from fastlora.backends.torch import wide_products as products
 from tests.support import oracle
 from tests.support.helpers import (
     DTYPES,
     LAYOUTS,
-    Spy,
     assert_accurate,
     leaves,
     matrix,
@@ -23,12 +20,11 @@ from tests.support.helpers import (
     signed,
     unchanged,
 )
+from tests.support.multi_calls import WORKLOADS, added, batch, whole
 from tests.thinning import skip_where
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-CPU = torch.device("cpu")
-NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
 # x's leading dimensions, how many of them the ids have, N, K, R, S.
 CASES = [
@@ -47,46 +43,6 @@ CASES = [
     ((3, 0), 1, 5, 7, 2, 3),
 ]
 FORMS = CASES[5:]
-# Adapter ids as batches really have them.
-WORKLOADS = {
-    "distinct": lambda T, S: torch.arange(T) % S,
-    "identical": lambda T, S: torch.full((T,), S - 1),
-    "blocks": lambda T, S: torch.arange(T) * (S + 1) // T - 1,
-    "skewed": lambda T, S: torch.where(torch.rand(T) < 0.8, 0, torch.arange(T) % (S + 1) - 1),
-    "none": lambda T, S: torch.full((T,), -1),
-}
-
-
-def batch(lead, ids, N, K, R, S, dtype, lora_dtype, device) -> tuple[dict, dict]:
-    """(tensors, routing): every adapter's delta about as large as the base product."""
-    base, lora = {"dtype": dtype, "device": device}, {"dtype": lora_dtype, "device": device}
-    tensors = {
-        "x": signed(*lead, K, **base),
-        "weight": signed(N, K, **base),
-        "bias": signed(N, **base),
-        "lora_A": signed(S, R, K, **lora),
-        "lora_B": signed(S, N, R, **lora, size=1 / math.sqrt(max(R, 1))),
-    }
-    rows = lead[: ids if isinstance(ids, int) else ids.dim()]
-    routing = {
-        "adapter_ids": torch.randint(-1, S, rows) if isinstance(ids, int) else ids,
-        "scalings": signed(S, dtype=torch.float32, device=device),
-        "ranks": torch.randint(0, R + 1, (S,)),
-        "row_scales": signed(*rows, dtype=torch.float32, device=device),
-    }
-    return tensors, {name: t.to(device) for name, t in routing.items()}
-
-
-def whole(f, t: dict, routing: dict) -> Tensor:
-    args = (t["x"], t["weight"], t["lora_A"], t["lora_B"])
-    return f(*args, bias=t["bias"], **routing)
-
-
-def added(f, t: dict, routing: dict) -> Tensor:
-    if f is multi_lora_linear:
-        return whole(f, t, routing)
-    y = nnf.linear(t["x"], t["weight"], t["bias"])
-    return F.multi_lora_add_(y, t["x"], t["lora_A"], t["lora_B"], **routing)
 
 
 def by_row(routing: dict, lead: tuple[int, ...]) -> dict:
@@ -251,115 +207,3 @@ def test_poison_reaches_nobody(through, poison, device):
         results.append([y[clean_rows], *theirs])
     assert all(bool(part.isfinite().all()) for part in results[1])
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_h_is_an_output_only(device, backend):
-    """NaN in scratch is overwritten, also where a row has no adapter or its slot a lower rank."""
-    ids = torch.tensor([0, -1, 1, 0])
-    tensors, routing = batch((4,), ids, 9, 7, 3, 2, torch.float32, torch.float32, device)
-    routing["ranks"] = torch.tensor([2, 0], device=device)
-    want = added(F.multi_lora_linear, tensors, routing)
-    y = nnf.linear(tensors["x"], tensors["weight"], tensors["bias"])
-    h = y.new_full((4, 3), math.nan)
-    groups = F.group_rows(routing["adapter_ids"], 2)
-    per_row = (routing["scalings"], routing["ranks"], routing["row_scales"])
-    given = (tensors["x"], tensors["lora_A"], tensors["lora_B"], *groups.tensors)
-    torch.ops.fastlora.multi_lora_add_(y, h, *given, *per_row, False, backend)
-    assert same_bits(y, want)
-    assert (h != 0).sum(1).tolist() == [2, 0, 0, 2]
-
-
-@pytest.mark.parametrize("rank", [-1, 9])
-def test_a_rank_out_of_range_reads_nothing_out_of_bounds(rank, device):
-    tensors, routing = batch((6,), 1, 9, 7, 4, 2, torch.float32, torch.float32, device)
-    given = {**routing, "ranks": torch.full((2,), rank, device=device)}
-    meant = {**routing, "ranks": torch.full((2,), min(max(rank, 0), 4), device=device)}
-    got = whole(F.multi_lora_linear, tensors, given)
-    assert same_bits(got, whole(F.multi_lora_linear, tensors, meant))
-
-
-@pytest.mark.parametrize(
-    "needed, gemms",
-    [(("x",), 5), (("weight",), 1), (("bias",), 0), (("lora_A",), 4), (("lora_B",), 2)],
-)
-def test_only_the_gradients_asked_for_are_computed(needed, gemms, backend):
-    ids = torch.tensor([0, 0, -1, 1, 1])  # two adapters, neighbours each
-    tensors, routing = batch((5,), ids, 9, 7, 3, 2, torch.float32, torch.float32, CPU)
-    routing["ranks"] = torch.tensor([3, 2])
-    every, part = leaves(tensors), leaves(tensors, *needed)
-    whole(F.multi_lora_linear, every, routing).sum().backward()
-    dy = torch.ones_like(y := whole(F.multi_lora_linear, part, routing))
-    with Spy() as spy:
-        y.backward(dy)
-    assert spy.gemms == gemms or backend != "torch"
-    for name in NAMES:
-        assert (part[name].grad is None) == (name not in needed)
-        assert part[name].grad is None or same_bits(part[name].grad, every[name].grad)
-
-
-@pytest.mark.parametrize("workload", ["distinct", "blocks"])
-@pytest.mark.parametrize("backend", ["torch"], indirect=True)
-def test_memory(workload, backend):
-    """One M*N tensor, the result; nothing N*K; rows that lie apart are gathered few at a time."""
-    M, N, K, R, S = 1500, 288, 320, 4, 2
-    ids = WORKLOADS[workload](M, S)
-    tensors, routing = batch((M,), ids, N, K, R, S, torch.bfloat16, torch.float32, CPU)
-    t = leaves(tensors, "x", "lora_A", "lora_B")
-    with Spy() as spy:
-        y = whole(F.multi_lora_linear, t, routing)
-    gathered = reference_multi._GATHER * max(N, K)
-    assert gathered < N * K < M * K
-    assert spy.sizes()[0] == M * N
-    assert spy.sizes()[1] <= gathered
-    dy = torch.ones_like(y)
-    with Spy() as spy:
-        y.backward(dy)
-    assert spy.sizes()[0] == M * K
-    assert spy.sizes()[1] <= max(gathered, products._CPU_BLOCK)  # float32 blocks of x and dy
-    assert max(spy.sizes(torch.bfloat16)[1:]) <= gathered
-
-
-@pytest.mark.parametrize("dtype, lora_dtype", DTYPES.values(), ids=DTYPES)
-def test_same_input_same_bits(dtype, lora_dtype, device):
-    tensors, routing = batch((63,), 1, 65, 33, 8, 5, dtype, lora_dtype, device)
-    results = []
-    for _ in range(2):
-        t = leaves(tensors)
-        y = whole(F.multi_lora_linear, t, routing)
-        y.backward(y.detach())
-        results.append([y, *(t[n].grad for n in NAMES)])
-    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_a_scaling_that_is_not_finite_is_named(backend):
-    """That of a slot in use: the others may hold anything."""
-    tensors, routing = batch((3,), 1, 9, 7, 3, 4, torch.float32, torch.float32, CPU)
-    routing |= {"adapter_ids": torch.tensor([2, -1, 2]), "scalings": torch.full((4,), math.nan)}
-    if backend == "triton":
-        y = whole(F.multi_lora_linear, tensors, routing | {"ranks": torch.full((4,), 3)})
-        assert y.isnan().all(1).tolist() == [True, False, True]
-        return
-    with pytest.raises(ValueError, match=r"scalings: expected finite numbers, got nan for slot 2"):
-        whole(F.multi_lora_linear, tensors, routing)
-
-
-def test_ranks_of_64_bits(backend):
-    tensors, routing = batch((6,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
-    given = {**routing, "ranks": torch.tensor([2**32 + 1, -(2**33)])}
-    meant = {**routing, "ranks": torch.tensor([4, 0])}
-    assert same_bits(
-        whole(F.multi_lora_linear, tensors, given), whole(F.multi_lora_linear, tensors, meant)
-    )
-
-
-def test_no_columns(device):
-    tensors, routing = batch((5,), 1, 0, 7, 4, 2, torch.float32, torch.float32, device)
-    for through in (whole, added):
-        assert through(F.multi_lora_linear, tensors, routing).shape == (5, 0)
-
-
-def test_x_without_rows_is_named():
-    tensors, routing = batch((5,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
-    tensors["x"] = tensors["x"][0]
-    with pytest.raises(ValueError, match=r"x: expected rows, \(T, K\) or \(B, ..., K\), got shape"):
-        whole(F.multi_lora_linear, tensors, routing)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlora.merge_files import durable, journal, merge_folder, plan
+from fastlora.merge_files import durable, merge_folder, plan
 from fastlora.merge_files.journal import JOURNAL, LOCK
 from tests.support.checkpoints import CONFIG, INDEX, contents
 from tests.support.models import quiet
@@ -207,38 +205,6 @@ def test_damaged_notes(given, half):
         merge(given, half)
 
 
-@pytest.mark.parametrize("what", ["merged", "strange", "file", "dangling"])
-def test_a_folder_that_exists_is_refused(given, tmp_path, what):
-    out = tmp_path / "out"
-    if what == "merged":
-        merge(given, out)
-    elif what == "strange":
-        out.mkdir()
-        (out / "thesis.tex").write_text("…")
-    elif what == "file":
-        out.write_text("…")
-    else:
-        out.symlink_to(tmp_path / "nowhere")
-    before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="out: expected a new folder"):
-        merge(given, out)
-    assert contents(tmp_path) == before
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_an_empty_folder_will_do(given, tmp_path):
-    """As a run leaves it that is killed at once."""
-    (tmp_path / "out").mkdir()
-    merge(given, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(given / "whole")
-
-
-def test_a_folder_that_cannot_be_made(given, tmp_path):
-    (tmp_path / "file").write_text("…")
-    with pytest.raises(OSError, match=r"out: .*file/out cannot be made: Not a directory"):
-        merge(given, tmp_path / "file" / "out")
-
-
 def test_one_process_at_a_time(given, half):
     before = contents(half)
     with durable.hold_lock(half / LOCK):
@@ -246,25 +212,6 @@ def test_one_process_at_a_time(given, half):
             merge(given, half)
         assert contents(half) == before
     merge(given, half)
-
-
-def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatch):
-    """Seen unfinished, found finished: it is left as it is, without a lock file."""
-    merge(given, tmp_path / "out")
-    monkeypatch.setattr(journal.os.path, "lexists", lambda path: False)
-    with pytest.raises(FileExistsError, match="holds a model already"):
-        merge(given, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(given / "whole")
-
-
-def test_no_room_is_said_before_anything_is_written(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
-    with pytest.raises(
-        OSError, match=r"out: .* needs \d+,\d+ bytes, 30,000 are free at"
-    ) as refused:
-        merge(given, tmp_path / "some" / "out")
-    assert refused.value.errno == errno.ENOSPC
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_written_needs_no_room(given, tmp_path, monkeypatch):
@@ -276,54 +223,3 @@ def test_what_is_written_needs_no_room(given, tmp_path, monkeypatch):
     assert left < needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
     merge(given, tmp_path / "out")
-
-
-def test_a_full_disk_leaves_nothing_half(given, tmp_path, monkeypatch):
-    """As the sixth file comes; with room again the same call goes on."""
-    out, count, fsync = tmp_path / "out", iter(range(1 << 30)), os.fsync
-
-    def full(handle: int) -> None:
-        if next(count) == 25:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(handle)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"no room to write it \(No space left"):
-            merge(given, out)
-    assert not list(out.glob("*" + durable.PARTIAL))
-    assert not (out / CONFIG).exists()
-    assert merge(given, out).kept
-    assert contents(out) == contents(given / "whole")
-
-
-def test_a_limit_of_file_sizes(given, tmp_path):
-    """A real error of a real write: within a tensor, not between."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    try:
-        with pytest.raises(OSError, match=r"safetensors: no room to write it \(File too large\)"):
-            merge(given, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((tmp_path / "out").glob("*" + durable.PARTIAL))
-    merge(given, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(given / "whole")
-
-
-def test_another_error_while_writing_is_passed_on(tmp_path):
-    def chunks() -> Iterator[bytes]:
-        yield b"half"
-        raise KeyError("x")
-
-    (tmp_path / "file").write_text("before")
-    with pytest.raises(KeyError):
-        durable.write(tmp_path / "file", chunks())
-    assert contents(tmp_path) == {"file": b"before"}
-
-
-def test_reading_past_the_end_is_noticed(tmp_path):
-    (tmp_path / "file").write_bytes(b"12345")
-    assert b"".join(durable.read_chunks(tmp_path / "file", 1, 3)) == b"234"
-    with pytest.raises(RuntimeError, match="it ends 2 bytes early"):
-        list(durable.read_chunks(tmp_path / "file", 3, 4))

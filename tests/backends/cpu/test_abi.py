@@ -4,10 +4,7 @@ Right results, nothing outside the operands touched, and nothing at all where a 
 Buffers lie between guards, or, where AddressSanitizer watches, end where the operand ends.
 """
 
-import ctypes
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -15,18 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora.backends import native
+from tests.support.c_matrices import (
+    BF16,
+    F16,
+    F32,
+    LIBRARY,
+    ROUNDING,
+    SETS,
+    Matrix,
+    decoded,
+    encoded,
+    many,
+    seeds,
+    sizes,
+)
 
 if native.unusable() is not None:
     pytest.skip(str(native.unusable()), allow_module_level=True)
-
-LIBRARY = native.functions()
-SETS = native.available().split(", ")
-GUARD = 0 if "ASAN_OPTIONS" in os.environ else 64
-F32, BF16, F16 = 0, 1, 2
-# Largest relative error of one rounding, of a call's few.
-ROUNDING = {F32: 1e-5, BF16: 3e-2, F16: 4e-3}
-
-many = settings(max_examples=300, deadline=None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,67 +36,6 @@ def _as_before() -> Iterator[None]:
     before = native.instruction_set()
     yield
     native.use(before)
-
-
-def encoded(values: np.ndarray, dtype: int) -> np.ndarray:
-    if dtype == F32:
-        return values.astype(np.float32)
-    if dtype == F16:
-        return values.astype(np.float16)
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def decoded(raw: np.ndarray, dtype: int) -> np.ndarray:
-    if dtype == BF16:
-        return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return raw.astype(np.float64)
-
-
-@dataclass
-class Matrix:
-    """Rows of unit columns, ``ld`` elements apart, between guards."""
-
-    values: np.ndarray
-    dtype: int
-    ld: int
-    raw: np.ndarray = field(init=False)
-    before: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        rows, columns = self.values.shape
-        size = (rows - 1) * self.ld + columns if rows and columns else 0
-        item = 4 if self.dtype == F32 else 2
-        self.raw = np.full(2 * GUARD + size * item, 0xA5, np.uint8)
-        self.rows()[...] = encoded(self.values, self.dtype)
-        self.before = self.raw.tobytes()
-
-    def rows(self) -> np.ndarray:
-        kind = {F32: np.float32, BF16: np.uint16, F16: np.float16}[self.dtype]
-        data = self.raw[GUARD : len(self.raw) - GUARD].view(kind)
-        strides = (self.ld * data.itemsize, data.itemsize)
-        return np.lib.stride_tricks.as_strided(data, self.values.shape, strides)
-
-    def get(self) -> np.ndarray:
-        return decoded(np.ascontiguousarray(self.rows()), self.dtype)
-
-    @property
-    def pointer(self) -> int | None:
-        return self.raw.ctypes.data + GUARD if self.values.size else None
-
-    def same(self) -> bool:
-        return self.raw.tobytes() == self.before
-
-    def only_values_changed(self) -> bool:
-        now = self.get()
-        self.rows()[...] = encoded(self.values, self.dtype)
-        untouched = self.same()
-        self.rows()[...] = encoded(now, self.dtype)
-        return untouched
-
-
-sizes = st.one_of(st.integers(0, 5), st.integers(6, 70))
-seeds = st.integers(0, 2**32 - 1)
 
 
 @many
@@ -299,77 +240,3 @@ def test_dropout(name, M, K, first_row, key, threshold, add, dtype, gap, threads
             1.5, add, v["dtype"], v["threads"],
         )  # fmt: skip
         assert code == native.BAD_ARGUMENT
-
-
-@many
-@given(
-    st.sampled_from(SETS), sizes, st.one_of(sizes, st.integers(60, 300)), st.integers(0, 9),
-    st.sampled_from([F32, BF16, F16]), st.integers(0, 3), st.integers(1, 4), seeds,
-    st.sampled_from(
-        ["good", "for good", "not finite", "edited", "positions", "bits", "counts", "checksum"]
-    ),
-)  # fmt: skip
-def test_merge_and_unmerge(name, N, K, R, dtype, gap, threads, seed, story):
-    draw = np.random.default_rng(seed)
-    native.use(name)
-    weight = Matrix(draw.standard_normal((N, K)), dtype, K + gap)
-    A = Matrix(draw.standard_normal((R, K)), F32, K)
-    B = Matrix(draw.standard_normal((N, R)) * 0.3, F32, R)
-    if story == "not finite" and B.values.size and K:
-        B.rows()[draw.integers(N), draw.integers(R)] = np.inf
-    arguments = (weight.pointer, weight.ld, 1, A.pointer, B.pointer, N, K, R, dtype, threads)
-    handle = ctypes.c_void_p()
-    where = None if story == "for good" else ctypes.byref(handle)
-    code = LIBRARY.fastlora_merge(*arguments, where)
-    if story == "not finite" and B.values.size and K:
-        assert code == native.NOT_FINITE
-        assert not handle
-        assert weight.same()
-        return
-    assert code == native.OK
-    assert weight.only_values_changed()
-    if story == "for good":
-        again = Matrix(weight.values, dtype, K + gap)
-        assert LIBRARY.fastlora_merge(again.pointer, *arguments[1:], ctypes.byref(handle)) == 0
-        LIBRARY.fastlora_receipt_free(handle)
-        assert again.raw.tobytes() == weight.raw.tobytes()
-        return
-    tiles = 0 if not N * K else -(-N // (65536 // min(K, 65536)))
-    size = LIBRARY.fastlora_receipt_size(handle)
-    item = 4 if dtype == F32 else 2
-    positions, bits = np.zeros(size, np.uint16), np.zeros(size * item, np.uint8)
-    counts, checksums = np.zeros(tiles, np.int32), np.zeros(2, np.int64)
-    parts = (positions, bits, counts, checksums)
-    assert LIBRARY.fastlora_receipt_read(handle, *(p.ctypes.data for p in parts)) == native.OK
-    LIBRARY.fastlora_receipt_free(handle)
-    want = weight.values if not R else weight.values + B.get() @ A.get()
-    error = np.abs(weight.get() - decoded(encoded(want, dtype), dtype)).max(initial=0)
-    assert error <= ROUNDING[dtype] * (np.abs(want).max(initial=0) + 1)
-
-    wrong = True
-    if story == "edited" and N * K:
-        weight.rows()[draw.integers(N), draw.integers(K)] = 0
-    elif story == "positions" and size:
-        positions[:] = draw.integers(0, 65536, size)
-    elif story == "bits" and size:
-        bits[draw.integers(len(bits))] ^= 1
-    elif story == "counts" and tiles:
-        counts[0] += draw.choice([-(2**30), -1, 1, 2**30])
-    elif story == "checksum" and N * K:
-        checksums[draw.integers(2)] += 1
-    else:
-        wrong = False
-    merged = weight.raw.tobytes()
-    code = LIBRARY.fastlora_unmerge(
-        *arguments, positions.ctypes.data, bits.ctypes.data, counts.ctypes.data, size,
-        checksums.ctypes.data,
-    )  # fmt: skip
-    if not wrong:
-        assert code == native.OK
-        assert weight.same()
-    elif code == native.OK:
-        # What was changed did not matter: a weight of 0 that was 0, the same positions again.
-        assert story in ("edited", "positions")
-        assert weight.same()
-    else:
-        assert weight.raw.tobytes() == merged
