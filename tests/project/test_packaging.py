@@ -145,7 +145,7 @@ def test_wheel_files(wheel: Path) -> None:
     names = contents(wheel)
     info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
     assert {name.split("/")[0] for name in names} == {"fastlora", info}
-    assert {"fastlora/py.typed", "fastlora/kernels/philox.py"} < set(names)
+    assert {"fastlora/py.typed", "fastlora/kernels/tile/philox.py"} < set(names)
     assert not [name for name in names if name.endswith((".so", ".dylib"))]
     assert any(name.startswith(f"{info}/") and name.endswith("/LICENSE") for name in names)
 

@@ -1,9 +1,10 @@
 """The backend ``"triton"``: the ops of many adapters, composed of the kernels beside this file.
 
-Operands as ``fastlora/backends/torch/multi.py`` has them; what ``lora.py`` says of dtypes, strides
-and ranks holds here. Forward and the gradient for x are a ``MultiProduct`` each, in which A and B
-change places; the adapters' gradients are sums over each one's rows. Ids, ranks, scales and pages
-stay on the device: no call waits for it, and a captured graph follows what is written to them.
+Operands as ``fastlora/backends/torch/multi.py`` has them; what ``linear.py`` says of dtypes,
+strides and ranks holds here. Forward and the gradient for x are a ``MultiProduct`` each, in which A
+and B change places; the adapters' gradients are sums over each one's rows. Ids, ranks, scales and
+pages stay on the device: no call waits for it, and a captured graph follows what is written to
+them.
 """
 
 from __future__ import annotations
