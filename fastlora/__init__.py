@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-from fastlora import functional
+from fastlora import functional, moved
 from fastlora.adapters.combine_files import combine_adapters
 from fastlora.config import LoRAConfig
 from fastlora.functional.fidelity import FidelityWarning
@@ -69,3 +69,5 @@ __all__ = [
     "use_adapters",
     "use_backend",
 ]
+
+moved.find_old_paths()

@@ -44,6 +44,12 @@ class Watch:
         for module in _find_entries(self.root, layers):
             self.add_hooks(module)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["verdicts"], dict):  # 0.1.0 had their parts here
+            names = ("root", "routing", "inputs", "plain")
+            state = {name: state[name] for name in names} | {"verdicts": Verdicts(state["root"])}
+        vars(self).update(state)
+
     def add_hooks(self, module: nn.Module) -> None:
         hooks = module._forward_pre_hooks.values()
         if not any(isinstance(hook, EnterHook) and hook.watch is self for hook in hooks):

@@ -14,7 +14,7 @@ FLOORS = """
     __main__
     commands
     demo
-    __init__ combining fidelity tensor_parallel
+    __init__ combining fidelity tensor_parallel moved
     serving integrations
     model merge_files
     adapters
