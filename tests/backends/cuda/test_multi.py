@@ -203,3 +203,19 @@ def test_x_and_y_may_share_memory(device):
     want = b.x.clone()
     F.multi_lora_add_(want, b.x, b.A, b.B, b.ids, b.scalings, **how)
     torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_are_those_of_the_next_backend(device, caplog):
+    b = Batch.draw(17, 64, 40, 8, 3, BF16, BF16, device)
+    A, B = b.A.requires_grad_(), b.B.requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = F.multi_lora_linear(b.x, b.weight, A, B, b.ids, b.scalings, ranks=b.ranks)
+        return torch.autograd.grad(y, (A, B), torch.ones_like(y))
+
+    dispatch._logged.clear()
+    grads = gradients()
+    assert "multi_lora_linear_backward runs on another backend" in caplog.text
+    with fastlora.use_backend("torch"):
+        for grad, expected in zip(grads, gradients(), strict=True):
+            torch.testing.assert_close(grad, expected, rtol=2**-6, atol=0.1)
