@@ -118,8 +118,8 @@ def merge_folder(
     watch: Watch | None = None,
 ) -> Merged:
     """Merges as ``merge_checkpoint`` without its warnings; ``watch`` is told the progress."""
-    if dtype is not None and dtype not in shards.CODES:
-        names = ", ".join(map(str, shards.CODES))
+    if dtype is not None and dtype not in shards.CODE_OF:
+        names = ", ".join(map(str, shards.CODE_OF))
         raise ValueError(f"dtype: expected one of {names}, got {dtype!r}")
     checkpoint, folder = shards.open_checkpoint(base), Path(out)
     if folder.resolve().is_relative_to(checkpoint.folder.resolve()):

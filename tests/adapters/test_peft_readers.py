@@ -246,8 +246,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def test_how_an_adapter_of_the_plain_base_began_is_history(tmp_path, base, begin: Begin):
     ids, plain = tokens(3, 8), weights(llama())
     theirs = begin(llama(), ids)
+    while begin is eva and not theirs.peft_config["default"].rank_pattern:
+        ids = tokens(3, 8)  # of the last ones every layer came by the same rank
+        theirs = begin(llama(), ids)
     if begin is eva:
-        assert theirs.peft_config["default"].rank_pattern
         randomise_lora(theirs)
     # It has left the base as it is.
     left = weights(theirs.base_model.model)
