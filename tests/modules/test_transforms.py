@@ -35,14 +35,18 @@ def test_per_sample_gradients(dtype):
     got = vmap(grad(loss(ours)), (None, 0))(adapters(ours), x)
     want = vmap(grad(loss(unfused(ours))), (None, 0))(adapters(ours), x)
     assert got.keys() == want.keys()
+    largest = max(float(gradient.abs().max()) for gradient in want.values())
     for name, gradient in got.items():
-        assert_near(gradient, want[name])
+        # Each is a sum of parts as large as the largest gradient of the block.
+        torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=1e-6 * largest)
         assert gradient.dtype == dtype
     # And as a loop over the samples has them.
     for i in range(4):
         ours.zero_grad()
         ours(x[i]).square().sum().backward()
-        assert_near(got["q.lora_A"][i], ours.q.lora_A.grad)
+        torch.testing.assert_close(
+            got["q.lora_A"][i], ours.q.lora_A.grad, rtol=1e-4, atol=1e-6 * largest
+        )
 
 
 def test_jacobians():
