@@ -1,4 +1,4 @@
-"""Many adapters in one batch: values, gradients, routing, and what never reaches a row."""
+"""Functions of many adapters in one batch: values, gradients, routing, and rows that stay apart."""
 
 import math
 
@@ -95,7 +95,7 @@ def rare(lead, ids, N, K, R, S, dtype, lora_dtype, device, backend) -> str | Non
 @pytest.mark.parametrize("dtype, lora_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("lead, ids, N, K, R, S", CASES)
-def test_values_and_gradients_match_the_oracle(
+def test_multi_lora_linear_matches_oracle_with_gradients(
     lead, ids, N, K, R, S, through, dtype, lora_dtype, device, backend
 ):
     tensors, routing = batch(lead, ids, N, K, R, S, dtype, lora_dtype, device)
@@ -113,7 +113,9 @@ def alike(workload, optional, device, backend) -> str | None:
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("optional", [(), ("ranks",), ("row_scales",)])
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
-def test_workloads(workload, optional, through, device, backend):
+def test_multi_lora_linear_matches_oracle_on_workloads(
+    workload, optional, through, device, backend
+):
     """More rows than are gathered at a time; with and without what is optional."""
     interpreted = backend == "triton" and device.type == "cpu"
     # An interpreted kernel gathers nothing, and takes a second for so many rows.
@@ -127,7 +129,7 @@ def test_workloads(workload, optional, through, device, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("through", [whole, added])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_strides_and_alignment(layout, through, dtype, device):
+def test_multi_lora_linear_accepts_strides_and_alignment(layout, through, dtype, device):
     tensors, routing = batch((3, 9), 1, 31, 37, 5, 3, dtype, torch.float32, device)
     tensors = {name: layout(t) for name, t in tensors.items()}
     with unchanged(tensors):
@@ -135,7 +137,7 @@ def test_any_strides_and_alignment(layout, through, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_groups_in_place_of_ids(dtype, device):
+def test_row_groups_equal_ids_bit_for_bit(dtype, device):
     tensors, routing = batch((5, 3), 1, 9, 7, 3, 4, torch.float32, torch.float32, device)
     ids = routing["adapter_ids"].to(dtype)
     groups = {**routing, "adapter_ids": F.group_rows(ids, 4)}
@@ -145,7 +147,7 @@ def test_groups_in_place_of_ids(dtype, device):
             assert same_bits(once, through(F.multi_lora_linear, tensors, routing))
 
 
-def test_adapters_tell_rows_apart(device):
+def test_one_input_differs_under_every_adapter(device):
     """One input under every adapter: results differ pairwise by a tenth of their size or more."""
     tensors, _ = batch((5,), 1, 31, 17, 4, 4, torch.float32, torch.float32, device)
     tensors["x"] = tensors["x"][:1].expand(5, -1)
@@ -163,7 +165,7 @@ def test_adapters_tell_rows_apart(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workload", ["blocks", "skewed", "none"])
-def test_rows_without_adapter_have_the_bits_of_the_base(workload, dtype, device):
+def test_rows_without_adapter_have_base_bits(workload, dtype, device):
     ids = WORKLOADS[workload](63, 3)
     tensors, routing = batch((63,), ids, 65, 33, 4, 3, dtype, torch.float32, device)
     bare = ids.to(device) == -1
@@ -180,7 +182,7 @@ def test_rows_without_adapter_have_the_bits_of_the_base(workload, dtype, device)
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("through", [whole, added])
-def test_poison_reaches_nobody(through, poison, device):
+def test_nan_in_unused_parts_reaches_no_row(through, poison, device):
     """In unused slots, past a slot's rank, in another row: the rest keeps its bits."""
     ids = torch.tensor([0, 2, -1, 0, 2, 2, -1, 0])
     tensors, routing = batch((8,), ids, 9, 7, 4, 4, torch.float32, torch.float32, device)

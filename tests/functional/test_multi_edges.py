@@ -1,4 +1,4 @@
-"""Many adapters in one batch: ranks, gradients, memory, and numbers that are none."""
+"""Functions of many adapters at their edges: ranks, gradients, memory, and values not finite."""
 
 import math
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
 
-def test_h_is_an_output_only(device, backend):
+def test_multi_add_ignores_what_h_held_before(device, backend):
     """NaN in scratch is overwritten, also where a row has no adapter or its slot a lower rank."""
     ids = torch.tensor([0, -1, 1, 0])
     tensors, routing = batch((4,), ids, 9, 7, 3, 2, torch.float32, torch.float32, device)
@@ -43,7 +43,7 @@ def test_h_is_an_output_only(device, backend):
 
 
 @pytest.mark.parametrize("rank", [-1, 9])
-def test_a_rank_out_of_range_reads_nothing_out_of_bounds(rank, device):
+def test_rank_out_of_range_is_clamped(rank, device):
     tensors, routing = batch((6,), 1, 9, 7, 4, 2, torch.float32, torch.float32, device)
     given = {**routing, "ranks": torch.full((2,), rank, device=device)}
     meant = {**routing, "ranks": torch.full((2,), min(max(rank, 0), 4), device=device)}
@@ -55,7 +55,7 @@ def test_a_rank_out_of_range_reads_nothing_out_of_bounds(rank, device):
     "needed, gemms",
     [(("x",), 5), (("weight",), 1), (("bias",), 0), (("lora_A",), 4), (("lora_B",), 2)],
 )
-def test_only_the_gradients_asked_for_are_computed(needed, gemms, backend):
+def test_multi_backward_computes_only_gradients_asked_for(needed, gemms, backend):
     ids = torch.tensor([0, 0, -1, 1, 1])  # two adapters, neighbours each
     tensors, routing = batch((5,), ids, 9, 7, 3, 2, torch.float32, torch.float32, CPU)
     routing["ranks"] = torch.tensor([3, 2])
@@ -72,7 +72,7 @@ def test_only_the_gradients_asked_for_are_computed(needed, gemms, backend):
 
 @pytest.mark.parametrize("workload", ["distinct", "blocks"])
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
-def test_memory(workload, backend):
+def test_multi_lora_linear_allocates_little_beyond_result(workload, backend):
     """One M*N tensor, the result; nothing N*K; rows that lie apart are gathered few at a time."""
     M, N, K, R, S = 1500, 288, 320, 4, 2
     ids = WORKLOADS[workload](M, S)
@@ -93,7 +93,7 @@ def test_memory(workload, backend):
 
 
 @pytest.mark.parametrize("dtype, lora_dtype", DTYPES.values(), ids=DTYPES)
-def test_same_input_same_bits(dtype, lora_dtype, device):
+def test_multi_lora_linear_repeats_bits_for_same_input(dtype, lora_dtype, device):
     tensors, routing = batch((63,), 1, 65, 33, 8, 5, dtype, lora_dtype, device)
     results = []
     for _ in range(2):
@@ -104,7 +104,7 @@ def test_same_input_same_bits(dtype, lora_dtype, device):
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_scaling_that_is_not_finite_is_named(backend):
+def test_non_finite_scaling_of_used_slot_is_named(backend):
     """That of a slot in use: the others may hold anything."""
     tensors, routing = batch((3,), 1, 9, 7, 3, 4, torch.float32, torch.float32, CPU)
     routing |= {"adapter_ids": torch.tensor([2, -1, 2]), "scalings": torch.full((4,), math.nan)}
@@ -116,7 +116,7 @@ def test_a_scaling_that_is_not_finite_is_named(backend):
         whole(F.multi_lora_linear, tensors, routing)
 
 
-def test_ranks_of_64_bits(backend):
+def test_ranks_of_64_bits_are_clamped(backend):
     tensors, routing = batch((6,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
     given = {**routing, "ranks": torch.tensor([2**32 + 1, -(2**33)])}
     meant = {**routing, "ranks": torch.tensor([4, 0])}
@@ -125,13 +125,13 @@ def test_ranks_of_64_bits(backend):
     )
 
 
-def test_no_columns(device):
+def test_multi_lora_linear_accepts_weight_without_columns(device):
     tensors, routing = batch((5,), 1, 0, 7, 4, 2, torch.float32, torch.float32, device)
     for through in (whole, added):
         assert through(F.multi_lora_linear, tensors, routing).shape == (5, 0)
 
 
-def test_x_without_rows_is_named():
+def test_one_dimensional_x_is_named_in_error():
     tensors, routing = batch((5,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
     tensors["x"] = tensors["x"][0]
     with pytest.raises(ValueError, match=r"x: expected rows, \(T, K\) or \(B, ..., K\), got shape"):
