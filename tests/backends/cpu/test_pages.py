@@ -1,4 +1,4 @@
-"""Adapters in pages on the native CPU kernels: read where they lie, among others' memory."""
+"""Adapters in pages on the native CPU kernels, read where they lie among other memory."""
 
 import math
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def added(b: Batch, bank: Bank | None, y: Tensor) -> Tensor:
     return F.multi_lora_add_(*given, page_table=table, **options(b))
 
 
-def fused(b: Batch, bank: Bank | None) -> Tensor:
+def fused_product(b: Batch, bank: Bank | None) -> Tensor:
     """The native product with the adapters, for any number of rows."""
     y, h = (b.x.new_empty(len(b.x), size) for size in (b.weight.shape[0], b.A.shape[1]))
     if bank is None:
@@ -91,7 +91,7 @@ def fused(b: Batch, bank: Bank | None) -> Tensor:
 
 @pytest.mark.parametrize("page, R", [(1, 3), (4, 8), (8, 16), (8, 13), (4, 30), (8, 64), (16, 9)])
 @pytest.mark.parametrize("dtype, lora_dtype", KINDS)
-def test_the_dense_form_s_bits(dtype, lora_dtype, page, R, instruction_set):
+def test_pages_give_bits_of_dense_form(dtype, lora_dtype, page, R, instruction_set):
     """Against the oracle too; one row, a few of an adapter, more than a block, and odd sizes."""
     for T, K, N, shift in ((1, 1, 1, 0), (3, 63, 431, 1), (40, 33, 63, 3), (7, 1128, 150, 0)):
         b = Batch.draw(T, K, N, R, 4, dtype, lora_dtype, CPU)
@@ -103,16 +103,16 @@ def test_the_dense_form_s_bits(dtype, lora_dtype, page, R, instruction_set):
             got = whole(b, bank)
             assert_accurate(got, b.want(), b.unfused(), dtype, tokens=T)
             assert same_bits(got, whole(b))
-            assert same_bits(fused(b, bank), fused(b, None))
+            assert same_bits(fused_product(b, bank), fused_product(b, None))
             assert same_bits(added(b, bank, y), added(b, None, y))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_few_rows_are_rounded_once(dtype, instruction_set):
+def test_paged_linear_rounds_few_rows_once(dtype, instruction_set):
     """With a weight the base's sums and the adapter's meet in float32."""
     b = Batch.draw(5, 64, 48, 8, 3, dtype, dtype, CPU)
     bank = Bank.of(b, 4)
-    once = fused(b, bank)
+    once = fused_product(b, bank)
     twice = added(b, bank, nnf.linear(b.x, b.weight, b.bias))
     # In float32 they may be alike: the order of the library's sums is its own.
     assert dtype == F32 or not same_bits(once, twice)
@@ -121,7 +121,7 @@ def test_few_rows_are_rounded_once(dtype, instruction_set):
 
 @pytest.mark.parametrize("page", [1, 4, 8])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_pages_that_are_not_there(dtype, page, instruction_set):
+def test_missing_pages_count_as_zero(dtype, page, instruction_set):
     """Hold nothing, wherever a slot's table has them; other slots do not notice."""
     R = 16
     b = Batch.draw(11, 67, 83, R, 3, dtype, dtype, CPU)
@@ -144,7 +144,7 @@ def test_pages_that_are_not_there(dtype, page, instruction_set):
     assert same_bits(added(b, none, y), y)
 
 
-def test_others_nan_stays_theirs(instruction_set):
+def test_nan_in_other_slots_reaches_no_row(instruction_set):
     """Slots that rows use, and slots that none does."""
     b = Batch.draw(12, 67, 83, 16, 4, BF16, F32, CPU)
     b = b._replace(ranks=torch.tensor([16, 5, 16, 12]), ids=torch.arange(12) % 4 - 1)
@@ -161,19 +161,19 @@ def test_others_nan_stays_theirs(instruction_set):
 
 @pytest.mark.parametrize("R", [5, 8, 16, 24])
 @pytest.mark.parametrize("dtype, lora_dtype", KINDS)
-def test_a_row_has_the_same_bits_in_any_batch(dtype, lora_dtype, R, instruction_set):
+def test_paged_row_has_same_bits_in_any_batch(dtype, lora_dtype, R, instruction_set):
     b = Batch.draw(39, 67, 211, R, 4, dtype, lora_dtype, CPU)
     b = b._replace(ids=torch.arange(39) // 9 - 1)
     bank, y = Bank.of(b, 8), signed(39, 211, dtype=dtype, device=CPU)
-    all_added, all_fused = added(b, bank, y), fused(b, bank)
+    all_added, all_fused = added(b, bank, y), fused_product(b, bank)
     for rows in (*torch.arange(39).split(1), torch.randperm(39), torch.arange(3, 30, 5)):
         own = b.rows(rows)
         assert same_bits(added(own, bank, y[rows]), all_added[rows])
-        assert same_bits(fused(own, bank), all_fused[rows])
+        assert same_bits(fused_product(own, bank), all_fused[rows])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_threads_do_not_change_the_bits(dtype, instruction_set):
+def test_paged_bits_do_not_depend_on_threads(dtype, instruction_set):
     b = Batch.draw(70, 130, 300, 24, 5, dtype, dtype, CPU)
     y = signed(70, 300, dtype=dtype, device=CPU)
     few = b.rows(torch.arange(3))
@@ -182,7 +182,12 @@ def test_threads_do_not_change_the_bits(dtype, instruction_set):
         torch.set_num_threads(threads)
         try:
             results.append(
-                (added(b, bank, y), fused(b, bank), added(few, bank, y[:3]), fused(few, bank))
+                (
+                    added(b, bank, y),
+                    fused_product(b, bank),
+                    added(few, bank, y[:3]),
+                    fused_product(few, bank),
+                )
             )
         finally:
             torch.set_num_threads(1)
@@ -191,7 +196,7 @@ def test_threads_do_not_change_the_bits(dtype, instruction_set):
 
 
 @pytest.mark.parametrize("slices", [None, (11, 40, 32)])
-def test_nothing_is_gathered(slices):
+def test_paged_call_allocates_nothing_per_adapter(slices):
     """What a call allocates does not grow with the adapters."""
     T, K, N, R = 4, 24, 83, 64
     C = len(slices or [1])
@@ -208,7 +213,7 @@ def test_nothing_is_gathered(slices):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_pages_past_2_to_the_31(dtype, instruction_set):
+def test_pages_are_read_past_2_to_the_31(dtype, instruction_set):
     """Pages that overlap, all but a few of them untouched memory: offsets are 64-bit."""
     b = Batch.draw(6, 70, 90, 8, 2, dtype, dtype, CPU)
     b = b._replace(ranks=torch.tensor([8, 8]))
@@ -225,7 +230,7 @@ def test_pages_past_2_to_the_31(dtype, instruction_set):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_scaling_that_is_not_finite(threads):
+def test_paged_add_refuses_non_finite_scaling(threads):
     """Raises, names the slot and leaves y; nobody's does not matter."""
     b = Batch.draw(6, 19, 37, 6, 4, F32, F32, CPU)
     b = b._replace(ids=torch.tensor([2, 0, 2, -1, 0, 2]), scalings=torch.ones(4))
@@ -246,7 +251,7 @@ def test_a_scaling_that_is_not_finite(threads):
         torch.set_num_threads(1)
 
 
-def rows_apart(pages: Tensor) -> Tensor:
+def pages_with_rows_apart(pages: Tensor) -> Tensor:
     """The same pages, NaN between every two ranks."""
     wide = pages.new_full((len(pages), 2 * pages.shape[1], pages.shape[2]), math.nan)
     wide[:, ::2] = pages
@@ -254,7 +259,7 @@ def rows_apart(pages: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("lay", ["columns of A", "columns of B", "the table", "rows of pages"])
-def test_pages_of_any_strides(lay):
+def test_paged_linear_accepts_pages_of_any_strides(lay):
     b = Batch.draw(6, 19, 37, 6, 4, F32, F32, CPU)
     bank = Bank.of(b, 4)
     want = whole(b, bank)
@@ -265,7 +270,7 @@ def test_pages_of_any_strides(lay):
     elif lay == "the table":
         bank = bank._replace(table=bank.table.T.contiguous().T)
     else:
-        bank = bank._replace(A=rows_apart(bank.A), B=rows_apart(bank.B))
+        bank = bank._replace(A=pages_with_rows_apart(bank.A), B=pages_with_rows_apart(bank.B))
     assert same_bits(whole(b, bank), want)
 
 
@@ -273,7 +278,7 @@ def test_pages_of_any_strides(lay):
     (0, 5, 7, 2, 2, 4), (3, 0, 7, 2, 2, 4), (3, 5, 0, 2, 2, 4), (3, 5, 7, 0, 2, 4),
     (3, 5, 7, 2, 0, 4), (3, 5, 7, 2, 2, 0),
 ])  # fmt: skip
-def test_where_there_is_nothing(T, K, N, S, pages, page, instruction_set):
+def test_paged_linear_accepts_empty_dimensions(T, K, N, S, pages, page, instruction_set):
     x, weight = torch.randn(T, K), torch.randn(N, K)
     A, B = torch.randn(6, page, K), torch.randn(6, page, N)
     table = torch.randint(0, 6, (S, pages), dtype=torch.int32)

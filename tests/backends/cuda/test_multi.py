@@ -1,4 +1,4 @@
-"""Many adapters in up to 64 rows on the CUDA kernels, on a GPU or on the host."""
+"""The CUDA kernels for many adapters in up to 64 rows, on a GPU or on the host."""
 
 import math
 
@@ -40,15 +40,15 @@ def run(b: Batch) -> tuple[Tensor, Tensor]:
     return take("multi_lora_linear", *given)
 
 
-def by_rank(B: Tensor) -> Tensor:
+def transpose_in_memory(B: Tensor) -> Tensor:
     """The same numbers with columns of a rank side by side."""
     return B.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @pytest.mark.parametrize("T, K, N, R, S", SHAPES)
-@pytest.mark.parametrize("layout", [lambda B: B, by_rank], ids=["by-column", "by-rank"])
+@pytest.mark.parametrize("layout", [lambda B: B, transpose_in_memory], ids=["by-column", "by-rank"])
 @dtypes
-def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
+def test_multi_lora_linear_matches_oracle(T, K, N, R, S, layout, dtype, lora_dtype, device):
     b = Batch.draw(T, K, N, R, S, dtype, lora_dtype, device)
     b = b._replace(B=layout(b.B))
     y, h = run(b)
@@ -69,7 +69,7 @@ def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
 @pytest.mark.parametrize("page", [8, 16])
 @pytest.mark.parametrize("widths", [[136], [64, 40, 32]])
 @dtypes
-def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
+def test_pages_and_slices_equal_dense_slots(page, widths, dtype, lora_dtype, device):
     """As dense slots, a slice at a time; free pages hold NaN."""
     T, K, N, R, S = 29, 72, sum(widths), 32, 6
     b = Batch.draw(T, K, N, R, S, dtype, lora_dtype, device)
@@ -96,7 +96,7 @@ def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
         begin = end
 
 
-def test_rows_have_their_bits_in_any_batch(device):
+def test_row_has_same_bits_in_any_batch(device):
     b = Batch.draw(64, 264, 72, 24, 7, BF16, BF16, device)
     together, _ = run(b)
     for size in (1, 5, 16, 33):
@@ -104,7 +104,7 @@ def test_rows_have_their_bits_in_any_batch(device):
         assert same_bits(run(b.rows(index))[0], together[index])
 
 
-def test_invariant_batches_of_any_size(device):
+def test_batch_invariant_holds_beyond_64_rows(device):
     """Beyond the rows that these kernels take, where another backend sums in another order."""
     b = Batch.draw(70, 1024, 1024, 16, 5, BF16, BF16, device)
 
@@ -117,7 +117,7 @@ def test_invariant_batches_of_any_size(device):
     assert same_bits(public(b.rows(some)), public(b)[:64])
 
 
-def test_rows_of_none_are_as_without_adapters(device):
+def test_rows_without_adapter_have_base_bits(device):
     b = Batch.draw(40, 136, 72, 16, 5, BF16, BF16, device)
     plain, _ = run(b._replace(ids=torch.full_like(b.ids, -1)))
     none = b.ids < 0
@@ -125,7 +125,7 @@ def test_rows_of_none_are_as_without_adapters(device):
     assert same_bits(run(b)[0][none], plain[none])
 
 
-def test_nan_stays_with_its_rows(device):
+def test_nan_in_adapter_stays_with_its_rows(device):
     b = Batch.draw(40, 136, 72, 16, 5, BF16, BF16, device)
     b = b._replace(ids=b.ids.where(b.ids != 0, 1))
     y, _ = run(b)
@@ -137,7 +137,7 @@ def test_nan_stays_with_its_rows(device):
     assert same_bits(poisoned[others], y[others])
 
 
-def test_ids_out_of_range_are_none(device):
+def test_ids_out_of_range_mean_no_adapter(device):
     """Where the host has not looked: ids that changed on the device."""
     b = Batch.draw(9, 40, 48, 8, 3, BF16, BF16, device)
     _, order, starts, *rest = b.routing
@@ -152,7 +152,7 @@ def test_ids_out_of_range_are_none(device):
 
 
 @pytest.mark.parametrize("page_id", [-1, 99])
-def test_pages_out_of_range_are_none(page_id, device):
+def test_pages_out_of_range_count_as_zero(page_id, device):
     b = Batch.draw(5, 40, 48, 8, 2, BF16, BF16, device)
     A, B = b.A.nan_to_num(0.5), b.B.nan_to_num(0.5)
     table = torch.tensor([[0], [page_id]], dtype=torch.int32, device=device)
@@ -165,7 +165,7 @@ def test_pages_out_of_range_are_none(page_id, device):
 
 
 @pytest.mark.parametrize("weight", [True, False])
-def test_the_same_bits_in_any_order_of_threads(weight):
+def test_bits_are_same_in_any_thread_order(weight):
     if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
     b = Batch.draw(40, 264, 72, 72, 11, BF16, BF16, torch.device("cpu"))
@@ -195,7 +195,7 @@ def test_refused_calls_run_on_the_next_backend(T, R, reason, device, caplog):
     assert reason in caplog.text
 
 
-def test_x_and_y_may_share_memory(device):
+def test_multi_add_accepts_x_as_y(device):
     b = Batch.draw(9, 48, 48, 8, 3, BF16, BF16, device)
     how = {"ranks": b.ranks, "row_scales": b.row_scales}
     y = b.x.clone()
