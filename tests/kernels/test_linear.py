@@ -1,4 +1,4 @@
-"""The Triton kernels along each path to a product, against the oracle, in tiles small and large."""
+"""The Triton kernels for one adapter, along each path and in many tiles, against the oracle."""
 
 import pytest
 import torch
@@ -147,26 +147,26 @@ def large(M, N, dtype, lora_dtype, device) -> str | None:
 @paths
 @shapes
 @skip_where(large)
-def test_a_path_matches_the_oracle(M, K, N, R, path, dtype, lora_dtype, device):
+def test_path_matches_oracle_with_gradients(M, K, N, R, path, dtype, lora_dtype, device):
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 
 @dropping_paths
 @pytest.mark.parametrize("M, K, N, R", [ODD[0], ODD[9], (33, 32, 48, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_path_drops_the_same_elements(M, K, N, R, path, dtype, tiles, device):
+def test_path_drops_same_elements_as_oracle(M, K, N, R, path, dtype, tiles, device):
     assert_right(M, K, N, R, dtype, torch.float32, P, path, device)
 
 
 @dropping_paths
-def test_a_path_drops_everything(path, device):
+def test_path_drops_everything_at_p_1(path, device):
     assert_right(9, 21, 17, 3, torch.float32, torch.float32, 1.0, path, device)
 
 
 @paths
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_path_reads_any_layout(path, layout, dtype, device):
+def test_path_reads_operands_of_any_layout(path, layout, dtype, device):
     """NaN lies around and between the elements of some."""
     assert_right(19, 37, 29, 5, dtype, torch.float32, 0.0, path, device, layout)
 
@@ -174,7 +174,7 @@ def test_a_path_reads_any_layout(path, layout, dtype, device):
 @dtypes
 @paths
 @pytest.mark.parametrize("M, K, N, R", [(33, 40, 72, 40), (49, 37, 21, 17)])
-def test_many_tiles_in_each_direction(M, K, N, R, path, dtype, lora_dtype, tiles, device):
+def test_path_is_right_across_many_tiles(M, K, N, R, path, dtype, lora_dtype, tiles, device):
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 
