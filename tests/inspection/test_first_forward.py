@@ -1,4 +1,4 @@
-"""The first forward: it warns of layers whose weight was read while they were never called."""
+"""The first forward warns of layers whose weight was read without a call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapted(model=None, **options):
     return fastlora.replace_linear(model or Handing(), ALL, **options)
 
 
-def said(call, *args, **kwargs):
+def warnings_of_bypass(call, *args, **kwargs):
     """What it warns of, of layers that were not called."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -40,13 +40,13 @@ def _no_graphs():
     torch.compiler.reset()
 
 
-def test_a_layer_that_is_read_by_a_function_is_named_once():
+def test_bypassed_layer_is_warned_of_once():
     model = randomise_lora(adapted())
-    (text,) = said(model, X)
+    (text,) = warnings_of_bypass(model, X)
     assert "read: inner (by the model, a Handing). What their adapters add is not" in text
     assert "unused" not in text
     assert (watched(model), torch._C._len_torch_function_stack()) == (0, 0)
-    assert said(model, X) == []
+    assert warnings_of_bypass(model, X) == []
     found = fastlora.report(model)
     assert (found.bypassed, len(found.replaced)) == ({"inner": "Handing"}, 3)
     assert "without effect: inner: never called, but read by Handing" in str(fastlora.report(model))
@@ -56,9 +56,9 @@ def test_a_layer_that_is_read_by_a_function_is_named_once():
     assert torch.equal(model(X), before)
 
 
-def test_what_is_called_or_left_alone_is_not_warned_of():
+def test_called_or_unused_layer_gives_no_warning():
     model = adapted(Handing(read=False))
-    assert said(model, X) == []
+    assert warnings_of_bypass(model, X) == []
     assert fastlora.report(model).bypassed == {}
 
 
@@ -103,14 +103,14 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_of_real_models_those_that_are_read(name):
+def test_real_models_warn_of_bypassed_layers_only(name):
     build, inputs, wanted = REAL[name]
     model = adapted(build().train())
     seen = set()
     for n, layer in find_lora_layers(model):
         layer.register_forward_pre_hook(lambda *_, n=n: seen.add(n))
     torch.manual_seed(0)
-    assert len(said(model, **inputs)) == bool(wanted)
+    assert len(warnings_of_bypass(model, **inputs)) == bool(wanted)
     found = fastlora.report(model).bypassed
     assert {n.rpartition(".")[2] for n in found} == wanted
     left = {n for n, _ in find_lora_layers(model)} - seen
@@ -134,7 +134,7 @@ class Keeping(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["fastlora", "PEFT"])
-def test_a_layer_that_is_kept_aside_is_called_without_its_adapter(kind):
+def test_layer_kept_aside_is_warned_of(kind):
     peft = pytest.importorskip("peft")
     model = Keeping()
     if kind == "PEFT":
@@ -143,7 +143,7 @@ def test_a_layer_that_is_kept_aside_is_called_without_its_adapter(kind):
         fastlora.patch_peft(theirs)
     else:
         adapted(model)
-    (text,) = said(model, X.abs())
+    (text,) = warnings_of_bypass(model, X.abs())
     # What reads the tied weight does nothing wrong, and a head may be unused.
     assert set(fastlora.report(model).bypassed) == {"inner", "bound"}
     assert ("not in the model" in text) == (kind == "fastlora")
@@ -160,28 +160,28 @@ class Fast(nn.Module):
         return self.inner(x) if self.training else x @ self.inner.weight.T + self.inner.bias
 
 
-def test_a_path_of_one_mode_is_watched_in_it():
+def test_watch_lasts_until_each_mode_has_run():
     model = adapted(nn.Sequential(Fast(), nn.ReLU()))
-    assert said(model.train(), X) == []
-    assert said(model, X) == []
-    assert len(said(model.eval(), X)) == 1
+    assert warnings_of_bypass(model.train(), X) == []
+    assert warnings_of_bypass(model, X) == []
+    assert len(warnings_of_bypass(model.eval(), X)) == 1
     assert watched(model) == 0
 
 
-def test_no_grad_parts_copies_threads_errors_and_interrupts():
+def test_watch_survives_parts_copies_threads_and_errors():
     model = adapted(nn.Sequential(Handing(), nn.ReLU()))
     twin, other = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     with torch.no_grad():
-        (text,) = said(model[0], X)  # a part that is called alone
+        (text,) = warnings_of_bypass(model[0], X)  # a part that is called alone
         assert "by the model" in text
-    assert len(said(model, X)) == 1
-    assert len(said(twin, X)) == 1
+    assert len(warnings_of_bypass(model, X)) == 1
+    assert len(warnings_of_bypass(twin, X)) == 1
 
     def failing():
         with pytest.raises(RuntimeError, match="size of tensor a"):
             other(torch.randn(2, 5))
 
-    assert said(failing) == []
+    assert warnings_of_bypass(failing) == []
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -191,17 +191,17 @@ def test_no_grad_parts_copies_threads_errors_and_interrupts():
         other(X)
     handle.remove()
     found = []
-    thread = threading.Thread(target=lambda: found.extend(said(other, X)))
+    thread = threading.Thread(target=lambda: found.extend(warnings_of_bypass(other, X)))
     thread.start()
     thread.join()
     assert len(found) == 1
     assert torch.add(X, X).shape == X.shape
     with torch.inference_mode():
-        assert said(adapted(Handing(read=False)), X) == []
+        assert warnings_of_bypass(adapted(Handing(read=False)), X) == []
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_first_forwards_of_several_threads_at_once():
+def test_first_forwards_of_two_threads_both_warn():
     """One ends within the other, and leaves it what ends it."""
     model, inner = adapted(nn.Sequential(Handing(), nn.Identity())), []
     entered, go = threading.Event(), threading.Event()
@@ -231,38 +231,38 @@ def test_first_forwards_of_several_threads_at_once():
     assert (inner, watched(model)) == ([0], 0)
 
 
-def test_checkpointing_generating_and_the_transforms_of_torch():
+def test_watch_ends_under_checkpointing_generation_and_transforms():
     model = adapted(llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert said(lambda: model(**IDS).loss.backward()) == []
+    assert warnings_of_bypass(lambda: model(**IDS).loss.backward()) == []
     assert watched(model) == 0
     model = adapted(llama())
-    assert said(model.generate, tokens(1, 3), max_new_tokens=2) == []
+    assert warnings_of_bypass(model.generate, tokens(1, 3), max_new_tokens=2) == []
     assert watched(model) == 0
     model = adapted()
     arguments = (model, dict(model.named_parameters()), (X,))
-    assert len(said(torch.func.functional_call, *arguments)) == 1
-    assert len(said(torch.func.vmap(adapted()), X)) == 1
+    assert len(warnings_of_bypass(torch.func.functional_call, *arguments)) == 1
+    assert len(warnings_of_bypass(torch.func.vmap(adapted()), X)) == 1
 
 
-def test_what_is_compiled_is_not_watched_until_it_runs_eagerly():
+def test_compiled_model_is_watched_once_run_eagerly():
     torch.compiler.reset()
     model = adapted()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert said(compiled, X) == []
+    assert warnings_of_bypass(compiled, X) == []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert len(said(model, X)) == 1
-        assert said(compiled, X) == []
+        assert len(warnings_of_bypass(model, X)) == 1
+        assert warnings_of_bypass(compiled, X) == []
     # A part that is compiled is called all the same.
     model = adapted()
     model.called = torch.compile(model.called, backend="eager", fullgraph=True)
-    assert len(said(model, X)) == 1
+    assert len(warnings_of_bypass(model, X)) == 1
     torch.compiler.reset()
 
 
-def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
+def test_merging_bypassed_layer_is_refused():
     model = adapted()
-    said(model, X)
+    warnings_of_bypass(model, X)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for merge in (fastlora.merge_adapter, fastlora.merge_and_unload):
         with pytest.raises(RuntimeError, match="inner: Handing reads its weight, so its adapter"):
@@ -281,10 +281,10 @@ def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
         fastlora.merge_adapter(model)
 
 
-def test_served_and_several_in_training():
+def test_servers_and_several_adapters_warn_too():
     server = fastlora.MultiLoRAModel(Handing(), max_adapters=1, max_rank=2)
-    (text,) = said(server, X, adapter_names=[None, None])
+    (text,) = warnings_of_bypass(server, X, adapter_names=[None, None])
     assert "read: inner (by the model, a Handing)" in text
     model = adapted(adapter_names=["a", "b"])
     with fastlora.use_adapters(model, ["a", "b"]):
-        assert len(said(model, X)) == 1
+        assert len(warnings_of_bypass(model, X)) == 1
