@@ -1,4 +1,4 @@
-"""Adapters of one layer combined: what comes out, what is refused, and what it takes."""
+"""combine on one layer: its results, its refusals and its memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("combination_type, rank", [("svd", 8), ("ties_svd", 10)])
-def test_svd_rank_beyond_the_layer(combination_type, rank):
+def test_svd_rank_beyond_the_layer_is_cut(combination_type, rank):
     """Where PEFT fails."""
     adapters = some(4, 4)
     A, B, _ = combine(adapters, [1.0, 2.0], combination_type, svd_rank=99, density=1.0)
@@ -87,14 +87,14 @@ def test_svd_rank_beyond_the_layer(combination_type, rank):
         torch.testing.assert_close(B @ A, weighted(adapters, [1.0, 2.0]).float())
 
 
-def test_svd_of_more_ranks_than_the_layer_has():
+def test_svd_accepts_more_ranks_than_layer_has():
     adapters, weights = some(5, 6, N=4, K=7), [0.5, -1.5]
     got = combine(adapters, weights, svd_rank=11)
     assert got[0].shape == (4, 7)
     assert_near(got, (*combine(adapters, weights, "cat")[:2], 1.0), size(adapters, weights))
 
 
-def test_full_matrices_change_nothing():
+def test_svd_full_matrices_change_nothing():
     adapters = some(3, 3)
     options = {"density": 0.5, "svd_rank": 4}
     one, two = (
@@ -104,7 +104,7 @@ def test_full_matrices_change_nothing():
     assert_near(one, two, size(adapters, [1.0, 1.0]))
 
 
-def test_linear_has_cross_terms():
+def test_linear_combination_has_cross_terms():
     """sqrt|s| on each side: what PEFT computes is not the weighted sum."""
     A, B = torch.eye(2)[:1], torch.ones(1, 1)
     got = combine([(A, B, 1.0), (A.flip(1), 3 * B, 1.0)], [4.0, -1.0], "linear")
@@ -113,7 +113,7 @@ def test_linear_has_cross_terms():
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_dense_deltas_are_made_only_where_they_are_pruned(combination_type):
+def test_dense_deltas_are_made_only_for_pruning(combination_type):
     N, K = 96, 80
     adapters = some(4, 4, N=N, K=K)
     with Spy() as spy:
@@ -125,7 +125,7 @@ def test_dense_deltas_are_made_only_where_they_are_pruned(combination_type):
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_adapters_stay_as_they_are(combination_type):
+def test_combine_leaves_its_adapters_unchanged(combination_type):
     adapters = [(A.requires_grad_(), B.requires_grad_(), s) for A, B, s in some(3, 3)]
     with unchanged(adapters):
         A, B, _ = combine(adapters, [1.0, -1.0], combination_type, density=0.5)
@@ -137,7 +137,7 @@ def test_adapters_stay_as_they_are(combination_type):
     assert adapters[0][0].any()
 
 
-def test_dtypes_are_promoted():
+def test_combine_promotes_dtypes_as_torch():
     half, single, double = (
         some(2, dtype=dtype)[0] for dtype in (torch.float16, torch.float32, torch.float64)
     )
@@ -157,20 +157,20 @@ def test_dtypes_are_promoted():
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
+def test_combine_refuses_bad_arguments_by_name(case):
     arguments, kind, message = REFUSED[case]
     with pytest.raises(kind, match=message):
         combine(**(GOOD | arguments))
 
 
 @pytest.mark.parametrize("combination_type", ONE_RANK)
-def test_different_ranks_are_named(combination_type):
+def test_combine_names_ranks_that_differ(combination_type):
     with pytest.raises(ValueError, match=rf"{combination_type} needs .*\[2, 3\]; svd, cat"):
         combine(some(2, 3), [1.0, 1.0], combination_type, density=0.5)
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_what_overflows_is_refused(combination_type):
+def test_combine_refuses_results_that_overflow(combination_type):
     huge = [(100 * A, 100 * B, 1e38) for A, B, _ in some(2, 2)]
     with pytest.raises(ValueError, match="weights: the combined adapter would not fit"):
         combine(huge, [1e300, 1.0], combination_type, density=0.5)
@@ -204,7 +204,7 @@ def test_cat_and_full_svd_are_the_weighted_sum(N, K, ranks, data):
 
 @settings(max_examples=30, deadline=None)
 @given(rank=st.integers(1, 6), ranks=st.lists(st.integers(1, 4), min_size=2, max_size=3))
-def test_a_shorter_svd_loses_no_more_than_it_must(rank, ranks):
+def test_short_svd_loses_no_more_than_needed(rank, ranks):
     """Eckart and Young: the distance is that of the singular values left out."""
     adapters, weights = some(*ranks, dtype=torch.float64), [0.5, -1.5, 1.0][: len(ranks)]
     want = weighted(adapters, weights)
@@ -212,7 +212,7 @@ def test_a_shorter_svd_loses_no_more_than_it_must(rank, ranks):
     assert lost == pytest.approx(float(torch.linalg.svdvals(want)[rank:].norm()), abs=1e-10)
 
 
-def test_svd_of_adapters_that_nearly_cancel():
+def test_svd_is_accurate_when_adapters_nearly_cancel():
     """Of the difference between two states of one training run every digit is there."""
     (A, B, s), (dA, dB, _) = some(4, 4, N=40, K=30)
     later = (A + 1e-3 * dA, B + 1e-3 * dB, s)

@@ -1,4 +1,4 @@
-"""Adapter files are not trusted: what is bad is refused by name, and the model stays as it was."""
+"""Adapter files are not trusted: bad ones are refused by name and change nothing."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("into", ["fresh", "adapted", "served"])
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_adapter_changes_nothing(folder, what, into):
+def test_bad_adapter_is_refused_and_changes_nothing(folder, what, into):
     spoil, says = BAD[what]
     spoil(folder)
     if into == "served":
@@ -198,7 +198,7 @@ def test_a_bad_adapter_changes_nothing(folder, what, into):
 
 
 @pytest.mark.parametrize("directory", [None, 3])
-def test_what_is_no_path_is_refused(directory):
+def test_load_adapter_refuses_what_is_no_path(directory):
     says = f"directory: expected the path of a folder, got {directory}"
     with pytest.raises(TypeError, match=says):
         fastlora.load_adapter(llama(), directory)
@@ -207,7 +207,7 @@ def test_what_is_no_path_is_refused(directory):
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(folder, name):
+def test_load_adapter_names_a_missing_file(folder, name):
     (folder / name).unlink()
     model = llama()
     with untouched(model), pytest.raises(FileNotFoundError, match=name):
@@ -225,7 +225,7 @@ def test_a_missing_file_is_named(folder, name):
         ("_MAX_CONFIG_BYTES", 10, "at most 10 bytes"),
     ],
 )
-def test_limits_come_before_reading(folder, monkeypatch, limit, value, says):
+def test_load_adapter_checks_limits_before_reading(folder, monkeypatch, limit, value, says):
     monkeypatch.setattr(adapter_files, limit, value)
     monkeypatch.setattr(adapter_files, "safe_open", None)
     model = llama()
@@ -234,7 +234,7 @@ def test_limits_come_before_reading(folder, monkeypatch, limit, value, says):
 
 
 @pytest.mark.parametrize("what", ["giant shape", "integer tensor", "missing tensor", "wider model"])
-def test_no_tensor_is_read_before_the_header_is_right(folder, monkeypatch, what):
+def test_load_adapter_checks_header_before_reading_tensors(folder, monkeypatch, what):
     BAD[what][0](folder)
     monkeypatch.setattr(adapter_files, "safe_open", None)
     with pytest.raises(ValueError, match=BAD[what][1]):
@@ -242,7 +242,7 @@ def test_no_tensor_is_read_before_the_header_is_right(folder, monkeypatch, what)
 
 
 @pytest.mark.parametrize("length", [1152, 2176, 0x4B50], ids=hex)
-def test_a_header_length_that_looks_like_a_pickle_is_none(folder, length):
+def test_header_length_resembling_a_pickle_loads(folder, length):
     """Its first byte is a pickle's 0x80, or its first two a zip's PK."""
     header, data = raw(folder)
     write_raw(folder, header, data, length)
@@ -255,7 +255,7 @@ NAMES = ["", ".", "..", "a/b", "/a", "a\\b", "a b", "ä", "a" * 129, "a\n", None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_names_are_refused(folder, name):
+def test_server_refuses_bad_adapter_names(folder, name):
     server = MultiLoRAModel(llama(), max_adapters=2)
     with untouched(server), pytest.raises(ValueError, match="adapter_name: expected to match"):
         server.load_adapter(folder, name)
@@ -263,6 +263,6 @@ def test_bad_names_are_refused(folder, name):
 
 
 @pytest.mark.parametrize("call", [fastlora.save_adapter, fastlora.load_adapter])
-def test_arguments_in_the_wrong_order(call, tmp_path):
+def test_arguments_in_wrong_order_are_refused(call, tmp_path):
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got "):
         call(tmp_path, llama())
