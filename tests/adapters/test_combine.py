@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastlora.adapters.combine import PRUNED, TYPES, combine
-from tests.support.combined import Adapter, assert_near, delta, size, weighted
+from tests.support.combined import Adapter, assert_near, delta, error_scale, weighted_sum_of_deltas
 from tests.support.models import llama, quiet, randomise_lora
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
@@ -100,7 +100,7 @@ def test_combine_equals_peft_for_equal_ranks(peft_model_of_equal_ranks, combinat
     for got, want, parts in pairs(
         peft_model_of_equal_ranks, weights, combination_type, density=0.43
     ):
-        assert_near(got, want, size(parts, weights))
+        assert_near(got, want, error_scale(parts, weights))
         assert got[2] == want[2] == 1
         if combination_type.endswith("_svd"):
             assert_same_factors(got, want)
@@ -116,7 +116,7 @@ def test_combine_equals_peft_for_different_ranks(peft_model_of_different_ranks, 
         peft_model_of_different_ranks, weights, combination_type, density=0.43
     ):
         assert got[0].shape == want[0].shape
-        assert_near(got, want, size(parts, weights))
+        assert_near(got, want, error_scale(parts, weights))
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
@@ -145,9 +145,9 @@ def test_combine_matches_peft_in_half_precision(combination_type, dtype):
         wide = [(A.float(), B.float(), s) for A, B, s in parts]
         half, single = (seeded(a, weights, combination_type, density=0.5) for a in (parts, wide))
         tolerance = 2 * torch.finfo(dtype).eps
-        assert_near(half, single, size(parts, weights), tolerance)
+        assert_near(half, single, error_scale(parts, weights), tolerance)
         if combination_type in ("cat", "svd"):
-            assert_near(got, want, size(parts, weights), tolerance)
+            assert_near(got, want, error_scale(parts, weights), tolerance)
 
 
 @pytest.mark.parametrize("svd_rank", [1, 3, 6, 8, 20])
@@ -155,7 +155,7 @@ def test_combine_matches_peft_in_half_precision(combination_type, dtype):
 def test_svd_rank_cuts_as_in_peft(peft_model_of_equal_ranks, combination_type, svd_rank):
     weights, options = (0.7, -0.4), {"svd_rank": svd_rank, "density": 0.43}
     for got, want, parts in pairs(peft_model_of_equal_ranks, weights, combination_type, **options):
-        assert_near(got, want, size(parts, weights))
+        assert_near(got, want, error_scale(parts, weights))
         # Of two adapters of rank 4 no more is there; PEFT fills up with directions of nothing.
         assert len(got[0]) == (min(svd_rank, 8) if combination_type == "svd" else svd_rank)
 
@@ -176,7 +176,7 @@ def test_svd_clamp_of_factors_equals_peft(peft_model_of_different_ranks, quantil
     clamped = pairs(peft_model_of_different_ranks, weights, "svd", svd_clamp=quantile)
     for got, _, parts in clamped:
         A = combine(parts, weights, "svd")[0]
-        U, S, Vh = torch.linalg.svd(weighted(parts, weights).float())
+        U, S, Vh = torch.linalg.svd(weighted_sum_of_deltas(parts, weights).float())
         signs = (A * Vh[: len(A)]).sum(1).sign()
         Vh, U = Vh[: len(A)] * signs[:, None], U[:, : len(A)] * S[: len(A)] * signs
         limit = torch.cat([U.flatten(), Vh.flatten()]).quantile(quantile)
@@ -199,5 +199,5 @@ def test_density_of_0_and_1_equals_peft(peft_model_of_equal_ranks, name, density
         density = 0.01  # PEFT divides by zero, we refuse
     weights = (0.7, -0.4)
     for got, want, parts in pairs(peft_model_of_equal_ranks, weights, name, density=density):
-        assert_near(got, want, max(float(delta(want).norm()), size(parts, weights)))
+        assert_near(got, want, max(float(delta(want).norm()), error_scale(parts, weights)))
         assert name.startswith("dare") or density == 1 or not delta(got).any()

@@ -25,14 +25,16 @@ QV = LoRAConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
 FIRST = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"  # (4, 32)
 
 
-def adapted(config: LoRAConfig = QV, build: Callable[[], nn.Module] = llama) -> nn.Module:
+def model_with_adapter(
+    config: LoRAConfig = QV, build: Callable[[], nn.Module] = llama
+) -> nn.Module:
     return randomise_lora(fastlora.replace_linear(build(), config))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good adapter, to be spoilt."""
-    fastlora.save_adapter(adapted(), tmp_path)
+    fastlora.save_adapter(model_with_adapter(), tmp_path)
     return tmp_path
 
 
@@ -85,7 +87,7 @@ def giant(folder: Path) -> None:
 
 
 def other_model(folder: Path, **sizes: int) -> None:
-    fastlora.save_adapter(adapted(build=lambda: llama(**sizes)), folder)
+    fastlora.save_adapter(model_with_adapter(build=lambda: llama(**sizes)), folder)
 
 
 # {what: (how to spoil the adapter, what the error says)}
@@ -155,7 +157,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "deeper model": (lambda f: other_model(f, num_hidden_layers=3), r"unexpected model.layers.2"),
     "shallower model": (lambda f: other_model(f, num_hidden_layers=1), r"missing model.layers.1"),
     "other family": (
-        lambda f: fastlora.save_adapter(adapted(LoRAConfig(target_modules=["query"]), bert), f),
+        lambda f: fastlora.save_adapter(
+            model_with_adapter(LoRAConfig(target_modules=["query"]), bert), f
+        ),
         "no linear layer matches|unexpected|not name|not served",
     ),
     "unsupported option": (lambda f: edit_config(f, use_dora=True), "not support use_dora=True"),
@@ -188,7 +192,7 @@ def test_bad_adapter_is_refused_and_changes_nothing(folder, what, into):
         load_it: Callable[[], object] = functools.partial(model.load_adapter, folder, "new")
         says += "|not served|biases of its own"
     else:
-        model = adapted() if into == "adapted" else llama()
+        model = model_with_adapter() if into == "adapted" else llama()
         load_it = functools.partial(fastlora.load_adapter, model, folder)
         says += "|the layer has|the layer and" if into == "adapted" else ""
     with untouched(model), pytest.raises(ValueError, match=says):

@@ -16,7 +16,7 @@ from fastlora.adapters.prune import (
     prune_by_magnitude,
     sum_pruned,
 )
-from tests.support.combined import some
+from tests.support.combined import random_adapters
 from tests.support.helpers import same_bits, unchanged
 
 GRID = torch.tensor([[1.0, -4.0, 0.5], [3.0, -2.0, 0.0]])
@@ -48,7 +48,7 @@ def test_prune_at_random_keeps_the_expectation():
 
 def test_seed_fixes_entries_kept_by_dare():
     seeds = []
-    adapters = some(2, 2)
+    adapters = random_adapters(2, 2)
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         seeds.append(combine(adapters, [1.0, 1.0], "dare_linear", density=0.5)[0])

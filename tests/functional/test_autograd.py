@@ -18,7 +18,7 @@ from tests.support.calls import (
     multi_linear,
     operands,
     rand,
-    unfused,
+    unfused_function,
 )
 from tests.support.helpers import assert_near
 
@@ -35,7 +35,7 @@ def as_function_of_argument(f, args, argument: int):
 def test_function_passes_gradcheck_in_float64(f):
     args = operands(f, torch.float64)
     assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in args])
-    assert_near(f(*args), unfused(f)(*args))
+    assert_near(f(*args), unfused_function(f)(*args))
 
 
 @pytest.mark.parametrize("p", [0.25, 1.0])
@@ -83,7 +83,7 @@ def test_double_backward_raises_or_is_right(f, argument, second):
         return torch.autograd.grad(first.square().sum(), args[second])[0]
 
     if argument == NAMES.index("weight") and f not in (linear, multi_linear):
-        assert_near(twice(f), twice(unfused(f)))
+        assert_near(twice(f), twice(unfused_function(f)))
     else:
         with pytest.raises(RuntimeError, match="differentiable once"):
             twice(f)
@@ -129,7 +129,9 @@ def test_torch_func_grad_matches_unfused_torch(f, argument):
     for transform in (grad, jacrev):
         ours = transform(as_function_of_argument(lambda *a: f(*a).square().sum(), args, argument))
         plain = transform(
-            as_function_of_argument(lambda *a: unfused(f)(*a).square().sum(), args, argument)
+            as_function_of_argument(
+                lambda *a: unfused_function(f)(*a).square().sum(), args, argument
+            )
         )
         assert_near(ours(args[argument]), plain(args[argument]))
 
@@ -144,7 +146,7 @@ def test_vmap_matches_vmap_of_unfused_torch(f, in_dims):
         t if d is None else torch.stack([t, t.flip(0), -t]).movedim(0, d)
         for t, d in zip(args, in_dims, strict=True)
     ]
-    assert_near(vmap(f, in_dims)(*batched), vmap(unfused(f), in_dims)(*batched))
+    assert_near(vmap(f, in_dims)(*batched), vmap(unfused_function(f), in_dims)(*batched))
 
 
 def test_vmap_gives_each_ensemble_member_its_gradients():
@@ -171,7 +173,7 @@ def test_vmap_gives_each_sample_its_gradients(f, argument):
     in_dims = tuple(0 if i == 0 else None for i in range(4))
     results = [
         vmap(grad(lambda *a, g=g: g(*a).square().sum(), argnums=argument), in_dims)(xs, *args[1:])
-        for g in (f, unfused(f))
+        for g in (f, unfused_function(f))
     ]
     assert_near(*results)
 
@@ -185,7 +187,7 @@ def test_gradient_through_vmap_matches_unfused_torch(f):
     def loss(g, xs):
         return vmap(lambda x: g(x, *args[1:]))(xs).square().sum()
 
-    want = grad(lambda xs: loss(unfused(f), xs))(xs)
+    want = grad(lambda xs: loss(unfused_function(f), xs))(xs)
     assert_near(grad(lambda xs: loss(f, xs))(xs), want)
     leaf = xs.clone().requires_grad_()
     loss(f, leaf).backward()

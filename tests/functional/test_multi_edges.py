@@ -15,7 +15,7 @@ from tests.support.helpers import (
     leaves,
     same_bits,
 )
-from tests.support.multi_calls import WORKLOADS, added, batch, whole
+from tests.support.multi_calls import WORKLOADS, batch, call_add, call_linear
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -31,7 +31,7 @@ def test_multi_add_ignores_what_h_held_before(device, backend):
     ids = torch.tensor([0, -1, 1, 0])
     tensors, routing = batch((4,), ids, 9, 7, 3, 2, torch.float32, torch.float32, device)
     routing["ranks"] = torch.tensor([2, 0], device=device)
-    want = added(F.multi_lora_linear, tensors, routing)
+    want = call_add(F.multi_lora_linear, tensors, routing)
     y = nnf.linear(tensors["x"], tensors["weight"], tensors["bias"])
     h = y.new_full((4, 3), math.nan)
     groups = F.group_rows(routing["adapter_ids"], 2)
@@ -47,8 +47,8 @@ def test_rank_out_of_range_is_clamped(rank, device):
     tensors, routing = batch((6,), 1, 9, 7, 4, 2, torch.float32, torch.float32, device)
     given = {**routing, "ranks": torch.full((2,), rank, device=device)}
     meant = {**routing, "ranks": torch.full((2,), min(max(rank, 0), 4), device=device)}
-    got = whole(F.multi_lora_linear, tensors, given)
-    assert same_bits(got, whole(F.multi_lora_linear, tensors, meant))
+    got = call_linear(F.multi_lora_linear, tensors, given)
+    assert same_bits(got, call_linear(F.multi_lora_linear, tensors, meant))
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_multi_backward_computes_only_gradients_asked_for(needed, gemms, backend
     tensors, routing = batch((5,), ids, 9, 7, 3, 2, torch.float32, torch.float32, CPU)
     routing["ranks"] = torch.tensor([3, 2])
     every, part = leaves(tensors), leaves(tensors, *needed)
-    whole(F.multi_lora_linear, every, routing).sum().backward()
-    dy = torch.ones_like(y := whole(F.multi_lora_linear, part, routing))
+    call_linear(F.multi_lora_linear, every, routing).sum().backward()
+    dy = torch.ones_like(y := call_linear(F.multi_lora_linear, part, routing))
     with Spy() as spy:
         y.backward(dy)
     assert spy.gemms == gemms or backend != "torch"
@@ -79,7 +79,7 @@ def test_multi_lora_linear_allocates_little_beyond_result(workload, backend):
     tensors, routing = batch((M,), ids, N, K, R, S, torch.bfloat16, torch.float32, CPU)
     t = leaves(tensors, "x", "lora_A", "lora_B")
     with Spy() as spy:
-        y = whole(F.multi_lora_linear, t, routing)
+        y = call_linear(F.multi_lora_linear, t, routing)
     gathered = reference_multi._GATHER * max(N, K)
     assert gathered < N * K < M * K
     assert spy.sizes()[0] == M * N
@@ -98,7 +98,7 @@ def test_multi_lora_linear_repeats_bits_for_same_input(dtype, lora_dtype, device
     results = []
     for _ in range(2):
         t = leaves(tensors)
-        y = whole(F.multi_lora_linear, t, routing)
+        y = call_linear(F.multi_lora_linear, t, routing)
         y.backward(y.detach())
         results.append([y, *(t[n].grad for n in NAMES)])
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
@@ -109,11 +109,11 @@ def test_non_finite_scaling_of_used_slot_is_named(backend):
     tensors, routing = batch((3,), 1, 9, 7, 3, 4, torch.float32, torch.float32, CPU)
     routing |= {"adapter_ids": torch.tensor([2, -1, 2]), "scalings": torch.full((4,), math.nan)}
     if backend == "triton":
-        y = whole(F.multi_lora_linear, tensors, routing | {"ranks": torch.full((4,), 3)})
+        y = call_linear(F.multi_lora_linear, tensors, routing | {"ranks": torch.full((4,), 3)})
         assert y.isnan().all(1).tolist() == [True, False, True]
         return
     with pytest.raises(ValueError, match=r"scalings: expected finite numbers, got nan for slot 2"):
-        whole(F.multi_lora_linear, tensors, routing)
+        call_linear(F.multi_lora_linear, tensors, routing)
 
 
 def test_ranks_of_64_bits_are_clamped(backend):
@@ -121,13 +121,14 @@ def test_ranks_of_64_bits_are_clamped(backend):
     given = {**routing, "ranks": torch.tensor([2**32 + 1, -(2**33)])}
     meant = {**routing, "ranks": torch.tensor([4, 0])}
     assert same_bits(
-        whole(F.multi_lora_linear, tensors, given), whole(F.multi_lora_linear, tensors, meant)
+        call_linear(F.multi_lora_linear, tensors, given),
+        call_linear(F.multi_lora_linear, tensors, meant),
     )
 
 
 def test_multi_lora_linear_accepts_weight_without_columns(device):
     tensors, routing = batch((5,), 1, 0, 7, 4, 2, torch.float32, torch.float32, device)
-    for through in (whole, added):
+    for through in (call_linear, call_add):
         assert through(F.multi_lora_linear, tensors, routing).shape == (5, 0)
 
 
@@ -135,4 +136,4 @@ def test_one_dimensional_x_is_named_in_error():
     tensors, routing = batch((5,), 1, 9, 7, 4, 2, torch.float32, torch.float32, CPU)
     tensors["x"] = tensors["x"][0]
     with pytest.raises(ValueError, match=r"x: expected rows, \(T, K\) or \(B, ..., K\), got shape"):
-        whole(F.multi_lora_linear, tensors, routing)
+        call_linear(F.multi_lora_linear, tensors, routing)

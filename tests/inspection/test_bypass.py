@@ -21,7 +21,7 @@ from tests.support.models import (
     tokens,
     untouched,
 )
-from tests.support.readers import AUDIO, Handing, built, mamba, wavlm
+from tests.support.readers import AUDIO, Handing, build_model, mamba, wavlm
 
 pytestmark = quiet
 ALL = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -38,11 +38,13 @@ BERT = {
 def layout():
     sizes = {"coordinate_size": 4, "shape_size": 8, "visual_embed": False}
     biases = {"has_relative_attention_bias": True, "has_spatial_attention_bias": True}
-    return built("LayoutLMv3", "Model", **BERT, **sizes, **biases)
+    return build_model("LayoutLMv3", "Model", **BERT, **sizes, **biases)
 
 
 def mobilebert():
-    return built("MobileBert", "ForMaskedLM", **BERT, embedding_size=16, intra_bottleneck_size=32)
+    return build_model(
+        "MobileBert", "ForMaskedLM", **BERT, embedding_size=16, intra_bottleneck_size=32
+    )
 
 
 READ = {
@@ -127,7 +129,7 @@ def test_explain_bypass_sees_distant_readers_and_calls():
 
 def rwkv():
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 16}
-    return built("Rwkv", "ForCausalLM", **sizes, rescale_every=2)
+    return build_model("Rwkv", "ForCausalLM", **sizes, rescale_every=2)
 
 
 def test_weight_rescaled_by_forward_takes_no_adapter():

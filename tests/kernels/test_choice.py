@@ -32,7 +32,7 @@ def folders(tmp_path, monkeypatch):
     choice.forget()
 
 
-def path(problem: Problem, first: bool = False) -> str:
+def chosen_path(problem: Problem, first: bool = False) -> str:
     return choice.path_of("lora_linear", problem, BF16, BF16, first, CPU)
 
 
@@ -100,11 +100,11 @@ def write_verified_rows(*paths: str, **fields) -> None:
 
 def test_verified_path_is_preferred_to_unverified():
     small = Problem(4, 4096, 4096, 16, 2)
-    assert path(small) == "one_pass"
+    assert chosen_path(small) == "one_pass"
     write_verified_rows("library", "two_pass", dtype="fp16")
-    assert path(small) == "one_pass", "rows of another dtype say nothing"
+    assert chosen_path(small) == "one_pass", "rows of another dtype say nothing"
     write_verified_rows("library", "two_pass")
-    assert path(small) == "two_pass"
+    assert chosen_path(small) == "two_pass"
     assert choice.verified("lora_linear", "bf16", 90) == ("library", "two_pass")
     assert choice.verified("lora_linear", None, 90) == ("library", "two_pass")
     assert choice.verified("lora_linear", "bf16", 80) == ()
@@ -203,7 +203,7 @@ def test_rows_not_understood_are_passed_over(row, folders):
     records.write(name, [row | choice.versions()], ("kernel",))
     choice.forget()
     small = Problem(*SHAPE.values(), 2)._replace(K=4096, N=4096, R=16)
-    assert path(small) == "one_pass"
+    assert chosen_path(small) == "one_pass"
     want = configs.default("one_pass", 4, 4096, 90)
     assert choice.config_of("one_pass", small, BF16, CPU) == want
 
@@ -214,8 +214,8 @@ def test_timing_with_weight_ignored_for_products_without():
     records.write(name, [row | {"weight": True} | choice.versions()], ("kernel",))
     choice.forget()
     small = Problem(4, 4096, 4096, 16, 2)
-    assert path(small) == "two_pass"
-    assert path(small._replace(weight=False)) == "one_pass"
+    assert chosen_path(small) == "two_pass"
+    assert chosen_path(small._replace(weight=False)) == "one_pass"
 
 
 def test_file_of_turns_gpu_name_into_filename():
@@ -225,11 +225,11 @@ def test_file_of_turns_gpu_name_into_filename():
 def test_use_path_forces_path_that_can_run():
     small = Problem(4, 4096, 4096, 16, 2)
     with choice.use_path("library"):
-        assert path(small) == "library"
+        assert chosen_path(small) == "library"
         with choice.use_path("one_pass"):
-            assert path(small) == "one_pass"
-            assert path(small._replace(R=300)) != "one_pass", "where it can run alone"
-    assert path(small) == "one_pass"
+            assert chosen_path(small) == "one_pass"
+            assert chosen_path(small._replace(R=300)) != "one_pass", "where it can run alone"
+    assert chosen_path(small) == "one_pass"
     message = "path: expected one of one_pass, .*got 'fastest'"
     with pytest.raises(ValueError, match=message), choice.use_path("fastest"):
         pass

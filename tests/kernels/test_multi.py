@@ -29,7 +29,7 @@ from fastlora.kernels.choose import choice, ledger
 from fastlora.kernels.choose.ledger import MULTI_PATHS, Problem
 from fastlora.kernels.multi import gemm as multi_gemm
 from fastlora.kernels.tile import configs, launch, numerics
-from tests.support.multi_paths import paths
+from tests.support.multi_paths import on_every_path
 
 # T, K, N, R, S; K of several parts, more ranks than a step, many tiles, aligned rows.
 SHAPES = [
@@ -90,39 +90,39 @@ def assert_right(b: Batch, path: str, layout=contiguous) -> None:
     assert same_bits(h2, h)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("T, K, N, R, S", SHAPES)
 def test_multi_path_matches_oracle_with_gradients(T, K, N, R, S, path, device):
     assert_right(Batch.draw(T, K, N, R, S, F32, F32, device), path)
 
 
 @dtypes
-@paths
+@on_every_path
 @pytest.mark.parametrize("T, K, N, R, S", [SHAPES[0], SPLIT])
 def test_multi_path_matches_oracle_in_every_dtype(T, K, N, R, S, path, dtype, lora_dtype, device):
     assert_right(Batch.draw(T, K, N, R, S, dtype, lora_dtype, device), path)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("T, K, N, R, S", EMPTY)
 def test_multi_path_accepts_empty_dimensions(T, K, N, R, S, path, device):
     assert_right(Batch.draw(T, K, N, R, S, F32, F32, device), path)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_multi_path_reads_operands_of_any_layout(path, layout, device):
     """NaN lies around and between the elements of some."""
     assert_right(Batch.draw(19, 37, 29, 5, 3, F32, F32, device), path, layout)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_multi_path_is_right_across_many_tiles(path, dtype, tiles, device):
     assert_right(Batch.draw(35, 37, 41, 21, 5, dtype, dtype, device), path)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("tiles", ["tiny"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multi_gradients_match_oracle_along_each_path(path, dtype, tiles, device):
@@ -177,7 +177,7 @@ def test_aligned_rows_are_read_by_descriptors(device, monkeypatch):
         taken.clear()
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("page, dtype", [(1, F32), (4, torch.bfloat16), (16, F32)])
 def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
     b = Batch.draw(37, 40, 50, 12, 6, dtype, dtype, device)
@@ -187,7 +187,7 @@ def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
     assert same_bits(multi.packed_lora_linear(b.x, b.weight, b.bias, *given, path=path), dense)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("tiles", ["tiny"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_slices_give_the_bits_of_each_alone(path, dtype, tiles, device):

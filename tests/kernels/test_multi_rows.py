@@ -14,13 +14,13 @@ from tests.support.helpers import same_bits, signed
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.backends.triton import multi, multi_product
-from tests.support.multi_paths import paths
+from tests.support.multi_paths import on_every_path
 
 F32 = torch.float32
 pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_nan_in_adapter_stays_with_its_rows(path, poison, device):
     """One tile holds rows of all: those of others, and of none, keep their bits."""
@@ -38,7 +38,7 @@ def test_nan_in_adapter_stays_with_its_rows(path, poison, device):
         assert not y[theirs].isfinite().all(1).any()
 
 
-@paths
+@on_every_path
 def test_ids_out_of_range_mean_no_adapter(path, device):
     """On a device nobody has looked at them: they must not become addresses."""
     b = Batch.draw(12, 20, 30, 4, 3, F32, F32, device)
@@ -107,7 +107,7 @@ def test_number_of_programs_does_not_change_bits(device, monkeypatch):
     assert same_bits(results[512], results[1])
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_slot_of_rank_0_adds_nothing_despite_scaling(path, dtype, device):
     """As a dropped slot is left: NaN, and rank 0. Beside others it must not show either."""
@@ -170,7 +170,7 @@ def test_gradients_past_a_slots_rank_are_zero(device):
         assert same_bits(grad, torch.zeros_like(grad))
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_multi_path_repeats_bits_for_same_input(path, dtype, device):
     b = Batch.draw(49, 64, 80, 24, 4, dtype, F32, device)

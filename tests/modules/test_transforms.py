@@ -19,7 +19,7 @@ import fastlora
 from fastlora import FastLoRALinear
 from fastlora import functional as F
 from fastlora.ops import dispatch
-from tests.support.blocks import adapters, batch, block, gradients, unfused
+from tests.support.blocks import adapters_by_name, batch, block, gradients, unfused_copy
 from tests.support.helpers import assert_near, same_bits
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -32,8 +32,8 @@ def loss(model: nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_per_sample_gradients_match_unfused_torch(dtype):
     ours, x = block(dtype, lora_bias=True), batch(4, dtype)
-    got = vmap(grad(loss(ours)), (None, 0))(adapters(ours), x)
-    want = vmap(grad(loss(unfused(ours))), (None, 0))(adapters(ours), x)
+    got = vmap(grad(loss(ours)), (None, 0))(adapters_by_name(ours), x)
+    want = vmap(grad(loss(unfused_copy(ours))), (None, 0))(adapters_by_name(ours), x)
     assert got.keys() == want.keys()
     for name, gradient in got.items():
         assert_near(gradient, want[name])
@@ -47,7 +47,7 @@ def test_per_sample_gradients_match_unfused_torch(dtype):
 
 def test_jacobians_of_model_match_unfused_torch():
     ours, x = block(), batch(2)
-    plain, given = unfused(ours), adapters(ours)
+    plain, given = unfused_copy(ours), adapters_by_name(ours)
     jacobians = [jacrev(lambda p, m=m: functional_call(m, p, (x,)))(given) for m in (ours, plain)]
     for name, got in jacobians[0].items():
         assert got.shape == (*x.shape, *given[name].shape)
@@ -168,7 +168,7 @@ def test_gradients_of_some_parameters_match_unfused_torch():
     ours, x = block(), batch()
     wanted = [ours.up.lora_B, ours.q.lora_A]
     got = torch.autograd.grad(ours(x).square().sum(), wanted)
-    twin = unfused(ours)
+    twin = unfused_copy(ours)
     want = torch.autograd.grad(twin(x).square().sum(), [twin.up.lora_B, twin.q.lora_A])
     for a, b in zip(got, want, strict=True):
         assert_near(a, b)

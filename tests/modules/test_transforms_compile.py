@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora import functional as F
-from tests.support.blocks import Block, adapters, batch, block, gradients, matters
+from tests.support.blocks import (
+    Block,
+    adapters_by_name,
+    batch,
+    block,
+    gradients,
+    randomise_adapters,
+)
 from tests.support.helpers import assert_near
 
 NAMES = ["anna", "ben", "carl"]
@@ -164,7 +171,7 @@ def test_inductor_recomputes_the_same_mask():
 
 def test_compiled_model_trains_several_adapters():
     config = LoRAConfig(**FEW)
-    ours = matters(fastlora.replace_linear(Block(), config, adapter_names=NAMES))
+    ours = randomise_adapters(fastlora.replace_linear(Block(), config, adapter_names=NAMES))
     run = compile_whole(ours)
 
     def agree(*rows: str | None) -> int:
@@ -209,7 +216,7 @@ def test_compiled_server_runs_its_adapters(tmp_path):
     config = LoRAConfig(**FEW)
     base = Block().eval()
     for name in NAMES:
-        own = matters(fastlora.replace_linear(copy.deepcopy(base), config))
+        own = randomise_adapters(fastlora.replace_linear(copy.deepcopy(base), config))
         fastlora.save_adapter(own, tmp_path / name)
     server = MultiLoRAModel(base, 2, 8, FEW["target_modules"])
     for name in NAMES[:2]:
@@ -233,7 +240,7 @@ def test_compiled_server_runs_its_adapters(tmp_path):
 
 def under_func() -> dict[str, Callable]:
     ours, x = block().q, batch()
-    plain = adapters(ours)
+    plain = adapters_by_name(ours)
 
     def loss(parameters, x):
         return functional_call(ours, parameters, (x,)).square().sum()

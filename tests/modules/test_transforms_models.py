@@ -17,7 +17,14 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastlora
 from fastlora import FastLoRALinear, LoRAConfig, MultiLoRALinear
-from tests.support.blocks import Block, adapters, batch, block, gradients, matters
+from tests.support.blocks import (
+    Block,
+    adapters_by_name,
+    batch,
+    block,
+    gradients,
+    randomise_adapters,
+)
 from tests.support.helpers import assert_near, same_bits
 
 CONFIG = LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
@@ -90,7 +97,7 @@ def test_averaged_model_averages_adapters():
     ours, x = block().eval(), batch()
     average = AveragedModel(ours)
     for _ in range(3):
-        average.update_parameters(matters(ours))
+        average.update_parameters(randomise_adapters(ours))
     assert not torch.equal(average(x), ours(x))
     average.module.load_state_dict(ours.state_dict())
     assert same_bits(average(x), ours(x))
@@ -114,7 +121,7 @@ def test_meta_model_takes_values_from_state(assign):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         assert bool(ours(x).isfinite().all())
-        assert not any(bool(t.any()) for n, t in adapters(ours).items() if "lora_B" in n)
+        assert not any(bool(t.any()) for n, t in adapters_by_name(ours).items() if "lora_B" in n)
         ours.load_state_dict(other.state_dict())
     assert same_bits(ours.eval()(x), other(x))
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == trained

@@ -40,7 +40,7 @@ class Node(nn.Module):
                 note(torch.full(tower.shape[:-1], -9))
                 x = x + y.mean()
             else:
-                x, who = moved(step, x, who.expand(x.shape), self.seed, self.odd)
+                x, who = move_rows(step, x, who.expand(x.shape), self.seed, self.odd)
         return x, who
 
 
@@ -59,7 +59,7 @@ STEPS = [
 ]  # fmt: skip
 
 
-def moved(step: str, x: Tensor, who: Tensor, seed: float, odd: bool) -> tuple[Tensor, Tensor]:
+def move_rows(step: str, x: Tensor, who: Tensor, seed: float, odd: bool) -> tuple[Tensor, Tensor]:
     n = len(x)
     order = list(range(n))
     random.Random(seed).shuffle(order)

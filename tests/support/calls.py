@@ -65,7 +65,7 @@ def operands(f, dtype: torch.dtype = torch.float32, rows: int = M) -> list[Tenso
     return [rand(*shape, dtype=dtype) for shape in shapes]
 
 
-def unfused(f):
+def unfused_function(f):
     """What f computes, as a function that torch differentiates by itself."""
 
     def many(x, weight, lora_A, lora_B):

@@ -66,13 +66,13 @@ def options(b: Batch) -> dict[str, Any]:
     return {"ranks": b.ranks, "row_scales": b.row_scales}
 
 
-def whole(b: Batch, bank: Bank | None = None) -> Tensor:
+def call_linear(b: Batch, bank: Bank | None = None) -> Tensor:
     A, B, table = bank or (b.A, b.B, None)
     given, how = (b.x, b.weight, A, B, b.ids, b.scalings), options(b)
     return F.multi_lora_linear(*given, bias=b.bias, page_table=table, **how)
 
 
-def added(b: Batch, bank: Bank | None, y: Tensor) -> Tensor:
+def call_add(b: Batch, bank: Bank | None, y: Tensor) -> Tensor:
     A, B, table = bank or (b.A, b.B, None)
     given = (y.clone(), b.x, A, B, b.ids, b.scalings)
     return F.multi_lora_add_(*given, page_table=table, **options(b))
@@ -100,11 +100,11 @@ def test_pages_give_bits_of_dense_form(dtype, lora_dtype, page, R, instruction_s
         bank = Bank.of(b, page, shift)
         y = signed(T, N, dtype=dtype, device=CPU)
         with unchanged(b, bank.table):
-            got = whole(b, bank)
+            got = call_linear(b, bank)
             assert_accurate(got, b.want(), b.unfused(), dtype, tokens=T)
-            assert same_bits(got, whole(b))
+            assert same_bits(got, call_linear(b))
             assert same_bits(fused_product(b, bank), fused_product(b, None))
-            assert same_bits(added(b, bank, y), added(b, None, y))
+            assert same_bits(call_add(b, bank, y), call_add(b, None, y))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -113,10 +113,10 @@ def test_paged_linear_rounds_few_rows_once(dtype, instruction_set):
     b = Batch.draw(5, 64, 48, 8, 3, dtype, dtype, CPU)
     bank = Bank.of(b, 4)
     once = fused_product(b, bank)
-    twice = added(b, bank, nnf.linear(b.x, b.weight, b.bias))
+    twice = call_add(b, bank, nnf.linear(b.x, b.weight, b.bias))
     # In float32 they may be alike: the order of the library's sums is its own.
     assert dtype == F32 or not same_bits(once, twice)
-    assert same_bits(whole(b, bank), once if cpu_multi.few(5, b.weight) else twice)
+    assert same_bits(call_linear(b, bank), once if cpu_multi.few(5, b.weight) else twice)
 
 
 @pytest.mark.parametrize("page", [1, 4, 8])
@@ -128,20 +128,20 @@ def test_missing_pages_count_as_zero(dtype, page, instruction_set):
     b = b._replace(ranks=torch.tensor([R, R, 7]), ids=torch.arange(11) % 4 - 1)
     b.A[torch.isnan(b.A)], b.B[torch.isnan(b.B)] = 0.5, 0.25
     bank = Bank.of(b, page)
-    before, y = whole(b, bank), signed(11, 83, dtype=dtype, device=CPU)
+    before, y = call_linear(b, bank), signed(11, 83, dtype=dtype, device=CPU)
     for absent in (*ABSENT, bank.A.shape[0]):
         table, without = bank.table.clone(), b._replace(A=b.A.clone(), B=b.B.clone())
         for slot, at in ((0, 0), (1, R // page - 1)):
             table[slot, at] = absent
             without.A[slot, at * page : (at + 1) * page] = 0
-        got = whole(b, bank._replace(table=table))
+        got = call_linear(b, bank._replace(table=table))
         assert_accurate(got, without.want(), without.unfused(), dtype)
         others = (b.ids != 0) & (b.ids != 1)
         assert same_bits(got[others], before[others])
         gone = bank._replace(table=torch.full_like(table, absent))
-        assert same_bits(added(b, gone, y), y)
+        assert same_bits(call_add(b, gone, y), y)
     none = Bank(bank.A[:0], bank.B[:0], bank.table)
-    assert same_bits(added(b, none, y), y)
+    assert same_bits(call_add(b, none, y), y)
 
 
 def test_nan_in_other_slots_reaches_no_row(instruction_set):
@@ -149,12 +149,12 @@ def test_nan_in_other_slots_reaches_no_row(instruction_set):
     b = Batch.draw(12, 67, 83, 16, 4, BF16, F32, CPU)
     b = b._replace(ranks=torch.tensor([16, 5, 16, 12]), ids=torch.arange(12) % 4 - 1)
     b.A[torch.isnan(b.A)], b.B[torch.isnan(b.B)] = 0.5, 0.25
-    clean = whole(b, Bank.of(b, 8))
+    clean = call_linear(b, Bank.of(b, 8))
     for poison in (math.nan, math.inf):
         ill = b._replace(A=b.A.clone(), B=b.B.clone())
         ill.A[2], ill.B[2] = poison, poison
         ill.A[3], ill.B[3] = poison, poison  # nobody's
-        got = whole(ill, Bank.of(ill, 8))
+        got = call_linear(ill, Bank.of(ill, 8))
         assert not got[b.ids == 2].isfinite().any()
         assert same_bits(got[b.ids != 2], clean[b.ids != 2])
 
@@ -165,10 +165,10 @@ def test_paged_row_has_same_bits_in_any_batch(dtype, lora_dtype, R, instruction_
     b = Batch.draw(39, 67, 211, R, 4, dtype, lora_dtype, CPU)
     b = b._replace(ids=torch.arange(39) // 9 - 1)
     bank, y = Bank.of(b, 8), signed(39, 211, dtype=dtype, device=CPU)
-    all_added, all_fused = added(b, bank, y), fused_product(b, bank)
+    all_added, all_fused = call_add(b, bank, y), fused_product(b, bank)
     for rows in (*torch.arange(39).split(1), torch.randperm(39), torch.arange(3, 30, 5)):
         own = b.rows(rows)
-        assert same_bits(added(own, bank, y[rows]), all_added[rows])
+        assert same_bits(call_add(own, bank, y[rows]), all_added[rows])
         assert same_bits(fused_product(own, bank), all_fused[rows])
 
 
@@ -183,9 +183,9 @@ def test_paged_bits_do_not_depend_on_threads(dtype, instruction_set):
         try:
             results.append(
                 (
-                    added(b, bank, y),
+                    call_add(b, bank, y),
                     fused_product(b, bank),
-                    added(few, bank, y[:3]),
+                    call_add(few, bank, y[:3]),
                     fused_product(few, bank),
                 )
             )
@@ -226,7 +226,7 @@ def test_pages_are_read_past_2_to_the_31(dtype, instruction_set):
         pages[last], pages[5] = own[0], own[1]
         parts.append(pages)
     bank = Bank(parts[0], parts[1], torch.tensor([[last], [5]], dtype=torch.int32))
-    assert same_bits(whole(b, bank), whole(b))
+    assert same_bits(call_linear(b, bank), call_linear(b))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -235,9 +235,9 @@ def test_paged_add_refuses_non_finite_scaling(threads):
     b = Batch.draw(6, 19, 37, 6, 4, F32, F32, CPU)
     b = b._replace(ids=torch.tensor([2, 0, 2, -1, 0, 2]), scalings=torch.ones(4))
     bank, y = Bank.of(b, 4), torch.randn(6, 37)
-    want = added(b, bank, y)
+    want = call_add(b, bank, y)
     b.scalings[1] = b.scalings[3] = math.nan
-    assert same_bits(added(b, bank, y), want)
+    assert same_bits(call_add(b, bank, y), want)
     b.scalings[2] = math.inf
     torch.set_num_threads(threads)
     try:
@@ -246,7 +246,7 @@ def test_paged_add_refuses_non_finite_scaling(threads):
         with unchanged(y), pytest.raises(ValueError, match=r"scalings: .* got inf for slot 2"):
             F.multi_lora_add_(y, *given, **how)
         with pytest.raises(ValueError, match=r"scalings: .* got inf for slot 2"):
-            whole(b, bank)
+            call_linear(b, bank)
     finally:
         torch.set_num_threads(1)
 
@@ -262,7 +262,7 @@ def pages_with_rows_apart(pages: Tensor) -> Tensor:
 def test_paged_linear_accepts_pages_of_any_strides(lay):
     b = Batch.draw(6, 19, 37, 6, 4, F32, F32, CPU)
     bank = Bank.of(b, 4)
-    want = whole(b, bank)
+    want = call_linear(b, bank)
     if lay == "columns of A":
         bank = bank._replace(A=bank.A.mT.contiguous().mT)
     elif lay == "columns of B":
@@ -271,7 +271,7 @@ def test_paged_linear_accepts_pages_of_any_strides(lay):
         bank = bank._replace(table=bank.table.T.contiguous().T)
     else:
         bank = bank._replace(A=pages_with_rows_apart(bank.A), B=pages_with_rows_apart(bank.B))
-    assert same_bits(whole(b, bank), want)
+    assert same_bits(call_linear(b, bank), want)
 
 
 @pytest.mark.parametrize("T, K, N, S, pages, page", [

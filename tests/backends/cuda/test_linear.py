@@ -15,7 +15,7 @@ from fastlora.kernels.tile.gpu import arch_of
 from fastlora.ops import dispatch
 from fastlora.ops.run import Refused, strictly
 from tests.support import cuda_host, oracle
-from tests.support.cuda_calls import take
+from tests.support.cuda_calls import call_kernel
 from tests.support.helpers import (
     LAYOUTS,
     assert_accurate,
@@ -45,7 +45,7 @@ dtypes = pytest.mark.parametrize(
 pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 
-def keeping(M: int, K: int, p: float, device) -> dict[str, object]:
+def mask_options(M: int, K: int, p: float, device) -> dict[str, object]:
     if not p:
         return {}
     mask = dropout.keep_mask(M, K, p, torch.tensor(SEED, device=device))
@@ -57,16 +57,16 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, tile=None, monk
     if tile is not None:
         monkeypatch.setattr(cuda_linear, "tile_of", lambda *_: tile)
     x, weight, bias, A, B, lora_bias = operands(M, K, N, R, dtype, lora_dtype, device)
-    seed, keep = torch.tensor(SEED, device=device) if p else None, keeping(M, K, p, device)
+    seed, keep = torch.tensor(SEED, device=device) if p else None, mask_options(M, K, p, device)
     plain = {"bias": bias, "lora_bias": lora_bias}
     unfused = lora_linear(x, weight, A, B, SCALING, **plain, **keep)
     want = oracle.lora_linear(x, weight, A, B, SCALING, **plain, **keep)
-    y, h = take("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, p, seed, path=path)
+    y, h = call_kernel("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, p, seed, path=path)
     assert_accurate(y, want, unfused, dtype)
     seen = x.double() * keep["keep"] * keep["keep_scale"] if p else x.double()
     assert oracle.relative_error(h, (seen @ A.double().T).cpu()) <= 4 * torch.finfo(dtype).eps
     dy = signed(M, N, dtype=dtype, device=device)
-    (dx,) = take(
+    (dx,) = call_kernel(
         "lora_linear_backward",
         dy,
         x,
@@ -189,10 +189,10 @@ def test_kernels_read_nothing_around_their_operands(device):
         middle = wide[1:-1, 8:-8]
         return middle.copy_(t)
 
-    y, _ = take("lora_linear",
+    y, _ = call_kernel("lora_linear",
         inside(x), inside(weight), bias, inside(A), inside(B), None, SCALING, 0.0, None,
     )  # fmt: skip
-    plain, _ = take("lora_linear", x, weight, bias, A, B, None, SCALING, 0.0, None)
+    plain, _ = call_kernel("lora_linear", x, weight, bias, A, B, None, SCALING, 0.0, None)
     assert same_bits(y, plain)
 
 
@@ -205,7 +205,9 @@ def test_bits_are_same_in_any_thread_order(path):
     x, weight, bias, A, B, lora_bias = given
 
     def run() -> tuple[Tensor, Tensor]:
-        return take("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, 0.0, None, path=path)
+        return call_kernel(
+            "lora_linear", x, weight, bias, A, B, lora_bias, SCALING, 0.0, None, path=path
+        )
 
     first = run()
     for seed in cuda_host.ORDERS:
@@ -219,7 +221,7 @@ def test_one_pass_rows_are_the_same_alone(device):
 
     def run(rows: Tensor) -> Tensor:
         given = (rows, weight, bias, A, B, None, SCALING, 0.0, None)
-        return take("lora_linear", *given, path="cuda_one_pass")[0]
+        return call_kernel("lora_linear", *given, path="cuda_one_pass")[0]
 
     together = run(x)
     for row in (0, 16, 31, 49):
@@ -242,7 +244,7 @@ def test_failed_launch_names_its_kernel(monkeypatch, device):
 
     monkeypatch.setattr(native, "cuda_functions", lambda: Failing)
     with pytest.raises(RuntimeError, match="gemm: too many resources requested for launch"):
-        take("lora_linear", x, weight, None, A, B, None, 1.0, 0.0, None)
+        call_kernel("lora_linear", x, weight, None, A, B, None, 1.0, 0.0, None)
     assert functions is not Failing
 
 
@@ -264,7 +266,7 @@ def test_cuda_graph_captures_and_replays_lora_linear(device):
 
     def run() -> Tensor:
         given = (x, weight, bias, A, B, None, SCALING, 0.0, None)
-        return take("lora_linear", *given)[0]
+        return call_kernel("lora_linear", *given)[0]
 
     plain = run()
     graph = torch.cuda.CUDAGraph()

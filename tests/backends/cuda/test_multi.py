@@ -13,7 +13,7 @@ from fastlora.backends.values import Adapters, Rows
 from fastlora.ops import dispatch
 from tests.support import cuda_host
 from tests.support.adapters_in_batches import Batch, Paged
-from tests.support.cuda_calls import take
+from tests.support.cuda_calls import call_kernel
 from tests.support.helpers import DTYPES, assert_accurate, same_bits, signed
 
 BF16 = torch.bfloat16
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 def run(b: Batch) -> tuple[Tensor, Tensor]:
     given = (b.x, b.weight, b.bias, b.adapters, b.routing)
-    return take("multi_lora_linear", *given)
+    return call_kernel("multi_lora_linear", *given)
 
 
 def transpose_in_memory(B: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_multi_lora_linear_matches_oracle(T, K, N, R, S, layout, dtype, lora_dty
     own = signed(T, N, dtype=dtype, device=device)
     added, h2 = own.clone(), torch.empty_like(h)
     given = (added, h2, b.x, b.adapters, b.routing)
-    take("multi_lora_add_", *given)
+    call_kernel("multi_lora_add_", *given)
     base = b._replace(ids=torch.full_like(b.ids, -1)).want()
     assert_accurate(added, own.cpu().double() + want - base, unfused, dtype)
     assert same_bits(h2, h)
@@ -80,10 +80,10 @@ def test_pages_and_slices_equal_dense_slots(page, widths, dtype, lora_dtype, dev
     ends = [sum(widths[: i + 1]) for i in range(C)]
     lora_B = paged.B.transpose(1, 2)
     adapters = Adapters(paged.A, lora_B, paged.table, ends)
-    y = take("packed_lora_linear", b.x, b.weight, b.bias, adapters, b.routing)
+    y = call_kernel("packed_lora_linear", b.x, b.weight, b.bias, adapters, b.routing)
     begin, own, added = 0, signed(T, N, dtype=dtype, device=device), None
     added = own.clone()
-    take("packed_lora_add_", added, b.x, adapters, b.routing)
+    call_kernel("packed_lora_add_", added, b.x, adapters, b.routing)
     for i, end in enumerate(ends):
         part = b._replace(
             weight=b.weight[begin:end], bias=b.bias[begin:end],
@@ -145,7 +145,7 @@ def test_ids_out_of_range_mean_no_adapter(device):
     wild = wild.to(torch.int32)
     rows = Rows(wild, order, starts, *rest)
     given = (b.x, b.weight, b.bias, b.adapters, rows)
-    y, h = take("multi_lora_linear", *given)
+    y, h = call_kernel("multi_lora_linear", *given)
     plain, _ = run(b._replace(ids=torch.full_like(b.ids, -1)))
     assert same_bits(y[:4], plain[:4])
     assert not h[:4].any()
@@ -159,7 +159,7 @@ def test_pages_out_of_range_count_as_zero(page_id, device):
     ids = torch.tensor([0, 1, 0, 1, 0], device=device)
     b = b._replace(ids=ids, ranks=torch.tensor([8, 8], device=device))
     given = (b.x, b.weight, b.bias, Adapters(A, B, table, [48]), b.routing)
-    y = take("packed_lora_linear", *given)
+    y = call_kernel("packed_lora_linear", *given)
     plain, _ = run(b._replace(A=A, B=B, ids=torch.full_like(ids, -1)))
     assert same_bits(y[1::2], plain[1::2])
 
@@ -176,7 +176,7 @@ def test_bits_are_same_in_any_thread_order(weight):
             return run(b)[0]
         y = own.clone()
         given = (y, b.x.new_empty(40, 72), b.x, b.adapters, b.routing)
-        take("multi_lora_add_", *given)
+        call_kernel("multi_lora_add_", *given)
         return y
 
     first = once()
