@@ -1,7 +1,6 @@
-"""Embeddings of the base in adapter files, as PEFT saves them by itself, loaded and served.
+"""Copies of the base's embeddings in adapter files, as PEFT saves them, load and are served."""
 
-Every comparison runs over all ids, those that a resized vocabulary has more too.
-"""
+# Every comparison runs over all ids, those that a resized vocabulary has more too.
 
 from __future__ import annotations
 

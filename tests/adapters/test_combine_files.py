@@ -1,5 +1,4 @@
-"""Folders of adapters combined into one: it loads in PEFT and in fastlora, and computes what PEFT
-does that combines the same adapters on a model."""
+"""Folders of adapters are combined into one, which loads and computes as PEFT's combination."""
 
 from __future__ import annotations
 

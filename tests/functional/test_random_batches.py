@@ -1,8 +1,7 @@
-"""Random batches by the hundred, slots reloaded and emptied between them, against the oracle.
+"""Random batches by the hundred match the oracle while slots are reloaded and emptied."""
 
-Every row must be its own adapter's, told from any other one by a margin; slots and pages that
-nobody has are NaN, and so is what lies past a slot's rank.
-"""
+# Every row must be its own adapter's, told from any other one by a margin; slots and pages that
+# nobody has are NaN, and so is what lies past a slot's rank.
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A block of linears like a transformer's, with adapters that matter."""
+"""A block of linears like a transformer's, with adapters of normal numbers."""
 
 import copy
 from typing import Any

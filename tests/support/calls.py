@@ -1,5 +1,4 @@
-"""Calls to try: the differentiable functions, all as ``f(x, weight, lora_A, lora_B)`` and in
-unfused torch, and something to merge."""
+"""The functions, all called as ``f(x, weight, lora_A, lora_B)``, and weights to merge into."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of combined adapters share: adapters, and the sums that they stand for."""
+"""Adapters to combine, and the sums that they stand for."""
 
 from __future__ import annotations
 

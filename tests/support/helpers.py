@@ -1,4 +1,4 @@
-"""What the tests of the ops share: unfused torch to be measured against, awkward tensors, spies."""
+"""Unfused torch to compare with, tensors of unusual layouts, and spies on torch ops."""
 
 from __future__ import annotations
 

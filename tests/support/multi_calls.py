@@ -1,4 +1,4 @@
-"""Batches for the functions of many adapters, and the calls that tests make with them."""
+"""Batches for the functions of many adapters, and two ways to call them."""
 
 import math
 

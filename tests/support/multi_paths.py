@@ -1,4 +1,4 @@
-"""The paths of the Triton kernels for many adapters, for the tests of each."""
+"""The paths of the Triton kernels for many adapters, as a parameter of tests."""
 
 from collections.abc import Callable
 

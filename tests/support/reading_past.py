@@ -1,4 +1,4 @@
-"""A torch whose bfloat16 products read past rows, as oneDNN's do under AMX, on any machine."""
+"""A torch whose bfloat16 products read past rows, as oneDNN's do under AMX."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The C functions called as C would: any sizes, strides, types and nonsense.
+"""The C functions, called as C would: any sizes, strides, types and nonsense."""
 
-Right results, nothing outside the operands touched, and nothing at all where a call is refused.
-Buffers lie between guards, or, where AddressSanitizer watches, end where the operand ends.
-"""
+# Right results, nothing outside the operands touched, and nothing at all where a call is refused.
+# Buffers lie between guards, or, where AddressSanitizer watches, end where the operand ends.
 
 from collections.abc import Iterator
 

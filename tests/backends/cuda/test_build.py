@@ -1,7 +1,6 @@
-"""What nvcc has made of csrc/cuda for each architecture: no spills, and the instructions meant.
+"""The machine code that nvcc made of csrc/cuda: no spills, and the instructions meant."""
 
-Reads the library as it was built, with the cuobjdump of the CUDA toolkit or of triton.
-"""
+# Reads the library as it was built, with the cuobjdump of the CUDA toolkit or of triton.
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The host's twin of a GPU: instructions lie as NVIDIA's manual says, and mistakes show.
+"""The GPU emulated on the host: instructions follow NVIDIA's manual, and mistakes show."""
 
-The layouts here are written from the figures of the PTX ISA manual, "Matrix Fragments for
-mma.m16n8k16 with floating point type" and "ldmatrix", once more.
-"""
+# The layouts here are written from the figures of the PTX ISA manual, "Matrix Fragments for
+# mma.m16n8k16 with floating point type" and "ldmatrix", once more.
 
 import ctypes
 from pathlib import Path
