@@ -1,6 +1,6 @@
 """Adapters travel between fastlora and PEFT and compute the same on either side."""
 
-# Tolerances are those of ``tests/support/models.py``; every adapter moves the output by ten of them.
+# Tolerances are those of tests/support/models.py; every adapter moves the output by ten of them.
 
 from __future__ import annotations
 
