@@ -1,7 +1,6 @@
-"""Embeddings of the base in adapter files, as PEFT saves them by itself, loaded and served.
+"""Copies of the base's embeddings in adapter files, as PEFT saves them, load and are served."""
 
-Every comparison runs over all ids, those that a resized vocabulary has more too.
-"""
+# Every comparison runs over all ids, those that a resized vocabulary has more too.
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def peft_on(base: nn.Module, folder) -> nn.Module:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("what", ["plain", "whole", "one whole", "head"])
 @pytest.mark.parametrize("size", [LARGER, pytest.param(VOCABULARY - 7, marks=pytest.mark.full)])
-def test_an_adapter_of_a_resized_vocabulary_loads(tmp_path, tied, what, size):
+def test_adapter_of_resized_vocabulary_loads_and_saves(tmp_path, tied, what, size):
     """Into a base that has been resized by the call that the refusal names; and saves its rows."""
     options = {
         "plain": {},
@@ -91,7 +90,7 @@ def test_an_adapter_of_a_resized_vocabulary_loads(tmp_path, tied, what, size):
         assert_agree(logits(again, given), logits(theirs, given))
 
 
-def test_rows_that_peft_has_left_out_are_told_by_name(tmp_path):
+def test_rows_left_out_by_peft_are_warned_of(tmp_path):
     """A target beside a resized vocabulary: PEFT's file has the head's new rows alone."""
     save_resized(tmp_path, LARGER, target_modules=["lm_head"])
     says = r"rows that were added to the vocabulary, but none for model\.embed_tokens\.weight"
@@ -100,7 +99,7 @@ def test_rows_that_peft_has_left_out_are_told_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("tied, init", [(False, True), (True, True), (False, "pissa")])
-def test_an_adapter_on_the_output_layer_loads_as_peft_saves_it(tmp_path, tied, init):
+def test_adapter_on_output_layer_loads_from_peft(tmp_path, tied, init):
     base = save_base(tmp_path / "base", llama(tie_word_embeddings=tied, dtype=torch.bfloat16))
     theirs = save_adapter(
         tmp_path / "adapter", load(base), 0.5, target_modules=["q_proj", "lm_head"],
@@ -118,7 +117,7 @@ def test_an_adapter_on_the_output_layer_loads_as_peft_saves_it(tmp_path, tied, i
         assert error(logits(widened, ids), logits(theirs, ids).float()) < 0.1
 
 
-def test_other_names_and_biases(tmp_path):
+def test_embeddings_of_other_names_load_with_biases(tmp_path):
     """Of a model whose embeddings are called otherwise, and whose output layer has a bias."""
     model = gpt2(tie_word_embeddings=False)
     model.lm_head = nn.Linear(32, VOCABULARY)
@@ -133,7 +132,7 @@ def test_other_names_and_biases(tmp_path):
     assert same_bits(ours.lm_head.bias, model.lm_head.bias + 1)
 
 
-def along(tmp_path, tied: bool = False) -> nn.Module:
+def base_with_embeddings_in_adapter(tmp_path, tied: bool = False) -> nn.Module:
     """A base, and an adapter with both embeddings along, which its user asked for; the model."""
     base = save_base(tmp_path / "base", llama(tie_word_embeddings=tied))
     theirs = peft.get_peft_model(load(base), peft.LoraConfig(target_modules=["q_proj"]))
@@ -141,14 +140,14 @@ def along(tmp_path, tied: bool = False) -> nn.Module:
     return load(base)
 
 
-def move(name: str, rows: slice | int, by: float = 1.0):
+def move_row(name: str, rows: slice | int, by: float = 1.0):
     return lambda t: t[f"{PREFIX}{name}"][rows].add_(by)
 
 
-def test_trained_rows_load_and_are_told(tmp_path):
-    model = along(tmp_path)
+def test_trained_rows_load_with_a_warning(tmp_path):
+    model = base_with_embeddings_in_adapter(tmp_path)
     before = model.get_parameter(EMBEDDING).clone()
-    edit_adapter(tmp_path, move(EMBEDDING, 5))
+    edit_adapter(tmp_path, move_row(EMBEDDING, 5))
     says = r"1 of 97 rows of model\.embed_tokens\.weight of its own.*disable_adapter"
     with pytest.warns(UserWarning, match=says) as said:
         fastlora.load_adapter(model, tmp_path / "adapter")
@@ -162,7 +161,7 @@ def test_trained_rows_load_and_are_told(tmp_path):
 
 
 REFUSED = {
-    "tied, apart": (True, move(HEAD, 3), "differ, and in this model they are one tied weight"),
+    "tied, apart": (True, move_row(HEAD, 3), "differ, and in this model they are one tied weight"),
     "not of the embeddings": (
         False,
         lambda t: t.update({f"{PREFIX}model.norm.weight": torch.ones(32)}),
@@ -182,15 +181,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_copy_is_refused(tmp_path, what):
+def test_embeddings_that_are_no_copy_are_refused(tmp_path, what):
     tied, spoil, says = REFUSED[what]
-    model = along(tmp_path, tied)
+    model = base_with_embeddings_in_adapter(tmp_path, tied)
     edit_adapter(tmp_path, spoil)
     with untouched(model), pytest.raises(ValueError, match=says):
         fastlora.load_adapter(model, tmp_path / "adapter")
 
 
-def test_a_frozen_weight_of_another_base_is_refused(tmp_path):
+def test_frozen_weight_of_another_base_is_refused(tmp_path):
     """PEFT freezes what has LoRA, so that nothing but another base can have been there."""
     save_adapter(tmp_path / "adapter", llama(seed=1), target_modules=["lm_head"])
     model = llama()
@@ -199,17 +198,17 @@ def test_a_frozen_weight_of_another_base_is_refused(tmp_path):
         fastlora.load_adapter(model, tmp_path / "adapter")
 
 
-def test_two_that_are_one_trained_module_differ(tmp_path):
+def test_tied_modules_that_differ_are_refused(tmp_path):
     both = ["embed_tokens", "lm_head"]
     save_resized(tmp_path, LARGER, modules_to_save=both)
-    edit_adapter(tmp_path, move("lm_head.modules_to_save.weight", 0))
+    edit_adapter(tmp_path, move_row("lm_head.modules_to_save.weight", 0))
     model = resized(tmp_path / "base", LARGER)
     with untouched(model), pytest.raises(ValueError, match=r"lm_head\.modules_to_save\.weight and"):
         fastlora.load_adapter(model, tmp_path / "adapter")
 
 
-def test_the_base_of_several_adapters_and_of_a_merged_one_stays(tmp_path):
-    along(tmp_path)
+def test_base_of_several_or_merged_adapters_stays(tmp_path):
+    base_with_embeddings_in_adapter(tmp_path)
     config = fastlora.LoRAConfig(target_modules=["q_proj"])
     several = load(tmp_path / "base")
     fastlora.replace_linear(several, config, adapter_names=["a", "b"])
@@ -217,7 +216,7 @@ def test_the_base_of_several_adapters_and_of_a_merged_one_stays(tmp_path):
     model = fastlora.load_adapter(load(tmp_path / "base"), tmp_path / "adapter")
     fastlora.merge_adapter(model)
     fastlora.swap_adapter(model, tmp_path / "adapter")
-    edit_adapter(tmp_path, move(HEAD, 3))
+    edit_adapter(tmp_path, move_row(HEAD, 3))
     with untouched(several), pytest.raises(ValueError, match="the base is that of all adapters"):
         fastlora.load_adapter(several, tmp_path / "adapter", adapter_name="a")
     with untouched(model), pytest.raises(ValueError, match=r"1 of 97 .* which is not swapped"):
@@ -232,7 +231,7 @@ def test_the_base_of_several_adapters_and_of_a_merged_one_stays(tmp_path):
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)]
 )
-def test_served_where_they_are_the_bases(tmp_path, dtype):
+def test_server_accepts_copies_equal_to_base(tmp_path, dtype):
     base = save_base(tmp_path / "base", llama(dtype=dtype))
     targets = ["q_proj", "lm_head"]
     theirs = save_adapter(tmp_path / "adapter", load(base), 0.5, target_modules=targets)
@@ -241,7 +240,7 @@ def test_served_where_they_are_the_bases(tmp_path, dtype):
     ids = tokens(2, 7)
     served = server(ids, adapter_names=["a", None]).logits
     assert_agree(served[:1], logits(theirs, ids[:1]), served[1:])
-    edit_tensors(tmp_path / "adapter" / FILE, move("lm_head.base_layer.weight", -1))
+    edit_tensors(tmp_path / "adapter" / FILE, move_row("lm_head.base_layer.weight", -1))
     with pytest.raises(
         ValueError, match=r"the last 1 of 97 rows of lm_head\.weight .*fastlora merge"
     ):
@@ -249,7 +248,7 @@ def test_served_where_they_are_the_bases(tmp_path, dtype):
     assert torch.equal(server(ids, adapter_names=["a", None]).logits, served)
 
 
-def test_another_vocabulary_is_not_served(tmp_path):
+def test_server_refuses_another_vocabulary(tmp_path):
     save_resized(tmp_path, LARGER)
     for size in (VOCABULARY, LARGER):
         model = resized(tmp_path / "base", size, seed=1)
@@ -264,7 +263,7 @@ def test_another_vocabulary_is_not_served(tmp_path):
 
 
 @pytest.mark.parametrize("size", [pytest.param(VOCABULARY, marks=pytest.mark.full), LARGER])
-def test_combined_where_they_are_the_same(tmp_path, size):
+def test_combine_adapters_keeps_equal_copies_only(tmp_path, size):
     """Of an adapter whose output layer is a target, and of one that has both embeddings as such."""
     save_base(tmp_path / "base", llama())
     bare = resized(tmp_path / "base", size)
@@ -288,7 +287,7 @@ def test_combined_where_they_are_the_same(tmp_path, size):
     # In float32 on the one side, in the adapters' half on the other.
     edit_tensors(tmp_path / "both" / FILE, lambda t: {n: t[n].bfloat16() for n in t})
     fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "half", combination_type="cat")
-    edit_tensors(tmp_path / "both" / FILE, move(HEAD, 3))
+    edit_tensors(tmp_path / "both" / FILE, move_row(HEAD, 3))
     says = r"head and .*both: they have different rows of lm_head\.weight"
     with pytest.raises(ValueError, match=says):
         fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "no", combination_type="cat")

@@ -1,4 +1,4 @@
-"""Adapters of one layer combined: PEFT's ``add_weighted_adapter`` is the measure."""
+"""Adapters of one layer combined as PEFT's ``add_weighted_adapter`` combines them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastlora.adapters.combine import PRUNED, TYPES, combine
-from tests.support.combined import Adapter, assert_near, delta, size, weighted
+from tests.support.combined import Adapter, assert_near, delta, error_scale, weighted_sum_of_deltas
 from tests.support.models import llama, quiet, randomise_lora
 
 TARGETS = ["q_proj", "up_proj", "down_proj"]
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-def adapted(*ranks: int, **options: Any) -> nn.Module:
+def model_with_adapters(*ranks: int, **options: Any) -> nn.Module:
     """A PEFT model with adapters a, b, …, of other scalings each."""
     torch.manual_seed(0)  # fixtures of the module come before each test's own seed
     dtype = options.pop("dtype", torch.float32)
@@ -42,13 +42,13 @@ def adapted(*ranks: int, **options: Any) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def alike() -> nn.Module:
-    return adapted(4, 4, 4)
+def peft_model_of_equal_ranks() -> nn.Module:
+    return model_with_adapters(4, 4, 4)
 
 
 @pytest.fixture(scope="module")
-def different() -> nn.Module:
-    return adapted(3, 5, 4)
+def peft_model_of_different_ranks() -> nn.Module:
+    return model_with_adapters(3, 5, 4)
 
 
 def pairs(
@@ -96,9 +96,11 @@ def assert_same_factors(got: Adapter, want: Adapter) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_as_peft(alike, combination_type, weights):
-    for got, want, parts in pairs(alike, weights, combination_type, density=0.43):
-        assert_near(got, want, size(parts, weights))
+def test_combine_equals_peft_for_equal_ranks(peft_model_of_equal_ranks, combination_type, weights):
+    for got, want, parts in pairs(
+        peft_model_of_equal_ranks, weights, combination_type, density=0.43
+    ):
+        assert_near(got, want, error_scale(parts, weights))
         assert got[2] == want[2] == 1
         if combination_type.endswith("_svd"):
             assert_same_factors(got, want)
@@ -108,17 +110,21 @@ def test_as_peft(alike, combination_type, weights):
 
 
 @pytest.mark.parametrize("combination_type", ANY_RANKS)
-def test_different_ranks_as_peft(different, combination_type):
+def test_combine_equals_peft_for_different_ranks(peft_model_of_different_ranks, combination_type):
     weights = (0.7, -0.4, 1.1)
-    for got, want, parts in pairs(different, weights, combination_type, density=0.43):
+    for got, want, parts in pairs(
+        peft_model_of_different_ranks, weights, combination_type, density=0.43
+    ):
         assert got[0].shape == want[0].shape
-        assert_near(got, want, size(parts, weights))
+        assert_near(got, want, error_scale(parts, weights))
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_one_adapter_is_scaled(alike, combination_type):
+def test_combine_scales_a_single_adapter(peft_model_of_equal_ranks, combination_type):
     """Whatever the type, in PEFT too."""
-    for got, want, parts in pairs(alike, [-0.3], combination_type, density=0.43):
+    for got, want, parts in pairs(
+        peft_model_of_equal_ranks, [-0.3], combination_type, density=0.43
+    ):
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
         torch.testing.assert_close(delta(got), -0.3 * delta(parts[0]))
@@ -126,10 +132,10 @@ def test_one_adapter_is_scaled(alike, combination_type):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_half_precision_adapters(combination_type, dtype):
+def test_combine_matches_peft_in_half_precision(combination_type, dtype):
     """PEFT rounds dense deltas before it prunes them, cat's weights one by one, and svd not at all:
     there ours is held to what it gives of the same adapters in float32."""
-    model, weights = adapted(4, 4, dtype=dtype), (0.7, -0.4)
+    model, weights = model_with_adapters(4, 4, dtype=dtype), (0.7, -0.4)
     for got, want, parts in pairs(model, weights, combination_type, density=0.5):
         assert got[0].dtype == got[1].dtype == dtype
         if combination_type in ONE_RANK:
@@ -139,36 +145,38 @@ def test_half_precision_adapters(combination_type, dtype):
         wide = [(A.float(), B.float(), s) for A, B, s in parts]
         half, single = (seeded(a, weights, combination_type, density=0.5) for a in (parts, wide))
         tolerance = 2 * torch.finfo(dtype).eps
-        assert_near(half, single, size(parts, weights), tolerance)
+        assert_near(half, single, error_scale(parts, weights), tolerance)
         if combination_type in ("cat", "svd"):
-            assert_near(got, want, size(parts, weights), tolerance)
+            assert_near(got, want, error_scale(parts, weights), tolerance)
 
 
 @pytest.mark.parametrize("svd_rank", [1, 3, 6, 8, 20])
 @pytest.mark.parametrize("combination_type", ["svd", "ties_svd"])
-def test_svd_rank(alike, combination_type, svd_rank):
+def test_svd_rank_cuts_as_in_peft(peft_model_of_equal_ranks, combination_type, svd_rank):
     weights, options = (0.7, -0.4), {"svd_rank": svd_rank, "density": 0.43}
-    for got, want, parts in pairs(alike, weights, combination_type, **options):
-        assert_near(got, want, size(parts, weights))
+    for got, want, parts in pairs(peft_model_of_equal_ranks, weights, combination_type, **options):
+        assert_near(got, want, error_scale(parts, weights))
         # Of two adapters of rank 4 no more is there; PEFT fills up with directions of nothing.
         assert len(got[0]) == (min(svd_rank, 8) if combination_type == "svd" else svd_rank)
 
 
 @pytest.mark.parametrize("quantile", [0.8, 0.99, 1.0])
 @pytest.mark.parametrize("name", [f"{name}_svd" for name in PRUNED])
-def test_svd_clamp_of_dense_deltas(alike, name, quantile):
-    for got, want, _ in pairs(alike, (0.7, -0.4), name, density=0.43, svd_clamp=quantile):
+def test_svd_clamp_of_dense_deltas_equals_peft(peft_model_of_equal_ranks, name, quantile):
+    for got, want, _ in pairs(
+        peft_model_of_equal_ranks, (0.7, -0.4), name, density=0.43, svd_clamp=quantile
+    ):
         assert_same_factors(got, want)
 
 
 @pytest.mark.parametrize("quantile", [0.8, 0.99, 1.0])
-def test_svd_clamp_of_factors(different, quantile):
+def test_svd_clamp_of_factors_equals_peft(peft_model_of_different_ranks, quantile):
     """The quantile is of signed numbers, so PEFT's singular vectors are given our signs first."""
     weights = (0.7, -0.4)
-    clamped = pairs(different, weights, "svd", svd_clamp=quantile)
+    clamped = pairs(peft_model_of_different_ranks, weights, "svd", svd_clamp=quantile)
     for got, _, parts in clamped:
         A = combine(parts, weights, "svd")[0]
-        U, S, Vh = torch.linalg.svd(weighted(parts, weights).float())
+        U, S, Vh = torch.linalg.svd(weighted_sum_of_deltas(parts, weights).float())
         signs = (A * Vh[: len(A)]).sum(1).sign()
         Vh, U = Vh[: len(A)] * signs[:, None], U[:, : len(A)] * S[: len(A)] * signs
         limit = torch.cat([U.flatten(), Vh.flatten()]).quantile(quantile)
@@ -178,18 +186,18 @@ def test_svd_clamp_of_factors(different, quantile):
 
 @pytest.mark.parametrize("method", ["total", "frequency"])
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "ties_svd", "dare_ties_svd"])
-def test_majority_sign_method(alike, name, method):
+def test_majority_sign_method_equals_peft(peft_model_of_equal_ranks, name, method):
     weights, options = (0.7, 0.4, -1.1), {"density": 0.8, "majority_sign_method": method}
-    for got, want, _ in pairs(alike, weights, name, **options):
+    for got, want, _ in pairs(peft_model_of_equal_ranks, weights, name, **options):
         assert_same_factors(got, want)
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-4, 1.0])
 @pytest.mark.parametrize("name", [*PRUNED, *(f"{name}_svd" for name in PRUNED)])
-def test_density_at_its_ends(alike, name, density):
+def test_density_of_0_and_1_equals_peft(peft_model_of_equal_ranks, name, density):
     if density == 0 and name.startswith("dare"):
         density = 0.01  # PEFT divides by zero, we refuse
     weights = (0.7, -0.4)
-    for got, want, parts in pairs(alike, weights, name, density=density):
-        assert_near(got, want, max(float(delta(want).norm()), size(parts, weights)))
+    for got, want, parts in pairs(peft_model_of_equal_ranks, weights, name, density=density):
+        assert_near(got, want, max(float(delta(want).norm()), error_scale(parts, weights)))
         assert name.startswith("dare") or density == 1 or not delta(got).any()

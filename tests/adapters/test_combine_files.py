@@ -1,5 +1,4 @@
-"""Folders of adapters combined into one: it loads in PEFT and in fastlora, and computes what PEFT
-does that combines the same adapters on a model."""
+"""Folders of adapters are combined into one, which loads and computes as PEFT's combination."""
 
 from __future__ import annotations
 
@@ -42,17 +41,23 @@ SOURCES = {
 ALIKE = ("alike", "other layers", "rslora", "one")
 
 
-def save(folder: Path, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> Path:
+def save_random_adapter(
+    folder: Path, options: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
     model = randomise_lora(peft.get_peft_model(llama(), peft.LoraConfig(**options)))
     model.to(dtype).save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 
-def saved(tmp_path: Path, name: str) -> list[Path]:
-    return [save(tmp_path / str(i), options) for i, options in enumerate(SOURCES[name])]
+def save_adapters_of_case(tmp_path: Path, name: str) -> list[Path]:
+    return [
+        save_random_adapter(tmp_path / str(i), options) for i, options in enumerate(SOURCES[name])
+    ]
 
 
-def by_peft(folders: Sequence[Path], weights: list[float], kind: str, **options: Any) -> nn.Module:
+def combine_by_peft(
+    folders: Sequence[Path], weights: list[float], kind: str, **options: Any
+) -> nn.Module:
     names = "abc"[: len(folders)]
     model = peft.PeftModel.from_pretrained(llama(), str(folders[0]), adapter_name="a")
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -69,7 +74,7 @@ def by_peft(folders: Sequence[Path], weights: list[float], kind: str, **options:
     return model.eval()
 
 
-def loaded(folder: Path, ids: Tensor) -> list[Tensor]:
+def logits_in_both_libraries(folder: Path, ids: Tensor) -> list[Tensor]:
     """Logits of the combined adapter in both libraries."""
     theirs = peft.PeftModel.from_pretrained(llama(), str(folder)).eval()
     return [logits(theirs, ids), logits(fastlora.load_adapter(llama(), folder), ids)]
@@ -84,64 +89,64 @@ CASES = [
 
 
 @pytest.mark.parametrize("name, kind", CASES)
-def test_as_peft(tmp_path, name, kind):
-    folders, ids = saved(tmp_path, name), tokens(2, 7)
+def test_combined_folder_equals_peft_in_both_libraries(tmp_path, name, kind):
+    folders, ids = save_adapters_of_case(tmp_path, name), tokens(2, 7)
     weights, out = [0.9, -0.6, 0.5][: len(folders)], tmp_path / "out"
-    want = logits(by_peft(folders, weights, kind, density=0.6), ids)
+    want = logits(combine_by_peft(folders, weights, kind, density=0.6), ids)
     fastlora.combine_adapters(folders, weights, out, combination_type=kind, density=0.6)
-    for got in loaded(out, ids):
+    for got in logits_in_both_libraries(out, ids):
         # PEFT cuts a float32 delta between singular values that may be close.
         assert error(got, want) < (1e-4 if kind == "svd" else 1e-5)
         assert error(logits(llama(), ids), want) > 1e-2
 
 
 @pytest.mark.parametrize("kind", [name for name in TYPES if name.startswith("dare")])
-def test_as_peft_by_chance(tmp_path, kind):
+def test_random_pruning_equals_peft_from_same_seed(tmp_path, kind):
     """The same entries from the same seed, where the model has its layers in our order."""
     options = {"target_modules": ["q_proj"], "r": 4}
-    folders, ids = [save(tmp_path / name, options) for name in "ab"], tokens(2, 7)
-    want = logits(by_peft(folders, [0.9, -0.6], kind, density=0.6), ids)
+    folders, ids = [save_random_adapter(tmp_path / name, options) for name in "ab"], tokens(2, 7)
+    want = logits(combine_by_peft(folders, [0.9, -0.6], kind, density=0.6), ids)
     torch.manual_seed(7)
     options = {"combination_type": kind, "density": 0.6}
     fastlora.combine_adapters(folders, [0.9, -0.6], tmp_path / "out", **options)
-    for got in loaded(tmp_path / "out", ids):
+    for got in logits_in_both_libraries(tmp_path / "out", ids):
         assert_agree(got, want, logits(llama(), ids))
 
 
-def test_rslora_scales_once(tmp_path):
+def test_combined_rslora_adapter_scales_once(tmp_path):
     """PEFT leaves use_rslora on where the first adapter has it, and so multiplies by sqrt(r)."""
     both = [PLAIN | {"use_rslora": True}, PLAIN]
-    folders = [save(tmp_path / str(i), options) for i, options in enumerate(both)]
+    folders = [save_random_adapter(tmp_path / str(i), options) for i, options in enumerate(both)]
     ids = tokens(2, 7)
     config = fastlora.combine_adapters(
         folders, [0.5, 0.5], tmp_path / "out", combination_type="cat"
     )
     assert not config.use_rslora
-    flipped = by_peft(folders[::-1], [0.5, 0.5], "cat")
-    for got in loaded(tmp_path / "out", ids):
+    flipped = combine_by_peft(folders[::-1], [0.5, 0.5], "cat")
+    for got in logits_in_both_libraries(tmp_path / "out", ids):
         assert_agree(got, logits(flipped, ids), logits(llama(), ids))
 
 
-def test_a_server_takes_it(tmp_path):
-    folders, ids = saved(tmp_path, "patterns"), tokens(2, 7)
+def test_server_loads_a_combined_adapter(tmp_path):
+    folders, ids = save_adapters_of_case(tmp_path, "patterns"), tokens(2, 7)
     fastlora.combine_adapters(folders, [0.9, -0.6], tmp_path / "out", combination_type="cat")
     server = fastlora.MultiLoRAModel(llama(), max_adapters=2, max_rank=10)
     server.load_adapter(tmp_path / "out", adapter_name="both")
-    want = loaded(tmp_path / "out", ids)[0]
+    want = logits_in_both_libraries(tmp_path / "out", ids)[0]
     with torch.no_grad():
         assert_agree(server(ids, adapter_names=["both"] * 2).logits, want, logits(llama(), ids))
 
 
-def test_the_config_of_like_adapters_stays(tmp_path):
-    folders = saved(tmp_path, "alike")
+def test_combined_config_stays_for_equal_adapters(tmp_path):
+    folders = save_adapters_of_case(tmp_path, "alike")
     config = fastlora.combine_adapters(folders, [1.0, 1.0, 1.0], tmp_path / "out", svd_rank=5)
     assert (config.r, config.lora_alpha, config.rank_pattern) == (5, 5, {})
     assert sorted(config.target_modules) == ["q_proj", "up_proj"]
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["r"] == 5
 
 
-def test_the_config_of_others_names_every_layer(tmp_path):
-    folders = saved(tmp_path, "patterns")
+def test_combined_config_names_layers_of_unequal_adapters(tmp_path):
+    folders = save_adapters_of_case(tmp_path, "patterns")
     config = fastlora.combine_adapters(
         folders, [1.0, 1.0], tmp_path / "out", combination_type="cat"
     )
@@ -160,41 +165,41 @@ def test_the_config_of_others_names_every_layer(tmp_path):
     assert config.rank_of("other." + LAYER) == config.rank_of(LAYER.replace(".", "_")) == config.r
 
 
-def test_excluded_layers_of_the_first_are_not_lost(tmp_path):
+def test_combined_adapter_keeps_layers_excluded_by_first(tmp_path):
     """PEFT keeps the first adapter's exclude_modules for all."""
-    first = save(tmp_path / "a", PLAIN | {"exclude_modules": [LAYER]})
-    second = save(tmp_path / "b", PLAIN)
+    first = save_random_adapter(tmp_path / "a", PLAIN | {"exclude_modules": [LAYER]})
+    second = save_random_adapter(tmp_path / "b", PLAIN)
     config = fastlora.combine_adapters([first, second], [1.0, 1.0], tmp_path / "out")
     assert config.exclude_modules is None
     assert f"{PREFIX}{LAYER}.lora_A.weight" in load_file(tmp_path / "out" / WEIGHTS)
 
 
 @pytest.mark.parametrize("other", [0, 1])
-def test_layers_to_transform(tmp_path, other):
+def test_layers_to_transform_stay_only_when_equal(tmp_path, other):
     """Kept where they are the same; those of the first alone would be others' layers lost."""
     layers = [0, other]
-    folders = [save(tmp_path / str(i), PLAIN | {"layers_to_transform": n})
+    folders = [save_random_adapter(tmp_path / str(i), PLAIN | {"layers_to_transform": n})
                for i, n in enumerate(layers)]  # fmt: skip
     config = fastlora.combine_adapters(folders, [1.0, 1.0], tmp_path / "out")
     assert config.layers_to_transform == (0 if other == 0 else None)
     found = {key.split(".")[4] for key in load_file(tmp_path / "out" / WEIGHTS)}
     assert found == {str(n) for n in layers}
-    ours, theirs = loaded(tmp_path / "out", tokens(2, 5))
+    ours, theirs = logits_in_both_libraries(tmp_path / "out", tokens(2, 5))
     assert_agree(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["svd", "linear", "ties", "ties_svd"])
-def test_the_files_dtype_is_kept(tmp_path, kind, dtype):
+def test_combined_file_keeps_dtype_of_inputs(tmp_path, kind, dtype):
     """PEFT loads halves as float32 and combines them so; the result is rounded once."""
-    folders = [save(tmp_path / name, PLAIN, dtype) for name in "ab"]
+    folders = [save_random_adapter(tmp_path / name, PLAIN, dtype) for name in "ab"]
     options = {"density": 0.5}
     fastlora.combine_adapters(
         folders, [0.9, -0.6], tmp_path / "out", combination_type=kind, **options
     )
     got = load_file(tmp_path / "out" / WEIGHTS)
     assert {t.dtype for t in got.values()} == {dtype}
-    theirs = by_peft(folders, [0.9, -0.6], kind, **options)
+    theirs = combine_by_peft(folders, [0.9, -0.6], kind, **options)
     want = peft.get_peft_model_state_dict(theirs, adapter_name="new", save_embedding_layers=False)
     for key in got:
         if kind in ("linear", "ties"):
@@ -205,8 +210,8 @@ def test_the_files_dtype_is_kept(tmp_path, kind, dtype):
             assert (ours - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
 
 
-def test_a_device_may_be_named(tmp_path):
-    folders = saved(tmp_path, "alike")
+def test_combine_adapters_accepts_a_device(tmp_path):
+    folders = save_adapters_of_case(tmp_path, "alike")
     for where in ("cpu", torch.device("cpu"), None):
         out = tmp_path / f"out {where!r}"
         fastlora.combine_adapters(folders, [1, 1, 1], out, device=where)
@@ -215,8 +220,8 @@ def test_a_device_may_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "adapter_model.bin"])
-def test_an_adapter_that_is_there_stays(tmp_path, name):
-    folders = saved(tmp_path, "alike")
+def test_combine_adapters_refuses_folder_holding_adapter(tmp_path, name):
+    folders = save_adapters_of_case(tmp_path, "alike")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b"mine")
     with pytest.raises(FileExistsError, match=f"directory: .* already holds {name}"):
@@ -273,8 +278,8 @@ SPOILS = {
 
 
 @pytest.mark.parametrize("case", SPOILS)
-def test_bad_files_are_refused(tmp_path, case):
-    folders = [save(tmp_path / name, PLAIN) for name in "ab"]
+def test_combine_adapters_refuses_bad_files(tmp_path, case):
+    folders = [save_random_adapter(tmp_path / name, PLAIN) for name in "ab"]
     spoil, message = SPOILS[case]
     spoil(folders[1])
     with pytest.raises(ValueError, match=message):
@@ -282,7 +287,7 @@ def test_bad_files_are_refused(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_folder(tmp_path):
+def test_combine_adapters_names_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=CONFIG):
         fastlora.combine_adapters([tmp_path / "nothing"], [1.0], tmp_path / "out")
 
@@ -301,9 +306,9 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
-def test_bad_arguments_write_nothing(tmp_path, case):
+def test_combine_adapters_with_bad_arguments_writes_nothing(tmp_path, case):
     changes, kind, message = ARGUMENTS[case]
-    good = {"directories": saved(tmp_path, "other ranks"), "weights": [1.0, 1.0]}
+    good = {"directories": save_adapters_of_case(tmp_path, "other ranks"), "weights": [1.0, 1.0]}
     with pytest.raises(kind, match=message):
         fastlora.combine_adapters(**(good | {"directory": tmp_path / "out"} | changes))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Adapters of one layer combined: what comes out, what is refused, and what it takes."""
+"""combine on one layer: its results, its refusals and its memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora.adapters.combine import TYPES, combine
-from tests.support.combined import assert_near, delta, size, some, weighted
+from tests.support.combined import (
+    assert_near,
+    delta,
+    error_scale,
+    random_adapters,
+    weighted_sum_of_deltas,
+)
 from tests.support.helpers import Spy, unchanged
 
 ONE_RANK = ["linear", "magnitude_prune", "dare_linear", "ties", "dare_ties"]
 
 
 NAN, INF = float("nan"), float("inf")
-GOOD = {"adapters": some(2, 2), "weights": [1.0, 1.0]}
-SPOILT = some(2, 2)
+GOOD = {"adapters": random_adapters(2, 2), "weights": [1.0, 1.0]}
+SPOILT = random_adapters(2, 2)
 SPOILT[1][1][3, 1] = NAN
 REFUSED = {
     "type": ({"combination_type": "slerp"}, ValueError, "combination_type: expected one of svd"),
@@ -29,22 +35,39 @@ REFUSED = {
     "weights": ({"weights": 1.0}, TypeError, "weights: expected a list of numbers, got float"),
     "tensor": ({"adapters": torch.ones(2)}, TypeError, "adapters: expected a list, got Tensor"),
     "pair": ({"adapters": [1, 2]}, TypeError, r"adapters\[0\]: expected \(lora_A, lora_B"),
-    "columns": ({"adapters": some(2) + some(2, K=9)}, ValueError, r"one shape .*\(12, 10\), \(12"),
-    "rows": ({"adapters": some(2) + some(2, N=9)}, ValueError, r"one shape .*\(12, 10\), \(9"),
+    "columns": (
+        {"adapters": random_adapters(2) + random_adapters(2, K=9)},
+        ValueError,
+        r"one shape .*\(12, 10\), \(12",
+    ),
+    "rows": (
+        {"adapters": random_adapters(2) + random_adapters(2, N=9)},
+        ValueError,
+        r"one shape .*\(12, 10\), \(9",
+    ),
     "numbers": ({"adapters": SPOILT}, ValueError, r"adapters\[1\]: lora_B: expected finite"),
-    "rank 0": ({"adapters": some(0, 2)}, ValueError, r"adapters\[0\]: .* R at least 1, got \(0"),
+    "rank 0": (
+        {"adapters": random_adapters(0, 2)},
+        ValueError,
+        r"adapters\[0\]: .* R at least 1, got \(0",
+    ),
     "integers": (
-        {"adapters": [*some(2), (torch.ones(2, 10, dtype=torch.int64), torch.ones(12, 2), 1.0)]},
+        {
+            "adapters": [
+                *random_adapters(2),
+                (torch.ones(2, 10, dtype=torch.int64), torch.ones(12, 2), 1.0),
+            ]
+        },
         TypeError,
         r"adapters\[1\]: lora_A: expected a tensor of float16 to float64, got torch.int64",
     ),
     "scaling": (
-        {"adapters": [*some(2), (torch.ones(2, 10), torch.ones(12, 2), NAN)]},
+        {"adapters": [*random_adapters(2), (torch.ones(2, 10), torch.ones(12, 2), NAN)]},
         ValueError,
         r"adapters\[1\]: scaling: expected a finite number, got nan",
     ),
     "vector": (
-        {"adapters": [*some(2), (torch.ones(10), torch.ones(12, 2), 1.0)]},
+        {"adapters": [*random_adapters(2), (torch.ones(10), torch.ones(12, 2), 1.0)]},
         ValueError,
         r"adapters\[1\]: expected lora_A \(R, K\)",
     ),
@@ -77,34 +100,34 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("combination_type, rank", [("svd", 8), ("ties_svd", 10)])
-def test_svd_rank_beyond_the_layer(combination_type, rank):
+def test_svd_rank_beyond_the_layer_is_cut(combination_type, rank):
     """Where PEFT fails."""
-    adapters = some(4, 4)
+    adapters = random_adapters(4, 4)
     A, B, _ = combine(adapters, [1.0, 2.0], combination_type, svd_rank=99, density=1.0)
     assert A.shape == (rank, 10)
     assert B.shape == (12, rank)
     if combination_type == "svd":
-        torch.testing.assert_close(B @ A, weighted(adapters, [1.0, 2.0]).float())
+        torch.testing.assert_close(B @ A, weighted_sum_of_deltas(adapters, [1.0, 2.0]).float())
 
 
-def test_svd_of_more_ranks_than_the_layer_has():
-    adapters, weights = some(5, 6, N=4, K=7), [0.5, -1.5]
+def test_svd_accepts_more_ranks_than_layer_has():
+    adapters, weights = random_adapters(5, 6, N=4, K=7), [0.5, -1.5]
     got = combine(adapters, weights, svd_rank=11)
     assert got[0].shape == (4, 7)
-    assert_near(got, (*combine(adapters, weights, "cat")[:2], 1.0), size(adapters, weights))
+    assert_near(got, (*combine(adapters, weights, "cat")[:2], 1.0), error_scale(adapters, weights))
 
 
-def test_full_matrices_change_nothing():
-    adapters = some(3, 3)
+def test_svd_full_matrices_change_nothing():
+    adapters = random_adapters(3, 3)
     options = {"density": 0.5, "svd_rank": 4}
     one, two = (
         combine(adapters, [1.0, 1.0], "ties_svd", svd_full_matrices=full, **options)
         for full in (False, True)
     )
-    assert_near(one, two, size(adapters, [1.0, 1.0]))
+    assert_near(one, two, error_scale(adapters, [1.0, 1.0]))
 
 
-def test_linear_has_cross_terms():
+def test_linear_combination_has_cross_terms():
     """sqrt|s| on each side: what PEFT computes is not the weighted sum."""
     A, B = torch.eye(2)[:1], torch.ones(1, 1)
     got = combine([(A, B, 1.0), (A.flip(1), 3 * B, 1.0)], [4.0, -1.0], "linear")
@@ -113,9 +136,9 @@ def test_linear_has_cross_terms():
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_dense_deltas_are_made_only_where_they_are_pruned(combination_type):
+def test_dense_deltas_are_made_only_for_pruning(combination_type):
     N, K = 96, 80
-    adapters = some(4, 4, N=N, K=K)
+    adapters = random_adapters(4, 4, N=N, K=K)
     with Spy() as spy:
         combine(adapters, [0.5, -1.5], combination_type, density=0.5, svd_clamp=0.99)
     if combination_type.endswith("_svd"):
@@ -125,8 +148,8 @@ def test_dense_deltas_are_made_only_where_they_are_pruned(combination_type):
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_adapters_stay_as_they_are(combination_type):
-    adapters = [(A.requires_grad_(), B.requires_grad_(), s) for A, B, s in some(3, 3)]
+def test_combine_leaves_its_adapters_unchanged(combination_type):
+    adapters = [(A.requires_grad_(), B.requires_grad_(), s) for A, B, s in random_adapters(3, 3)]
     with unchanged(adapters):
         A, B, _ = combine(adapters, [1.0, -1.0], combination_type, density=0.5)
     for t in (A, B):
@@ -137,11 +160,12 @@ def test_adapters_stay_as_they_are(combination_type):
     assert adapters[0][0].any()
 
 
-def test_dtypes_are_promoted():
+def test_combine_promotes_dtypes_as_torch():
     half, single, double = (
-        some(2, dtype=dtype)[0] for dtype in (torch.float16, torch.float32, torch.float64)
+        random_adapters(2, dtype=dtype)[0]
+        for dtype in (torch.float16, torch.float32, torch.float64)
     )
-    other = some(2, dtype=torch.bfloat16)[0]
+    other = random_adapters(2, dtype=torch.bfloat16)[0]
     for adapters, dtype in [
         ((half, half), torch.float16),
         ((half, other), torch.float32),
@@ -152,29 +176,29 @@ def test_dtypes_are_promoted():
             assert {t.dtype for t in combine(adapters, [1.0, 1.0], name)[:2]} == {dtype}
     got = combine([double, double], [0.1, 0.2], "cat")
     torch.testing.assert_close(
-        delta(got), weighted([double, double], [0.1, 0.2]), rtol=1e-14, atol=1e-14
+        delta(got), weighted_sum_of_deltas([double, double], [0.1, 0.2]), rtol=1e-14, atol=1e-14
     )
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
+def test_combine_refuses_bad_arguments_by_name(case):
     arguments, kind, message = REFUSED[case]
     with pytest.raises(kind, match=message):
         combine(**(GOOD | arguments))
 
 
 @pytest.mark.parametrize("combination_type", ONE_RANK)
-def test_different_ranks_are_named(combination_type):
+def test_combine_names_ranks_that_differ(combination_type):
     with pytest.raises(ValueError, match=rf"{combination_type} needs .*\[2, 3\]; svd, cat"):
-        combine(some(2, 3), [1.0, 1.0], combination_type, density=0.5)
+        combine(random_adapters(2, 3), [1.0, 1.0], combination_type, density=0.5)
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
-def test_what_overflows_is_refused(combination_type):
-    huge = [(100 * A, 100 * B, 1e38) for A, B, _ in some(2, 2)]
+def test_combine_refuses_results_that_overflow(combination_type):
+    huge = [(100 * A, 100 * B, 1e38) for A, B, _ in random_adapters(2, 2)]
     with pytest.raises(ValueError, match="weights: the combined adapter would not fit"):
         combine(huge, [1e300, 1.0], combination_type, density=0.5)
-    halves = [(A.half(), B.half(), 1e9) for A, B, _ in some(2, 2)]
+    halves = [(A.half(), B.half(), 1e9) for A, B, _ in random_adapters(2, 2)]
     with pytest.raises(ValueError, match=r"would not fit torch\.float16"):
         combine(halves, [1.0, 1.0], combination_type, density=0.5)
 
@@ -193,7 +217,7 @@ def test_cat_and_full_svd_are_the_weighted_sum(N, K, ranks, data):
     weights = [data.draw(NUMBERS) for _ in ranks]
     torch.manual_seed(data.draw(st.integers(0, 99)))
     adapters = [(torch.randn(r, K), torch.randn(N, r), data.draw(NUMBERS)) for r in ranks]
-    want, scale = weighted(adapters, weights), size(adapters, weights)
+    want, scale = weighted_sum_of_deltas(adapters, weights), error_scale(adapters, weights)
     cat = combine(adapters, weights, "cat")
     svd = combine(adapters, weights, "svd", svd_rank=sum(ranks))
     assert len(cat[0]) == sum(ranks)
@@ -204,17 +228,17 @@ def test_cat_and_full_svd_are_the_weighted_sum(N, K, ranks, data):
 
 @settings(max_examples=30, deadline=None)
 @given(rank=st.integers(1, 6), ranks=st.lists(st.integers(1, 4), min_size=2, max_size=3))
-def test_a_shorter_svd_loses_no_more_than_it_must(rank, ranks):
+def test_short_svd_loses_no_more_than_needed(rank, ranks):
     """Eckart and Young: the distance is that of the singular values left out."""
-    adapters, weights = some(*ranks, dtype=torch.float64), [0.5, -1.5, 1.0][: len(ranks)]
-    want = weighted(adapters, weights)
+    adapters, weights = random_adapters(*ranks, dtype=torch.float64), [0.5, -1.5, 1.0][: len(ranks)]
+    want = weighted_sum_of_deltas(adapters, weights)
     lost = float((delta(combine(adapters, weights, svd_rank=rank)) - want).norm())
     assert lost == pytest.approx(float(torch.linalg.svdvals(want)[rank:].norm()), abs=1e-10)
 
 
-def test_svd_of_adapters_that_nearly_cancel():
+def test_svd_is_accurate_when_adapters_nearly_cancel():
     """Of the difference between two states of one training run every digit is there."""
-    (A, B, s), (dA, dB, _) = some(4, 4, N=40, K=30)
+    (A, B, s), (dA, dB, _) = random_adapters(4, 4, N=40, K=30)
     later = (A + 1e-3 * dA, B + 1e-3 * dB, s)
     got = delta(combine([later, (A, B, s)], [1.0, -1.0], svd_rank=8))
     want = delta(later) - delta((A, B, s))

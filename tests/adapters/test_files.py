@@ -1,4 +1,4 @@
-"""Adapter files are not trusted: what is bad is refused by name, and the model stays as it was."""
+"""Adapter files are not trusted: bad ones are refused by name and change nothing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ QV = LoRAConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
 FIRST = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"  # (4, 32)
 
 
-def adapted(config: LoRAConfig = QV, build: Callable[[], nn.Module] = llama) -> nn.Module:
+def model_with_adapter(
+    config: LoRAConfig = QV, build: Callable[[], nn.Module] = llama
+) -> nn.Module:
     return randomise_lora(fastlora.replace_linear(build(), config))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good adapter, to be spoilt."""
-    fastlora.save_adapter(adapted(), tmp_path)
+    fastlora.save_adapter(model_with_adapter(), tmp_path)
     return tmp_path
 
 
@@ -85,7 +87,7 @@ def giant(folder: Path) -> None:
 
 
 def other_model(folder: Path, **sizes: int) -> None:
-    fastlora.save_adapter(adapted(build=lambda: llama(**sizes)), folder)
+    fastlora.save_adapter(model_with_adapter(build=lambda: llama(**sizes)), folder)
 
 
 # {what: (how to spoil the adapter, what the error says)}
@@ -155,7 +157,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "deeper model": (lambda f: other_model(f, num_hidden_layers=3), r"unexpected model.layers.2"),
     "shallower model": (lambda f: other_model(f, num_hidden_layers=1), r"missing model.layers.1"),
     "other family": (
-        lambda f: fastlora.save_adapter(adapted(LoRAConfig(target_modules=["query"]), bert), f),
+        lambda f: fastlora.save_adapter(
+            model_with_adapter(LoRAConfig(target_modules=["query"]), bert), f
+        ),
         "no linear layer matches|unexpected|not name|not served",
     ),
     "unsupported option": (lambda f: edit_config(f, use_dora=True), "not support use_dora=True"),
@@ -180,7 +184,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("into", ["fresh", "adapted", "served"])
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_adapter_changes_nothing(folder, what, into):
+def test_bad_adapter_is_refused_and_changes_nothing(folder, what, into):
     spoil, says = BAD[what]
     spoil(folder)
     if into == "served":
@@ -188,7 +192,7 @@ def test_a_bad_adapter_changes_nothing(folder, what, into):
         load_it: Callable[[], object] = functools.partial(model.load_adapter, folder, "new")
         says += "|not served|biases of its own"
     else:
-        model = adapted() if into == "adapted" else llama()
+        model = model_with_adapter() if into == "adapted" else llama()
         load_it = functools.partial(fastlora.load_adapter, model, folder)
         says += "|the layer has|the layer and" if into == "adapted" else ""
     with untouched(model), pytest.raises(ValueError, match=says):
@@ -198,7 +202,7 @@ def test_a_bad_adapter_changes_nothing(folder, what, into):
 
 
 @pytest.mark.parametrize("directory", [None, 3])
-def test_what_is_no_path_is_refused(directory):
+def test_load_adapter_refuses_what_is_no_path(directory):
     says = f"directory: expected the path of a folder, got {directory}"
     with pytest.raises(TypeError, match=says):
         fastlora.load_adapter(llama(), directory)
@@ -207,7 +211,7 @@ def test_what_is_no_path_is_refused(directory):
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(folder, name):
+def test_load_adapter_names_a_missing_file(folder, name):
     (folder / name).unlink()
     model = llama()
     with untouched(model), pytest.raises(FileNotFoundError, match=name):
@@ -225,7 +229,7 @@ def test_a_missing_file_is_named(folder, name):
         ("_MAX_CONFIG_BYTES", 10, "at most 10 bytes"),
     ],
 )
-def test_limits_come_before_reading(folder, monkeypatch, limit, value, says):
+def test_load_adapter_checks_limits_before_reading(folder, monkeypatch, limit, value, says):
     monkeypatch.setattr(adapter_files, limit, value)
     monkeypatch.setattr(adapter_files, "safe_open", None)
     model = llama()
@@ -234,7 +238,7 @@ def test_limits_come_before_reading(folder, monkeypatch, limit, value, says):
 
 
 @pytest.mark.parametrize("what", ["giant shape", "integer tensor", "missing tensor", "wider model"])
-def test_no_tensor_is_read_before_the_header_is_right(folder, monkeypatch, what):
+def test_load_adapter_checks_header_before_reading_tensors(folder, monkeypatch, what):
     BAD[what][0](folder)
     monkeypatch.setattr(adapter_files, "safe_open", None)
     with pytest.raises(ValueError, match=BAD[what][1]):
@@ -242,7 +246,7 @@ def test_no_tensor_is_read_before_the_header_is_right(folder, monkeypatch, what)
 
 
 @pytest.mark.parametrize("length", [1152, 2176, 0x4B50], ids=hex)
-def test_a_header_length_that_looks_like_a_pickle_is_none(folder, length):
+def test_header_length_resembling_a_pickle_loads(folder, length):
     """Its first byte is a pickle's 0x80, or its first two a zip's PK."""
     header, data = raw(folder)
     write_raw(folder, header, data, length)
@@ -255,7 +259,7 @@ NAMES = ["", ".", "..", "a/b", "/a", "a\\b", "a b", "ä", "a" * 129, "a\n", None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_names_are_refused(folder, name):
+def test_server_refuses_bad_adapter_names(folder, name):
     server = MultiLoRAModel(llama(), max_adapters=2)
     with untouched(server), pytest.raises(ValueError, match="adapter_name: expected to match"):
         server.load_adapter(folder, name)
@@ -263,6 +267,6 @@ def test_bad_names_are_refused(folder, name):
 
 
 @pytest.mark.parametrize("call", [fastlora.save_adapter, fastlora.load_adapter])
-def test_arguments_in_the_wrong_order(call, tmp_path):
+def test_arguments_in_wrong_order_are_refused(call, tmp_path):
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got "):
         call(tmp_path, llama())

@@ -1,4 +1,4 @@
-"""A folder that is no adapter of PEFT's as it is: every reader says what it is, and what to do."""
+"""Every reader says what a folder that is no PEFT adapter is, and what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\ns
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
+def good_adapters_and_base(tmp_path_factory) -> Path:
     """A model of PEFT's with two adapters, as PEFT saves it, and the base."""
     at = tmp_path_factory.mktemp("good")
     save_base(at / "base", size="1GB")
@@ -35,26 +35,26 @@ def good(tmp_path_factory) -> Path:
     return at
 
 
-def whole_state(at: Path, good: Path) -> None:
+def whole_state(at: Path, good_adapters_and_base: Path) -> None:
     """What torch would save of the model, its adapters' part."""
-    state = torch.load(good / "state.pt", weights_only=True)
+    state = torch.load(good_adapters_and_base / "state.pt", weights_only=True)
     save_file({n: t for n, t in state.items() if "lora_" in n and "default" in n}, at / WEIGHTS)
 
 
-def injected_state(at: Path, good: Path) -> None:
+def injected_state(at: Path, good_adapters_and_base: Path) -> None:
     """The same of a model without PEFT's wrapper."""
-    state = torch.load(good / "state.pt", weights_only=True)
+    state = torch.load(good_adapters_and_base / "state.pt", weights_only=True)
     plain = {n.removeprefix("base_model.model."): t for n, t in state.items() if "default" in n}
     save_file(plain, at / WEIGHTS)
 
 
-def kohya(at: Path, good: Path) -> None:
+def kohya(at: Path, good_adapters_and_base: Path) -> None:
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(4, 8), f"{name}.alpha": torch.tensor(4.0)}
     save_file(tensors | {f"{name}.lora_up.weight": torch.ones(8, 4)}, at / WEIGHTS)
 
 
-def alphas_beside(at: Path, good: Path) -> None:
+def alphas_beside(at: Path, good_adapters_and_base: Path) -> None:
     def change(tensors):
         first = next(iter(tensors))
         stem = first.rpartition(".lora_")[0]
@@ -63,7 +63,7 @@ def alphas_beside(at: Path, good: Path) -> None:
     edit_tensors(at / WEIGHTS, change)
 
 
-def only_inner(at: Path, good: Path) -> None:
+def only_inner(at: Path, good_adapters_and_base: Path) -> None:
     (at / CONFIG).unlink()
     (at / WEIGHTS).unlink()
     for name in ("alice", "bob"):
@@ -88,17 +88,17 @@ ENTRIES = ["load", "serve", "merge", "combine", "swap"]
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_hint_that_fits(tmp_path, good, case, entry):
+def test_every_reader_gives_the_fitting_hint(tmp_path, good_adapters_and_base, case, entry):
     at = tmp_path / "a"
     at.mkdir()
     for name in (CONFIG, WEIGHTS):
-        (at / name).write_bytes((good / "adapter" / name).read_bytes())
+        (at / name).write_bytes((good_adapters_and_base / "adapter" / name).read_bytes())
     spoil, says = CASES[case]
-    spoil(at, good)
-    assert_refused(entry, at, good, says)
+    spoil(at, good_adapters_and_base)
+    assert_refused(entry, at, good_adapters_and_base, says)
 
 
-def assert_refused(entry: str, at: Path, good: Path, says: str) -> None:
+def assert_refused(entry: str, at: Path, good_adapters_and_base: Path, says: str) -> None:
     model: nn.Module = llama()
     call: Callable[[], object] = functools.partial(fastlora.load_adapter, model, at)
     if entry == "serve":
@@ -106,12 +106,12 @@ def assert_refused(entry: str, at: Path, good: Path, says: str) -> None:
         call = functools.partial(model.load_adapter, at, "a")
     elif entry == "merge":
         call = functools.partial(
-            fastlora.merge_checkpoint, good / "base", [at], at.with_name("out")
+            fastlora.merge_checkpoint, good_adapters_and_base / "base", [at], at.with_name("out")
         )
     elif entry == "combine":
         call = functools.partial(fastlora.combine_adapters, [at], [1.0], at.with_name("out"))
     elif entry == "swap":
-        fastlora.merge_adapter(fastlora.load_adapter(model, good / "adapter"))
+        fastlora.merge_adapter(fastlora.load_adapter(model, good_adapters_and_base / "adapter"))
         call = functools.partial(fastlora.swap_adapter, model, at)
     with untouched(model), pytest.raises((ValueError, FileNotFoundError), match=says):
         call()
@@ -119,25 +119,25 @@ def assert_refused(entry: str, at: Path, good: Path, says: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_of_an_adapter_with_a_name_peft_s_folder_is_named(good, entry):
+def test_reader_names_subfolder_of_named_adapter(good_adapters_and_base, entry):
     says = r"expected adapter_config.json in .*both, .*; there is one in '.*both/alice': give that"
-    assert_refused(entry, good / "both", good, says)
+    assert_refused(entry, good_adapters_and_base / "both", good_adapters_and_base, says)
 
 
-def test_a_file_in_a_folder_s_place(good):
+def test_load_adapter_refuses_file_instead_of_folder(good_adapters_and_base):
     with pytest.raises(FileNotFoundError, match=f"{WEIGHTS} is a file: give the folder"):
-        fastlora.load_adapter(llama(), good / "adapter" / WEIGHTS)
+        fastlora.load_adapter(llama(), good_adapters_and_base / "adapter" / WEIGHTS)
 
 
-def test_a_base_that_git_has_not_fetched(tmp_path, good):
-    for path in (good / "base").glob("*.json"):
+def test_merge_checkpoint_names_git_lfs_pointer(tmp_path, good_adapters_and_base):
+    for path in (good_adapters_and_base / "base").glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_text(POINTER)
     with pytest.raises(ValueError, match=r"model\.safetensors: a Git LFS pointer"):
-        fastlora.merge_checkpoint(tmp_path, [good / "adapter"], tmp_path / "out")
+        fastlora.merge_checkpoint(tmp_path, [good_adapters_and_base / "adapter"], tmp_path / "out")
 
 
-def test_names_that_only_look_alike_load(tmp_path):
+def test_modules_with_lookalike_names_load(tmp_path):
     """A module called default, and a parameter called alpha in one that is trained whole."""
 
     class Snake(nn.Module):

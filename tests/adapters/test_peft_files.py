@@ -1,7 +1,6 @@
-"""Adapters travel between fastlora and PEFT, both ways, and compute the same on either side.
+"""Adapters travel between fastlora and PEFT and compute the same on either side."""
 
-Tolerances are those of ``tests/support/models.py``; every adapter moves the output by ten of them.
-"""
+# Tolerances are those of tests/support/models.py; every adapter moves the output by ten of them.
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ CASES = [
 pytestmark = quiet
 
 
-def trained(model: nn.Module) -> nn.Module:
+def trained_a_little(model: nn.Module) -> nn.Module:
     """As if it had been trained: every parameter that would be is somewhere else."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +66,7 @@ def trained(model: nn.Module) -> nn.Module:
     return randomise_lora(model).eval()
 
 
-def padded(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+def padded_ids_and_mask(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Ids of two rows, and a mask under which the second is shorter."""
     ids = tokens(2, 9)
     mask = torch.ones_like(ids)
@@ -76,22 +75,22 @@ def padded(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("build, options", CASES)
-def test_from_fastlora_to_peft(tmp_path, build, options):
-    ours = trained(fastlora.replace_linear(build(), fastlora.LoRAConfig(**options)))
+def test_peft_loads_an_adapter_from_fastlora(tmp_path, build, options):
+    ours = trained_a_little(fastlora.replace_linear(build(), fastlora.LoRAConfig(**options)))
     fastlora.save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
-    ids, mask = padded(ours)
+    ids, mask = padded_ids_and_mask(ours)
     assert_agree(
         logits(ours, ids, **mask), logits(theirs, ids, **mask), logits(build(), ids, **mask)
     )
 
 
 @pytest.mark.parametrize("build, options", CASES)
-def test_from_peft_to_fastlora_and_back(tmp_path, build, options):
-    theirs = trained(peft.get_peft_model(build(), peft.LoraConfig(**options)))
+def test_peft_adapter_survives_loading_and_saving(tmp_path, build, options):
+    theirs = trained_a_little(peft.get_peft_model(build(), peft.LoraConfig(**options)))
     theirs.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
     ours = fastlora.load_adapter(build(), tmp_path / "peft")
-    ids, mask = padded(ours)
+    ids, mask = padded_ids_and_mask(ours)
     assert_agree(
         logits(ours, ids, **mask), logits(theirs, ids, **mask), logits(build(), ids, **mask)
     )
@@ -103,10 +102,10 @@ def test_from_peft_to_fastlora_and_back(tmp_path, build, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("saved", ["float32", "half"])
-def test_a_half_base_has_the_same_numbers(tmp_path, dtype, saved):
+def test_adapter_on_half_base_matches_peft(tmp_path, dtype, saved):
     """Adapters are float32 there on both sides, whatever the file holds."""
     config = peft.LoraConfig(target_modules="all-linear", r=4)
-    theirs = trained(peft.get_peft_model(llama(dtype=dtype), config))
+    theirs = trained_a_little(peft.get_peft_model(llama(dtype=dtype), config))
     if saved == "half":
         theirs = theirs.to(dtype)
     theirs.save_pretrained(str(tmp_path))
@@ -118,9 +117,11 @@ def test_a_half_base_has_the_same_numbers(tmp_path, dtype, saved):
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(llama(dtype=dtype), ids))
 
 
-def test_a_config_without_newer_fields_loads(tmp_path: Path):
+def test_config_of_old_peft_loads(tmp_path: Path):
     """What PEFT 0.4 wrote: the rest has the defaults of then, which are those of now."""
-    theirs = trained(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])))
+    theirs = trained_a_little(
+        peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    )
     theirs.save_pretrained(str(tmp_path))
     old = {
         "auto_mapping": None, "base_model_name_or_path": None, "bias": "none",
@@ -135,8 +136,10 @@ def test_a_config_without_newer_fields_loads(tmp_path: Path):
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(llama(), ids))
 
 
-def test_merged_models_agree_too(tmp_path):
-    theirs = trained(peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear")))
+def test_merged_models_agree_with_peft(tmp_path):
+    theirs = trained_a_little(
+        peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear"))
+    )
     theirs.save_pretrained(str(tmp_path))
     ours = fastlora.load_adapter(llama(), tmp_path)
     fastlora.merge_and_unload(ours)

@@ -1,4 +1,4 @@
-"""One adapter's files mean one thing, whoever reads them: PEFT, a model, a server, a merge."""
+"""One adapter's files mean the same to PEFT, a model, a server and a merge."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ PATTERNS = {
 
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern.*(did not match|no layer)")
 @pytest.mark.parametrize("case", PATTERNS)
-def test_the_order_of_patterns_is_not_lost(tmp_path, base, case):
+def test_order_of_patterns_survives_saving(tmp_path, base, case):
     options = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8} | PATTERNS[case]
     ours, ids = fastlora.replace_linear(llama(), LoRAConfig(**options)), tokens(2, 7)
     fastlora.save_adapter(randomise_lora(ours), tmp_path / "a")
@@ -124,7 +124,7 @@ def test_the_order_of_patterns_is_not_lost(tmp_path, base, case):
         assert settings(tmp_path / "a")["alpha_pattern"] == options["alpha_pattern"]
 
 
-def test_ranks_of_a_file_that_peft_has_sorted_are_those_of_its_tensors(tmp_path, base):
+def test_ranks_sorted_by_peft_follow_tensors(tmp_path, base):
     options = PATTERNS["ranks"] | {"alpha_pattern": {"v_proj": 3}}
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options)
     theirs, ids = randomise_lora(peft.get_peft_model(llama(), config)).eval(), tokens(2, 7)
@@ -141,7 +141,7 @@ def test_ranks_of_a_file_that_peft_has_sorted_are_those_of_its_tensors(tmp_path,
         fastlora.load_adapter(model, tmp_path / "a")
 
 
-def test_alphas_of_a_file_that_peft_has_sorted_are_doubtful(tmp_path, base):
+def test_ambiguous_alphas_sorted_by_peft_give_warnings(tmp_path, base):
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], **PATTERNS["alphas"])
     ids = tokens(2, 7)
     theirs = randomise_lora(peft.get_peft_model(llama(), config)).eval()
@@ -175,7 +175,7 @@ class Nested(nn.Module):
         return self.inner["out"](self.inner["up"](self.out(x)))
 
 
-def test_names_that_others_end_in_are_not_taken_for_them(tmp_path):
+def test_names_ending_others_match_only_themselves(tmp_path):
     ours = randomise_lora(
         fastlora.replace_linear(Nested(), LoRAConfig(target_modules="all-linear"))
     )
@@ -243,7 +243,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:lora with eva init", "ignore:.*low_cpu_mem_usage")
 @pytest.mark.parametrize("begin", [eva, mica], ids=lambda begin: begin.__name__)
-def test_how_an_adapter_of_the_plain_base_began_is_history(tmp_path, base, begin: Begin):
+def test_adapter_initialised_on_plain_base_loads_everywhere(tmp_path, base, begin: Begin):
     ids, plain = tokens(3, 8), weights(llama())
     theirs = begin(llama(), ids)
     while begin is eva and not theirs.peft_config["default"].rank_pattern:
@@ -274,7 +274,7 @@ def test_how_an_adapter_of_the_plain_base_began_is_history(tmp_path, base, begin
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:CorDA changes the base")
 @pytest.mark.parametrize("begin", [corda, lora_ga], ids=lambda begin: begin.__name__)
-def test_an_adapter_of_another_base_is_refused_until_peft_converts_it(tmp_path, base, begin: Begin):
+def test_adapter_of_changed_base_needs_conversion(tmp_path, base, begin: Begin):
     ids, plain = tokens(3, 8), weights(llama())
     theirs, name = begin(llama(), ids), begin.__name__
     left = weights(theirs.base_model.model)
@@ -299,7 +299,7 @@ def test_an_adapter_of_another_base_is_refused_until_peft_converts_it(tmp_path, 
         assert_agree(read(tmp_path / "b", base, ids), want, logits(llama(), ids))
 
 
-def test_an_adapter_of_a_quantised_base_is_refused(tmp_path, base):
+def test_adapter_of_quantised_base_is_refused(tmp_path, base):
     """LoftQ's needs CUDA to begin in PEFT; here is its config, from there."""
     config = LoRAConfig(target_modules=("q_proj",))
     fastlora.save_adapter(fastlora.replace_linear(llama(), config), tmp_path / "a")

@@ -1,4 +1,4 @@
-"""What TIES, DARE and magnitude pruning do, seen on a few numbers."""
+"""TIES, DARE and magnitude pruning, seen on a few numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastlora.adapters.prune import (
     prune_by_magnitude,
     sum_pruned,
 )
-from tests.support.combined import some
+from tests.support.combined import random_adapters
 from tests.support.helpers import same_bits, unchanged
 
 GRID = torch.tensor([[1.0, -4.0, 0.5], [3.0, -2.0, 0.0]])
@@ -32,23 +32,23 @@ GRID = torch.tensor([[1.0, -4.0, 0.5], [3.0, -2.0, 0.0]])
         (0.99, [[1, -4, 0.5], [3, -2, 0]]),
     ],
 )
-def test_magnitudes(density, kept):
+def test_prune_by_magnitude_keeps_largest_entries(density, kept):
     with unchanged(GRID):
         assert torch.equal(
             prune_by_magnitude(GRID, density), torch.tensor(kept, dtype=torch.float32)
         )
 
 
-def test_random_entries_keep_their_expectation():
+def test_prune_at_random_keeps_the_expectation():
     t = torch.full((100, 100), 2.0)
     got = prune_at_random(t, 0.25)
     assert set(got.unique().tolist()) == {0.0, 8.0}
     assert got.mean().item() == pytest.approx(2.0, abs=0.2)
 
 
-def test_a_seed_fixes_what_is_kept():
+def test_seed_fixes_entries_kept_by_dare():
     seeds = []
-    adapters = some(2, 2)
+    adapters = random_adapters(2, 2)
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         seeds.append(combine(adapters, [1.0, 1.0], "dare_linear", density=0.5)[0])
@@ -57,19 +57,19 @@ def test_a_seed_fixes_what_is_kept():
 
 
 @pytest.mark.parametrize("vote, elected", [("total", -3.0), ("frequency", 1.0)])
-def test_the_two_majorities(vote, elected):
+def test_average_elected_follows_the_voting_method(vote, elected):
     """Of -3, 1, 1 the sum is negative and most are positive; the mean is over those that agree."""
     tensors = [torch.tensor([value]) for value in (-3.0, 1.0, 1.0)]
     assert average_elected(tensors, [1.0, 1.0, 1.0], vote).item() == elected
 
 
-def test_weights_have_no_vote_and_balance_is_plus():
+def test_average_elected_ignores_weights_in_vote():
     tensors = [torch.tensor([-3.0, 2.0, 0.0]), torch.tensor([1.0, -2.0, 0.0])]
     got = average_elected(tensors, [0.5, 100.0], "total")
     assert torch.equal(got, torch.tensor([-1.5, 1.0, 0.0]))
 
 
-def test_density_one_is_no_pruning():
+def test_density_one_prunes_nothing():
     tensors, weights = [torch.randn(3, 4) for _ in range(2)], [0.7, -0.4]
     want = sum_pruned(METHODS["linear"], tensors, weights, 1.0, "total")
     for name in ("magnitude_prune", "dare_linear"):
@@ -78,7 +78,7 @@ def test_density_one_is_no_pruning():
         assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_plain_sum_holds_one_pruned_tensor_at_a_time():
+def test_plain_sum_holds_one_pruned_tensor():
     pruned: list[weakref.ref] = []
     alive = []
 
@@ -95,7 +95,7 @@ def test_a_plain_sum_holds_one_pruned_tensor_at_a_time():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_tensors_stay_as_they_are(name):
+def test_sum_pruned_leaves_its_tensors_unchanged(name):
     tensors = [torch.randn(3, 4) for _ in range(3)]
     with unchanged(tensors):
         sum_pruned(METHODS[name], tensors, [1.0, 0.0, -1.0], 0.5, "total").fill_(9)

@@ -1,4 +1,4 @@
-"""The dropout mask: which bits, how many, where it applies, and that all see the same one."""
+"""The dropout mask: its bits, its rate, where it applies, and that all backends have the same."""
 
 import math
 import os
@@ -37,25 +37,25 @@ def philox(seed: int, column_group: int, row: int) -> list[int]:
     return counter
 
 
-def keeps(seed: int, row: int, column: int, p: float) -> bool:
+def keeps_by_definition(seed: int, row: int, column: int, p: float) -> bool:
     word = philox(seed, column // 8, row)[column % 8 // 2]
     return (word >> 16 * (column % 2) & 0xFFFF) >= round(p * 65536)
 
 
-def seed_of(value: int, device) -> torch.Tensor:
+def seed_tensor(value: int, device) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.int64, device=device)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("first_row", [0, 5, 2**31, 2**32 - 5])
-def test_mask_is_philox(seed, first_row, device):
-    mask = dropout.keep_mask(4, 19, 0.3, seed_of(seed, device), first_row)
-    want = [[keeps(seed, first_row + m, k, 0.3) for k in range(19)] for m in range(4)]
+def test_keep_mask_is_philox_of_seed_and_position(seed, first_row, device):
+    mask = dropout.keep_mask(4, 19, 0.3, seed_tensor(seed, device), first_row)
+    want = [[keeps_by_definition(seed, first_row + m, k, 0.3) for k in range(19)] for m in range(4)]
     assert mask.dtype == torch.bool
     assert mask.tolist() == want
 
 
-def test_mask_does_not_depend_on_tiles(device):
+def test_keep_mask_does_not_depend_on_tiles(device):
     seed = dropout.new_seed(device)
     whole = dropout.keep_mask(63, 431, 0.5, seed)
     parts = [(0, 7), (7, 8), (8, 63)]
@@ -65,7 +65,7 @@ def test_mask_does_not_depend_on_tiles(device):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-def test_rate(p, device):
+def test_keep_mask_has_its_rate_everywhere(p, device):
     """Within five standard deviations, in all and in each lane; neighbours are independent."""
     mask = dropout.keep_mask(1024, 512, p, dropout.new_seed(device)).double().cpu()
     kept = 1 - dropout.threshold(p) / 65536
@@ -80,7 +80,7 @@ def test_rate(p, device):
     assert near((mask[1:] * mask[:-1]).mean(), kept**2, mask.numel() // 3)
 
 
-def test_what_is_kept_is_scaled_to_the_same_mean():
+def test_kept_elements_are_scaled_to_same_mean():
     for p in (0.1, 1 / 3, 0.9):
         kept = 1 - dropout.threshold(p) / 65536
         assert dropout.keep_scale(p) * kept == pytest.approx(1, abs=1e-15)
@@ -101,7 +101,7 @@ def test_p_too_small_drops_nothing(p):
 
 
 @pytest.mark.parametrize("f", [linear, add])
-def test_p_1_leaves_the_base(f):
+def test_p_of_1_leaves_the_base_product(f):
     args = [t.requires_grad_() for t in operands(f)]
     y = f(*args, dropout_p=1.0, training=True)
     base = torch.nn.functional.linear(*args[:2])
@@ -113,14 +113,14 @@ def test_p_1_leaves_the_base(f):
     assert not dB.any()
 
 
-def test_without_training_nothing_is_dropped_or_drawn():
+def test_nothing_is_dropped_or_drawn_without_training():
     args, state = operands(linear), torch.get_rng_state()
     assert same_bits(linear(*args, dropout_p=0.9, training=False), linear(*args))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("f", [linear, add])
-def test_the_seed_comes_from_torch(f, device):
+def test_seed_comes_from_torch_generator(f, device):
     args = [t.to(device) for t in operands(f, rows=63)]
     runs = []
     for seed in (3, 3, 4):
@@ -131,7 +131,7 @@ def test_the_seed_comes_from_torch(f, device):
     assert not torch.equal(runs[0][0], runs[2][0])
 
 
-def test_seeds_use_all_64_bits():
+def test_new_seed_uses_all_64_bits():
     seeds = torch.stack([dropout.new_seed(torch.device("cpu")) for _ in range(200)])
     ones = torch.stack([(seeds >> bit & 1).double().mean() for bit in range(64)])
     assert bool(((ones - 0.5).abs() < 0.25).all())
@@ -139,7 +139,7 @@ def test_seeds_use_all_64_bits():
 
 @pytest.mark.parametrize("dtype, lora_dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("M, K", [(63, 31), (2, 300_001)])
-def test_values_and_gradients_match_the_oracle(M, K, dtype, lora_dtype, device):
+def test_dropout_matches_oracle_forward_and_backward(M, K, dtype, lora_dtype, device):
     """One mask forward and backward, on the LoRA branch alone; rows may be wider than a block."""
     N, R, p, scaling = 5, 3, 0.4, -0.75
     assert M * K < products._CPU_BLOCK or K > products._CPU_BLOCK
@@ -168,7 +168,7 @@ def test_values_and_gradients_match_the_oracle(M, K, dtype, lora_dtype, device):
 
 @pytest.mark.parametrize("f", [linear, add])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant, f, device):
+def test_activation_checkpointing_repeats_the_mask(reentrant, f, device):
     """Forward runs twice and has the same mask both times."""
     results = []
     args = [t.to(device) for t in operands(f, rows=63)]
@@ -201,7 +201,7 @@ TWIN = """
 """
 
 
-def test_the_triton_twin_is_equal_bit_for_bit(device):
+def test_triton_mask_equals_torch_mask_bitwise(device):
     pytest.importorskip("triton", reason="triton is not installed")
     sizes = [(1, 1), (17, 129), (33, 8), (5, 1128), (0, 5)]
     cases = [(*size, p, SEEDS[i]) for i, size in enumerate(sizes) for p in (0.0, 0.1, 0.5, 1.0)]

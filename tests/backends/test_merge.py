@@ -1,4 +1,4 @@
-"""Merging on every backend, the Triton kernels with them: many weights at once, exactly undone."""
+"""Merging on every backend: many weights at once, exactly undone."""
 
 import math
 
@@ -23,7 +23,7 @@ FLOATS = [*HALVES, torch.float32]
 @pytest.mark.parametrize(
     "N, K, R", [(1, 1, 1), (63, 130, 16), (130, 63, 3), (129, 72, 40), (9, 5, 0)]
 )
-def test_one_rounding_in_and_every_bit_back(N, K, R, dtype, lora_dtype, device):
+def test_merge_rounds_once_and_unmerge_restores(N, K, R, dtype, lora_dtype, device):
     weight, adapter = weight_and_adapter(N, K, R, dtype, device, lora_dtype=lora_dtype)
     before, address = weight.clone(), weight.data_ptr()
     with unchanged(adapter):
@@ -38,7 +38,7 @@ def test_one_rounding_in_and_every_bit_back(N, K, R, dtype, lora_dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_several_adapters_are_summed_before_the_rounding(dtype, device):
+def test_merge_sums_several_adapters_before_rounding(dtype, device):
     weight, first = weight_and_adapter(30, 70, 9, dtype, device, ratio=0.5)
     _, second = weight_and_adapter(30, 70, 2, dtype, device, ratio=0.5, lora_dtype=torch.float16)
     _, third = weight_and_adapter(30, 70, 20, dtype, device, ratio=0.5, lora_dtype=torch.float32)
@@ -50,7 +50,7 @@ def test_several_adapters_are_summed_before_the_rounding(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_what_was_not_finite_may_stay_so(dtype, device):
+def test_merge_accepts_nan_where_weight_is_nan(dtype, device):
     """Where the weight is NaN an adapter may be: nothing is lost, and beside it nothing spoiled."""
     weight, (A, B, scaling) = weight_and_adapter(7, 70, 5, dtype, device)
     weight[3], B[3, 1] = math.nan, math.nan
@@ -63,7 +63,7 @@ def test_what_was_not_finite_may_stay_so(dtype, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_any_strides(layout, dtype, device):
+def test_merge_has_same_bits_for_any_strides(layout, dtype, device):
     """Same bits whatever the layout; what lies between the elements is not touched."""
     plain, adapter = weight_and_adapter(40, 136, 8, dtype, device)
     weight = layout(plain)
@@ -78,7 +78,7 @@ def test_any_strides(layout, dtype, device):
     assert same_bits(around, outside)
 
 
-def several(device, dtypes=FLOATS) -> tuple[list[Tensor], list[list]]:
+def several_weights(device, dtypes=FLOATS) -> tuple[list[Tensor], list[list]]:
     """Weights of other shapes, dtypes and layouts, with no, one and two adapters."""
     weights, adapters = [], []
     for i, dtype in enumerate(dtypes):
@@ -91,8 +91,8 @@ def several(device, dtypes=FLOATS) -> tuple[list[Tensor], list[list]]:
     return weights, adapters
 
 
-def test_many_weights_have_the_bits_of_each_alone(device):
-    weights, adapters = several(device)
+def test_foreach_merge_has_bits_of_each_alone(device):
+    weights, adapters = several_weights(device)
     alone = [w.clone() for w in weights]
     for weight, own in zip(alone, adapters, strict=True):
         F.merge_(weight, own, receipt=False)
@@ -108,8 +108,8 @@ def test_many_weights_have_the_bits_of_each_alone(device):
 
 @pytest.mark.parametrize("bad", [0, 4, 8])
 @pytest.mark.parametrize("receipt", [True, False])
-def test_one_that_would_not_be_finite_stops_all(bad, receipt, device):
-    weights, adapters = several(device)
+def test_foreach_merge_with_one_non_finite_changes_nothing(bad, receipt, device):
+    weights, adapters = several_weights(device)
     A, B = torch.ones(1, weights[bad].shape[1]), torch.zeros(weights[bad].shape[0], 1)
     B[-1] = math.nan
     adapters[bad] = [(A.to(device), B.to(device), 1.0)]
@@ -121,9 +121,9 @@ def test_one_that_would_not_be_finite_stops_all(bad, receipt, device):
     assert info.value.index == bad
 
 
-def test_one_of_a_kind_that_would_not_be_finite_stops_all(device):
+def test_batch_of_one_kind_merges_all_or_none(device):
     """All in one call of a backend, for good: what was written before it is had back."""
-    weights, adapters = several(device, [torch.bfloat16])
+    weights, adapters = several_weights(device, [torch.bfloat16])
     adapters[2] = [(torch.ones(1, 24), torch.full((20, 1), math.inf), 1.0)]
     adapters[2] = [(*(t.to(device) for t in adapters[2][0][:2]), 1.0)]
     with unchanged(weights), pytest.raises(ValueError, match=r"weights\[2\]: .*finite"):
@@ -131,7 +131,7 @@ def test_one_of_a_kind_that_would_not_be_finite_stops_all(device):
 
 
 @pytest.mark.parametrize("step", ["merge", "merge for good", "unmerge", "swap"])
-def test_the_third_of_five_fails_and_the_first_two_are_taken_back(step, device, merge_backend):
+def test_op_names_failing_weight_and_changes_none(step, device, merge_backend):
     """In one call of the backend's op, which says which weight failed and changes none."""
     pairs = [weight_and_adapter(20, 24, 3, torch.bfloat16, device) for _ in range(5)]
     weights = [weight for weight, _ in pairs]
@@ -158,8 +158,8 @@ def test_the_third_of_five_fails_and_the_first_two_are_taken_back(step, device, 
 
 
 @pytest.mark.parametrize("bad", [0, 4, 8])
-def test_an_edited_one_stops_all(bad, device):
-    weights, adapters = several(device)
+def test_foreach_refuses_all_when_one_was_edited(bad, device):
+    weights, adapters = several_weights(device)
     receipts = F.foreach_merge_(weights, adapters)
     weights[bad][-1, -1] += 1
     others = [[(A.flip(0), B.flip(1), s) for A, B, s in some] for some in adapters]
@@ -172,7 +172,7 @@ def test_an_edited_one_stops_all(bad, device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("ratio", [0.01, 1.0])
-def test_a_swap_has_the_bits_of_unmerging_and_merging(dtype, ratio, device):
+def test_swap_has_bits_of_unmerging_and_merging(dtype, ratio, device):
     weight, first = weight_and_adapter(70, 72, 8, dtype, device, ratio)
     _, second = weight_and_adapter(70, 72, 3, dtype, device, ratio, lora_dtype=torch.bfloat16)
     before, want = weight.clone(), weight.clone()
@@ -187,8 +187,8 @@ def test_a_swap_has_the_bits_of_unmerging_and_merging(dtype, ratio, device):
     assert same_bits(weight, before)
 
 
-def test_a_swap_to_what_is_not_finite_changes_nothing(device):
-    weights, adapters = several(device)
+def test_swap_to_non_finite_adapter_changes_nothing(device):
+    weights, adapters = several_weights(device)
     receipts = F.foreach_merge_(weights, adapters)
     others = [list(some) for some in adapters]
     A, B, scaling = weight_and_adapter(*weights[5].shape, 2, torch.float32, device)[1]
@@ -200,7 +200,7 @@ def test_a_swap_to_what_is_not_finite_changes_nothing(device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_same_input_same_receipt(dtype, device):
+def test_merge_repeats_receipt_for_same_input(dtype, device):
     """Its order too, although programs take their places in it as they come."""
     plain, adapter = weight_and_adapter(300, 70, 8, dtype, device, ratio=0.3)
     results = []
@@ -210,7 +210,7 @@ def test_same_input_same_receipt(dtype, device):
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_receipt_for_another_kernel_is_refused(device):
+def test_unmerge_refuses_receipt_of_another_kernel(device):
     weight, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device)
     receipt = F.merge_(weight, [adapter])
     other = type(receipt)(**{**vars(receipt), "kernel": receipt.kernel + " of another compiler"})
@@ -219,7 +219,7 @@ def test_a_receipt_for_another_kernel_is_refused(device):
 
 
 @pytest.mark.parametrize("name", ["positions", "bits", "counts", "checksums"])
-def test_an_edited_receipt_is_refused(name, device):
+def test_unmerge_refuses_receipt_with_edited_part(name, device):
     weight, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device, ratio=0.5)
     receipt = F.merge_(weight, [adapter])
     for part in (getattr(receipt, name)[:0].clone(), getattr(receipt, name) + 1):
@@ -228,7 +228,7 @@ def test_an_edited_receipt_is_refused(name, device):
             F.unmerge_(weight, edited)
 
 
-def test_a_receipt_writes_nothing_outside_its_weight(device):
+def test_unmerge_writes_nothing_outside_its_weight(device):
     """Whatever its positions say."""
     around = torch.randn(4000, 24, device=device).bfloat16()
     weight = around[1000:1020]
@@ -240,7 +240,7 @@ def test_a_receipt_writes_nothing_outside_its_weight(device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_snapshot_needs_no_kernel(dtype, device):
+def test_snapshot_restores_without_its_kernel(dtype, device):
     weight, first = weight_and_adapter(40, 24, 3, dtype, device, ratio=0.5)
     _, second = weight_and_adapter(40, 24, 3, dtype, device, ratio=0.5)
     before = weight.clone()
@@ -260,7 +260,7 @@ def test_a_snapshot_needs_no_kernel(dtype, device):
     assert same_bits(weight, before)
 
 
-def test_slices_of_a_packed_projection(device):
+def test_foreach_merge_accepts_slices_of_one_tensor(device):
     """q, k and v of one tensor, by rows and by columns: they share memory and no element."""
     for dim in (0, 1):
         packed, _ = weight_and_adapter(48, 48, 1, torch.bfloat16, device)
@@ -277,14 +277,14 @@ def test_slices_of_a_packed_projection(device):
             F.foreach_merge_(overlapping, none)
 
 
-def test_weights_that_two_libraries_share(device):
+def test_foreach_merge_refuses_weights_sharing_foreign_memory(device):
     memory = np.random.default_rng(0).standard_normal(72).astype(np.float32)
     weights = [torch.from_numpy(memory[i : i + 64]).view(8, 8) for i in (0, 8)]
     with unchanged(weights), pytest.raises(ValueError, match=r"weights\[1\]: .*weights\[0\]"):
         F.foreach_merge_(weights, [[], []])
 
 
-def test_factors_that_lie_in_a_weight(device):
+def test_merge_reads_factors_within_weight_before_writing(device):
     """Read as they were before: a merge for good that fails is taken back all the same."""
     weight, _ = weight_and_adapter(24, 24, 1, torch.float32, device)
     other, _ = weight_and_adapter(24, 24, 1, torch.float32, device)
@@ -297,7 +297,7 @@ def test_factors_that_lie_in_a_weight(device):
     assert same_bits(weight, want)
 
 
-def test_a_receipt_with_other_adapters_is_refused(device):
+def test_unmerge_refuses_receipt_with_misshapen_adapters(device):
     weight, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device)
     receipt = F.merge_(weight, [adapter])
     A, B, scaling = receipt.adapters[0]
@@ -309,7 +309,7 @@ def test_a_receipt_with_other_adapters_is_refused(device):
         F.merge_(weight, [adapter], receipt=False, snapshot=True)
 
 
-def test_an_edited_snapshot_is_refused(device):
+def test_unmerge_refuses_edited_snapshot(device):
     weight, adapter = weight_and_adapter(20, 24, 3, torch.bfloat16, device)
     receipt = F.merge_(weight, [adapter], snapshot=True)
     adapter[1].mul_(5)  # the receipt has its own
@@ -322,7 +322,7 @@ def test_an_edited_snapshot_is_refused(device):
         F.unmerge_(weight, other)
 
 
-def test_high_bits_that_change_places_are_seen(device):
+def test_unmerge_notices_swapped_high_bits(device):
     """Of float32 two numbers that differ in bits 31 and 15."""
     weight, (A, B, scaling) = weight_and_adapter(20, 24, 3, torch.float32, device)
     weight[2, 3], weight[2, 5] = 1.0, -1.00390625

@@ -38,7 +38,7 @@ SETS = native.available().split(", ")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def declared() -> dict[str, tuple[str, list[str]]]:
+def functions_of_header() -> dict[str, tuple[str, list[str]]]:
     """Of every function in the header: result and arguments, as ctypes has them."""
     kinds = {
         "int32_t": "c_int",
@@ -65,16 +65,16 @@ def declared() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def test_the_table_is_the_header():
+def test_function_table_matches_the_c_header():
     bound = {
         name: (getattr(result, "__name__", "None"), [a.__name__ for a in arguments])
         for name, (result, arguments) in native.FUNCTIONS.items()
     }
-    assert bound == declared()
+    assert bound == functions_of_header()
     assert len(bound) == 22
 
 
-def test_the_codes_and_the_version_are_the_headers():
+def test_codes_and_version_match_the_c_header():
     text = HEADER.read_text()
     numbers = dict(re.findall(r"#define FASTLORA_(\w+) (\d+)", text))
     assert int(numbers.pop("ABI_VERSION")) == native.ABI_VERSION
@@ -91,7 +91,7 @@ def test_the_codes_and_the_version_are_the_headers():
     }
 
 
-def compiled(tmp_path: Path, source: str) -> Path:
+def compile_library(tmp_path: Path, source: str) -> Path:
     file, library = tmp_path / "other.c", tmp_path / "libother.so"
     file.write_text(source)
     subprocess.run(["cc", "-shared", "-fPIC", str(file), "-o", str(library)], check=True)
@@ -106,11 +106,11 @@ def compiled(tmp_path: Path, source: str) -> Path:
         ("int other(void) { return 1; }", "undefined symbol: fastlora_abi_version"),
     ],
 )
-def test_another_versions_library_is_refused(source, reason, tmp_path):
-    assert reason in native.load(compiled(tmp_path, source))
+def test_load_refuses_library_of_another_version(source, reason, tmp_path):
+    assert reason in native.load(compile_library(tmp_path, source))
 
 
-def test_what_is_no_library_is_refused(tmp_path):
+def test_load_refuses_file_that_is_no_library(tmp_path):
     broken = tmp_path / "libbroken.so"
     broken.write_text("no library")
     assert "cannot be loaded" in native.load(broken)
@@ -128,7 +128,7 @@ assert torch.allclose(y, x @ W.T + 0.5 * x @ A.T @ B.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*SETS, "none", "mmx"])
-def test_the_environment_forces_an_instruction_set(name):
+def test_environment_variable_forces_an_instruction_set(name):
     """Or none: then, and where the name is wrong, plain torch runs and `unusable` says why."""
     run = subprocess.run(
         [sys.executable, "-c", PROBE],
@@ -154,7 +154,7 @@ def multi_operands(T, K, N, R, S, dtype, lora_dtype):
 @pytest.mark.parametrize("R", [3, 8, 16, 32, 64, 200])
 @pytest.mark.parametrize("lora", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
+def test_multi_linear_is_right_on_every_instruction_set(dtype, lora, R, instruction_set):
     """Whole vectors, rests of every kind, one row, a few, more than a block."""
     lora_dtype = torch.float32 if lora == "fp32" else dtype
     for T, K, N in ((1, 64, 64), (5, 67, 83), (70, 33, 17)):
@@ -180,7 +180,7 @@ def test_every_instruction_set_is_right(dtype, lora, R, instruction_set):
 @pytest.mark.parametrize("M, K", [(1, 1), (3, 7), (5, 128), (4, 431), (0, 5), (2, 0), (300, 2200)])
 @pytest.mark.parametrize("lay", [contiguous, strided, transposed])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_dropout_mask_is_the_one_of_every_backend(M, K, dtype, lay, instruction_set):
+def test_native_dropout_has_mask_of_every_backend(M, K, dtype, lay, instruction_set):
     seed, p, first_row = dropout.new_seed(CPU), 0.3, 9
     x = lay(signed(M, K, dtype=dtype, device=CPU))
     want = dropout.dropped(x, p, seed, first_row)
@@ -203,7 +203,7 @@ def test_the_dropout_mask_is_the_one_of_every_backend(M, K, dtype, lay, instruct
 )
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_of_every_instruction_set(M, R, C, dtype, transposed, instruction_set):
+def test_gradient_is_right_on_every_instruction_set(M, R, C, dtype, transposed, instruction_set):
     left, right = signed(M, R, dtype=dtype, device=CPU), signed(M, C, dtype=dtype, device=CPU)
     # Behind an odd last row, which a step of two could take in.
     right = torch.cat([right, right.new_full((1, C), torch.nan)])[:M]
@@ -216,7 +216,7 @@ def test_gradients_of_every_instruction_set(M, R, C, dtype, transposed, instruct
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_threads_do_not_change_the_bits(dtype, instruction_set):
+def test_native_bits_do_not_depend_on_threads(dtype, instruction_set):
     operands = multi_operands(70, 130, 300, 16, 5, dtype, torch.float32)
     weight, adapter = weight_and_adapter(300, 431, 16, dtype)
     ids, results = torch.arange(70) % 6 - 1, []
@@ -243,7 +243,7 @@ def test_threads_do_not_change_the_bits(dtype, instruction_set):
 
 @pytest.mark.parametrize("lora_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_rows_delta_has_the_same_bits_in_any_batch(dtype, lora_dtype, instruction_set):
+def test_row_delta_has_same_bits_in_any_batch(dtype, lora_dtype, instruction_set):
     """Alone, among its adapter's rows, among others', in whatever order; natively whole too."""
     T, K, N, R, S = 39, 67, 83, 16, 4
     x, W, A, B, scalings = multi_operands(T, K, N, R, S, dtype, lora_dtype or dtype)

@@ -38,7 +38,7 @@ def far_apart(values: torch.Tensor) -> torch.Tensor:
     return far.copy_(values)
 
 
-def test_sizes_past_2_to_the_31(instruction_set):
+def test_native_offsets_reach_past_2_to_the_31(instruction_set):
     """Offsets are 64-bit in x, the weight, both factors, y and h, and in merging."""
     x, W, A, B, scalings = multi_operands(2, 40, 2, 2, 2, torch.bfloat16, torch.bfloat16)
     ids = torch.tensor([1, 0])
@@ -59,7 +59,7 @@ def test_sizes_past_2_to_the_31(instruction_set):
     assert same_bits(far.contiguous(), weight)
 
 
-def test_inference_tensors():
+def test_native_ops_accept_inference_tensors():
     """They have no version to count up."""
     with torch.inference_mode(), dispatch.use_backend("cpu"):
         x, W, A, B, scalings = multi_operands(3, 8, 9, 2, 2, torch.float32, torch.float32)
@@ -70,14 +70,14 @@ def test_inference_tensors():
         assert not weight.any()
 
 
-def test_an_unknown_instruction_set_is_refused():
+def test_use_refuses_unknown_instruction_set():
     before = native.instruction_set()
     with pytest.raises(ValueError, match=r"name: expected one of .*portable, got 'mmx'"):
         native.use("mmx")
     assert native.instruction_set() == before
 
 
-def test_a_call_that_the_library_refuses_raises():
+def test_check_raises_for_codes_of_refusal():
     with pytest.raises(RuntimeError, match="refused its arguments"):
         native.check(native.BAD_ARGUMENT, "op")
     with pytest.raises(MemoryError, match="op: out of memory"):
@@ -85,7 +85,7 @@ def test_a_call_that_the_library_refuses_raises():
     assert isinstance(native.functions(), ctypes.CDLL)
 
 
-def test_rows_that_share_memory(instruction_set):
+def test_expanded_operands_are_read_but_not_written(instruction_set):
     """Expanded operands are read; an expanded y and an overlapping weight are refused."""
     x, W, A, B, scalings = multi_operands(4, 64, 32, 8, 2, torch.float32, torch.float32)
     ids = torch.tensor([0, 0, 1, 1])

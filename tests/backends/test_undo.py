@@ -1,4 +1,4 @@
-"""All or none: everything is taken back, and what could not be is not kept quiet."""
+"""all_or_none takes everything back on an error and reports what could not be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastlora.backends.merge_lists import errors
 from fastlora.backends.merge_lists.undo import all_or_none
 
 
-def test_steps_are_taken_back_last_first_and_all():
+def test_undo_runs_every_step_last_first():
     taken = []
 
     def broken(step):
@@ -30,7 +30,7 @@ def test_steps_are_taken_back_last_first_and_all():
     assert isinstance(info.value.__cause__, MemoryError)
 
 
-def test_nothing_is_taken_back_where_nothing_failed():
+def test_undo_runs_nothing_without_an_error():
     taken = []
     with all_or_none() as undo:
         undo.push(taken.append, 1)
@@ -41,7 +41,7 @@ def fail(error):
     raise error
 
 
-def test_an_error_is_named_once_by_the_outermost_loop():
+def test_nested_error_is_named_once_by_outermost():
     """Through two levels of parts of a call, and through what could not be undone."""
 
     def work():
@@ -64,6 +64,6 @@ def test_an_error_is_named_once_by_the_outermost_loop():
         (["a"], OSError("no error of a weight"), "no error of a weight"),
     ],
 )
-def test_errors_about_no_weight_and_of_one_weight(names, error, message):
+def test_error_is_named_only_when_about_one_weight(names, error, message):
     with pytest.raises(type(error), match=f"^{message}$"), errors.named(names):
         fail(error)

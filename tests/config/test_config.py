@@ -1,4 +1,4 @@
-"""LoRAConfig means what PEFT's LoraConfig means, and refuses by name what fastlora has not."""
+"""LoRAConfig means what PEFT's LoraConfig means, and refuses the rest by name."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ FULL = {
 }
 
 
-def test_every_field_of_pefts_is_known():
+def test_every_peft_field_is_known():
     """One that a new PEFT brings is refused by ``from_dict``, and shows up here."""
     assert not OWN & REFUSED | OWN & DESCRIPTIVE
     assert {*OTHER} == REFUSED == refusals.FIELDS.keys()
 
 
-def test_names_and_defaults_are_pefts():
+def test_config_has_names_and_defaults_of_peft():
     assert PEFT.keys() >= OWN
     ours, theirs = LoRAConfig(), peft.LoraConfig()
     assert {n: getattr(ours, n) for n in OWN} == {n: getattr(theirs, n) for n in OWN}
 
 
-def test_a_file_of_pefts_reads_and_writes_back(tmp_path):
+def test_config_reads_and_writes_files_of_peft(tmp_path):
     peft.LoraConfig(**FULL).save_pretrained(tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     config = LoRAConfig.from_dict(values)
@@ -71,7 +71,7 @@ def test_a_file_of_pefts_reads_and_writes_back(tmp_path):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_what_only_peft_has_is_refused_by_name(name):
+def test_from_dict_refuses_unsupported_peft_fields(name):
     default = PEFT[name].default
     value = True if default is False else ["something"]
     with pytest.raises(ValueError, match=rf"does not support {name}="):
@@ -101,13 +101,13 @@ def test_what_only_peft_has_is_refused_by_name(name):
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_a_peft_config_with_more_than_lora_is_refused(option):
+def test_of_refuses_peft_config_beyond_lora(option):
     config = peft.LoraConfig(target_modules=["q_proj"], **option)
     with pytest.raises(ValueError, match=next(iter(option))):
         LoRAConfig.of(config)
 
 
-def test_what_a_newer_peft_may_bring_is_refused_unless_empty():
+def test_from_dict_refuses_unknown_fields_unless_empty():
     assert LoRAConfig.from_dict({"brand_new": None}) == LoRAConfig()
     for value in (0, 0.0, 1, "on", [0]):
         with pytest.raises(ValueError, match="brand_new"):
@@ -117,12 +117,12 @@ def test_what_a_newer_peft_may_bring_is_refused_unless_empty():
 @pytest.mark.parametrize(
     "config", [{"r": 8}, None, peft.LoHaConfig(target_modules=["q"]), LoRAConfig]
 )
-def test_other_objects_are_no_config(config):
+def test_of_refuses_objects_that_are_no_config(config):
     with pytest.raises(TypeError, match=r"expected fastlora.LoRAConfig or peft.LoraConfig"):
         LoRAConfig.of(config)
 
 
-def test_another_kind_of_adapter_is_refused():
+def test_from_dict_refuses_another_kind_of_adapter():
     with pytest.raises(ValueError, match="peft_type: expected LORA, got 'LOHA'"):
         LoRAConfig.from_dict({"peft_type": "LOHA"})
 
@@ -174,7 +174,7 @@ def test_another_kind_of_adapter_is_refused():
         ("alpha_pattern", {"q_proj": float("inf")}, ValueError),
     ],
 )
-def test_bad_values_are_refused_by_name(name, value, kind):
+def test_config_refuses_bad_values_by_name(name, value, kind):
     with pytest.raises(kind, match=name):
         LoRAConfig(**{name: value})
 
@@ -191,18 +191,18 @@ def test_bad_values_are_refused_by_name(name, value, kind):
         ({"target_modules": ["q"], "layers_pattern": ["layers"]}, "layers_pattern"),
     ],
 )
-def test_no_config_is_made_that_peft_would_not_read(options, named):
+def test_config_refuses_what_peft_refuses(options, named):
     for kind in (LoRAConfig, peft.LoraConfig):
         with pytest.raises(ValueError, match=named):
             kind(**options)
 
 
-def test_what_peft_takes_in_any_case_is_written_as_it_writes_it():
+def test_init_lora_weights_accepts_names_in_any_case():
     for name in ("Gaussian", "OLoRA"):
         assert LoRAConfig(init_lora_weights=name) == LoRAConfig(init_lora_weights=name.lower())
 
 
-def test_heads_that_peft_saves_again_and_again_are_named_once():
+def test_with_heads_names_each_head_once():
     config = LoRAConfig(modules_to_save=["score", "classifier", "score"], task_type="SEQ_CLS")
     assert config.modules_to_save == ("score", "classifier")
     assert config.with_heads() == config
@@ -214,7 +214,7 @@ def test_heads_that_peft_saves_again_and_again_are_named_once():
     assert LoRAConfig(task_type="CAUSAL_LM").with_heads().modules_to_save is None
 
 
-def test_a_config_does_not_change_under_the_reader():
+def test_config_is_frozen_and_copies_its_arguments():
     names, ranks = ["q_proj"], {"q_proj": 2}
     config = LoRAConfig(target_modules=names, rank_pattern=ranks)
     names.append("v_proj")

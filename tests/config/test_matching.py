@@ -1,4 +1,4 @@
-"""Which layers, ranks and alphas a config names: as PEFT reads it."""
+"""The layers, ranks and alphas that a config names are those that PEFT reads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from tests.support.models import llama
     ],
     ids=str,
 )
-def test_the_same_layers_ranks_and_scalings_as_peft(options):
+def test_replace_linear_has_layers_and_scalings_of_peft(options):
     """PEFT is asked by what it does to a model, not by its helpers."""
     options = {"r": 8, "lora_alpha": 12} | options
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(**options), llama())
@@ -103,7 +103,7 @@ index = st.integers(-1, 11)
 )
 @example(targets=["q"], layers=0, pattern=["l|h"], whole=[], excluded=[])
 @example(targets=["q"], layers=[0, 1], pattern=["l|h", "layers"], whole=[], excluded=[])
-def test_layers_are_chosen_as_in_peft(targets, layers, pattern, whole, excluded):
+def test_targets_choose_same_layers_as_peft(targets, layers, pattern, whole, excluded):
     options = {
         "target_modules": targets,
         "layers_to_transform": layers,
@@ -145,7 +145,7 @@ def test_every_name_matches_as_in_peft(name, target, ranks):
     order=st.randoms(use_true_random=False),
     values=st.lists(st.integers(1, 4), min_size=6, max_size=6),
 )
-def test_settled_patterns_mean_the_same_in_any_order(known, ranks, order, values):
+def test_resolved_patterns_mean_same_in_any_order(known, ranks, order, values):
     """By PEFT's matching; what keys do not contradict stays, what tensors say counts."""
     found = matching.resolve_overlaps(ranks, known)
     keys = list(found)

@@ -1,4 +1,4 @@
-"""Derivatives: right wherever they are given, an error wherever they are not, never silence."""
+"""Derivatives of the functions: right where supported, an error everywhere else."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.support.calls import (
     multi_linear,
     operands,
     rand,
-    unfused,
+    unfused_function,
 )
 from tests.support.helpers import assert_near
 
@@ -26,21 +26,21 @@ NAMES = ("x", "weight", "lora_A", "lora_B")
 arguments = pytest.mark.parametrize("argument", range(4), ids=NAMES)
 
 
-def of(f, args, argument: int):
+def as_function_of_argument(f, args, argument: int):
     """``f`` as a function of one of its arguments."""
     return lambda t: f(*args[:argument], t, *args[argument + 1 :])
 
 
 @functions
-def test_gradcheck(f):
+def test_function_passes_gradcheck_in_float64(f):
     args = operands(f, torch.float64)
     assert torch.autograd.gradcheck(f, [t.requires_grad_() for t in args])
-    assert_near(f(*args), unfused(f)(*args))
+    assert_near(f(*args), unfused_function(f)(*args))
 
 
 @pytest.mark.parametrize("p", [0.25, 1.0])
 @pytest.mark.parametrize("f", [linear, add])
-def test_gradcheck_with_dropout(f, p):
+def test_function_passes_gradcheck_with_dropout(f, p):
     def same_mask(*args):
         torch.manual_seed(3)
         return f(*args, dropout_p=p, training=True)
@@ -49,7 +49,7 @@ def test_gradcheck_with_dropout(f, p):
     assert torch.autograd.gradcheck(same_mask, args)
 
 
-def test_gradcheck_of_biases():
+def test_lora_linear_biases_pass_gradcheck():
     args = operands(linear, torch.float64)
     biases = [rand(N, dtype=torch.float64).requires_grad_() for _ in range(2)]
 
@@ -59,7 +59,7 @@ def test_gradcheck_of_biases():
     assert torch.autograd.gradcheck(f, biases)
 
 
-def test_gradcheck_of_y_and_with_row_scales():
+def test_add_passes_gradcheck_with_row_scales():
     x, _, A, B = operands(multi_linear, torch.float64)
     y = rand(M, N, dtype=torch.float64)
     scales = rand(M)
@@ -83,7 +83,7 @@ def test_double_backward_raises_or_is_right(f, argument, second):
         return torch.autograd.grad(first.square().sum(), args[second])[0]
 
     if argument == NAMES.index("weight") and f not in (linear, multi_linear):
-        assert_near(twice(f), twice(unfused(f)))
+        assert_near(twice(f), twice(unfused_function(f)))
     else:
         with pytest.raises(RuntimeError, match="differentiable once"):
             twice(f)
@@ -91,7 +91,7 @@ def test_double_backward_raises_or_is_right(f, argument, second):
 
 @functions
 @pytest.mark.parametrize("transform", [hessian, lambda f: grad(lambda t: grad(f)(t).sum())])
-def test_higher_derivatives_raise_under_torch_func(f, transform):
+def test_torch_func_higher_derivatives_raise(f, transform):
     args = operands(f)
     with pytest.raises(RuntimeError, match=r"differentiable once|jvp"):
         transform(lambda A: f(*args[:2], A, args[3]).square().sum())(args[2])
@@ -100,10 +100,10 @@ def test_higher_derivatives_raise_under_torch_func(f, transform):
 @functions
 @arguments
 @pytest.mark.parametrize("tracked", [False, True])
-def test_forward_mode_raises(f, argument, tracked):
+def test_forward_mode_raises_for_any_operand(f, argument, tracked):
     """Whether or not something requires grad: a tangent is never dropped."""
     args = operands(f)
-    g = of(f, args, argument)
+    g = as_function_of_argument(f, args, argument)
     args[3 if argument != 3 else 2].requires_grad_(tracked)
     t = args[argument].detach()
     with pytest.raises(NotImplementedError, match="jvp"):
@@ -114,7 +114,7 @@ def test_forward_mode_raises(f, argument, tracked):
         g(forward_ad.make_dual(t, t))
 
 
-def test_forward_mode_of_something_else_passes():
+def test_forward_mode_of_unrelated_tensor_passes():
     args = operands(linear)
     with forward_ad.dual_level():
         other = forward_ad.make_dual(rand(M, N), rand(M, N))
@@ -124,11 +124,15 @@ def test_forward_mode_of_something_else_passes():
 
 @functions
 @arguments
-def test_torch_func_grad(f, argument):
+def test_torch_func_grad_matches_unfused_torch(f, argument):
     args = operands(f)
     for transform in (grad, jacrev):
-        ours = transform(of(lambda *a: f(*a).square().sum(), args, argument))
-        plain = transform(of(lambda *a: unfused(f)(*a).square().sum(), args, argument))
+        ours = transform(as_function_of_argument(lambda *a: f(*a).square().sum(), args, argument))
+        plain = transform(
+            as_function_of_argument(
+                lambda *a: unfused_function(f)(*a).square().sum(), args, argument
+            )
+        )
         assert_near(ours(args[argument]), plain(args[argument]))
 
 
@@ -136,16 +140,16 @@ def test_torch_func_grad(f, argument):
 @pytest.mark.parametrize(
     "in_dims", [(0, None, None, None), (1, None, None, 2), (0, 0, None, 1), (None, 0, 1, None)]
 )
-def test_vmap(f, in_dims):
+def test_vmap_matches_vmap_of_unfused_torch(f, in_dims):
     args = operands(f)
     batched = [
         t if d is None else torch.stack([t, t.flip(0), -t]).movedim(0, d)
         for t, d in zip(args, in_dims, strict=True)
     ]
-    assert_near(vmap(f, in_dims)(*batched), vmap(unfused(f), in_dims)(*batched))
+    assert_near(vmap(f, in_dims)(*batched), vmap(unfused_function(f), in_dims)(*batched))
 
 
-def test_gradients_of_each_ensemble_member():
+def test_vmap_gives_each_ensemble_member_its_gradients():
     """x shared, y and adapters not: what backward needs of the forward is each member's own."""
     x, _, A, B = operands(add)
     As, ys = torch.stack([A, -A, A.flip(0)]), rand(3, M, N)
@@ -163,19 +167,19 @@ def test_gradients_of_each_ensemble_member():
 
 @functions
 @arguments
-def test_gradients_of_each_sample(f, argument):
+def test_vmap_gives_each_sample_its_gradients(f, argument):
     args = operands(f)
     xs = torch.stack([args[0], args[0].flip(0), -args[0]])
     in_dims = tuple(0 if i == 0 else None for i in range(4))
     results = [
         vmap(grad(lambda *a, g=g: g(*a).square().sum(), argnums=argument), in_dims)(xs, *args[1:])
-        for g in (f, unfused(f))
+        for g in (f, unfused_function(f))
     ]
     assert_near(*results)
 
 
 @functions
-def test_gradient_of_a_vmap(f):
+def test_gradient_through_vmap_matches_unfused_torch(f):
     """torch.func's and the ordinary one: what is batched does not say that it requires grad."""
     args = operands(f)
     xs = torch.stack([args[0], args[0].flip(0)])
@@ -183,14 +187,14 @@ def test_gradient_of_a_vmap(f):
     def loss(g, xs):
         return vmap(lambda x: g(x, *args[1:]))(xs).square().sum()
 
-    want = grad(lambda xs: loss(unfused(f), xs))(xs)
+    want = grad(lambda xs: loss(unfused_function(f), xs))(xs)
     assert_near(grad(lambda xs: loss(f, xs))(xs), want)
     leaf = xs.clone().requires_grad_()
     loss(f, leaf).backward()
     assert_near(leaf.grad, want)
 
 
-def test_vmap_onto_a_shared_y_raises():
+def test_vmap_onto_unbatched_y_raises():
     x, _, A, B = operands(add)
     y = rand(M, N)
     with pytest.raises(RuntimeError, match=r"vmap: y .* must be batched"):
@@ -199,7 +203,7 @@ def test_vmap_onto_a_shared_y_raises():
 
 @pytest.mark.parametrize("randomness", ["same", "different"])
 @pytest.mark.parametrize("f", [linear, add])
-def test_dropout_under_vmap(f, randomness):
+def test_dropout_under_vmap_follows_its_randomness(f, randomness):
     args = operands(f)
 
     def drop(x):

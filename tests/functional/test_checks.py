@@ -1,4 +1,4 @@
-"""Bad input: the error names argument, value and expectation, and nothing has changed."""
+"""Bad input to the functions: the error names the argument, and nothing has changed."""
 
 import math
 
@@ -190,7 +190,7 @@ BAD = [
         for make in makers
     ],
 )
-def test_bad_input(make, name, value, error, message):
+def test_function_rejects_bad_input_naming_argument(make, name, value, error, message):
     kwargs = {**make(), name: value}
     expected = message if name == "adapters" and ": " in message else f"{name}: .*{message}"
     with unchanged(kwargs), pytest.raises(error, match=expected):
@@ -198,12 +198,12 @@ def test_bad_input(make, name, value, error, message):
 
 
 @pytest.mark.parametrize("make", FUNCTIONS)
-def test_what_the_bad_cases_start_from_is_good(make):
+def test_function_accepts_operands_before_spoiling(make):
     FUNCTIONS[make](**make())
 
 
 @pytest.mark.parametrize("name, value", [("weight", "w"), ("bias", 1.0), ("x", None)])
-def test_bad_types_under_autocast(name, value):
+def test_lora_linear_rejects_bad_types_under_autocast(name, value):
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(TypeError, match=f"{name}: {NO_TENSOR}"),
@@ -219,13 +219,13 @@ def test_bad_types_under_autocast(name, value):
         (1, ValueError, r"adapter_ids: expected ids in \[-1, 1\), got 1"),
     ],
 )
-def test_bad_slots_of_group_rows(slots, error, message):
+def test_group_rows_rejects_bad_number_of_slots(slots, error, message):
     with pytest.raises(error, match=message):
         F.group_rows(torch.tensor([0, 1]), slots)
 
 
 @pytest.mark.parametrize("receipt", [None, {}, ()])
-def test_unmerge_wants_a_receipt(receipt):
+def test_unmerge_rejects_anything_but_a_receipt(receipt):
     weight = signed(N, K, **CPU)
     with unchanged(weight), pytest.raises(TypeError, match="receipt: expected a MergeReceipt, got"):
         F.unmerge_(weight, receipt)

@@ -1,4 +1,4 @@
-"""Programs that torch.export and torch.jit.trace write have the model's numbers and gradients."""
+"""Programs written by torch.export and torch.jit.trace have the model's numbers and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = {0: Dim("rows", min=2)}
 strictness = pytest.mark.parametrize("strict", [True, False])
 
 
-def exported(model: nn.Module, x: Tensor, strict: bool, dynamic: bool = True):
+def export_with_dynamic_batch(model: nn.Module, x: Tensor, strict: bool, dynamic: bool = True):
     shapes = (ROWS,) if dynamic else None
     return export(model, (x,), dynamic_shapes=shapes, strict=strict)
 
@@ -34,9 +34,9 @@ def ops_in(program) -> set[str]:
 
 
 @strictness
-def test_numbers_and_gradients(strict):
+def test_exported_program_has_numbers_and_gradients(strict):
     ours = block(lora_bias=True)
-    program = exported(ours, batch(), strict)
+    program = export_with_dynamic_batch(ours, batch(), strict)
     assert ops_in(program) == {"fastlora.differentiable_lora_linear.default"}
     for rows in (2, 3, 7):
         x = batch(rows)
@@ -49,33 +49,33 @@ def test_numbers_and_gradients(strict):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype):
+def test_exported_program_matches_in_half_dtypes(dtype):
     ours = block(dtype).eval()
-    program = exported(ours, batch(dtype=dtype), strict=False)
+    program = export_with_dynamic_batch(ours, batch(dtype=dtype), strict=False)
     x = batch(4, dtype)
     torch.testing.assert_close(program.module()(x), ours(x))
 
 
-def test_inference_is_of_the_raw_ops():
+def test_decomposed_program_holds_raw_ops_only():
     ours = block().eval()
-    program = exported(ours, batch(), strict=False).run_decompositions()
+    program = export_with_dynamic_batch(ours, batch(), strict=False).run_decompositions()
     assert ops_in(program) == {"fastlora.lora_linear.default"}
     x = batch(5)
     assert_near(program.module()(x), ours(x))
     with fastlora.use_backend("torch"):
-        program = exported(ours, batch(), strict=False).run_decompositions()
+        program = export_with_dynamic_batch(ours, batch(), strict=False).run_decompositions()
     assert_near(program.module()(x), ours(x))  # though gradients are on
 
 
 @strictness
-def test_dropout_draws_a_mask_a_call(strict):
+def test_exported_dropout_draws_new_mask_each_call(strict):
     eye, x = torch.eye(64), torch.ones(5, 64)
 
     class Masked(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.lora_linear(x, 0 * eye, eye, eye, 1.0, dropout_p=0.5, training=True)
 
-    masked = exported(Masked(), x, strict).module()
+    masked = export_with_dynamic_batch(Masked(), x, strict).module()
     x.requires_grad_()
     one, two = masked(x), masked(x)
     assert set(one.unique().tolist()) == {0.0, 2.0}
@@ -84,7 +84,7 @@ def test_dropout_draws_a_mask_a_call(strict):
 
 
 @pytest.mark.parametrize("state", ["merged", "disabled"])
-def test_the_state_is_the_moment_s(state):
+def test_exported_program_keeps_state_at_export(state):
     ours, x = block().eval(), batch()
     if state == "merged":
         for layer in ours.children():
@@ -93,7 +93,7 @@ def test_the_state_is_the_moment_s(state):
     else:
         for layer in ours.children():
             layer.adapter_disabled = True
-    program = exported(ours, x, strict=False)
+    program = export_with_dynamic_batch(ours, x, strict=False)
     assert not ops_in(program)
     assert_near(program.module()(x), ours(x))
 
@@ -120,9 +120,9 @@ class InPlace(nn.Module):
 
 @strictness
 @pytest.mark.parametrize("slots", [(), (2,)])
-def test_the_other_functions(slots, strict):
+def test_in_place_functions_export_with_gradients(slots, strict):
     ours = InPlace(slots)
-    program = exported(ours, torch.randn(4, 7), strict)
+    program = export_with_dynamic_batch(ours, torch.randn(4, 7), strict)
     x, module = torch.randn(6, 7), program.module()
     for a, b in zip(gradients(module, module, x), gradients(ours, ours, x), strict=True):
         assert_near(a, b)
@@ -130,7 +130,7 @@ def test_the_other_functions(slots, strict):
         assert_near(program.run_decompositions().module()(x), ours(x))
 
 
-def test_served_slots():
+def test_multi_lora_linear_exports_with_adapter_ids():
     served = MultiLoRALinear.from_linear(nn.Linear(7, 5), 3, 2)
     served.set_adapter(1, torch.randn(2, 7), torch.randn(5, 2), 0.5)
     x, ids = torch.randn(4, 7), torch.tensor([1, -1, 1, 0])
@@ -161,7 +161,7 @@ LOADED = """
 def test_saved_programs_run_in_another_process(tmp_path):
     ours, x = block(lora_bias=True).eval(), batch(4)
     files = [tmp_path / name for name in ("block.pt2", "x.pt", "block.pt")]
-    torch.export.save(exported(ours, batch(), strict=False), files[0])
+    torch.export.save(export_with_dynamic_batch(ours, batch(), strict=False), files[0])
     torch.save((x, ours(x).detach()), files[1])
     torch.jit.save(torch.jit.trace(ours, batch()), files[2])
     root = Path(__file__).resolve().parents[2]
@@ -176,7 +176,7 @@ def test_saved_programs_run_in_another_process(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*jit.(trace|script)", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_traces(dropout):
+def test_traced_model_has_its_numbers(dropout):
     ours = block(lora_dropout=dropout)
     traced = torch.jit.trace(ours, batch(), check_trace=not dropout)
     x = batch(4)
@@ -193,7 +193,7 @@ def test_traces(dropout):
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.(trace|script)", "ignore::torch.jit.TracerWarning")
-def test_what_traces_and_scripts_refuse():
+def test_trace_of_slots_and_script_are_refused():
     ours = InPlace((2,))
     with pytest.raises(TypeError, match="num_slots: expected an int"):
         torch.jit.trace(ours, torch.randn(4, 7))

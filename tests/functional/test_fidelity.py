@@ -1,4 +1,4 @@
-"""How much of a delta arrives: by the definition, and as rounding is known to lose it."""
+"""The fidelity measure: what it computes, and what rounding is known to lose of a delta."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def adapters_for(N: int, K: int, *ranks: int, dtype: torch.dtype = torch.float32
     ]
 
 
-def delta(adapters) -> Tensor:
+def sum_of_deltas(adapters) -> Tensor:
     return sum(s * (B.double() @ A.double()) for A, B, s in adapters)
 
 
-def merged(weight: Tensor, adapters, size: float) -> tuple[Tensor, list]:
+def merge_at_size(weight: Tensor, adapters, size: float) -> tuple[Tensor, list]:
     """The weight with the adapters at ``size`` = |d|/|W|, and the adapters so scaled."""
-    scale = size * float(weight.double().norm() / delta(adapters).norm())
+    scale = size * float(weight.double().norm() / sum_of_deltas(adapters).norm())
     scaled = [(A, B, s * scale) for A, B, s in adapters]
     after = weight.clone()
     F.merge_(after, scaled, receipt=False)
     return after, scaled
 
 
-def by_definition(before: Tensor, after: Tensor, adapters) -> Fidelity:
-    W, M, d = before.double(), after.double(), delta(adapters)
+def fidelity_by_definition(before: Tensor, after: Tensor, adapters) -> Fidelity:
+    W, M, d = before.double(), after.double(), sum_of_deltas(adapters)
     return Fidelity(
         gain=float(((M - W) * d).sum() / (d * d).sum()),
         error=float((M - W - d).norm() / d.norm()),
@@ -53,22 +53,22 @@ def assert_same(got: Fidelity, want: Fidelity) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_definition(dtype, layout, device):
+def test_measure_matches_definition_across_blocks(dtype, layout, device):
     """In several blocks, of which the last is short; nothing that was given is written."""
     N, K = 3 * _BLOCK // 640, 651
     adapters = [(A.to(device), B.to(device), s) for A, B, s in adapters_for(N, K, 3, 5)]
     before = layout(torch.randn(N, K).to(device, dtype))
-    after, adapters = merged(before, adapters, 0.003)
+    after, adapters = merge_at_size(before, adapters, 0.003)
     with unchanged(before, after, *(t for A, B, _ in adapters for t in (A, B))):
         found = measure(before, layout(after), adapters)
-    assert_same(found, by_definition(before, after, adapters))
+    assert_same(found, fidelity_by_definition(before, after, adapters))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_adapters_of_any_dtype(dtype):
+def test_measure_accepts_adapters_of_any_dtype(dtype):
     before, adapters = torch.randn(20, 30), adapters_for(20, 30, 4, dtype=dtype)
-    after, adapters = merged(before, adapters, 0.1)
-    assert_same(measure(before, after, adapters), by_definition(before, after, adapters))
+    after, adapters = merge_at_size(before, adapters, 0.1)
+    assert_same(measure(before, after, adapters), fidelity_by_definition(before, after, adapters))
 
 
 @pytest.mark.parametrize(
@@ -83,15 +83,15 @@ def test_adapters_of_any_dtype(dtype):
         (torch.float32, 1e-3, 0.999999, 1.000001),
     ],
 )
-def test_what_rounding_loses(dtype, size, low, high):
+def test_gain_falls_as_rounding_loses_small_deltas(dtype, size, low, high):
     before = (torch.randn(256, 256) / 16).to(dtype)
-    found = measure(before, *merged(before, adapters_for(256, 256, 16), size))
+    found = measure(before, *merge_at_size(before, adapters_for(256, 256, 16), size))
     assert low < found.gain < high
     assert (found.gain < LOW_GAIN) == (high < LOW_GAIN)
     assert found.size == pytest.approx(size, rel=1e-3)
 
 
-def test_nothing_of_the_weights_size_is_allocated():
+def test_measure_allocates_nothing_of_the_weights_size():
     N, K = 16 * _BLOCK // 64, 64
     before, adapters = torch.randn(N, K).bfloat16(), adapters_for(N, K, 1)
     after = before.clone()
@@ -101,7 +101,7 @@ def test_nothing_of_the_weights_size_is_allocated():
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty_weights(shape):
+def test_measure_of_empty_weight_is_perfect(shape):
     weight = torch.randn(shape)
     assert measure(weight, weight, adapters_for(*shape, 2)) == Fidelity(1.0, 0.0, 0.0, 0.0)
 
@@ -109,7 +109,7 @@ def test_empty_weights(shape):
 @pytest.mark.parametrize(
     "adapters", [[], adapters_for(6, 8, 0), [(torch.zeros(2, 8), torch.ones(6, 2), 1.0)]]
 )
-def test_no_delta_has_nothing_to_lose(adapters):
+def test_measure_without_delta_loses_nothing(adapters):
     weight = torch.randn(6, 8)
     assert measure(weight, weight, adapters) == Fidelity(1.0, 0.0, 0.0, 0.0)
     other = weight.clone()
@@ -118,7 +118,7 @@ def test_no_delta_has_nothing_to_lose(adapters):
     assert (found.gain, found.error, found.changed) == (1.0, math.inf, 1 / 48)
 
 
-def test_a_weight_of_zeros():
+def test_measure_of_zero_weight_has_full_gain():
     weight, adapters = torch.zeros(6, 8), adapters_for(6, 8, 2)
     after = weight.clone()
     F.merge_(after, adapters, receipt=False)
@@ -127,27 +127,27 @@ def test_a_weight_of_zeros():
     assert (found.changed, found.size) == (1.0, math.inf)
 
 
-def test_what_was_not_finite_before_is_left_out():
+def test_measure_leaves_out_elements_not_finite_before():
     before, adapters = torch.randn(64, 64), adapters_for(64, 64, 4)
     before[3, 5], before[9, 9] = math.nan, math.inf
     after, kept = before.clone(), torch.ones(64, 64, dtype=torch.bool)
     F.merge_(after, adapters, receipt=False)
     kept[3, 5] = kept[9, 9] = False
-    d, moved = delta(adapters)[kept], (after.double() - before.double())[kept]
+    d, moved = sum_of_deltas(adapters)[kept], (after.double() - before.double())[kept]
     found = measure(before, after, adapters)
     assert found.gain == pytest.approx(float((moved * d).sum() / (d * d).sum()))
     assert math.isfinite(found.error)
     assert math.isfinite(found.size)
 
 
-def test_the_sign_of_a_zero_is_a_changed_bit():
+def test_measure_counts_sign_of_zero_as_changed():
     before = torch.zeros(2, 2)
     after = before.clone()
     after[0, 0] = -0.0
     assert measure(before, after, []).changed == 0.25
 
 
-def test_it_reads_well():
+def test_fidelity_prints_as_one_short_line():
     text = str(Fidelity(0.5321, 0.7912, 0.2214, 0.001))
     assert text == "gain 0.532, error 0.79, 22.1% changed, |d|/|W| 0.001"
 
@@ -163,13 +163,13 @@ def test_it_reads_well():
         (torch.ones(2, 3), torch.ones(2, 3), adapters_for(3, 3, 1), ValueError, r"\(2, 1\)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(before, after, adapters, error, says):
+def test_measure_names_argument_that_does_not_fit(before, after, adapters, error, says):
     with pytest.raises(error, match=says):
         measure(before, after, adapters)
 
 
-def test_layouts_of_both_sides_may_differ():
+def test_measure_accepts_weights_of_different_layouts():
     before, adapters = torch.randn(40, 50).bfloat16(), adapters_for(40, 50, 4)
-    after, adapters = merged(before, adapters, 0.01)
+    after, adapters = merge_at_size(before, adapters, 0.01)
     found = measure(transposed(before), sliced(after), adapters)
-    assert_same(found, by_definition(before, after, adapters))
+    assert_same(found, fidelity_by_definition(before, after, adapters))

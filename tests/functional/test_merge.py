@@ -39,7 +39,7 @@ def test_merge_rounds_once_and_unmerge_restores(dtype, ratio, device):
     "N, K, R",
     [(1, 1, 1), (63, 31, 16), (1, 2049, 3), (2049, 3, 2), (3, 70001, 2), (300, 431, 1), (5, 7, 0)],
 )
-def test_shapes(N, K, R, dtype, device):
+def test_merge_round_trips_for_any_shape(N, K, R, dtype, device):
     """Several tiles high, and wider than a tile."""
     weight, adapter = weight_and_adapter(N, K, R, dtype, device)
     before = weight.clone()
@@ -51,7 +51,7 @@ def test_shapes(N, K, R, dtype, device):
 
 @pytest.mark.parametrize("N, K", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("adapters", [0, 1])
-def test_empty_weight(N, K, adapters, device):
+def test_merge_and_unmerge_accept_empty_weight(N, K, adapters, device):
     weight, adapter = weight_and_adapter(N, K, 2, torch.float32, device)
     F.unmerge_(weight, F.merge_(weight, [adapter] * adapters))
     assert weight.shape == (N, K)
@@ -59,7 +59,7 @@ def test_empty_weight(N, K, adapters, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_any_strides(layout, dtype, device):
+def test_merge_has_same_bits_for_any_strides(layout, dtype, device):
     """Same bits whatever the layout; what lies between the elements is not touched."""
     plain, adapter = weight_and_adapter(37, 2100, 3, dtype, device)
     weight = layout(plain)
@@ -77,7 +77,7 @@ def test_any_strides(layout, dtype, device):
 
 
 @pytest.mark.parametrize("lora_dtype", FLOATS)
-def test_several_adapters_of_any_dtype(lora_dtype, device):
+def test_merge_sums_adapters_of_any_dtype(lora_dtype, device):
     weight, first = weight_and_adapter(33, 65, 4, torch.bfloat16, device, lora_dtype=lora_dtype)
     _, second = weight_and_adapter(33, 65, 9, torch.bfloat16, device, ratio=0.3)
     _, empty = weight_and_adapter(33, 65, 0, torch.bfloat16, device)
@@ -103,7 +103,7 @@ def test_stacked_merges_are_undone_in_reverse(device):
     assert same_bits(weight, states.pop())
 
 
-def test_a_parameter_is_merged_without_a_graph():
+def test_parameter_is_merged_without_a_graph():
     weight, adapter = weight_and_adapter(9, 7, 2, torch.float32)
     parameter = torch.nn.Parameter(weight)
     A, B = (t.requires_grad_() for t in adapter[:2])
@@ -113,7 +113,7 @@ def test_a_parameter_is_merged_without_a_graph():
     assert parameter._version > version
 
 
-def test_threads_do_not_change_the_bits():
+def test_merge_bits_do_not_depend_on_threads():
     results = []
     plain, adapter = weight_and_adapter(300, 431, 16, torch.float32)
     for threads in (1, 2):
@@ -128,7 +128,7 @@ def test_threads_do_not_change_the_bits():
 
 
 @pytest.mark.parametrize("receipt", [False, True])
-def test_memory(receipt):
+def test_merge_allocates_no_more_than_a_tile(receipt):
     """Beside the receipt nothing larger than a tile."""
     weight, adapter = weight_and_adapter(700, 512, 4, torch.bfloat16, ratio=0.01)
     with Spy() as spy:
@@ -143,7 +143,7 @@ def test_memory(receipt):
 
 @pytest.mark.parametrize("how", ["adapter", "overflow"])
 @pytest.mark.parametrize("row", [0, 250])
-def test_a_value_that_is_not_finite_changes_nothing(how, row):
+def test_merge_with_non_finite_result_changes_nothing(how, row):
     """In the first tile, and in one after others were written."""
     weight, (A, B, scaling) = weight_and_adapter(300, 431, 3, torch.float16)
     if how == "adapter":
@@ -161,7 +161,7 @@ def test_a_value_that_is_not_finite_changes_nothing(how, row):
 # Five tiles: written one after the other, each after three sums or so.
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op, count", [("copy_", 1), ("copy_", 3), ("copy_", 5), ("sum", 6)])
-def test_an_interrupted_merge_changes_nothing(op, count, layout):
+def test_interrupted_merge_changes_nothing(op, count, layout):
     plain, (A, B, scaling) = weight_and_adapter(700, 431, 3, torch.bfloat16, ratio=0.3)
     weight = layout(plain)
     interrupt = Interrupt(op, count, weight if op == "copy_" else None)
@@ -170,7 +170,7 @@ def test_an_interrupted_merge_changes_nothing(op, count, layout):
 
 
 @pytest.mark.parametrize("op, count", [("copy_", 1), ("copy_", 3), ("copy_", 5), ("sum", 6)])
-def test_an_interrupted_unmerge_changes_nothing(op, count):
+def test_interrupted_unmerge_changes_nothing(op, count):
     weight, (A, B, scaling) = weight_and_adapter(700, 431, 3, torch.bfloat16, ratio=0.3)
     before = weight.clone()
     adapter = ([A], [B], [scaling])
@@ -195,7 +195,9 @@ def test_an_interrupted_unmerge_changes_nothing(op, count):
     layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**32),
 )
-def test_every_bit_comes_back(whole_backend, N, K, ranks, dtype, ratio, layout, seed):
+def test_unmerge_restores_bits_for_random_weights(
+    whole_backend, N, K, ranks, dtype, ratio, layout, seed
+):
     assume(availability.cannot(whole_backend, CPU, dtype) is None)
     torch.manual_seed(seed)
     weight = layout(weight_and_adapter(N, K, 1, dtype)[0])

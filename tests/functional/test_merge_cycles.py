@@ -1,4 +1,4 @@
-"""Long random walks of merging, unmerging and swapping: not a bit is lost on the way."""
+"""Long random walks of merging, unmerging and swapping lose not a bit."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def weight_with_everything(N: int, K: int, dtype: torch.dtype, device) -> torch.
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_thousand_cycles(dtype, merge_backend, device):
+def test_thousand_merge_cycles_restore_every_bit(dtype, merge_backend, device):
     cycles = 1000 if device.type == "cuda" else CYCLES[merge_backend]
     draw = random.Random(torch.randint(1 << 30, ()).item())
     N, K = 70, 68
@@ -58,7 +58,7 @@ def test_a_thousand_cycles(dtype, merge_backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_taking_one_out_of_a_stack_leaves_the_bits_of_the_rest(dtype, merge_backend):
+def test_stack_without_one_adapter_has_others_bits(dtype, merge_backend):
     weight = weight_with_everything(40, 36, dtype, torch.device("cpu"))
     adapters = {n: [weight_and_adapter(40, 36, 4, dtype, ratio=0.3)[1]] for n in "abcd"}
 
@@ -84,7 +84,7 @@ def test_taking_one_out_of_a_stack_leaves_the_bits_of_the_rest(dtype, merge_back
 
 
 @pytest.mark.parametrize("step", ["remove", "swap"])
-def test_a_stack_is_as_before_when_something_fails(step, merge_backend):
+def test_stack_is_unchanged_when_a_step_fails(step, merge_backend):
     weight, _ = weight_and_adapter(40, 36, 4, torch.bfloat16)
     adapters = {n: [weight_and_adapter(40, 36, 4, torch.bfloat16)[1]] for n in "abc"}
     before, stack = weight.clone(), F.MergeStack(weight)
@@ -110,7 +110,7 @@ def test_a_stack_is_as_before_when_something_fails(step, merge_backend):
     assert same_bits(weight, before)
 
 
-def test_backends_do_not_take_each_others_receipts():
+def test_backend_refuses_receipt_of_another_backend():
     weight, adapter = weight_and_adapter(40, 36, 4, torch.bfloat16)
     before = weight.clone()
     for backend in ("torch", "cpu", "triton"):

@@ -1,4 +1,4 @@
-"""Ctrl-C while weights are merged, unmerged and swapped: all of it has happened, or nothing."""
+"""Ctrl-C while weights are merged, unmerged or swapped: all of it has happened, or nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def interrupted(act, after: float) -> bool:
+def run_with_interrupt(act, after: float) -> bool:
     """Runs act, Ctrl-C on its way; whether it raised."""
 
     def kill():
@@ -61,12 +61,12 @@ def state(m: torch.nn.Module):
     return [(layer.merged, layer.weight.detach().clone()) for _, layer in find_lora_layers(m)]
 
 
-def alike(a, b) -> bool:
+def have_same_bits(a, b) -> bool:
     return all(m == n and same_bits(v, w) for (m, v), (n, w) in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("step", ["merge_adapter", "unmerge_adapter"])
-def test_a_model_is_merged_or_not(step, merge_backend):
+def test_interrupted_model_is_merged_whole_or_not(step, merge_backend):
     if merge_backend == "triton":
         pytest.skip("interpreted: too slow to be interrupted often")
     undone = 0
@@ -82,14 +82,14 @@ def test_a_model_is_merged_or_not(step, merge_backend):
         getattr(fastlora, step)(m)
         took, after = time.perf_counter() - began, state(m)
         fastlora.merge_adapter(m) if step == "unmerge_adapter" else fastlora.unmerge_adapter(m)
-        interrupted(lambda m=m: getattr(fastlora, step)(m), took * (round_ % 13) / 10)
+        run_with_interrupt(lambda m=m: getattr(fastlora, step)(m), took * (round_ % 13) / 10)
         now = state(m)
-        assert alike(now, before) or alike(now, after)
-        undone += alike(now, before)
+        assert have_same_bits(now, before) or have_same_bits(now, after)
+        undone += have_same_bits(now, before)
     assert undone
 
 
-def test_it_waits_for_the_next_check_and_is_heard_at_the_end():
+def test_deferred_interrupt_is_raised_at_next_check():
     reached = []
 
     def work():
@@ -110,7 +110,7 @@ def test_it_waits_for_the_next_check_and_is_heard_at_the_end():
     assert handler is signal.default_int_handler
 
 
-def test_another_thread_neither_waits_nor_hears():
+def test_deferral_leaves_other_threads_alone():
     weight, adapter = weight_and_adapter(64, 64, 4, torch.bfloat16)
     before, errors = weight.clone(), []
 

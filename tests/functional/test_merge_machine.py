@@ -1,4 +1,4 @@
-"""Merges, swaps, unmerges, stacks and mistakes in any order that hypothesis thinks of."""
+"""Merges, swaps, unmerges, stacks and mistakes in any order that hypothesis draws."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Weight(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_any_order(backend):
+def test_weight_matches_model_after_any_steps(backend):
     reason = availability.cannot(backend, CPU)
     if reason is not None:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Many adapters in one batch: values, gradients, routing, and what never reaches a row."""
+"""Functions of many adapters in one batch: values, gradients, routing, and rows that stay apart."""
 
 import math
 
@@ -12,15 +12,15 @@ from tests.support import oracle
 from tests.support.helpers import (
     DTYPES,
     LAYOUTS,
+    as_rows,
     assert_accurate,
     leaves,
-    matrix,
     multi_lora_linear,
     same_bits,
     signed,
     unchanged,
 )
-from tests.support.multi_calls import WORKLOADS, added, batch, whole
+from tests.support.multi_calls import WORKLOADS, batch, call_add, call_linear
 from tests.thinning import skip_where
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -45,7 +45,7 @@ CASES = [
 FORMS = CASES[5:]
 
 
-def by_row(routing: dict, lead: tuple[int, ...]) -> dict:
+def spread_routing(routing: dict, lead: tuple[int, ...]) -> dict:
     """The routing with one id and one scale a row."""
     spread = dict(routing)
     for name in ("adapter_ids", "row_scales"):
@@ -58,20 +58,22 @@ def by_row(routing: dict, lead: tuple[int, ...]) -> dict:
 
 def assert_matches_oracle(through, tensors: dict, routing: dict) -> None:
     dtype = tensors["x"].dtype
-    rows = {**tensors, "x": matrix(tensors["x"])}
-    per_row = by_row(routing, tuple(tensors["x"].shape[:-1]))
+    rows = {**tensors, "x": as_rows(tensors["x"])}
+    per_row = spread_routing(routing, tuple(tensors["x"].shape[:-1]))
     ours, plain = leaves(tensors), leaves(rows)
     y, unfused = (
         through(F.multi_lora_linear, ours, routing),
-        whole(multi_lora_linear, plain, per_row),
+        call_linear(multi_lora_linear, plain, per_row),
     )
-    assert_accurate(matrix(y), whole(oracle.multi_lora_linear, rows, per_row), unfused, dtype)
+    assert_accurate(
+        as_rows(y), call_linear(oracle.multi_lora_linear, rows, per_row), unfused, dtype
+    )
 
     dy = signed(*y.shape, dtype=dtype, device=y.device)
     y.backward(dy)
-    unfused.backward(matrix(dy))
+    unfused.backward(as_rows(dy))
     args = (rows["x"], rows["weight"], rows["lora_A"], rows["lora_B"])
-    want = oracle.multi_lora_grads(matrix(dy), *args, **per_row)
+    want = oracle.multi_lora_grads(as_rows(dy), *args, **per_row)
     for name in ("x", "lora_A", "lora_B"):
         got, reached = ours[name].grad.reshape(plain[name].shape), plain[name].grad is not None
         assert got.dtype == tensors[name].dtype
@@ -82,7 +84,7 @@ def assert_matches_oracle(through, tensors: dict, routing: dict) -> None:
         assert_accurate(ours[name].grad, plain[name].grad, plain[name].grad, dtype)
 
 
-def rare(lead, ids, N, K, R, S, dtype, lora_dtype, device, backend) -> str | None:
+def reason_to_skip_form(lead, ids, N, K, R, S, dtype, lora_dtype, device, backend) -> str | None:
     if backend != "triton" or device.type != "cpu" or dtype == torch.float32:
         return None
     if dtype == lora_dtype:
@@ -91,11 +93,11 @@ def rare(lead, ids, N, K, R, S, dtype, lora_dtype, device, backend) -> str | Non
     return "interpreted in float32 alone: no dtype has code of its own for it" if form else None
 
 
-@skip_where(rare)
+@skip_where(reason_to_skip_form)
 @pytest.mark.parametrize("dtype, lora_dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("through", [whole, added])
+@pytest.mark.parametrize("through", [call_linear, call_add])
 @pytest.mark.parametrize("lead, ids, N, K, R, S", CASES)
-def test_values_and_gradients_match_the_oracle(
+def test_multi_lora_linear_matches_oracle_with_gradients(
     lead, ids, N, K, R, S, through, dtype, lora_dtype, device, backend
 ):
     tensors, routing = batch(lead, ids, N, K, R, S, dtype, lora_dtype, device)
@@ -103,17 +105,19 @@ def test_values_and_gradients_match_the_oracle(
         assert_matches_oracle(through, tensors, routing)
 
 
-def alike(workload, optional, device, backend) -> str | None:
+def reason_to_skip_workload(workload, optional, device, backend) -> str | None:
     interpreted = backend == "triton" and device.type == "cpu"
     skips = interpreted and optional and workload is not WORKLOADS["blocks"]
     return "interpreted: what is optional is read alike in every workload" if skips else None
 
 
-@skip_where(alike)
-@pytest.mark.parametrize("through", [whole, added])
+@skip_where(reason_to_skip_workload)
+@pytest.mark.parametrize("through", [call_linear, call_add])
 @pytest.mark.parametrize("optional", [(), ("ranks",), ("row_scales",)])
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
-def test_workloads(workload, optional, through, device, backend):
+def test_multi_lora_linear_matches_oracle_on_workloads(
+    workload, optional, through, device, backend
+):
     """More rows than are gathered at a time; with and without what is optional."""
     interpreted = backend == "triton" and device.type == "cpu"
     # An interpreted kernel gathers nothing, and takes a second for so many rows.
@@ -125,9 +129,9 @@ def test_workloads(workload, optional, through, device, backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("through", [whole, added])
+@pytest.mark.parametrize("through", [call_linear, call_add])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_strides_and_alignment(layout, through, dtype, device):
+def test_multi_lora_linear_accepts_strides_and_alignment(layout, through, dtype, device):
     tensors, routing = batch((3, 9), 1, 31, 37, 5, 3, dtype, torch.float32, device)
     tensors = {name: layout(t) for name, t in tensors.items()}
     with unchanged(tensors):
@@ -135,23 +139,23 @@ def test_any_strides_and_alignment(layout, through, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_groups_in_place_of_ids(dtype, device):
+def test_row_groups_equal_ids_bit_for_bit(dtype, device):
     tensors, routing = batch((5, 3), 1, 9, 7, 3, 4, torch.float32, torch.float32, device)
     ids = routing["adapter_ids"].to(dtype)
     groups = {**routing, "adapter_ids": F.group_rows(ids, 4)}
     with unchanged(groups["adapter_ids"].order, groups["adapter_ids"].starts):
-        for through in (whole, added):
+        for through in (call_linear, call_add):
             once = through(F.multi_lora_linear, tensors, groups)
             assert same_bits(once, through(F.multi_lora_linear, tensors, routing))
 
 
-def test_adapters_tell_rows_apart(device):
+def test_one_input_differs_under_every_adapter(device):
     """One input under every adapter: results differ pairwise by a tenth of their size or more."""
     tensors, _ = batch((5,), 1, 31, 17, 4, 4, torch.float32, torch.float32, device)
     tensors["x"] = tensors["x"][:1].expand(5, -1)
     routing = {"adapter_ids": torch.arange(-1, 4), "scalings": torch.ones(4)}
     routing = {name: t.to(device) for name, t in routing.items()}
-    y = whole(F.multi_lora_linear, tensors, routing)
+    y = call_linear(F.multi_lora_linear, tensors, routing)
     distances = torch.cdist(y, y) + 1e9 * torch.eye(5, device=device)
     assert distances.min() > 0.1 * y.norm(dim=1).max()
     alone = [
@@ -163,14 +167,14 @@ def test_adapters_tell_rows_apart(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workload", ["blocks", "skewed", "none"])
-def test_rows_without_adapter_have_the_bits_of_the_base(workload, dtype, device):
+def test_rows_without_adapter_have_base_bits(workload, dtype, device):
     ids = WORKLOADS[workload](63, 3)
     tensors, routing = batch((63,), ids, 65, 33, 4, 3, dtype, torch.float32, device)
     bare = ids.to(device) == -1
-    for through in (whole, added):
+    for through in (call_linear, call_add):
         nobody = {**routing, "adapter_ids": torch.full_like(routing["adapter_ids"], -1)}
         base = through(F.multi_lora_linear, tensors, nobody)
-        if through is added or device.type == "cuda":
+        if through is call_add or device.type == "cuda":
             assert same_bits(base, nnf.linear(tensors["x"], tensors["weight"], tensors["bias"]))
         y = through(F.multi_lora_linear, tensors, routing)
         assert bool(bare.any())
@@ -179,8 +183,8 @@ def test_rows_without_adapter_have_the_bits_of_the_base(workload, dtype, device)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("through", [whole, added])
-def test_poison_reaches_nobody(through, poison, device):
+@pytest.mark.parametrize("through", [call_linear, call_add])
+def test_nan_in_unused_parts_reaches_no_row(through, poison, device):
     """In unused slots, past a slot's rank, in another row: the rest keeps its bits."""
     ids = torch.tensor([0, 2, -1, 0, 2, 2, -1, 0])
     tensors, routing = batch((8,), ids, 9, 7, 4, 4, torch.float32, torch.float32, device)

@@ -15,14 +15,14 @@ N, R, S = sum(WIDTHS), 5, 4
 F32 = torch.float32
 
 
-def drawn(dtype, device, T=11, K=19):
+def draw_packed_batch(dtype, device, T=11, K=19):
     """A batch and lora_A (S, 3 R, K), other ranks for every slice of a slot's."""
     b = Batch.draw(T, K, N, R, S, dtype, dtype, device)
     A = torch.cat([b.A, -0.5 * b.A.flip(2), 2 * b.A.roll(1, 2)], 1)
     return b, A
 
 
-def per_slice(b: Batch, A, through):
+def call_per_slice(b: Batch, A, through):
     """What ``through`` makes of every slice by itself."""
     parts = []
     for i, (width, end) in enumerate(zip(WIDTHS, ENDS, strict=True)):
@@ -48,11 +48,11 @@ def call(b: Batch, A, B, **how):
 @pytest.mark.parametrize("page", [0, 2])
 @pytest.mark.parametrize("sliced", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_values(dtype, sliced, page, backend, device):
+def test_packed_linear_matches_oracle_per_slice(dtype, sliced, page, backend, device):
     """Against the oracle, a slice at a time; from pages the bits of the dense form."""
-    b, A = drawn(dtype, device)
+    b, A = draw_packed_batch(dtype, device)
     A = A if sliced else b.A
-    through = (lambda f: per_slice(b, A, f)) if sliced else (lambda f: f(b))
+    through = (lambda f: call_per_slice(b, A, f)) if sliced else (lambda f: f(b))
     how = {"slices": WIDTHS} if sliced else {}
     want, unfused = through(Batch.want), through(Batch.unfused)
     y = call(b, A, b.B, **how)
@@ -75,8 +75,8 @@ def test_values(dtype, sliced, page, backend, device):
     assert_accurate(added, own.cpu().double() + want - base, unfused, dtype)
 
 
-def test_gradients_are_those_of_each_slice(backend, device):
-    b, A = drawn(F32, device)
+def test_packed_gradients_equal_those_per_slice(backend, device):
+    b, A = draw_packed_batch(F32, device)
     # Past a slot's rank there is NaN, whose gradient is 0.
     tensors = {"x": b.x, "weight": b.weight, "bias": b.bias, "A": A, "B": b.B}
     dy = signed(11, N, dtype=F32, device=device)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_each_slice(backend, device):
 
     results = [
         call(batch(packed), packed["A"], packed["B"], slices=WIDTHS),
-        per_slice(batch(apart), apart["A"], alone),
+        call_per_slice(batch(apart), apart["A"], alone),
         F.multi_lora_add_(
             nnf.linear(added["x"], added["weight"], added["bias"]), added["x"], added["A"],
             added["B"], b.ids, b.scalings, **options(b), slices=WIDTHS,
@@ -108,9 +108,9 @@ def test_gradients_are_those_of_each_slice(backend, device):
 
 @pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("overlap", ["the same", "in part"])
-def test_y_may_share_x_s_memory(overlap, tracked, backend, device):
+def test_packed_add_accepts_y_sharing_xs_memory(overlap, tracked, backend, device):
     """Every slice sees x as it was."""
-    b, A = drawn(F32, device, K=N)
+    b, A = draw_packed_batch(F32, device, K=N)
     buffer = torch.cat([b.x, b.x[:, :4]], 1)
     x = buffer[:, :N]
     y = x if overlap == "the same" else buffer[:, 4:]
@@ -121,9 +121,9 @@ def test_y_may_share_x_s_memory(overlap, tracked, backend, device):
     torch.testing.assert_close(got, apart)
 
 
-def test_sequences_and_groups(backend, device):
+def test_packed_linear_accepts_sequences_and_row_groups(backend, device):
     """x (B, L, K) with an id a sequence; y a view of something larger."""
-    b, A = drawn(F32, device, T=6)
+    b, A = draw_packed_batch(F32, device, T=6)
     x, ids = b.x.view(3, 2, -1), b.ids[:3]
     groups = F.group_rows(ids, S)
     p = Paged.of(A, b.B, b.ranks, 2, 3)
@@ -140,9 +140,9 @@ def test_sequences_and_groups(backend, device):
     assert same_bits(wide[..., N:], rest)
 
 
-def test_a_table_s_nonsense_is_no_page(backend, device):
+def test_page_table_entries_out_of_range_are_ignored(backend, device):
     """Entries out of range, and pages past a slot's rank, are never followed."""
-    b, _ = drawn(F32, device)
+    b, _ = draw_packed_batch(F32, device)
     b = b._replace(ids=torch.arange(11, device=device) % (S + 1) - 1)
     p = Paged.of(b.A, b.B, b.ranks, 2)
     y = call(b, p.A, p.B, page_table=p.table)
@@ -163,8 +163,8 @@ def test_a_table_s_nonsense_is_no_page(backend, device):
     torch.testing.assert_close(none, nnf.linear(b.x, b.weight, b.bias))
 
 
-def test_batch_invariant(backend, device):
-    b, A = drawn(F32, device, T=13)
+def test_packed_rows_are_batch_invariant(backend, device):
+    b, A = draw_packed_batch(F32, device, T=13)
     p = Paged.of(A, b.B, b.ranks, 2, 3)
     how = {"slices": WIDTHS, "page_table": p.table}
     with fastlora.batch_invariant():
@@ -173,8 +173,8 @@ def test_batch_invariant(backend, device):
             assert same_bits(call(b.rows(rows.to(device)), p.A, p.B, **how), whole[rows])
 
 
-def test_compile(backend):
-    b, A = drawn(F32, torch.device("cpu"))
+def test_packed_functions_compile_with_eager_results(backend):
+    b, A = draw_packed_batch(F32, torch.device("cpu"))
     p = Paged.of(A, b.B, b.ranks, 2, 3)
     groups = b.groups
 
@@ -191,19 +191,19 @@ def test_compile(backend):
             torch.testing.assert_close(ours, eager)
 
 
-def test_autocast(backend, device):
+def test_packed_linear_follows_autocast(backend, device):
     if backend == "torch" and device.type == "cpu":
         pytest.skip("autocast is the functions' own: one backend shows it")
-    b, A = drawn(F32, device)
+    b, A = draw_packed_batch(F32, device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         y = call(b, A, b.B, slices=WIDTHS)
     assert y.dtype == torch.bfloat16
-    want = per_slice(b, A, Batch.want)
+    want = call_per_slice(b, A, Batch.want)
     assert oracle.relative_error(y, want) < 2e-2
 
 
-def test_pages_are_not_differentiable(device):
-    b, _ = drawn(F32, device)
+def test_pages_that_require_grad_are_refused(device):
+    b, _ = draw_packed_batch(F32, device)
     p = Paged.of(b.A, b.B, b.ranks, 2)
     y = torch.zeros(11, N, device=device)
     for leaf in (b.x, p.A, p.B):
@@ -258,8 +258,8 @@ def test_pages_are_not_differentiable(device):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(change, error, message):
-    b, A = drawn(F32, torch.device("cpu"))
+def test_packed_linear_names_argument_that_does_not_fit(change, error, message):
+    b, A = draw_packed_batch(F32, torch.device("cpu"))
     given = {"A": A, "B": b.B, "scalings": b.scalings, "bias": None, "slices": WIDTHS, **change}
     rest = {k: given[k] for k in ("slices", "ranks", "page_table") if k in given}
     factors = (given["A"], given["B"], b.ids, given["scalings"])
@@ -271,8 +271,8 @@ def test_what_does_not_fit_is_named(change, error, message):
             F.multi_lora_add_(y, b.x, *factors, **rest)
 
 
-def test_y_is_named_where_it_is_y_that_does_not_fit():
-    b, A = drawn(F32, torch.device("cpu"))
+def test_packed_add_names_y_that_does_not_fit():
+    b, A = draw_packed_batch(F32, torch.device("cpu"))
     given = (A, b.B, b.ids, b.scalings)
     for y, x, error, message in (
         (torch.zeros(11, N - 1), b.x, ValueError, r"y: expected shape \(11, 37\)"),

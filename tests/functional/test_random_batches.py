@@ -1,8 +1,7 @@
-"""Random batches by the hundred, slots reloaded and emptied between them, against the oracle.
+"""Random batches by the hundred match the oracle while slots are reloaded and emptied."""
 
-Every row must be its own adapter's, told from any other one by a margin; slots and pages that
-nobody has are NaN, and so is what lies past a slot's rank.
-"""
+# Every row must be its own adapter's, told from any other one by a margin; slots and pages that
+# nobody has are NaN, and so is what lies past a slot's rank.
 
 import math
 import os
@@ -80,7 +79,7 @@ class Store:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_row_is_its_own_adapter_s(dtype, backend, device):
+def test_random_batches_give_rows_their_own_adapter(dtype, backend, device):
     count, store, told = BATCHES or COUNTS[backend], Store(dtype, device), 0
     random.seed(int(torch.randint(2**31, ())))
     weight = signed(N, K, dtype=dtype, device=device, size=K**-0.5)
@@ -122,7 +121,7 @@ def assert_rows(
     return told
 
 
-def test_a_device_s_ids_are_not_trusted(device):
+def test_ids_out_of_range_never_reach_memory(device):
     """Where nobody may look at them, an id out of range is none; on the host it is an error."""
     x, weight = (signed(n, K, dtype=torch.float32, device=device) for n in (4, N))
     A, B = torch.full((1, R, K), math.nan), torch.full((1, N, R), math.nan)
@@ -137,7 +136,7 @@ def test_a_device_s_ids_are_not_trusted(device):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [1, 48, 700])
-def test_cuda_graphs_follow_slots_and_ids(rows):
+def test_cuda_graph_follows_slots_and_ids_changed(rows):
     """Captured once; then adapters are swapped in their slots and ids changed, in place."""
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")

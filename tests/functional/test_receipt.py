@@ -1,4 +1,4 @@
-"""The receipt of a merge: how large it is, and what it refuses to be used for."""
+"""The receipt of a merge: its size, and what it refuses to be used for."""
 
 import math
 
@@ -34,7 +34,9 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
         (torch.float32, 1e-1, 17),
     ],
 )
-def test_size_of_the_receipt(dtype, ratio, percent, merge_backend, device):
+def test_receipt_size_stays_near_documented_percentage(
+    dtype, ratio, percent, merge_backend, device
+):
     # Interpreted kernels take their time.
     N = 256 if merge_backend == "triton" and device.type == "cpu" else 512
     weight, adapter = weight_and_adapter(N, N, 8, dtype, device, ratio=ratio)
@@ -48,7 +50,7 @@ def test_size_of_the_receipt(dtype, ratio, percent, merge_backend, device):
     assert receipt.nbytes == held + 16 * tiles + adapter[0].nbytes + adapter[1].nbytes
 
 
-def test_the_receipt_outlives_its_adapters(device):
+def test_receipt_unmerges_after_adapters_have_changed(device):
     weight, adapter = weight_and_adapter(33, 65, 4, torch.bfloat16, device)
     before = weight.clone()
     receipt = F.merge_(weight, [adapter])
@@ -59,7 +61,7 @@ def test_the_receipt_outlives_its_adapters(device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_special_values_come_back(dtype, merge_backend, device):
+def test_unmerge_restores_special_values(dtype, merge_backend, device):
     """Zeros of both signs, denormals, infinities, NaN of any payload, the largest numbers."""
     weight, adapter = weight_and_adapter(8, 64, 3, dtype, device)
     info = torch.finfo(dtype)
@@ -123,7 +125,7 @@ def swap_signs(weight: Tensor) -> None:
 @pytest.mark.parametrize(
     "change", [edit, flip_a_bit, swap_neighbours, swap_rows, swap_rows_of_two_tiles, swap_signs]
 )
-def test_a_changed_weight_is_refused(change, dtype, merge_backend, device):
+def test_unmerge_refuses_weight_changed_since_merging(change, dtype, merge_backend, device):
     N, K = (150, 40) if merge_backend == "triton" else (300, 431)
     weight, adapter = weight_and_adapter(N, K, 3, dtype, device)
     weight[2, 3], weight[2, 4] = 1.0, -1.0
@@ -134,7 +136,7 @@ def test_a_changed_weight_is_refused(change, dtype, merge_backend, device):
         F.unmerge_(weight, receipt)
 
 
-def test_another_layers_receipt_is_refused():
+def test_unmerge_refuses_receipt_of_another_layer():
     weight, adapter = weight_and_adapter(65, 31, 3, torch.float32)
     other, theirs = weight_and_adapter(65, 31, 3, torch.float32)
     F.merge_(weight, [adapter])
@@ -143,7 +145,7 @@ def test_another_layers_receipt_is_refused():
         F.unmerge_(weight, receipt)
 
 
-def test_a_receipt_is_good_once():
+def test_unmerge_refuses_receipt_used_before():
     weight, adapter = weight_and_adapter(65, 31, 3, torch.float32)
     receipt = F.merge_(weight, [adapter])
     F.unmerge_(weight, receipt)
@@ -151,7 +153,7 @@ def test_a_receipt_is_good_once():
         F.unmerge_(weight, receipt)
 
 
-def test_an_edited_receipt_is_refused():
+def test_unmerge_refuses_receipt_with_edited_adapter():
     weight, adapter = weight_and_adapter(65, 31, 3, torch.float32)
     receipt = F.merge_(weight, [adapter])
     receipt.adapters[0][0][0] += 1e-3
@@ -167,7 +169,7 @@ def test_an_edited_receipt_is_refused():
         ({"kernel": "another"}, RuntimeError, "receipt: made by kernel 'another', "),
     ],
 )
-def test_a_receipt_for_something_else_is_refused(others, error, message):
+def test_unmerge_refuses_receipt_for_other_weight_kind(others, error, message):
     weight, adapter = weight_and_adapter(65, 31, 3, torch.float32)
     receipt = F.merge_(weight, [adapter])
     receipt = type(receipt)(**{**vars(receipt), **others})

@@ -1,4 +1,4 @@
-"""Rows grouped by adapter."""
+"""group_rows sorts rows by adapter."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from fastlora import functional as F
 
 
-def test_group_rows_sorts_and_keeps_order(device):
+def test_group_rows_sorts_stably_by_slot(device):
     ids = torch.randint(-1, 5, (100,), device=device)
     groups = F.group_rows(ids, 5)
     assert groups.ids.tolist() == ids.tolist()
@@ -21,7 +21,7 @@ def test_group_rows_sorts_and_keeps_order(device):
     assert twice.starts.tolist() == F.group_rows(twice.ids, 5).starts.tolist()
 
 
-def test_an_id_that_is_out_of_range_on_a_gpu_means_no_adapter(device):
+def test_id_out_of_range_on_gpu_means_none(device):
     if device.type == "cpu":
         pytest.skip("on the host it is an error")
     assert F.group_rows(torch.tensor([0, 7, -9], device=device), 2).ids.tolist() == [0, -1, -1]

@@ -12,15 +12,15 @@ from tests.support import oracle
 from tests.support.helpers import same_bits
 
 
-def adapter(N: int, K: int, R: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leaf_adapter(N: int, K: int, R: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(R, K, requires_grad=True), torch.randn(N, R, requires_grad=True)
 
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("shared", ["same", "overlapping"])
-def test_gradients_when_x_shares_memory_with_y(shared, many):
+def test_gradients_are_right_when_x_overlaps_y(shared, many):
     """Backward needs x as it was, which adding onto y has overwritten."""
-    lora_A, lora_B = adapter(5, 5, 3)
+    lora_A, lora_B = leaf_adapter(5, 5, 3)
     buffer = torch.randn(4, 7)
     y, x = (buffer[:, :5], buffer[:, :5]) if shared == "same" else (buffer[:, 2:], buffer[:, :5])
     kept_y, kept_x = y.clone(), x.clone()
@@ -37,9 +37,9 @@ def test_gradients_when_x_shares_memory_with_y(shared, many):
 
 
 @pytest.mark.parametrize("shift", [0, 5])
-def test_values_when_x_shares_memory_with_y(shift, device, backend):
+def test_values_are_right_when_x_overlaps_y(shift, device, backend):
     """Wider than a tile: no part of x may be written before all of it is read."""
-    lora_A, lora_B = (t.detach().to(device) for t in adapter(300, 300, 3))
+    lora_A, lora_B = (t.detach().to(device) for t in leaf_adapter(300, 300, 3))
     buffer = torch.randn(8, 320, device=device)
     y, x = buffer[:, shift : 300 + shift], buffer[:, :300]
     want = y.double() + x.double() @ lora_A.double().T @ lora_B.double().T
@@ -56,17 +56,17 @@ def test_values_when_x_shares_memory_with_y(shift, device, backend):
     ],
     ids=["chunk", "view of a leaf"],
 )
-def test_an_output_that_autograd_guards_is_refused_before_it_is_written(make):
+def test_y_guarded_by_autograd_is_refused_unwritten(make):
     y = make()
     before = y.detach().clone()
     with pytest.raises(RuntimeError, match=r"^y: expected"):
-        F.lora_add_(y, torch.randn(4, 6), *adapter(5, 6, 2), 1.0)
+        F.lora_add_(y, torch.randn(4, 6), *leaf_adapter(5, 6, 2), 1.0)
     assert same_bits(y.detach(), before)
 
 
 @pytest.mark.parametrize("name", ["scalings", "row_scales"])
-def test_what_gets_no_gradient_may_not_ask_for_one(name):
-    lora_A, lora_B = adapter(5, 6, 2)
+def test_scalings_that_require_grad_are_refused(name):
+    lora_A, lora_B = leaf_adapter(5, 6, 2)
     given = {"scalings": torch.ones(1), "row_scales": torch.ones(4)}
     given[name].requires_grad_()
     ids, scalings = torch.zeros(4, dtype=torch.int64), given["scalings"]
@@ -88,7 +88,7 @@ def test_scaling_does_not_overflow_half_precision():
 
 
 @pytest.mark.parametrize("factor", [1e2, 1e4, 1e8])
-def test_merging_is_as_accurate_however_a_rank_is_split_between_A_and_B(factor):
+def test_merge_is_accurate_for_unbalanced_factors(factor):
     lora_A, lora_B = torch.randn(16, 300), torch.randn(200, 16)
     lora_A[0] *= factor
     lora_B[:, 0] /= factor
@@ -98,7 +98,7 @@ def test_merging_is_as_accurate_however_a_rank_is_split_between_A_and_B(factor):
     assert oracle.relative_error(weight, want) < 1e-6  # the numerics contract's fp32 constant
 
 
-def test_a_merge_that_fails_at_its_receipt_changes_nothing(monkeypatch):
+def test_merge_failing_at_its_receipt_changes_nothing(monkeypatch):
     weight = torch.randn(300, 431)
     before = weight.clone()
 
@@ -122,7 +122,7 @@ def test_a_merge_that_fails_at_its_receipt_changes_nothing(monkeypatch):
         (0, (2, 6), (5, 2), float("nan"), "scaling: expected a finite number"),
     ],
 )
-def test_a_slot_refuses_what_does_not_fit(slot, lora_A, lora_B, scaling, message):
+def test_set_adapter_refuses_shapes_that_do_not_fit(slot, lora_A, lora_B, scaling, message):
     layer = MultiLoRALinear.from_linear(torch.nn.Linear(6, 5), max_adapters=3, max_rank=4)
     layer.set_adapter(0, torch.randn(2, 6), torch.randn(5, 2), 0.5)
     before = {name: t.clone() for name, t in layer.named_buffers()}
@@ -131,7 +131,7 @@ def test_a_slot_refuses_what_does_not_fit(slot, lora_A, lora_B, scaling, message
     assert all(same_bits(t, before[name]) for name, t in layer.named_buffers())
 
 
-def test_an_output_of_two_dimensions_is_no_view():
+def test_layer_output_of_two_dimensions_is_no_view():
     """As an nn.Linear's: in-place operations after it need no detour through its base."""
     x = torch.randn(3, 6, requires_grad=True)
     assert FastLoRALinear(6, 5)(x)._base is None

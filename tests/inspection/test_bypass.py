@@ -1,4 +1,4 @@
-"""Which layers of real models are read without being called, as their source tells."""
+"""Layers of real models that are read without being called, as their source tells."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.models import (
     tokens,
     untouched,
 )
-from tests.support.readers import AUDIO, Handing, built, mamba, wavlm
+from tests.support.readers import AUDIO, Handing, build_model, mamba, wavlm
 
 pytestmark = quiet
 ALL = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -38,11 +38,13 @@ BERT = {
 def layout():
     sizes = {"coordinate_size": 4, "shape_size": 8, "visual_embed": False}
     biases = {"has_relative_attention_bias": True, "has_spatial_attention_bias": True}
-    return built("LayoutLMv3", "Model", **BERT, **sizes, **biases)
+    return build_model("LayoutLMv3", "Model", **BERT, **sizes, **biases)
 
 
 def mobilebert():
-    return built("MobileBert", "ForMaskedLM", **BERT, embedding_size=16, intra_bottleneck_size=32)
+    return build_model(
+        "MobileBert", "ForMaskedLM", **BERT, embedding_size=16, intra_bottleneck_size=32
+    )
 
 
 READ = {
@@ -54,7 +56,7 @@ READ = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_layers_of_real_models_are_refused_when_named_and_else_skipped(name):
+def test_bypassed_layers_are_refused_or_skipped(name):
     build, ends, who = READ[name]
     model = build()
     if any(hasattr(module, "_relative_position_lookup") for module in model.modules()):
@@ -74,14 +76,14 @@ def test_layers_of_real_models_are_refused_when_named_and_else_skipped(name):
     )
 
 
-def test_of_wavlm_every_layer_that_is_replaced_gets_a_gradient():
+def test_every_replaced_wavlm_layer_gets_a_gradient():
     model = fastlora.replace_linear(wavlm(), ALL)
     model(**AUDIO).logits.square().mean().backward()
     assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in find_lora_layers(model))
 
 
 @pytest.mark.parametrize("build", [llama, bert, gpt2, t5])
-def test_ordinary_models_read_no_layer(build):
+def test_ordinary_models_bypass_no_layer(build):
     model = build()
     names = [n for n, _ in model.named_modules() if n]
     assert not any(
@@ -110,7 +112,7 @@ class Grand(nn.Module):
         return self.both.inner(y) + self.through(self.read, self.given.inner, y)
 
 
-def test_readers_further_above_and_layers_that_are_called_as_well():
+def test_explain_bypass_sees_distant_readers_and_calls():
     model = Grand()
     assert (
         explain_bypass(model, ["read.inner"]) == "Grand.forward reads its weight and never calls it"
@@ -127,10 +129,10 @@ def test_readers_further_above_and_layers_that_are_called_as_well():
 
 def rwkv():
     sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 16}
-    return built("Rwkv", "ForCausalLM", **sizes, rescale_every=2)
+    return build_model("Rwkv", "ForCausalLM", **sizes, rescale_every=2)
 
 
-def test_a_weight_that_a_forward_rescales_takes_no_adapter():
+def test_weight_rescaled_by_forward_takes_no_adapter():
     """Rwkv halves it in eval mode: the adapter's part would be twice what was trained."""
     model, name = rwkv(), "rwkv.blocks.3.attention.output"
     says = f"{name}: RwkvModel._rescale_layers changes its weight in place"

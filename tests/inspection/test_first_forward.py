@@ -1,4 +1,4 @@
-"""The first forward: it warns of layers whose weight was read while they were never called."""
+"""The first forward warns of layers whose weight was read without a call."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.modules.layer import find_lora_layers
 from tests.support.models import llama, quiet, randomise_lora, tokens
-from tests.support.readers import AUDIO, Handing, built, mamba, watched, wavlm
+from tests.support.readers import AUDIO, Handing, build_model, mamba, watched, wavlm
 
 pytestmark = quiet
 ALL = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 X = torch.randn(2, 4)
 
 
-def adapted(model=None, **options):
+def model_with_adapters(model=None, **options):
     return fastlora.replace_linear(model or Handing(), ALL, **options)
 
 
-def said(call, *args, **kwargs):
+def warnings_of_bypass(call, *args, **kwargs):
     """What it warns of, of layers that were not called."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -40,13 +40,13 @@ def _no_graphs():
     torch.compiler.reset()
 
 
-def test_a_layer_that_is_read_by_a_function_is_named_once():
-    model = randomise_lora(adapted())
-    (text,) = said(model, X)
+def test_bypassed_layer_is_warned_of_once():
+    model = randomise_lora(model_with_adapters())
+    (text,) = warnings_of_bypass(model, X)
     assert "read: inner (by the model, a Handing). What their adapters add is not" in text
     assert "unused" not in text
     assert (watched(model), torch._C._len_torch_function_stack()) == (0, 0)
-    assert said(model, X) == []
+    assert warnings_of_bypass(model, X) == []
     found = fastlora.report(model)
     assert (found.bypassed, len(found.replaced)) == ({"inner": "Handing"}, 3)
     assert "without effect: inner: never called, but read by Handing" in str(fastlora.report(model))
@@ -56,9 +56,9 @@ def test_a_layer_that_is_read_by_a_function_is_named_once():
     assert torch.equal(model(X), before)
 
 
-def test_what_is_called_or_left_alone_is_not_warned_of():
-    model = adapted(Handing(read=False))
-    assert said(model, X) == []
+def test_called_or_unused_layer_gives_no_warning():
+    model = model_with_adapters(Handing(read=False))
+    assert warnings_of_bypass(model, X) == []
     assert fastlora.report(model).bypassed == {}
 
 
@@ -67,7 +67,7 @@ def jamba():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     places = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1}
     experts = {"num_experts": 4, "use_mamba_kernels": False}
-    return built("Jamba", "ForCausalLM", **sizes, **heads, **places, **experts)
+    return build_model("Jamba", "ForCausalLM", **sizes, **heads, **places, **experts)
 
 
 def switch():
@@ -75,7 +75,7 @@ def switch():
     sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
     more = {"num_experts": 8, "decoder_start_token_id": 0, "pad_token_id": 0}
     layers = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1}
-    return built("SwitchTransformers", "ForConditionalGeneration", **sizes, **more, **layers)
+    return build_model("SwitchTransformers", "ForConditionalGeneration", **sizes, **more, **layers)
 
 
 def whisper():
@@ -85,7 +85,7 @@ def whisper():
         sizes |= {f"{side}_layers": 4, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
     drop = {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5, "max_target_positions": 32}
-    return built("Whisper", "ForConditionalGeneration", **sizes, **ids, **drop)
+    return build_model("Whisper", "ForConditionalGeneration", **sizes, **ids, **drop)
 
 
 IDS = {"input_ids": tokens(1, 3), "labels": tokens(1, 3)}
@@ -103,14 +103,14 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_of_real_models_those_that_are_read(name):
+def test_real_models_warn_of_bypassed_layers_only(name):
     build, inputs, wanted = REAL[name]
-    model = adapted(build().train())
+    model = model_with_adapters(build().train())
     seen = set()
     for n, layer in find_lora_layers(model):
         layer.register_forward_pre_hook(lambda *_, n=n: seen.add(n))
     torch.manual_seed(0)
-    assert len(said(model, **inputs)) == bool(wanted)
+    assert len(warnings_of_bypass(model, **inputs)) == bool(wanted)
     found = fastlora.report(model).bypassed
     assert {n.rpartition(".")[2] for n in found} == wanted
     left = {n for n, _ in find_lora_layers(model)} - seen
@@ -134,7 +134,7 @@ class Keeping(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["fastlora", "PEFT"])
-def test_a_layer_that_is_kept_aside_is_called_without_its_adapter(kind):
+def test_layer_kept_aside_is_warned_of(kind):
     peft = pytest.importorskip("peft")
     model = Keeping()
     if kind == "PEFT":
@@ -142,8 +142,8 @@ def test_a_layer_that_is_kept_aside_is_called_without_its_adapter(kind):
         theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
         fastlora.patch_peft(theirs)
     else:
-        adapted(model)
-    (text,) = said(model, X.abs())
+        model_with_adapters(model)
+    (text,) = warnings_of_bypass(model, X.abs())
     # What reads the tied weight does nothing wrong, and a head may be unused.
     assert set(fastlora.report(model).bypassed) == {"inner", "bound"}
     assert ("not in the model" in text) == (kind == "fastlora")
@@ -160,28 +160,28 @@ class Fast(nn.Module):
         return self.inner(x) if self.training else x @ self.inner.weight.T + self.inner.bias
 
 
-def test_a_path_of_one_mode_is_watched_in_it():
-    model = adapted(nn.Sequential(Fast(), nn.ReLU()))
-    assert said(model.train(), X) == []
-    assert said(model, X) == []
-    assert len(said(model.eval(), X)) == 1
+def test_watch_lasts_until_each_mode_has_run():
+    model = model_with_adapters(nn.Sequential(Fast(), nn.ReLU()))
+    assert warnings_of_bypass(model.train(), X) == []
+    assert warnings_of_bypass(model, X) == []
+    assert len(warnings_of_bypass(model.eval(), X)) == 1
     assert watched(model) == 0
 
 
-def test_no_grad_parts_copies_threads_errors_and_interrupts():
-    model = adapted(nn.Sequential(Handing(), nn.ReLU()))
+def test_watch_survives_parts_copies_threads_and_errors():
+    model = model_with_adapters(nn.Sequential(Handing(), nn.ReLU()))
     twin, other = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     with torch.no_grad():
-        (text,) = said(model[0], X)  # a part that is called alone
+        (text,) = warnings_of_bypass(model[0], X)  # a part that is called alone
         assert "by the model" in text
-    assert len(said(model, X)) == 1
-    assert len(said(twin, X)) == 1
+    assert len(warnings_of_bypass(model, X)) == 1
+    assert len(warnings_of_bypass(twin, X)) == 1
 
     def failing():
         with pytest.raises(RuntimeError, match="size of tensor a"):
             other(torch.randn(2, 5))
 
-    assert said(failing) == []
+    assert warnings_of_bypass(failing) == []
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -191,19 +191,19 @@ def test_no_grad_parts_copies_threads_errors_and_interrupts():
         other(X)
     handle.remove()
     found = []
-    thread = threading.Thread(target=lambda: found.extend(said(other, X)))
+    thread = threading.Thread(target=lambda: found.extend(warnings_of_bypass(other, X)))
     thread.start()
     thread.join()
     assert len(found) == 1
     assert torch.add(X, X).shape == X.shape
     with torch.inference_mode():
-        assert said(adapted(Handing(read=False)), X) == []
+        assert warnings_of_bypass(model_with_adapters(Handing(read=False)), X) == []
     assert torch._C._len_torch_function_stack() == 0
 
 
-def test_first_forwards_of_several_threads_at_once():
+def test_first_forwards_of_two_threads_both_warn():
     """One ends within the other, and leaves it what ends it."""
-    model, inner = adapted(nn.Sequential(Handing(), nn.Identity())), []
+    model, inner = model_with_adapters(nn.Sequential(Handing(), nn.Identity())), []
     entered, go = threading.Event(), threading.Event()
 
     def wait(*_):
@@ -231,38 +231,38 @@ def test_first_forwards_of_several_threads_at_once():
     assert (inner, watched(model)) == ([0], 0)
 
 
-def test_checkpointing_generating_and_the_transforms_of_torch():
-    model = adapted(llama()).train()
+def test_watch_ends_under_checkpointing_generation_and_transforms():
+    model = model_with_adapters(llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert said(lambda: model(**IDS).loss.backward()) == []
+    assert warnings_of_bypass(lambda: model(**IDS).loss.backward()) == []
     assert watched(model) == 0
-    model = adapted(llama())
-    assert said(model.generate, tokens(1, 3), max_new_tokens=2) == []
+    model = model_with_adapters(llama())
+    assert warnings_of_bypass(model.generate, tokens(1, 3), max_new_tokens=2) == []
     assert watched(model) == 0
-    model = adapted()
+    model = model_with_adapters()
     arguments = (model, dict(model.named_parameters()), (X,))
-    assert len(said(torch.func.functional_call, *arguments)) == 1
-    assert len(said(torch.func.vmap(adapted()), X)) == 1
+    assert len(warnings_of_bypass(torch.func.functional_call, *arguments)) == 1
+    assert len(warnings_of_bypass(torch.func.vmap(model_with_adapters()), X)) == 1
 
 
-def test_what_is_compiled_is_not_watched_until_it_runs_eagerly():
+def test_compiled_model_is_watched_once_run_eagerly():
     torch.compiler.reset()
-    model = adapted()
+    model = model_with_adapters()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert said(compiled, X) == []
+    assert warnings_of_bypass(compiled, X) == []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert len(said(model, X)) == 1
-        assert said(compiled, X) == []
+        assert len(warnings_of_bypass(model, X)) == 1
+        assert warnings_of_bypass(compiled, X) == []
     # A part that is compiled is called all the same.
-    model = adapted()
+    model = model_with_adapters()
     model.called = torch.compile(model.called, backend="eager", fullgraph=True)
-    assert len(said(model, X)) == 1
+    assert len(warnings_of_bypass(model, X)) == 1
     torch.compiler.reset()
 
 
-def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
-    model = adapted()
-    said(model, X)
+def test_merging_bypassed_layer_is_refused():
+    model = model_with_adapters()
+    warnings_of_bypass(model, X)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for merge in (fastlora.merge_adapter, fastlora.merge_and_unload):
         with pytest.raises(RuntimeError, match="inner: Handing reads its weight, so its adapter"):
@@ -270,7 +270,7 @@ def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     model.inner.lora_B.data.zero_()  # which adds nothing
     fastlora.unmerge_adapter(fastlora.merge_adapter(model))
-    model = adapted(Handing(read=False))
+    model = model_with_adapters(Handing(read=False))
     fastlora.merge_and_unload(model)
     assert watched(model) == 0
     # One that was put there by hand.
@@ -281,10 +281,10 @@ def test_merging_such_a_layer_is_refused_and_nothing_of_it_stays():
         fastlora.merge_adapter(model)
 
 
-def test_served_and_several_in_training():
+def test_servers_and_several_adapters_warn_too():
     server = fastlora.MultiLoRAModel(Handing(), max_adapters=1, max_rank=2)
-    (text,) = said(server, X, adapter_names=[None, None])
+    (text,) = warnings_of_bypass(server, X, adapter_names=[None, None])
     assert "read: inner (by the model, a Handing)" in text
-    model = adapted(adapter_names=["a", "b"])
+    model = model_with_adapters(adapter_names=["a", "b"])
     with fastlora.use_adapters(model, ["a", "b"]):
-        assert len(said(model, X)) == 1
+        assert len(warnings_of_bypass(model, X)) == 1

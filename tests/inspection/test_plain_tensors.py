@@ -50,7 +50,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("entry", [*ENTRIES, "load_adapter"])
-def test_refused_where_it_is_taken(entry, odd, tmp_path):
+def test_unreadable_weight_is_refused_at_every_entry(entry, odd, tmp_path):
     given = model(odd)
     take = ENTRIES.get(entry)
     if take is None:
@@ -65,7 +65,7 @@ def test_refused_where_it_is_taken(entry, odd, tmp_path):
 
 
 @pytest.mark.parametrize("odd", ["subclass", "sparse", "mkldnn"])
-def test_nothing_is_merged_into_it(odd):
+def test_merge_refuses_unreadable_weight(odd):
     weight = model(odd)[1].weight
     found = ODD[odd][1].removeprefix("its weight is ")
     with pytest.raises(
@@ -74,7 +74,7 @@ def test_nothing_is_merged_into_it(odd):
         F.merge_(weight, [(torch.ones(2, 16), torch.ones(8, 2), 1.0)])
 
 
-def test_left_out_of_all_linear():
+def test_all_linear_skips_unreadable_weight():
     given = fastlora.replace_linear(
         model("subclass"), fastlora.LoRAConfig(target_modules="all-linear")
     )
@@ -84,7 +84,7 @@ def test_left_out_of_all_linear():
     assert f"skipped 1: its weight is {FORM}" in str(found)
 
 
-def test_conv1d():
+def test_from_conv1d_refuses_unreadable_weight():
     utils = pytest.importorskip("transformers.pytorch_utils")
     conv = utils.Conv1D(16, 8)
     conv.weight = nn.Parameter(Wrapped(conv.weight.detach()), requires_grad=False)
@@ -113,7 +113,7 @@ class Dumb(Deaf):
 
 
 @pytest.mark.parametrize("kind", [Deaf, Dumb])
-def test_quantized_once_it_is_replaced(kind):
+def test_layer_quantized_later_is_refused_at_call(kind):
     """As torchao's quantize_ does to all subclasses of nn.Linear: each call says which operand."""
     said = f"weight: expected a plain tensor.*test_plain_tensors.{kind.__name__}, which holds"
     given = fastlora.replace_linear(model(), SETTINGS).eval()
@@ -140,7 +140,7 @@ class Tagged(nn.Parameter):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_what_is_plain_stays_taken():
+def test_plain_tensor_subclasses_stay_accepted():
     x, given = torch.randn(3, 8), model()
     given[1].weight = Tagged(given[1].weight, requires_grad=False)
     wanted = given(x)
@@ -161,14 +161,14 @@ def test_what_is_plain_stays_taken():
     assert seen[0][0] is None
 
 
-def test_nested_is_not():
+def test_nested_tensors_are_explained_as_unreadable():
     jagged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
     assert "NestedTensor, which holds" in str(explain_unreadable(jagged))
     strided = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
     assert explain_unreadable(strided) == "a nested one"
 
 
-def test_a_patched_layer_of_it_is_pefts():
+def test_patch_peft_leaves_unreadable_layer_to_peft():
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["0", "1"])
     theirs = peft.get_peft_model(model("subclass"), settings)

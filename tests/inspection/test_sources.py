@@ -1,4 +1,4 @@
-"""What the source of a class says it does with the modules under it."""
+"""What a class's source says it does with the modules under it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(forward, **more):
     return set(uses(forward, **more).read)
 
 
-def test_a_weight_is_read_however_it_is_reached():
+def test_read_uses_finds_weight_however_reached():
     def forward(self, x):
         layer = self.b
         w = self.c.weight
@@ -61,7 +61,7 @@ def _deep(self):
     return F.linear(self.many[0].x.proj.weight, self.a.bias)
 
 
-def test_what_is_only_looked_at_is_not_read():
+def test_read_uses_ignores_attributes_only_inspected():
     def forward(self, x):
         kind = self.a.weight.dtype
         w = self.b.weight
@@ -75,7 +75,7 @@ def test_what_is_only_looked_at_is_not_read():
     assert read(forward) == set()
 
 
-def test_only_what_the_forward_comes_to_counts():
+def test_read_uses_follows_only_calls_from_forward():
     def forward(self, x):
         return self.b(x)
 
@@ -90,7 +90,7 @@ def test_only_what_the_forward_comes_to_counts():
     assert ("a",) in read_uses(Below).called
 
 
-def test_what_is_called_and_what_is_handed_on():
+def test_read_uses_tells_called_from_handed_on():
     def forward(self, x):
         x = self.a(self.b.forward(x))
         for i, layer in enumerate(self.many):
@@ -108,7 +108,7 @@ def test_what_is_called_and_what_is_handed_on():
     assert uses(forward).handed >= {(), ("*",)}
 
 
-def test_without_source_nothing_is_known():
+def test_read_uses_knows_nothing_without_source():
     made: dict = {}
     exec("def forward(self, x):\n    return x @ self.a.weight", made)
     for forward in (made["forward"], functools.partialmethod(Base.forward)):

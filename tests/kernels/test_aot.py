@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(*arguments: object, interpret: bool = False) -> subprocess.CompletedProcess:
+def run_python(*arguments: object, interpret: bool = False) -> subprocess.CompletedProcess:
     """Runs python as a user would: the test-suite's own interpreter is not what is tested."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
@@ -23,11 +23,11 @@ def python(*arguments: object, interpret: bool = False) -> subprocess.CompletedP
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def script(tmp_path: Path, source: str) -> str:
+def run_script(tmp_path: Path, source: str) -> str:
     """Output of a file, which is where triton can find a kernel's source."""
     path = tmp_path / "script.py"
     path.write_text(textwrap.dedent(source))
-    done = python(path)
+    done = run_python(path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -44,17 +44,17 @@ EVERY = (80, 90, 100)
     ],
     ids="+".join,
 )
-def test_a_sample_compiles_for_every_target(archs) -> None:
+def test_aot_sample_compiles_for_every_target(archs) -> None:
     """CI compiles every kernel's with two tritons; here a few show that it works."""
     few = [word for name in archs for word in ("--kernel", name)]
-    done = python("-m", "fastlora.kernels.aot", "--sample", *few)
+    done = run_python("-m", "fastlora.kernels.aot", "--sample", *few)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {tuple(line.split()[:4:3]) for line in done.stdout.splitlines()}
     assert {(name, f"sm_{arch}") for name in archs for arch in archs[name]} <= rows
 
 
-def test_a_tile_too_large_fails(tmp_path) -> None:
-    said = script(
+def test_aot_check_fails_for_tile_too_large(tmp_path) -> None:
+    said = run_script(
         tmp_path,
         """
         from fastlora.kernels.aot import run as aot, cases as aot_cases
@@ -68,8 +68,8 @@ def test_a_tile_too_large_fails(tmp_path) -> None:
     assert "bytes of shared memory, sm_90 has 232448" in said
 
 
-def test_a_fault_is_a_line_and_the_exit_code(tmp_path) -> None:
-    said = script(
+def test_aot_fault_gives_line_and_exit_code(tmp_path) -> None:
+    said = run_script(
         tmp_path,
         """
         from fastlora.kernels.aot import run as aot, cases as aot_cases, checks as aot_checks
@@ -82,8 +82,8 @@ def test_a_fault_is_a_line_and_the_exit_code(tmp_path) -> None:
     assert said[-1] == "1"
 
 
-def test_a_missing_instruction_fails(tmp_path) -> None:
-    said = script(
+def test_aot_check_fails_for_missing_instruction(tmp_path) -> None:
+    said = run_script(
         tmp_path,
         """
         from fastlora.kernels.aot import run as aot, cases as aot_cases
@@ -120,7 +120,7 @@ print(narrow_offsets(compiled[0].asm["ttir"]))
 """
 
 
-def test_narrow_offsets_fail(tmp_path) -> None:
+def test_aot_check_fails_for_narrow_offsets(tmp_path) -> None:
     imports = """
 import torch
 import triton
@@ -130,13 +130,13 @@ from fastlora.kernels.aot import run as aot, cases as aot_cases
 from fastlora.kernels.aot.checks import narrow_offsets
 """
     copies = [COPY.format(number=i, offsets=text) for i, text in enumerate((*NARROW, WIDE))]
-    *narrow, wide = script(tmp_path, imports + "".join(copies)).splitlines()
+    *narrow, wide = run_script(tmp_path, imports + "".join(copies)).splitlines()
     for offsets, said in zip(NARROW, narrow, strict=True):
         assert "a 32-bit offset: " in said, offsets
     assert wide == "[]"
 
 
-def test_refuses_interpreted_kernels() -> None:
-    done = python("-m", "fastlora.kernels.aot", "--sample", interpret=True)
+def test_aot_refuses_interpreted_kernels() -> None:
+    done = run_python("-m", "fastlora.kernels.aot", "--sample", interpret=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET: expected unset" in done.stderr

@@ -1,4 +1,4 @@
-"""Which path and config run a product: the ledger, verified rows, limits of the chip."""
+"""Which path and config a product takes: the ledger, verified rows, limits of the chip."""
 
 import itertools
 import json
@@ -32,18 +32,18 @@ def folders(tmp_path, monkeypatch):
     choice.forget()
 
 
-def path(problem: Problem, first: bool = False) -> str:
+def chosen_path(problem: Problem, first: bool = False) -> str:
     return choice.path_of("lora_linear", problem, BF16, BF16, first, CPU)
 
 
 @pytest.mark.parametrize("problem", SHAPES)
-def test_no_path_is_predicted_faster_than_the_base_product(problem):
+def test_predicted_path_is_never_faster_than_base_product(problem):
     on = ledger.machine(90)
     for name in PATHS:
         assert ledger.predicted(name, problem, on) >= ledger.base(problem, on)
 
 
-def test_few_rows_take_one_pass_and_many_take_two():
+def test_ledger_takes_one_pass_for_few_rows():
     chosen = {p[:4]: ledger.best(p, 90, ("one_pass", "two_pass", "library")) for p in SHAPES}
     assert {name for (M, *_), name in chosen.items() if M <= 64} == {"one_pass"}
     assert {name for (M, *_), name in chosen.items() if M >= 2048} <= {"two_pass", "library"}
@@ -51,14 +51,14 @@ def test_few_rows_take_one_pass_and_many_take_two():
     assert {ledger.best(p, 90, PATHS) for p in wide} == {"overlapped"}
 
 
-def test_float32_without_tensor_cores_is_the_library_s_for_many_rows():
+def test_ledger_takes_library_for_large_float32():
     """Its products are plain loops here."""
     for p in SHAPES:
         if p.M >= 256:
             assert ledger.best(p._replace(size=4, precise=True), 90, PATHS) == "library"
 
 
-def test_machines_of_the_future_are_like_the_latest():
+def test_unknown_machines_count_as_nearest_older():
     assert ledger.machine(120) == ledger.MACHINES[100]
     assert ledger.machine(89) == ledger.MACHINES[80]
     assert ledger.machine(75) == ledger.MACHINES[80]
@@ -80,38 +80,38 @@ def test_machines_of_the_future_are_like_the_latest():
         ("library", Problem(1, 8, 8, 8, 2, weight=False), 80, True, False),
     ],
 )
-def test_what_a_path_can_run(name, problem, arch, first, can):
+def test_possible_tells_which_path_can_run(name, problem, arch, first, can):
     assert choice.possible(name, problem, arch, first) is can
 
 
-def test_dependent_launches_are_not_interpreted(monkeypatch):
+def test_overlapped_path_is_impossible_when_interpreted(monkeypatch):
     monkeypatch.setattr(choice, "interpreted", lambda: False)
     assert choice.possible("overlapped", Problem(1, 8, 8, 8, 2), 90, False)
     monkeypatch.setattr(choice, "interpreted", lambda: True)
     assert not choice.possible("overlapped", Problem(1, 8, 8, 8, 2), 90, False)
 
 
-def verified(*paths: str, **fields) -> None:
+def write_verified_rows(*paths: str, **fields) -> None:
     row = {"op": "lora_linear", "dtype": "bf16", "arch": 90, **choice.versions(), **fields}
     rows = [row | {"path": name} for name in paths]
     records.write(records.VERIFIED, rows, ("op", "dtype", "arch", "path", "triton"))
     choice.forget()
 
 
-def test_a_path_that_was_not_verified_gives_way_to_one_that_was():
+def test_verified_path_is_preferred_to_unverified():
     small = Problem(4, 4096, 4096, 16, 2)
-    assert path(small) == "one_pass"
-    verified("library", "two_pass", dtype="fp16")
-    assert path(small) == "one_pass", "rows of another dtype say nothing"
-    verified("library", "two_pass")
-    assert path(small) == "two_pass"
+    assert chosen_path(small) == "one_pass"
+    write_verified_rows("library", "two_pass", dtype="fp16")
+    assert chosen_path(small) == "one_pass", "rows of another dtype say nothing"
+    write_verified_rows("library", "two_pass")
+    assert chosen_path(small) == "two_pass"
     assert choice.verified("lora_linear", "bf16", 90) == ("library", "two_pass")
     assert choice.verified("lora_linear", None, 90) == ("library", "two_pass")
     assert choice.verified("lora_linear", "bf16", 80) == ()
 
 
-def test_rows_made_with_another_triton_are_the_user_s_no_more(folders):
-    verified("library", triton="0.0")
+def test_cached_rows_of_another_triton_are_ignored(folders):
+    write_verified_rows("library", triton="0.0")
     assert choice.verified("lora_linear", "bf16", 90) == ()
     folders[1].mkdir()
     (folders[0] / records.VERIFIED).rename(folders[1] / records.VERIFIED)
@@ -120,13 +120,13 @@ def test_rows_made_with_another_triton_are_the_user_s_no_more(folders):
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "{}", "[", '[{"op": "lora_linear"}]'])
-def test_a_damaged_file_holds_no_rows(folders, content):
+def test_damaged_file_counts_as_without_rows(folders, content):
     folders[0].mkdir()
     (folders[0] / records.VERIFIED).write_text(content)
     assert choice.verified("lora_linear", "bf16", 90) == ()
 
 
-def test_writing_replaces_rows_of_the_same_keys(folders):
+def test_write_replaces_rows_of_the_same_keys(folders):
     keys = ("a", "b")
     for rows in ([{"a": 1, "b": 1, "c": 1}, {"a": 2, "b": 1, "c": 1}], [{"a": 1, "b": 1, "c": 2}]):
         file = records.write("some.json", rows, keys)
@@ -135,7 +135,7 @@ def test_writing_replaces_rows_of_the_same_keys(folders):
     assert {child.name for child in folders[0].iterdir()} == {"some.json", ".lock"}
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(folders, monkeypatch):
+def test_failed_write_leaves_the_file_unchanged(folders, monkeypatch):
     file = records.write("some.json", [{"a": 1}], ("a",))
     monkeypatch.setattr(records.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -152,7 +152,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(folders, monkeypatch):
         ({"HOME": "/c"}, "/c/.cache/fastlora"),
     ],
 )
-def test_the_cache_folder(environment, want, monkeypatch):
+def test_cache_folder_follows_environment_variables(environment, want, monkeypatch):
     for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -160,7 +160,7 @@ def test_the_cache_folder(environment, want, monkeypatch):
     assert str(records.cache_folder()) == want
 
 
-def test_a_user_without_a_home(monkeypatch):
+def test_records_are_not_kept_without_a_home(monkeypatch):
     """As in many containers: nothing is kept, nothing fails."""
     for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -174,10 +174,10 @@ def test_a_user_without_a_home(monkeypatch):
     assert choice.verified("lora_linear", "bf16", 90) == ()
 
 
-def test_rows_of_other_kernels_are_the_user_s_no_more():
-    verified("library", kernels="0123456789ab")
+def test_cached_rows_of_other_kernels_are_ignored():
+    write_verified_rows("library", kernels="0123456789ab")
     assert choice.verified("lora_linear", "bf16", 90) == ()
-    verified("library")
+    write_verified_rows("library")
     assert choice.verified("lora_linear", "bf16", 90) == ("library",)
 
 
@@ -198,38 +198,38 @@ GOOD = {"kernel": "one_pass", "dtype": "bf16", **SHAPE, "config": {}}
         {},
     ],
 )
-def test_rows_that_are_not_understood_are_passed_over(row, folders):
+def test_rows_not_understood_are_passed_over(row, folders):
     name = records.file_of(choice.gpu_name(CPU))
     records.write(name, [row | choice.versions()], ("kernel",))
     choice.forget()
     small = Problem(*SHAPE.values(), 2)._replace(K=4096, N=4096, R=16)
-    assert path(small) == "one_pass"
+    assert chosen_path(small) == "one_pass"
     want = configs.default("one_pass", 4, 4096, 90)
     assert choice.config_of("one_pass", small, BF16, CPU) == want
 
 
-def test_a_path_timed_with_a_weight_says_nothing_of_one_without():
+def test_timing_with_weight_ignored_for_products_without():
     name = records.file_of(choice.gpu_name(CPU))
     row = {"kernel": "path of lora_linear", "dtype": "bf16", **SHAPE, "path": "two_pass"}
     records.write(name, [row | {"weight": True} | choice.versions()], ("kernel",))
     choice.forget()
     small = Problem(4, 4096, 4096, 16, 2)
-    assert path(small) == "two_pass"
-    assert path(small._replace(weight=False)) == "one_pass"
+    assert chosen_path(small) == "two_pass"
+    assert chosen_path(small._replace(weight=False)) == "one_pass"
 
 
-def test_the_file_of_a_gpu():
+def test_file_of_turns_gpu_name_into_filename():
     assert records.file_of("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
 
 
-def test_a_path_can_be_asked_for():
+def test_use_path_forces_path_that_can_run():
     small = Problem(4, 4096, 4096, 16, 2)
     with choice.use_path("library"):
-        assert path(small) == "library"
+        assert chosen_path(small) == "library"
         with choice.use_path("one_pass"):
-            assert path(small) == "one_pass"
-            assert path(small._replace(R=300)) != "one_pass", "where it can run alone"
-    assert path(small) == "one_pass"
+            assert chosen_path(small) == "one_pass"
+            assert chosen_path(small._replace(R=300)) != "one_pass", "where it can run alone"
+    assert chosen_path(small) == "one_pass"
     message = "path: expected one of one_pass, .*got 'fastest'"
     with pytest.raises(ValueError, match=message), choice.use_path("fastest"):
         pass
@@ -246,7 +246,7 @@ NEEDS = [
 ]
 
 
-def test_fitted_configs_keep_within_what_they_are_fitted_to():
+def test_fitted_configs_stay_within_their_need():
     for need in NEEDS:
         for kernel, shipped in configs.CANDIDATES.items():
             for config in shipped:
@@ -263,7 +263,7 @@ def test_fitted_configs_keep_within_what_they_are_fitted_to():
                     assert fitting.shared(slim, need) <= fitting.SLIM, (slim, need)
 
 
-def test_every_default_is_a_shipped_config():
+def test_default_configs_are_among_the_shipped():
     """So that what runs without a measurement is what was compiled and can be tuned."""
     for kernel, shipped in configs.CANDIDATES.items():
         for M, N, arch in itertools.product((1, 64, 1000, 8192), (64, 4096), (80, 90, 100)):

@@ -1,4 +1,4 @@
-"""The Triton kernels along each path to a product, against the oracle, in tiles small and large."""
+"""The Triton kernels for one adapter, along each path and in many tiles, against the oracle."""
 
 import pytest
 import torch
@@ -73,26 +73,28 @@ def seeded(p: float, device: torch.device) -> tuple[float, Tensor | None]:
     return p, torch.tensor(SEED, device=device) if p else None
 
 
-def not_here(path: str, device, dtype=torch.float32, M=19, R=5, drops_y=False) -> str | None:
+def reason_path_does_not_run(
+    path: str, device, dtype=torch.float32, M=19, R=5, drops_y=False
+) -> str | None:
     problem = Problem(M, 1, 1, R, dtype.itemsize)
     first = drops_y or dtype == torch.float16
     here = choice.possible(path, problem, launch.arch_of(device), first)
     return None if here else f"{path} does not run such a product here"
 
 
-def dropping_not_here(path, device, dtype=torch.float32, M=9, R=3) -> str | None:
-    return not_here(path, device, dtype, M, R, drops_y=True)
+def reason_path_does_not_drop(path, device, dtype=torch.float32, M=9, R=3) -> str | None:
+    return reason_path_does_not_run(path, device, dtype, M, R, drops_y=True)
 
 
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
-def paths(test):
-    return every_path(skip_where(not_here)(test))
+def on_every_path(test):
+    return every_path(skip_where(reason_path_does_not_run)(test))
 
 
-def dropping_paths(test):
-    return every_path(skip_where(dropping_not_here)(test))
+def on_every_dropping_path(test):
+    return every_path(skip_where(reason_path_does_not_drop)(test))
 
 
 def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, layout=contiguous) -> None:
@@ -133,7 +135,7 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, layout=contiguo
 SUMS = ("one_pass", "two_pass")
 
 
-def large(M, N, dtype, lora_dtype, device) -> str | None:
+def too_large_for_interpreter(M, N, dtype, lora_dtype, device) -> str | None:
     rare = dtype == torch.float16 or lora_dtype != torch.float32
     skips = device.type == "cpu" and 2049 in (M, N) and rare
     return (
@@ -144,37 +146,37 @@ def large(M, N, dtype, lora_dtype, device) -> str | None:
 
 
 @dtypes
-@paths
+@on_every_path
 @shapes
-@skip_where(large)
-def test_a_path_matches_the_oracle(M, K, N, R, path, dtype, lora_dtype, device):
+@skip_where(too_large_for_interpreter)
+def test_path_matches_oracle_with_gradients(M, K, N, R, path, dtype, lora_dtype, device):
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 
-@dropping_paths
+@on_every_dropping_path
 @pytest.mark.parametrize("M, K, N, R", [ODD[0], ODD[9], (33, 32, 48, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_path_drops_the_same_elements(M, K, N, R, path, dtype, tiles, device):
+def test_path_drops_same_elements_as_oracle(M, K, N, R, path, dtype, tiles, device):
     assert_right(M, K, N, R, dtype, torch.float32, P, path, device)
 
 
-@dropping_paths
-def test_a_path_drops_everything(path, device):
+@on_every_dropping_path
+def test_path_drops_everything_at_p_1(path, device):
     assert_right(9, 21, 17, 3, torch.float32, torch.float32, 1.0, path, device)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_path_reads_any_layout(path, layout, dtype, device):
+def test_path_reads_operands_of_any_layout(path, layout, dtype, device):
     """NaN lies around and between the elements of some."""
     assert_right(19, 37, 29, 5, dtype, torch.float32, 0.0, path, device, layout)
 
 
 @dtypes
-@paths
+@on_every_path
 @pytest.mark.parametrize("M, K, N, R", [(33, 40, 72, 40), (49, 37, 21, 17)])
-def test_many_tiles_in_each_direction(M, K, N, R, path, dtype, lora_dtype, tiles, device):
+def test_path_is_right_across_many_tiles(M, K, N, R, path, dtype, lora_dtype, tiles, device):
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device)
 
 

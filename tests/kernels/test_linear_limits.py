@@ -1,4 +1,4 @@
-"""The Triton kernels for one adapter at their limits: what is refused, overflow, huge offsets."""
+"""The Triton kernels for one adapter at their limits: refusals, overflow, huge offsets."""
 
 import os
 import subprocess
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
 SCALING, P, SEED = -0.75, 0.4, 0x1234_5678_9ABC_DEF1
 
 
-def test_a_path_that_cannot_run_is_refused(device):
+def test_lora_linear_refuses_path_that_cannot_run(device):
     x, weight, _, A, B, _ = operands(3, 8, 8, 200, *[torch.float32] * 2, device)
     with pytest.raises(ValueError, match="path: 'one_pass' cannot run this product"):
         lora.lora_linear(x, weight, None, A, B, None, SCALING, 0.0, None, "one_pass")
 
 
-def test_only_the_kernels_that_are_needed_run(device, monkeypatch):
+def test_backward_runs_only_kernels_it_needs(device, monkeypatch):
     ran: list[str] = []
     spied = ((product, "shrink"), (lora, "shrink"), (product, "one_pass"), (lora, "gradient"))
     for module, name in spied:
@@ -60,7 +60,7 @@ def test_only_the_kernels_that_are_needed_run(device, monkeypatch):
         ran.clear()
 
 
-def test_gradients_are_summed_in_parts(device, monkeypatch):
+def test_gradient_sums_in_parts_with_repeatable_bits(device, monkeypatch):
     """Enough rows for several programs a column: their sums are added in order, as in one."""
     x, h = (signed(700, n, dtype=torch.bfloat16, device=device) for n in (40, 16))
     results = []
@@ -77,7 +77,7 @@ def test_gradients_are_summed_in_parts(device, monkeypatch):
         assert oracle.relative_error(out, want) < 1e-5
 
 
-def test_a_large_scaling_does_not_overflow_float16(device):
+def test_large_scaling_does_not_overflow_float16(device):
     """h fits float16, scaling * h does not, y does: the factor meets the float32 sum alone."""
     x = torch.full((4, 16), 60.0, dtype=torch.float16, device=device)
     weight = torch.zeros(8, 16, dtype=torch.float16, device=device)
@@ -89,7 +89,7 @@ def test_a_large_scaling_does_not_overflow_float16(device):
         assert oracle.relative_error(y, want) < 1e-3
 
 
-def test_adapters_of_a_wider_dtype_are_not_copied(device):
+def test_adapters_of_wider_dtype_are_not_copied(device):
     """Nothing of an adapter's size is allocated in x's dtype, on any path."""
     x, weight, _, A, B, _ = operands(40, 136, 152, 24, torch.bfloat16, torch.float32, device)
     with Spy() as spy:
@@ -102,7 +102,7 @@ def test_adapters_of_a_wider_dtype_are_not_copied(device):
     assert not {A.numel(), B.numel()} & sizes
 
 
-def test_bfloat16_is_wrong_under_the_interpreter_without_the_guard(device):
+def test_interpreted_bfloat16_is_wrong_without_guard(device):
     """So ``numerics.dot`` and ``numerics.narrow`` matter: the same sums without them are off."""
     import triton
     import triton.language as tl
@@ -160,7 +160,7 @@ print("right")
 """
 
 
-def test_offsets_beyond_two_to_the_31():
+def test_linear_kernels_reach_offsets_past_two_to_31():
     """In a process of its own: a wrong address may end it."""
     result = subprocess.run(
         [sys.executable, "-c", FAR], capture_output=True, text=True, env=os.environ
@@ -168,7 +168,7 @@ def test_offsets_beyond_two_to_the_31():
     assert result.stdout == "right\n", result.stderr[-2000:]
 
 
-def test_ranks_cost_what_they_are():
+def test_rank_block_pads_rank_to_16():
     """A rank step is padded to 16, not to the next power of two."""
     blocks = {R: configs.rank_block(R) for R in (1, 8, 16, 24, 40, 48, 64, 96, 100, 512)}
     assert blocks == {
@@ -180,5 +180,5 @@ def test_ranks_cost_what_they_are():
         assert -(-R // block) * block == -(-R // 16) * 16
 
 
-def test_one_list_of_paths():
+def test_every_path_has_a_runner():
     assert tuple(product._RUN) == PATHS

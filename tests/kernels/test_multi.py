@@ -1,4 +1,4 @@
-"""The Triton kernels for many adapters, along each path, in tiles small and large."""
+"""The Triton kernels for many adapters, along each path and in many tiles, against the oracle."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ from fastlora.kernels.choose import choice, ledger
 from fastlora.kernels.choose.ledger import MULTI_PATHS, Problem
 from fastlora.kernels.multi import gemm as multi_gemm
 from fastlora.kernels.tile import configs, launch, numerics
-from tests.support.multi_paths import paths
+from tests.support.multi_paths import on_every_path
 
 # T, K, N, R, S; K of several parts, more ranks than a step, many tiles, aligned rows.
 SHAPES = [
@@ -90,42 +90,42 @@ def assert_right(b: Batch, path: str, layout=contiguous) -> None:
     assert same_bits(h2, h)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("T, K, N, R, S", SHAPES)
-def test_a_path_matches_the_oracle(T, K, N, R, S, path, device):
+def test_multi_path_matches_oracle_with_gradients(T, K, N, R, S, path, device):
     assert_right(Batch.draw(T, K, N, R, S, F32, F32, device), path)
 
 
 @dtypes
-@paths
+@on_every_path
 @pytest.mark.parametrize("T, K, N, R, S", [SHAPES[0], SPLIT])
-def test_in_every_dtype(T, K, N, R, S, path, dtype, lora_dtype, device):
+def test_multi_path_matches_oracle_in_every_dtype(T, K, N, R, S, path, dtype, lora_dtype, device):
     assert_right(Batch.draw(T, K, N, R, S, dtype, lora_dtype, device), path)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("T, K, N, R, S", EMPTY)
-def test_nothing_to_do(T, K, N, R, S, path, device):
+def test_multi_path_accepts_empty_dimensions(T, K, N, R, S, path, device):
     assert_right(Batch.draw(T, K, N, R, S, F32, F32, device), path)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_path_reads_any_layout(path, layout, device):
+def test_multi_path_reads_operands_of_any_layout(path, layout, device):
     """NaN lies around and between the elements of some."""
     assert_right(Batch.draw(19, 37, 29, 5, 3, F32, F32, device), path, layout)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_many_tiles_in_each_direction(path, dtype, tiles, device):
+def test_multi_path_is_right_across_many_tiles(path, dtype, tiles, device):
     assert_right(Batch.draw(35, 37, 41, 21, 5, dtype, dtype, device), path)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("tiles", ["tiny"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients(path, dtype, tiles, device):
+def test_multi_gradients_match_oracle_along_each_path(path, dtype, tiles, device):
     """Forward's other direction along each path, and the sums over each adapter's rows."""
     b = Batch.draw(35, 24, 40, 9, 4, dtype, F32, device)
     dy = signed(35, 40, dtype=dtype, device=device)
@@ -177,7 +177,7 @@ def test_aligned_rows_are_read_by_descriptors(device, monkeypatch):
         taken.clear()
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("page, dtype", [(1, F32), (4, torch.bfloat16), (16, F32)])
 def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
     b = Batch.draw(37, 40, 50, 12, 6, dtype, dtype, device)
@@ -187,7 +187,7 @@ def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
     assert same_bits(multi.packed_lora_linear(b.x, b.weight, b.bias, *given, path=path), dense)
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("tiles", ["tiny"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_slices_give_the_bits_of_each_alone(path, dtype, tiles, device):
@@ -226,7 +226,7 @@ def _by_slices(b: Batch, A, ends):
     return torch.cat(parts, 1).float().to(b.x.device)
 
 
-def test_a_large_scaling_does_not_overflow_float16(device):
+def test_large_scaling_does_not_overflow_float16(device):
     """h fits float16, scaling * h does not, y does: the factor meets the float32 sum alone."""
     x = torch.full((4, 16), 60.0, dtype=torch.float16, device=device)
     weight = torch.zeros(8, 16, dtype=torch.float16, device=device)
@@ -242,14 +242,14 @@ def test_a_large_scaling_does_not_overflow_float16(device):
         assert oracle.relative_error(y, want) < 1e-3
 
 
-def test_a_path_that_cannot_run_is_refused(device):
+def test_multi_lora_linear_refuses_impossible_path(device):
     b = Batch.draw(3, 8, 8, 2, 2, F32, F32, device)
     for path in ("added", "one_pass", "nonsense"):
         with pytest.raises(ValueError, match=f"path: '{path}' cannot run this product"):
             multi.multi_lora_linear(b.x, b.weight, None, b.adapters, b.routing, path=path)
 
 
-def test_paths_are_chosen_by_what_they_cost():
+def test_multi_path_is_chosen_by_its_cost():
     """Few rows are decoded, many prefilled; with nothing added to a product there is one way."""
 
     def best(T, S, **how):
@@ -308,7 +308,7 @@ print("right")
 """
 
 
-def test_offsets_beyond_two_to_the_31():
+def test_multi_kernels_reach_offsets_past_two_to_31():
     """In a process of its own: a wrong address may end it."""
     result = subprocess.run(
         [sys.executable, "-c", FAR], capture_output=True, text=True, env=os.environ

@@ -1,4 +1,4 @@
-"""Triton kernels for many adapters: what reaches a row, and that its bits follow from no other."""
+"""The Triton kernels for many adapters: what reaches a row, and that its bits are its own."""
 
 import math
 
@@ -14,15 +14,15 @@ from tests.support.helpers import same_bits, signed
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.backends.triton import multi, multi_product
-from tests.support.multi_paths import paths
+from tests.support.multi_paths import on_every_path
 
 F32 = torch.float32
 pytestmark = pytest.mark.usefixtures("triton_usable", "memory_holds_nan")
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_poisoned_adapter_keeps_to_its_rows(path, poison, device):
+def test_nan_in_adapter_stays_with_its_rows(path, poison, device):
     """One tile holds rows of all: those of others, and of none, keep their bits."""
     b = Batch.draw(24, 20, 30, 4, 3, F32, F32, device)
     b = b._replace(ranks=torch.full_like(b.ranks, 4), A=b.A.nan_to_num(0.5), B=b.B.nan_to_num(0.5))
@@ -38,8 +38,8 @@ def test_a_poisoned_adapter_keeps_to_its_rows(path, poison, device):
         assert not y[theirs].isfinite().all(1).any()
 
 
-@paths
-def test_ids_out_of_range_are_none(path, device):
+@on_every_path
+def test_ids_out_of_range_mean_no_adapter(path, device):
     """On a device nobody has looked at them: they must not become addresses."""
     b = Batch.draw(12, 20, 30, 4, 3, F32, F32, device)
     wild = b.ids.clone()
@@ -54,7 +54,7 @@ def test_ids_out_of_range_are_none(path, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_row_s_adapter_part_has_its_bits_in_every_batch(dtype, device):
+def test_row_delta_has_same_bits_in_any_batch(dtype, device):
     """Always, not within ``batch_invariant`` alone: few rows or many, sorted anyhow."""
     T = multi_product.SPLIT_ROWS + 20
     b = Batch.draw(T, 1100, 24, 6, 5, dtype, dtype, device)
@@ -76,7 +76,7 @@ def test_a_row_s_adapter_part_has_its_bits_in_every_batch(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_batch_invariant(dtype, device):
+def test_output_is_batch_invariant_along_k(dtype, device):
     """The whole output: sums over K of several parts, in as many programs or in one."""
     T = multi_product.SPLIT_ROWS + 6
     b = Batch.draw(T, 1100, 24, 5, 4, dtype, F32, device)
@@ -94,7 +94,7 @@ def test_batch_invariant(dtype, device):
             assert same_bits(call(rows), whole[rows])
 
 
-def test_a_program_takes_one_adapter_or_all_of_a_tile(device, monkeypatch):
+def test_number_of_programs_does_not_change_bits(device, monkeypatch):
     """As many programs as there are adapters, or one that takes them in turn: the same bits."""
     b = Batch.draw(40, 24, 20, 5, 12, F32, F32, device)
     given = (b.x, b.weight, b.bias, b.adapters, b.routing)
@@ -107,9 +107,9 @@ def test_a_program_takes_one_adapter_or_all_of_a_tile(device, monkeypatch):
     assert same_bits(results[512], results[1])
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_slot_without_ranks_is_none_whatever_its_scaling(path, dtype, device):
+def test_slot_of_rank_0_adds_nothing_despite_scaling(path, dtype, device):
     """As a dropped slot is left: NaN, and rank 0. Beside others it must not show either."""
     b = Batch.draw(9, 20, 30, 4, 3, dtype, F32, device)
     b = b._replace(ids=torch.arange(9, device=device) % 3, scalings=b.scalings.clone())
@@ -120,7 +120,7 @@ def test_a_slot_without_ranks_is_none_whatever_its_scaling(path, dtype, device):
     assert same_bits(y, want)
 
 
-def test_what_is_apart_is_read_and_written_where_it_lies(device):
+def test_row_tensors_of_any_strides_are_accepted(device):
     """ids, order, scalings, ranks, scales, h and a table of any strides."""
 
     def apart(t):
@@ -151,7 +151,7 @@ def test_what_is_apart_is_read_and_written_where_it_lies(device):
     assert all(same_bits(x, y) for x, y in zip(*grads, strict=True))
 
 
-def test_gradients_past_a_slot_s_rank_are_zero(device):
+def test_gradients_past_a_slots_rank_are_zero(device):
     """Even where a row of x or dy holds NaN; and of a slot without rows, whatever its scaling."""
     b = Batch.draw(8, 24, 20, 6, 3, F32, F32, device)
     b = b._replace(
@@ -170,9 +170,9 @@ def test_gradients_past_a_slot_s_rank_are_zero(device):
         assert same_bits(grad, torch.zeros_like(grad))
 
 
-@paths
+@on_every_path
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_same_input_same_bits(path, dtype, device):
+def test_multi_path_repeats_bits_for_same_input(path, dtype, device):
     b = Batch.draw(49, 64, 80, 24, 4, dtype, F32, device)
     given = (b.x, b.weight, b.bias, b.adapters, b.routing, False, path)
     once, again = multi.multi_lora_linear(*given), multi.multi_lora_linear(*given)

@@ -1,4 +1,4 @@
-"""FastLoRAConv1D stands where transformers' Conv1D stood, with PEFT's numbers."""
+"""FastLoRAConv1D replaces transformers' Conv1D and has PEFT's numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.models import (
 pytestmark = quiet
 
 
-def base(dtype: torch.dtype = torch.float32) -> Conv1D:
+def conv1d_base(dtype: torch.dtype = torch.float32) -> Conv1D:
     """12 to 20, with a weight and a bias that matter."""
     conv = Conv1D(20, 12)
     nn.init.normal_(conv.weight)
@@ -36,7 +36,7 @@ def base(dtype: torch.dtype = torch.float32) -> Conv1D:
 
 
 def layer(dtype: torch.dtype = torch.float32, **options) -> FastLoRAConv1D:
-    return randomise_lora(FastLoRAConv1D.from_conv1d(base(dtype), r=4, **options), 2.0)
+    return randomise_lora(FastLoRAConv1D.from_conv1d(conv1d_base(dtype), r=4, **options), 2.0)
 
 
 def peft_twin(ours: FastLoRAConv1D) -> PeftLinear:
@@ -47,7 +47,7 @@ def peft_twin(ours: FastLoRAConv1D) -> PeftLinear:
         use_rslora=ours.use_rslora,
         lora_bias=ours.lora_bias is not None,
     )
-    conv = base(ours.weight.dtype).requires_grad_(False)
+    conv = conv1d_base(ours.weight.dtype).requires_grad_(False)
     conv.load_state_dict({k: ours.state_dict()[k] for k in ("weight", "bias")})
     twin = PeftLinear(conv, "default", config, r=4, lora_alpha=ours.lora_alpha)
     with torch.no_grad():
@@ -58,8 +58,8 @@ def peft_twin(ours: FastLoRAConv1D) -> PeftLinear:
     return twin.eval()
 
 
-def test_it_has_the_attributes_and_the_state_of_a_conv1d():
-    conv = base()
+def test_conv1d_has_attributes_and_state_of_base():
+    conv = conv1d_base()
     ours = FastLoRAConv1D.from_conv1d(conv, r=4, lora_bias=True)
     shapes = {name: tuple(t.shape) for name, t in ours.state_dict().items()}
     assert shapes == {
@@ -74,12 +74,12 @@ def test_it_has_the_attributes_and_the_state_of_a_conv1d():
     other = FastLoRAConv1D(20, 12, r=4, dtype=torch.bfloat16)
     assert (other.weight.shape, other.lora_A.dtype) == ((12, 20), torch.float32)
     adapter = ours.lora_B.detach().clone()
-    ours.load_state_dict(base().state_dict(), strict=True)
+    ours.load_state_dict(conv1d_base().state_dict(), strict=True)
     assert same_bits(ours.lora_B, adapter)
 
 
-def test_the_weight_is_shared_and_frozen_and_the_rest_comes_along():
-    conv, seen = base().eval(), []
+def test_from_conv1d_shares_and_freezes_the_weight():
+    conv, seen = conv1d_base().eval(), []
     conv.register_forward_hook(lambda *_: seen.append(1))
     conv.note = "kept"
     ours = FastLoRAConv1D.from_conv1d(conv)
@@ -93,7 +93,7 @@ def test_the_weight_is_shared_and_frozen_and_the_rest_comes_along():
     "options", [{}, {"lora_alpha": 3, "use_rslora": True}, {"lora_bias": True}], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_outputs_and_gradients_are_pefts(dtype, options):
+def test_conv1d_has_outputs_and_gradients_of_peft(dtype, options):
     ours = layer(dtype, **options)
     theirs = peft_twin(ours)
     x, upstream = torch.randn(2, 7, 12, dtype=dtype), torch.randn(2, 7, 20, dtype=dtype)
@@ -113,7 +113,7 @@ def test_outputs_and_gradients_are_pefts(dtype, options):
     assert ours.weight.grad is None
 
 
-def test_an_unfrozen_weight_gets_its_gradient_where_it_lies():
+def test_unfrozen_conv1d_weight_gets_its_gradient():
     ours = layer()
     ours.weight.requires_grad_(True)
     x = torch.randn(5, 12)
@@ -122,7 +122,7 @@ def test_an_unfrozen_weight_gets_its_gradient_where_it_lies():
 
 
 @pytest.mark.parametrize("rows", [1, 300])
-def test_the_weight_is_read_where_it_lies(rows):
+def test_conv1d_weight_is_never_copied(rows):
     """No tensor of its size is made, forward or backward; (384, 512) against 300 * 512."""
     ours = FastLoRAConv1D.from_conv1d(Conv1D(512, 384), r=4)
     x = torch.randn(rows, 384, requires_grad=True)
@@ -134,7 +134,7 @@ def test_the_weight_is_read_where_it_lies(rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_merging_gives_every_bit_back(dtype, frozen):
+def test_conv1d_merge_and_unmerge_restore_bits(dtype, frozen):
     ours = layer(dtype, lora_bias=True).eval()
     ours.weight.requires_grad_(not frozen)
     before, at = ours.weight.detach().clone(), ours.weight.data_ptr()
@@ -153,35 +153,35 @@ def test_merging_gives_every_bit_back(dtype, frozen):
     assert ours.weight.data_ptr() == at
 
 
-class Own(Conv1D):
+class OwnConv1D(Conv1D):
     pass
 
 
-def test_what_is_no_conv1d_is_refused():
+def test_from_conv1d_refuses_other_modules():
     for module, says in [
         (nn.Linear(4, 4), "it is for FastLoRALinear.from_linear"),
-        (Own(4, 4), "a subclass of Conv1D with behaviour of its own"),
+        (OwnConv1D(4, 4), "a subclass of Conv1D with behaviour of its own"),
         (nn.Conv1d(4, 4, 1), "not an nn.Linear"),
         (layer(), "already"),
     ]:
         with untouched(module), pytest.raises(TypeError, match=f"linear: .*{says}"):
             FastLoRAConv1D.from_conv1d(module)
     with pytest.raises(TypeError, match=r"linear: it is for FastLoRAConv1D.from_conv1d"):
-        FastLoRALinear.from_linear(base())
+        FastLoRALinear.from_linear(conv1d_base())
     with pytest.raises(ValueError, match="r: expected"):
         FastLoRAConv1D(4, 4, r=0)
     with pytest.raises(ValueError, match="init_lora_weights: 'pissa' splits a weight"):
         FastLoRAConv1D(4, 4, init_lora_weights="pissa")
 
 
-def test_copies_and_pickles():
+def test_conv1d_survives_copy_and_pickle():
     ours, x = layer(), torch.randn(3, 12)
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert type(twin) is FastLoRAConv1D
         assert same_bits(twin(x), ours(x))
 
 
-def test_compiled_in_one_graph():
+def test_conv1d_compiles_in_one_graph():
     torch.compiler.reset()
     ours, x = layer(), torch.randn(3, 12)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -194,7 +194,7 @@ def test_compiled_in_one_graph():
     assert error(ours.lora_A.grad, grad) <= TOLERANCE[torch.float32]
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch():
+def test_conv1d_row_has_same_bits_in_batch():
     ours, x = layer(), torch.randn(9, 12)
     with fastlora.batch_invariant():
         assert same_bits(ours(x)[4:5], ours(x[4:5]))

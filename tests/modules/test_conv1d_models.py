@@ -1,4 +1,4 @@
-"""Models of transformers whose layers are Conv1D: files, merging, serving, training."""
+"""Transformers models of Conv1D layers: files, merging, serving, training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def layer(dtype: torch.dtype = torch.float32, **options) -> FastLoRAConv1D:
     return randomise_lora(FastLoRAConv1D.from_conv1d(base(dtype), r=4, **options), 2.0)
 
 
-def test_it_needs_no_transformers():
+def test_conv1d_layer_runs_without_transformers():
     code = (
         "import sys, torch, fastlora\n"
         "layer = fastlora.FastLoRAConv1D(6, 4, r=2)\n"
@@ -59,7 +59,7 @@ def test_it_needs_no_transformers():
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
-def test_all_linear_is_pefts():
+def test_all_linear_takes_same_layers_as_peft():
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), gpt2())
     wanted = {n for n, m in theirs.named_modules() if isinstance(m, PeftLinear)}
     model = fastlora.replace_linear(gpt2(), CONV)
@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomise_every_lora_b(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad and name.endswith(".bias") and "lora_" not in name:
@@ -87,9 +87,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_files_go_both_ways(tmp_path, name):
+def test_gpt2_adapters_load_in_both_libraries(tmp_path, name):
     options, ids = CASES[name], tokens(2, 9)
-    theirs = randomised(peft.get_peft_model(gpt2(), peft.LoraConfig(**options)))
+    theirs = randomise_every_lora_b(peft.get_peft_model(gpt2(), peft.LoraConfig(**options)))
     theirs.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
     ours = fastlora.load_adapter(gpt2(), tmp_path / "peft")
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(gpt2(), ids))
@@ -103,8 +103,10 @@ def test_files_go_both_ways(tmp_path, name):
     assert_agree(logits(again, ids), logits(theirs, ids))
 
 
-def test_a_model_merges_and_becomes_what_it_was(tmp_path):
-    theirs = randomised(peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules="all-linear")))
+def test_gpt2_merges_and_unmerges_as_peft(tmp_path):
+    theirs = randomise_every_lora_b(
+        peft.get_peft_model(gpt2(), peft.LoraConfig(target_modules="all-linear"))
+    )
     theirs.save_pretrained(str(tmp_path))
     ours, plain, ids = fastlora.load_adapter(gpt2(), tmp_path), gpt2(), tokens(2, 9)
     fastlora.merge_adapter(ours)
@@ -127,7 +129,7 @@ def test_a_model_merges_and_becomes_what_it_was(tmp_path):
         assert (type(other), vars(other).keys()) == (type(module), vars(module).keys())
 
 
-def test_adapters_are_swapped_in_merged_weights(tmp_path):
+def test_swap_adapter_works_on_merged_gpt2(tmp_path):
     ids, folders = tokens(2, 5), [tmp_path / name for name in "ab"]
     for folder in folders:
         fastlora.save_adapter(randomise_lora(fastlora.replace_linear(gpt2(), CONV)), folder)
@@ -150,7 +152,7 @@ def test_adapters_are_swapped_in_merged_weights(tmp_path):
         (True, ["lm_head", "c_fc"], False),
     ],
 )
-def test_fan_in_fan_out_is_the_layers_own_and_said_to_be_so(tmp_path, given, targets, warned):
+def test_fan_in_fan_out_follows_layer_with_warning(tmp_path, given, targets, warned):
     """PEFT warns and corrects, too; what it saves is how the last of its layers lies."""
     config = LoRAConfig(target_modules=targets, fan_in_fan_out=given)
     with warnings.catch_warnings(record=True) as caught:
@@ -165,7 +167,7 @@ def test_fan_in_fan_out_is_the_layers_own_and_said_to_be_so(tmp_path, given, tar
     assert saved == theirs.peft_config["default"].fan_in_fan_out
 
 
-def test_many_adapters_are_served(tmp_path):
+def test_gpt2_serves_many_adapters(tmp_path):
     ids, want = tokens(3, 7), []
     server = fastlora.MultiLoRAModel(gpt2(), max_adapters=2, max_rank=4)
     for name in "ab":
@@ -179,7 +181,7 @@ def test_many_adapters_are_served(tmp_path):
     assert server.model.state_dict().keys() == gpt2().state_dict().keys()
 
 
-def test_several_adapters_are_trained(tmp_path):
+def test_gpt2_trains_several_adapters_together(tmp_path):
     model, ids = together(gpt2(), CONV), tokens(2, 5)
     fastlora.save_adapter(model, tmp_path, adapter_name="ben")
     single = fastlora.load_adapter(gpt2(), tmp_path, is_trainable=True)

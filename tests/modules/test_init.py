@@ -1,4 +1,4 @@
-"""init_lora_weights: what adapters start from, and what that leaves of the base, as in PEFT."""
+"""init_lora_weights: how adapters start and what that leaves of the base, as in PEFT."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def peft_layer(base: nn.Module, how: str, **options) -> PeftLinear:
     return PeftLinear(copy.deepcopy(base), "default", config, r=options["r"], lora_alpha=alpha)
 
 
-def own_layer(base: nn.Module, how: str, **options):
+def fastlora_layer(base: nn.Module, how: str, **options):
     if isinstance(base, nn.Linear):
         return FastLoRALinear.from_linear(base, init_lora_weights=how, **options)
     return FastLoRAConv1D.from_conv1d(base, init_lora_weights=how, **options)
@@ -69,12 +69,12 @@ def factors(layer) -> list[Tensor]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how, build", [("pissa", linear), ("olora", linear), ("pissa", conv1d)])
-def test_the_residual_and_the_factors_are_pefts(how, build, dtype, options):
+def test_splitting_init_gives_residual_and_factors_of_peft(how, build, dtype, options):
     base, x = build(dtype), torch.randn(7, 14, dtype=dtype)
     want, weight = base(x), base.weight.detach().clone()
     theirs = peft_layer(base, how, **options)
     at = base.weight.data_ptr()
-    ours = own_layer(base, how, **options)
+    ours = fastlora_layer(base, how, **options)
     assert ours.weight.data_ptr() == at
     assert same_bits(ours.weight, theirs.base_layer.weight)
     assert error(ours.weight, weight) > 0.1
@@ -87,21 +87,21 @@ def test_the_residual_and_the_factors_are_pefts(how, build, dtype, options):
 
 @pytest.mark.parametrize("how", ["pissa_niter_4", "pissa_niter_0", "orthogonal"])
 @pytest.mark.parametrize("build", [linear, conv1d])
-def test_what_is_drawn_is_drawn_as_by_peft(how, build):
+def test_random_init_draws_same_numbers_as_peft(how, build):
     base = build()
     torch.manual_seed(3)
     theirs = peft_layer(base, how, r=4)
     torch.manual_seed(3)
     nn.Linear(14, 4, bias=False), nn.Linear(4, 20, bias=False)  # PEFT draws these first
     weight = base.weight.detach().clone()
-    ours = own_layer(base, how, r=4)
+    ours = fastlora_layer(base, how, r=4)
     for mine, other in zip(factors(ours), factors(theirs), strict=True):
         assert error(mine, other) <= 1e-5
     assert error(ours.weight, theirs.base_layer.weight) <= 1e-6
     assert same_bits(ours.weight, weight) == (how == "orthogonal")
 
 
-def test_orthogonal_adapters_add_nothing_at_first():
+def test_orthogonal_adapter_adds_nothing_at_first():
     ours = FastLoRALinear(64, 48, r=8, init_lora_weights="orthogonal")
     A, B = (t.detach() for t in factors(ours))
     assert float((B @ A).abs().max()) < 1e-6
@@ -109,7 +109,7 @@ def test_orthogonal_adapters_add_nothing_at_first():
 
 
 @pytest.mark.parametrize("how", SPLITTING)
-def test_a_split_model_computes_what_it_did(how):
+def test_split_model_computes_what_it_did(how):
     model, ids = llama(), tokens(2, 7)
     fastlora.replace_linear(
         model, LoRAConfig(r=4, target_modules="all-linear", init_lora_weights=how)
@@ -119,7 +119,7 @@ def test_a_split_model_computes_what_it_did(how):
         assert error(logits(model, ids), logits(llama(), ids)) > 0.1
 
 
-def trained(model: nn.Module) -> nn.Module:
+def trained_a_little(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -136,17 +136,17 @@ CASES = [
 
 
 @pytest.mark.parametrize("how, build, options", CASES)
-def test_files_go_both_ways(tmp_path, how, build, options):
+def test_split_adapters_load_in_both_libraries(tmp_path, how, build, options):
     """The file has no residual: who loads it splits the base again."""
     options, ids = options | {"r": 4, "init_lora_weights": how}, tokens(2, 9)
-    theirs = trained(peft.get_peft_model(build(), peft.LoraConfig(**options)))
+    theirs = trained_a_little(peft.get_peft_model(build(), peft.LoraConfig(**options)))
     theirs.save_pretrained(str(tmp_path / "peft"))
     ours = fastlora.load_adapter(build(), tmp_path / "peft")
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(build(), ids))
     with fastlora.disable_adapter(ours), theirs.disable_adapter():
         assert_agree(logits(ours, ids), logits(theirs, ids))
     fastlora.save_adapter(
-        trained(fastlora.replace_linear(build(), LoRAConfig(**options))), tmp_path
+        trained_a_little(fastlora.replace_linear(build(), LoRAConfig(**options))), tmp_path
     )
     own = fastlora.load_adapter(build(), tmp_path)
     again = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
@@ -159,14 +159,14 @@ def test_files_go_both_ways(tmp_path, how, build, options):
 
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
-def test_a_conversion_of_pefts_is_an_ordinary_adapter(tmp_path):
+def test_adapter_converted_by_peft_loads_onto_base(tmp_path):
     """Its path_initial_model_for_weight_conversion: twice the rank, on the base as it was."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
     theirs, ids = peft.get_peft_model(llama(), config), tokens(2, 7)
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(str(tmp_path / "initial"))
     theirs.peft_config["default"].init_lora_weights = "pissa"
-    trained(theirs)
+    trained_a_little(theirs)
     theirs.save_pretrained(
         str(tmp_path / "out"), path_initial_model_for_weight_conversion=str(tmp_path / "initial")
     )
@@ -175,12 +175,12 @@ def test_a_conversion_of_pefts_is_an_ordinary_adapter(tmp_path):
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(llama(), ids))
 
 
-def test_an_adapter_is_loaded_only_onto_the_base_that_it_is_for(tmp_path):
+def test_adapter_of_another_init_is_refused(tmp_path):
     settings = {"r": 4, "target_modules": ["q_proj"]}
     for how in (True, "gaussian", *SPLITTING):
         config = LoRAConfig(**settings, init_lora_weights=how)
         fastlora.save_adapter(
-            trained(fastlora.replace_linear(llama(), config)), tmp_path / str(how)
+            trained_a_little(fastlora.replace_linear(llama(), config)), tmp_path / str(how)
         )
     for into in (True, "pissa", "olora"):
         for how in ("gaussian", *SPLITTING):
@@ -226,7 +226,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_all_weights_are_split_or_none(name):
+def test_replace_linear_splits_all_weights_or_none(name):
     change, options, says = UNFIT[name]
     model = llama()
     change(model)
@@ -239,32 +239,32 @@ def test_all_weights_are_split_or_none(name):
 
 
 @pytest.mark.parametrize("count", [1, 20, 40])
-def test_interrupted_they_are_as_before(count):
+def test_interrupted_split_leaves_model_unchanged(count):
     model = llama()
     config = LoRAConfig(r=4, target_modules="all-linear", init_lora_weights="olora")
     with untouched(model), pytest.raises(KeyboardInterrupt), Interrupt("copy_", count):
         fastlora.replace_linear(model, config)
 
 
-def test_a_weight_tied_with_another_module_is_refused():
+def test_splitting_tied_weight_is_refused():
     model = llama(tie_word_embeddings=True)
     config = LoRAConfig(target_modules=["lm_head"], init_lora_weights="olora")
     with untouched(model), pytest.raises(ValueError, match=r"lm_head: .*embed_tokens\.weight"):
         fastlora.replace_linear(model, config)
 
 
-def test_olora_of_a_conv1d_is_refused_for_pefts_reason():
+def test_olora_of_conv1d_is_refused():
     base = conv1d()
     with untouched(base), pytest.raises(ValueError, match="'olora' is not for Conv1D"):
-        own_layer(base, "olora", r=4)
+        fastlora_layer(base, "olora", r=4)
     theirs = peft_layer(base, "olora", r=4)
     with pytest.raises(RuntimeError, match="shape"):
         theirs(torch.randn(3, 14))
 
 
 @pytest.mark.parametrize("how", SPLITTING)
-def test_what_cannot_be_split_twice(how):
-    ours = own_layer(linear(), how, r=4)
+def test_layer_cannot_be_split_twice(how):
+    ours = fastlora_layer(linear(), how, r=4)
     with untouched(ours), pytest.raises(RuntimeError, match=f"'{how}' has split"):
         ours.reset_lora_parameters()
     with pytest.raises(ValueError, match=f"init_lora_weights: '{how}' splits"):
@@ -272,8 +272,8 @@ def test_what_cannot_be_split_twice(how):
 
 
 @pytest.mark.parametrize("how", SPLITTING)
-def test_a_base_alone_is_not_loaded_beside_a_part_of_it(how):
-    ours, other = (nn.Sequential(own_layer(linear(), how, r=4)) for _ in range(2))
+def test_split_layer_refuses_state_of_plain_base(how):
+    ours, other = (nn.Sequential(fastlora_layer(linear(), how, r=4)) for _ in range(2))
     with untouched(ours), pytest.raises(RuntimeError, match=r"0\.weight: .*would count twice"):
         ours.load_state_dict(nn.Sequential(linear()).state_dict())
     ours.load_state_dict(other.state_dict())
@@ -282,7 +282,7 @@ def test_a_base_alone_is_not_loaded_beside_a_part_of_it(how):
 
 
 @pytest.mark.parametrize("how", SPLITTING)
-def test_where_an_adapter_shares_its_base_it_is_refused_by_name(tmp_path, how):
+def test_split_adapter_is_refused_where_base_is_shared(tmp_path, how):
     config = LoRAConfig(r=4, target_modules=["q_proj"], init_lora_weights=how)
     fastlora.save_adapter(randomise_lora(fastlora.replace_linear(llama(), config)), tmp_path)
     llama().save_pretrained(tmp_path / "base")

@@ -49,7 +49,7 @@ def base_output(ours: FastLoRALinear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, ours.weight, ours.bias)
 
 
-def test_it_is_a_linear_with_more_in_its_state():
+def test_layer_is_linear_with_adapter_in_state():
     ours = FastLoRALinear(12, 20, r=4, lora_bias=True)
     assert isinstance(ours, nn.Linear)
     shapes = {name: tuple(t.shape) for name, t in ours.state_dict().items()}
@@ -64,7 +64,7 @@ def test_it_is_a_linear_with_more_in_its_state():
     assert "r=4" in repr(ours)
 
 
-def test_a_base_checkpoint_loads_strictly_and_a_torn_adapter_does_not():
+def test_layer_loads_base_state_but_no_half_adapter():
     base, ours = nn.Sequential(nn.Linear(12, 20)), nn.Sequential(layer())
     adapter = ours[0].lora_B.clone()
     ours.load_state_dict(base.state_dict(), strict=True)
@@ -92,7 +92,7 @@ def test_a_base_checkpoint_loads_strictly_and_a_torn_adapter_does_not():
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_outputs_and_gradients_are_pefts(dtype, options, bias):
+def test_layer_has_outputs_and_gradients_of_peft(dtype, options, bias):
     ours = layer(dtype=dtype, bias=bias, **options).eval()
     ours.weight.requires_grad_(False)
     if ours.bias is not None:
@@ -123,7 +123,7 @@ def test_outputs_and_gradients_are_pefts(dtype, options, bias):
 
 
 @pytest.mark.parametrize("kind", [True, False, "gaussian"])
-def test_initialised_as_peft_initialises(kind):
+def test_layer_is_initialised_as_by_peft(kind):
     """The same distribution; for False, where PEFT draws once, the very numbers."""
     base, config = nn.Linear(256, 64), peft.LoraConfig(r=16, init_lora_weights=kind)
     torch.manual_seed(5)
@@ -163,7 +163,7 @@ def test_from_linear_shares_freezes_and_inherits():
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
-def test_adapters_are_wide_unless_asked_otherwise(dtype):
+def test_adapters_are_float32_unless_asked_otherwise(dtype):
     linear = nn.Linear(12, 20, dtype=dtype)
     wide = torch.float32 if dtype in HALVES else dtype
     assert FastLoRALinear.from_linear(linear).lora_A.dtype == wide
@@ -206,7 +206,7 @@ UNUSUAL = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("reason", UNUSUAL)
-def test_only_a_plain_linear_is_wrapped(reason):
+def test_from_linear_refuses_unusual_modules(reason):
     module = UNUSUAL[reason]()
     with untouched(module), pytest.raises(TypeError, match=f"linear: .*{reason}"):
         FastLoRALinear.from_linear(module)
@@ -228,13 +228,13 @@ def test_only_a_plain_linear_is_wrapped(reason):
         ({"bias": False}, TypeError),
     ],
 )
-def test_bad_options_are_named_and_leave_the_linear_alone(options, kind):
+def test_from_linear_names_bad_options_and_changes_nothing(options, kind):
     linear = nn.Linear(12, 20)
     with untouched(linear), pytest.raises(kind, match=next(iter(options))):
         FastLoRALinear.from_linear(linear, **options)
 
 
-def test_autocast_runs_half_and_trains_wide():
+def test_autocast_runs_half_and_trains_float32():
     ours = layer()
     theirs = peft_twin(ours)
     x = torch.randn(5, 12)

@@ -1,4 +1,4 @@
-"""Whose rows a layer sees, where their number says nothing."""
+"""Rows of a layer are routed to their adapters even where their number says nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Kept(Plain):
         )
 
 
-def each(served: Served, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
+def output_of_each_row(served: Served, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
     with torch.no_grad():
         if kind is not Turned:
             return [served.alone[name](x[i : i + 1])[0] for i, name in enumerate(NAMES)]
@@ -64,13 +64,13 @@ def each(served: Served, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
     (Turned, False), (Turned, True), (Plain, False),
     pytest.param(Plain, True, marks=pytest.mark.full),
 ])  # fmt: skip
-def test_as_many_tokens_as_rows(kind, compiled, tmp_path):
+def test_routing_holds_with_tokens_as_many_as_rows(kind, compiled, tmp_path):
     served, x = Served(kind, tmp_path), torch.randn(B, B, K)
     if compiled:
         served.server.model = torch.compile(served.server.model, backend="eager")
     for _ in range(3):
         got = served.server(x, adapter_names=NAMES)
-        for row, want in zip(got, each(served, x, kind), strict=True):
+        for row, want in zip(got, output_of_each_row(served, x, kind), strict=True):
             assert error(row, want) < 1e-5
     trained = fastlora.replace_linear(kind(), CONFIG, adapter_names=["alice", "bob"])
     randomise_lora(trained)
@@ -84,14 +84,14 @@ def test_as_many_tokens_as_rows(kind, compiled, tmp_path):
                 assert parameter.grad is None or not parameter.grad.any()
 
 
-def test_a_model_that_keeps_a_state_is_looked_at_each_time(tmp_path):
+def test_stateful_model_is_checked_at_each_call(tmp_path):
     served, x = Served(Kept, tmp_path), torch.randn(B, 2, K)
     for _ in range(3):
         got = served.server(x, adapter_names=NAMES)
         if served.server.model.turned:
-            rows = zip(got, each(served, x, Kept), strict=True)
+            rows = zip(got, output_of_each_row(served, x, Kept), strict=True)
         else:
-            rows = zip(got.flip(0), each(served, x, Kept), strict=True)
+            rows = zip(got.flip(0), output_of_each_row(served, x, Kept), strict=True)
         assert all(error(row, want) < 1e-5 for row, want in rows)
     assert not served.server.rows.verdicts.by_key
 
@@ -109,7 +109,7 @@ class Twice(nn.Module):
         return checkpoint(self.layer, y, use_reentrant=False)
 
 
-def test_what_runs_again_in_backward_has_its_forward_s_rows():
+def test_recomputed_layer_has_rows_of_its_forward():
     x = torch.randn(B, B, K)
     for turned in (False, True):
         model = Twice(turned)
@@ -123,7 +123,7 @@ def test_what_runs_again_in_backward_has_its_forward_s_rows():
                 loss.backward()
 
 
-def test_a_layer_reached_past_its_model_is_refused():
+def test_layer_called_outside_its_model_is_refused():
     model = nn.Sequential(Plain(), nn.Linear(K, K))
     config = LoRAConfig(r=2, target_modules=["one", "two"])
     fastlora.replace_linear(model, config, adapter_names=["alice", "bob"])
@@ -135,13 +135,14 @@ def test_a_layer_reached_past_its_model_is_refused():
             model[0].forward(x)
 
 
-def test_after_an_error_the_next_call_begins_anew(tmp_path):
+def test_call_after_an_error_begins_anew(tmp_path):
     served, x = Served(Plain, tmp_path), torch.randn(B, 2, K)
     with pytest.raises(ValueError, match="x: expected shape"):
         served.server(x[..., 1:], adapter_names=NAMES)
     got = served.server(x, adapter_names=NAMES)
     assert all(
-        error(row, want) < 1e-5 for row, want in zip(got, each(served, x, Plain), strict=True)
+        error(row, want) < 1e-5
+        for row, want in zip(got, output_of_each_row(served, x, Plain), strict=True)
     )
 
 
@@ -159,17 +160,17 @@ def drawn() -> int:
     return DRAWN[0]
 
 
-def test_a_model_that_goes_by_what_nobody_sees_is_looked_at_each_time(tmp_path):
+def test_randomly_dropping_model_is_checked_each_call(tmp_path):
     served, x = Served(Dropping, tmp_path), torch.randn(B, 2, K)
     served.server(x, adapter_names=NAMES)
     DRAWN[0] = 1
     for _ in range(2):
         got = served.server(x, adapter_names=NAMES)
-        rows = zip(got, each(served, x, Dropping), strict=True)
+        rows = zip(got, output_of_each_row(served, x, Dropping), strict=True)
         assert all(error(row, want) < 1e-5 for row, want in rows)
 
 
-def test_modes_that_hooks_enter_leave_the_stack(tmp_path):
+def test_torch_modes_leave_the_stack_after_calls(tmp_path):
     """Of a first forward that is watched for two things at once, and of one that is refused."""
     served, x = Served(Turned, tmp_path), torch.randn(B, 2, K)
     depth = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
@@ -214,25 +215,25 @@ class Lost(Plain):
         return self.two(h.slice_scatter(h[:1], 0, 0, 1)).transpose(0, 1)
 
 
-def test_a_result_that_is_turned_in_place(tmp_path):
+def test_routing_follows_results_transposed_in_place(tmp_path):
     served = Served(Recurrent, tmp_path)
     for length in (B, 2):
         x = torch.randn(B, length, K)
         got = served.server(x, adapter_names=NAMES)
-        for row, want in zip(got, each(served, x, Recurrent), strict=True):
+        for row, want in zip(got, output_of_each_row(served, x, Recurrent), strict=True):
             assert error(row, want) < 1e-5
 
 
 @pytest.mark.parametrize(
     "kind, options", [(Summed, {}), (Beside, {}), (Lost, {"batch_dims": {"": 1}})]
 )
-def test_rows_that_nobody_can_tell_apart_are_refused(kind, options, tmp_path):
+def test_rows_of_unknown_owner_are_refused(kind, options, tmp_path):
     served = Served(kind, tmp_path, **options)
     with pytest.raises(RuntimeError, match="is not known"):
         served.server(torch.randn(B, B, K), adapter_names=NAMES)
 
 
-def test_a_hook_that_comes_later_is_seen(tmp_path):
+def test_routing_notices_hook_registered_later(tmp_path):
     """On modules of torch's own, of which nothing else is looked at twice."""
     served = Served(lambda: nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, K)), tmp_path)
     x = torch.randn(B, 2, K)

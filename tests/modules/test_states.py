@@ -32,7 +32,7 @@ def base_output(ours: FastLoRALinear, x: Tensor) -> Tensor:
     "how, merged",
     [("deepcopy", False), ("deepcopy", True), ("pickle", False), ("torch", False), ("torch", True)],
 )
-def test_copies_are_whole_and_apart(how, merged):
+def test_copy_is_whole_and_independent(how, merged):
     ours = layer(lora_bias=True, lora_dropout=0.1, use_rslora=True).eval()
     weight, x = ours.weight.detach().clone(), torch.randn(3, 12)
     if merged:
@@ -56,7 +56,7 @@ def test_copies_are_whole_and_apart(how, merged):
     assert twin.weight.data_ptr() != ours.weight.data_ptr()
 
 
-def test_from_meta_to_memory():
+def test_layer_moves_from_meta_to_memory():
     ours = FastLoRALinear(12, 20, r=4, lora_bias=True, device="meta", dtype=torch.bfloat16)
     assert {p.device.type for p in ours.parameters()} == {"meta"}
     ours.to_empty(device="cpu")
@@ -71,7 +71,7 @@ def test_from_meta_to_memory():
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
-def test_moving_to_another_dtype_moves_everything(dtype):
+def test_moving_to_dtype_moves_every_parameter(dtype):
     ours = layer().eval()
     x = torch.randn(3, 12)
     want = ours(x).detach()
@@ -95,7 +95,7 @@ def test_checkpointing_recomputes_the_same_dropout(use_reentrant):
     assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_dropout_acts_on_the_adapter_in_training_alone():
+def test_dropout_acts_only_on_adapter_in_training():
     """Its mean is what eval computes: 2000 draws, to five standard errors."""
     ours = layer(lora_dropout=0.3)
     x = torch.randn(1, 12)
@@ -108,7 +108,7 @@ def test_dropout_acts_on_the_adapter_in_training_alone():
     assert same_bits(ours(x), base_output(ours, x))
 
 
-def test_an_optimizer_moves_the_adapter_alone():
+def test_optimizer_moves_only_the_adapter():
     ours = FastLoRALinear.from_linear(nn.Linear(12, 20), r=4)
     before = {name: t.clone() for name, t in ours.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.1)
@@ -129,7 +129,7 @@ REFUSED_WHEN_MERGED = {
 
 
 @pytest.mark.parametrize("action", REFUSED_WHEN_MERGED)
-def test_a_merged_layer_refuses(action):
+def test_merged_layer_refuses_changes_to_adapter(action):
     ours = layer()
     weight = ours.weight.detach().clone()
     ours.merge()
@@ -139,7 +139,7 @@ def test_a_merged_layer_refuses(action):
     assert same_bits(ours.weight.detach(), weight)
 
 
-def test_a_merged_layer_that_was_cast_runs_and_cannot_be_unmerged():
+def test_merged_layer_cannot_be_unmerged_after_cast():
     ours = layer()
     x = torch.randn(3, 12)
     ours.eval().merge()
@@ -150,7 +150,7 @@ def test_a_merged_layer_that_was_cast_runs_and_cannot_be_unmerged():
         ours.unmerge()
 
 
-def test_a_merged_layer_survives_pickle():
+def test_merged_layer_unmerges_after_pickle():
     ours = layer()
     plain = ours.weight.detach().clone()
     ours.merge()
@@ -160,7 +160,7 @@ def test_a_merged_layer_survives_pickle():
 
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
-def test_half_an_adapter_is_training_too(frozen):
+def test_merged_layer_refuses_training_half_an_adapter(frozen):
     ours = layer()
     ours.merge()
     getattr(ours, frozen).requires_grad_(False)
@@ -170,7 +170,7 @@ def test_half_an_adapter_is_training_too(frozen):
     assert ours(torch.randn(3, 12)).shape == (3, 20)
 
 
-def test_what_is_not_merged_or_not_finite_is_refused():
+def test_merge_and_unmerge_refuse_unfit_layers():
     ours = layer(lora_bias=True)
     with untouched(ours), pytest.raises(RuntimeError, match="not merged"):
         ours.unmerge()
@@ -187,7 +187,7 @@ def test_what_is_not_merged_or_not_finite_is_refused():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_whole_forward_and_backward(compiler, dropout):
+def test_layer_compiles_in_one_graph_with_backward(compiler, dropout):
     torch.compiler.reset()
     ours = layer(lora_dropout=dropout, lora_bias=True)
     compiled = torch.compile(ours, fullgraph=True, backend=compiler)
@@ -208,7 +208,7 @@ def test_compiled_whole_forward_and_backward(compiler, dropout):
         assert all(error(b, a) <= TOLERANCE[torch.float32] for a, b in zip(*found, strict=True))
 
 
-def test_a_compiled_layer_follows_its_state():
+def test_compiled_layer_follows_its_state():
     torch.compiler.reset()
     ours = layer(lora_bias=True).eval()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

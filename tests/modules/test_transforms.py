@@ -1,4 +1,4 @@
-"""What torch does to models, done to ours: differentiating, mapping, checkpointing, autocast."""
+"""Models under torch's transforms: differentiating, mapping, checkpointing, autocast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import fastlora
 from fastlora import FastLoRALinear
 from fastlora import functional as F
 from fastlora.ops import dispatch
-from tests.support.blocks import adapters, batch, block, gradients, unfused
+from tests.support.blocks import adapters_by_name, batch, block, gradients, unfused_copy
 from tests.support.helpers import assert_near, same_bits
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -30,10 +30,10 @@ def loss(model: nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_per_sample_gradients(dtype):
+def test_per_sample_gradients_match_unfused_torch(dtype):
     ours, x = block(dtype, lora_bias=True), batch(4, dtype)
-    got = vmap(grad(loss(ours)), (None, 0))(adapters(ours), x)
-    want = vmap(grad(loss(unfused(ours))), (None, 0))(adapters(ours), x)
+    got = vmap(grad(loss(ours)), (None, 0))(adapters_by_name(ours), x)
+    want = vmap(grad(loss(unfused_copy(ours))), (None, 0))(adapters_by_name(ours), x)
     assert got.keys() == want.keys()
     largest = max(float(gradient.abs().max()) for gradient in want.values())
     for name, gradient in got.items():
@@ -49,16 +49,16 @@ def test_per_sample_gradients(dtype):
         )
 
 
-def test_jacobians():
+def test_jacobians_of_model_match_unfused_torch():
     ours, x = block(), batch(2)
-    plain, given = unfused(ours), adapters(ours)
+    plain, given = unfused_copy(ours), adapters_by_name(ours)
     jacobians = [jacrev(lambda p, m=m: functional_call(m, p, (x,)))(given) for m in (ours, plain)]
     for name, got in jacobians[0].items():
         assert got.shape == (*x.shape, *given[name].shape)
         assert_near(got, jacobians[1][name])
 
 
-def test_an_ensemble_is_its_members():
+def test_ensemble_under_vmap_equals_its_members():
     members, x = [block() for _ in range(3)], batch()
     parameters, buffers = stack_module_state(members)
     skeleton = copy.deepcopy(members[0]).to("meta")
@@ -70,7 +70,7 @@ def test_an_ensemble_is_its_members():
     assert_near(together, torch.stack([member(x) for member in members]))
 
 
-def test_forward_mode_is_refused():
+def test_forward_mode_of_model_is_refused():
     ours = block()
     with pytest.raises(NotImplementedError, match="jvp"):
         jacfwd(ours)(batch())
@@ -78,7 +78,7 @@ def test_forward_mode_is_refused():
 
 @pytest.mark.parametrize("differentiated", [False, True])
 @pytest.mark.parametrize("randomness", ["same", "different", "error"])
-def test_dropout_under_vmap_is_as_asked(randomness, differentiated):
+def test_dropout_under_vmap_follows_its_randomness(randomness, differentiated):
     """x = 1 and factors that are the identity: y is the mask, and so is its gradient for x."""
     eye, ones = torch.eye(64), torch.ones(3, 5, 64)
 
@@ -98,7 +98,7 @@ def test_dropout_under_vmap_is_as_asked(randomness, differentiated):
     assert [torch.equal(masks[i], masks[j]) for i, j in pairs] == [randomness == "same"] * 3
 
 
-def test_backward_has_its_forward_s_mask_under_vmap():
+def test_backward_under_vmap_has_mask_of_forward():
     eye = torch.eye(64)
 
     def both(x):
@@ -114,7 +114,7 @@ def test_backward_has_its_forward_s_mask_under_vmap():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_no_bit(reentrant, autocast):
+def test_checkpointing_a_model_changes_no_bit(reentrant, autocast):
     ours, x = block(lora_dropout=0.5, lora_bias=True), batch()
 
     def recomputed(x):
@@ -126,7 +126,7 @@ def test_checkpointing_changes_no_bit(reentrant, autocast):
 
 
 @pytest.mark.parametrize("saved", [True, False])
-def test_selective_checkpointing_saves_what_it_is_told(saved, monkeypatch):
+def test_selective_checkpointing_saves_what_policy_says(saved, monkeypatch):
     ours, x, computed = block(lora_dropout=0.5), batch(), []
     plain = gradients(ours, ours, x)
     backend = dispatch._loaded[fastlora.backend()]
@@ -148,7 +148,7 @@ def test_selective_checkpointing_saves_what_it_is_told(saved, monkeypatch):
     assert len(computed) == (6 if saved else 12)
 
 
-def test_backward_twice_and_gradients_accumulated():
+def test_backward_twice_accumulates_gradients():
     ours, (x, other) = block(lora_dropout=0.5), (batch(), batch(2))
     once = gradients(ours, ours, x)[1:]
     torch.manual_seed(3)
@@ -168,11 +168,11 @@ def test_backward_twice_and_gradients_accumulated():
         assert_near(parameter.grad, sum(each))
 
 
-def test_gradients_of_some_inputs():
+def test_gradients_of_some_parameters_match_unfused_torch():
     ours, x = block(), batch()
     wanted = [ours.up.lora_B, ours.q.lora_A]
     got = torch.autograd.grad(ours(x).square().sum(), wanted)
-    twin = unfused(ours)
+    twin = unfused_copy(ours)
     want = torch.autograd.grad(twin(x).square().sum(), [twin.up.lora_B, twin.q.lora_A])
     for a, b in zip(got, want, strict=True):
         assert_near(a, b)
@@ -209,7 +209,7 @@ def test_anomaly_mode_names_the_function():
             y.backward(torch.full_like(y, torch.nan))
 
 
-def test_hooks_of_modules():
+def test_module_hooks_run_without_changing_results():
     ours, x, seen = block(), batch(), []
     layer, plain = ours.q, gradients(ours, ours, x)
     layer.register_forward_pre_hook(lambda m, given: seen.append("before"))
@@ -222,7 +222,7 @@ def test_hooks_of_modules():
     assert not torch.equal(gradients(ours, ours, x)[0], plain[0])
 
 
-def test_without_gradients():
+def test_no_grad_and_inference_mode_change_nothing():
     ours, x = block(), batch()
     want = ours(x).detach()
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_without_gradients():
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_autocast_is_pefts(dtype, nested):
+def test_autocast_of_model_equals_that_of_peft(dtype, nested):
     peft = pytest.importorskip("peft")
     from tests.support.models import TOLERANCE, error
 
@@ -273,12 +273,12 @@ def test_autocast_is_pefts(dtype, nested):
         assert error(run(theirs), want) >= 2 * TOLERANCE[dtype]
     got.square().sum().backward()
     want.square().sum().backward()
-    for (name, mine), other in zip(keys.items(), pefts(theirs, keys), strict=True):
+    for (name, mine), other in zip(keys.items(), peft_layer(theirs, keys), strict=True):
         assert mine.grad.dtype == torch.float32, name
         # Of sums of a few rounded numbers each: half a tolerance more than the output's.
         assert error(mine.grad, other.grad) <= 1.5 * TOLERANCE[dtype], name
 
 
-def pefts(model: nn.Module, keys) -> list[Tensor]:
+def peft_layer(model: nn.Module, keys) -> list[Tensor]:
     parameters = dict(model.named_parameters())
     return [parameters[key.replace(".weight", ".default.weight")] for key in keys]

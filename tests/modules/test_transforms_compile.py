@@ -1,4 +1,4 @@
-"""torch.compile of whole models: no graph breaks, no needless recompiling, the eager numbers."""
+"""torch.compile of whole models: no graph breaks, no needless recompiling, eager numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora import functional as F
-from tests.support.blocks import Block, adapters, batch, block, gradients, matters
+from tests.support.blocks import (
+    Block,
+    adapters_by_name,
+    batch,
+    block,
+    gradients,
+    randomise_adapters,
+)
 from tests.support.helpers import assert_near
 
 NAMES = ["anna", "ben", "carl"]
@@ -23,28 +30,28 @@ FEW = {"r": 4, "target_modules": ["up", "down"]}
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _reset_compiler() -> Iterator[None]:
     torch.compiler.reset()
     counters.clear()
     yield
     torch.compiler.reset()
 
 
-def compiled(f: Callable, backend: str = "aot_eager", **options) -> Callable:
+def compile_whole(f: Callable, backend: str = "aot_eager", **options) -> Callable:
     return torch.compile(f, fullgraph=True, backend=backend, **options)
 
 
-def graphs() -> int:
+def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training(dtype):
+def test_compiled_training_follows_eager_training(dtype):
     """Three steps of both, with eager's masks."""
     ours = block(dtype, lora_dropout=0.4, lora_bias=True)
     twin, data = copy.deepcopy(ours), [batch(dtype=dtype) for _ in range(3)]
     losses = []
-    for model, run in ((ours, ours), (twin, compiled(twin))):
+    for model, run in ((ours, ours), (twin, compile_whole(twin))):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         torch.manual_seed(5)
         for x in data:
@@ -57,17 +64,17 @@ def test_training(dtype):
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(losses[:3], losses[3:], rtol=tolerance, atol=tolerance)
     assert abs(losses[2] - losses[0]) > 0
-    assert graphs() == 1
+    assert count_graphs() == 1
 
 
-def test_sizes_weights_and_modes_do_not_recompile():
+def test_new_sizes_and_weights_do_not_recompile():
     ours = block(**FEW)
-    run = compiled(ours)
+    run = compile_whole(ours)
 
     def agree(rows: int) -> int:
         x = batch(rows)
         assert_near(run(x), ours(x))
-        return graphs()
+        return count_graphs()
 
     assert agree(2) == 1
     assert [agree(rows) for rows in (3, 4, 7, 2)] == [2] * 4  # the second one for any batch
@@ -80,24 +87,24 @@ def test_sizes_weights_and_modes_do_not_recompile():
     ours.train()
     assert agree(3) == 3
     for scaling in (0.25, 0.5):  # a number of the module's: one graph for each
-        before, ours.up.scaling = graphs(), scaling
+        before, ours.up.scaling = count_graphs(), scaling
         assert agree(3) == before + 1
 
 
-def test_a_batch_marked_dynamic_is_compiled_once():
+def test_batch_marked_dynamic_is_compiled_once():
     ours = block(lora_dropout=0.5, **FEW)
-    run = compiled(ours)
+    run = compile_whole(ours)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (2, 3, 7, 4):
             x = batch(rows)
             torch._dynamo.mark_dynamic(x, 0)
             run(x).sum().backward()
-    assert graphs() == 1
+    assert count_graphs() == 1
 
 
-def test_every_state():
+def test_compiled_model_follows_every_adapter_state():
     ours, x = block(lora_bias=True, **FEW).eval(), batch()
-    run = compiled(ours)
+    run = compile_whole(ours)
     plain = ours(x).detach()
     assert_near(run(x), plain)
     with fastlora.disable_adapter(ours):
@@ -113,14 +120,14 @@ def test_every_state():
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast(inside):
+def test_compiled_model_follows_autocast(inside):
     ours, x = block(**FEW), batch()
 
     def cast(x):
         with torch.autocast("cpu", torch.bfloat16):
             return ours.up(x), ours(x)
 
-    run = compiled(cast if inside else lambda x: (ours.up(x), ours(x)))
+    run = compile_whole(cast if inside else lambda x: (ours.up(x), ours(x)))
     if inside:
         got = run(x)
     else:
@@ -134,9 +141,9 @@ def test_autocast(inside):
     assert {p.grad.dtype for p in ours.parameters() if p.grad is not None} == {torch.float32}
 
 
-def test_checkpointed():
+def test_compiled_checkpointed_model_has_eager_gradients():
     ours, x = block(lora_dropout=0.5, **FEW), batch()
-    run = compiled(lambda x: checkpoint(ours, x, use_reentrant=False))
+    run = compile_whole(lambda x: checkpoint(ours, x, use_reentrant=False))
     for got, want in zip(gradients(ours, run, x), gradients(ours, ours, x), strict=True):
         assert_near(got, want)
 
@@ -148,7 +155,7 @@ def test_inductor_recomputes_the_same_mask():
     def masked(x):
         return F.lora_linear(x.sin(), 0 * eye, eye, eye.clone(), 1.0, dropout_p=0.5, training=True)
 
-    run = compiled(lambda x: checkpoint(masked, x, use_reentrant=False), "inductor")
+    run = compile_whole(lambda x: checkpoint(masked, x, use_reentrant=False), "inductor")
     seen = []
     for _ in range(3):
         x = torch.full((32, 64), torch.pi / 2, dtype=torch.float32).sub(1).requires_grad_()
@@ -162,10 +169,10 @@ def test_inductor_recomputes_the_same_mask():
     assert not torch.equal(seen[1], seen[2])
 
 
-def test_several_adapters_in_training():
+def test_compiled_model_trains_several_adapters():
     config = LoRAConfig(**FEW)
-    ours = matters(fastlora.replace_linear(Block(), config, adapter_names=NAMES))
-    run = compiled(ours)
+    ours = randomise_adapters(fastlora.replace_linear(Block(), config, adapter_names=NAMES))
+    run = compile_whole(ours)
 
     def agree(*rows: str | None) -> int:
         x, found = batch(len(rows)), []
@@ -176,7 +183,7 @@ def test_several_adapters_in_training():
                 found.append([y, *grads])
         for got, want in zip(found[0] + found[2], found[1] * 2, strict=True):
             assert_near(got, want)
-        return graphs()
+        return count_graphs()
 
     def present(rows) -> list[torch.Tensor]:
         names = sorted({row for row in rows if row})
@@ -190,7 +197,7 @@ def test_several_adapters_in_training():
     assert agree("carl", "ben", "ben") > once  # a graph for each set of adapters
 
 
-def test_rows_are_sorted_once_a_graph():
+def test_compiled_graph_sorts_rows_once():
     sorts = []
 
     def backend(graph, _inputs):
@@ -198,30 +205,30 @@ def test_rows_are_sorted_once_a_graph():
         return graph
 
     ours = fastlora.replace_linear(Block(), LoRAConfig(**FEW), adapter_names=NAMES)
-    run = compiled(ours, backend)
+    run = compile_whole(ours, backend)
     for count in (0, 1):  # a model's first batch runs as it was written: its rows are followed
         with fastlora.use_adapters(ours, ["anna", "ben", None]):
             run(batch())
         assert len(sorts) == count
 
 
-def test_served_adapters(tmp_path):
+def test_compiled_server_runs_its_adapters(tmp_path):
     config = LoRAConfig(**FEW)
     base = Block().eval()
     for name in NAMES:
-        own = matters(fastlora.replace_linear(copy.deepcopy(base), config))
+        own = randomise_adapters(fastlora.replace_linear(copy.deepcopy(base), config))
         fastlora.save_adapter(own, tmp_path / name)
     server = MultiLoRAModel(base, 2, 8, FEW["target_modules"])
     for name in NAMES[:2]:
         server.load_adapter(tmp_path / name, name)
-    eager, run = server.model, compiled(server.model)
+    eager, run = server.model, compile_whole(server.model)
 
     def agree(*rows: str | None) -> int:
         x, found = batch(len(rows)), []
         for server.model in (eager, run):  # what is not known yet is not compiled
             found.append(server(x, adapter_names=rows))
         assert_near(*found)
-        return graphs()
+        return count_graphs()
 
     agree("anna", "ben", None)
     once = agree("ben", None, None, "anna")
@@ -233,7 +240,7 @@ def test_served_adapters(tmp_path):
 
 def under_func() -> dict[str, Callable]:
     ours, x = block().q, batch()
-    plain = adapters(ours)
+    plain = adapters_by_name(ours)
 
     def loss(parameters, x):
         return functional_call(ours, parameters, (x,)).square().sum()
@@ -247,20 +254,20 @@ def under_func() -> dict[str, Callable]:
 
 
 @pytest.mark.parametrize("transform", ["grad", "per sample", "vmap", "jacrev"])
-def test_torch_func_is_not_compiled(transform):
+def test_torch_func_within_compile_is_refused(transform):
     """torch would leave out what autograd.Function says: gradients of zero, without a word."""
     with pytest.raises(torch._dynamo.exc.Unsupported, match="run it eagerly"):
-        compiled(under_func()[transform])()
+        compile_whole(under_func()[transform])()
 
 
-def test_torch_func_breaks_the_graph():
+def test_torch_func_breaks_graph_with_right_gradients():
     run = under_func()["grad"]
     got, want = torch.compile(run, backend="aot_eager")(), run()
     for name, gradient in want.items():
         assert_near(got[name], gradient)
 
 
-def test_what_is_compiled_runs_under_torch_func():
+def test_compiled_function_runs_under_torch_func():
     ours, x = block().q, batch()
     run = torch.compile(
         lambda A, x: functional_call(ours, {"lora_A": A}, (x,)), backend="aot_eager"
@@ -276,13 +283,13 @@ def test_what_is_compiled_runs_under_torch_func():
         jvp(loss(run), (A,), (A,))
 
 
-def test_a_llama():
+def test_llama_compiles_and_trains_as_eager():
     pytest.importorskip("transformers")
     from tests.support.models import llama, randomise_lora, tokens
 
     config = LoRAConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
     ours = randomise_lora(fastlora.replace_linear(llama(num_hidden_layers=1), config)).train()
-    run, ids = compiled(ours), tokens(3, 6)
+    run, ids = compile_whole(ours), tokens(3, 6)
     found = []
     for model in (ours, run):
         torch.manual_seed(7)

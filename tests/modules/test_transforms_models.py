@@ -17,20 +17,27 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastlora
 from fastlora import FastLoRALinear, LoRAConfig, MultiLoRALinear
-from tests.support.blocks import Block, adapters, batch, block, gradients, matters
+from tests.support.blocks import (
+    Block,
+    adapters_by_name,
+    batch,
+    block,
+    gradients,
+    randomise_adapters,
+)
 from tests.support.helpers import assert_near, same_bits
 
 CONFIG = LoRAConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
 
 
-def saved_and_loaded(model: nn.Module) -> Any:
+def save_and_load(model: nn.Module) -> Any:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-def elsewhere(shared: nn.Module, pickled: bytes, x: Tensor) -> list[Tensor]:
+def outputs_in_process(shared: nn.Module, pickled: bytes, x: Tensor) -> list[Tensor]:
     """In another process: what the model gives whose memory is shared, and a copy, unmerged."""
     y, own = shared(x), pickle.loads(pickled)
     assert same_bits(own(x), y)
@@ -41,9 +48,9 @@ def elsewhere(shared: nn.Module, pickled: bytes, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded]
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load]
 )
-def test_copies_of_a_model(copied, merged):
+def test_copied_model_is_whole_and_independent(copied, merged):
     ours, x = block(lora_bias=True, lora_dropout=0.5).eval(), batch()
     before = {name: t.clone() for name, t in ours.state_dict().items()}
     if merged:
@@ -69,13 +76,13 @@ def test_another_process_gets_a_whole_copy(merged):
         fastlora.merge_adapter(ours)
         want = [ours(x), want[1]]
     with mp.get_context("spawn").Pool(1) as pool:
-        got = pool.apply(elsewhere, (ours, pickle.dumps(ours), x))
+        got = pool.apply(outputs_in_process, (ours, pickle.dumps(ours), x))
     assert all(map(same_bits, got, want))
     if merged:
         fastlora.unmerge_adapter(ours)
 
 
-def test_a_shallow_copy_shares_or_is_refused():
+def test_shallow_copy_shares_weight_unless_merged():
     """Of a merged layer it would go on believing so after the other one was unmerged."""
     ours, x = block().q.eval(), batch()
     twin = copy.copy(ours)
@@ -86,18 +93,18 @@ def test_a_shallow_copy_shares_or_is_refused():
         copy.copy(ours)
 
 
-def test_an_average_of_models():
+def test_averaged_model_averages_adapters():
     ours, x = block().eval(), batch()
     average = AveragedModel(ours)
     for _ in range(3):
-        average.update_parameters(matters(ours))
+        average.update_parameters(randomise_adapters(ours))
     assert not torch.equal(average(x), ours(x))
     average.module.load_state_dict(ours.state_dict())
     assert same_bits(average(x), ours(x))
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_from_meta_to_values(assign):
+def test_meta_model_takes_values_from_state(assign):
     with torch.device("meta"):
         ours = fastlora.replace_linear(Block(), CONFIG)
         assert ours(torch.empty(3, 5, 12)).is_meta
@@ -114,20 +121,20 @@ def test_from_meta_to_values(assign):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         assert bool(ours(x).isfinite().all())
-        assert not any(bool(t.any()) for n, t in adapters(ours).items() if "lora_B" in n)
+        assert not any(bool(t.any()) for n, t in adapters_by_name(ours).items() if "lora_B" in n)
         ours.load_state_dict(other.state_dict())
     assert same_bits(ours.eval()(x), other(x))
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == trained
 
 
-def test_layers_made_without_initialising():
+def test_layer_made_by_skip_init_can_initialise():
     layer = skip_init(FastLoRALinear, 12, 20, r=4, lora_bias=True)
     layer.reset_parameters()
     assert not layer.lora_B.any()
     assert layer.lora_A.std() > 0
 
 
-def test_fake_tensors():
+def test_model_runs_and_trains_on_fake_tensors():
     with FakeTensorMode():
         ours = fastlora.replace_linear(Block(), CONFIG)
         y = ours(torch.empty(3, 5, 12, requires_grad=True))
@@ -136,7 +143,7 @@ def test_fake_tensors():
     assert tuple(ours.q.lora_A.grad.shape) == (4, 12)
 
 
-def test_accelerate():
+def test_model_runs_with_accelerate_empty_weights():
     accelerate = pytest.importorskip("accelerate")
     with accelerate.init_empty_weights():
         ours = fastlora.replace_linear(Block(), CONFIG)
@@ -152,7 +159,7 @@ def test_accelerate():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_moved_to_a_dtype_as_pefts_is(dtype):
+def test_model_moved_to_dtype_equals_peft(dtype):
     peft = pytest.importorskip("peft")
     from tests.support.models import TOLERANCE, error
 
@@ -177,7 +184,7 @@ class Doubled(nn.Module):
         return 2 * t
 
 
-def test_a_parametrised_adapter():
+def test_parametrised_adapter_runs_and_trains():
     ours, x = block().q, batch()
     plain = copy.deepcopy(ours)
     parametrize.register_parametrization(ours, "lora_A", Doubled())
@@ -197,7 +204,7 @@ def test_a_parametrised_adapter():
     assert same_bits(ours.weight.detach(), weight)
 
 
-def test_a_parametrised_adapter_is_not_saved_by_halves(tmp_path):
+def test_parametrised_adapter_is_not_saved_or_loaded(tmp_path):
     ours = block()
     fastlora.save_adapter(block(lora_alpha=2), tmp_path)
     parametrizations.orthogonal(ours.down, "lora_A")
@@ -224,7 +231,7 @@ COMPUTED = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("how", COMPUTED)
-def test_a_computed_weight_is_run_and_not_merged(how):
+def test_computed_weight_runs_but_does_not_merge(how):
     ours, x = block(), batch()
     merged = copy.deepcopy(ours).eval()
     COMPUTED[how](ours.q)
@@ -245,7 +252,7 @@ def test_a_computed_weight_is_run_and_not_merged(how):
 
 
 @pytest.mark.parametrize("state", ["training", "dropout", "merged"])
-def test_symbolic_traces(state):
+def test_symbolic_trace_of_model_has_its_numbers(state):
     ours, x = block(lora_bias=True, lora_dropout=0.5 if state == "dropout" else 0.0), batch()
     if state == "merged":
         fastlora.merge_adapter(ours.eval())
@@ -263,7 +270,7 @@ def test_symbolic_traces(state):
         assert all(map(same_bits, gradients(graph, graph, x), want))
 
 
-def test_symbolic_traces_of_several_adapters():
+def test_symbolic_trace_needs_explicit_adapter_ids():
     """Where a layer is told whose its rows are it can be traced, where it must ask it cannot."""
     layer, x = MultiLoRALinear.from_linear(nn.Linear(12, 7), 2, 4), torch.randn(3, 12)
     layer.set_adapter(0, torch.randn(4, 12), torch.randn(7, 4), 0.5)

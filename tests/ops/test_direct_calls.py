@@ -1,4 +1,4 @@
-"""Ops that skip torch's dispatcher: only where nobody would notice."""
+"""Ops skip torch's dispatcher only where nothing can observe it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def call(x, weight, lora_A, lora_B):
 
 
 @pytest.fixture
-def dispatched(monkeypatch):
+def names_of_dispatched_ops(monkeypatch):
     """The names of the ops that went through torch's dispatcher, as a list that grows."""
     seen = []
 
@@ -35,24 +35,24 @@ def dispatched(monkeypatch):
     return seen
 
 
-def test_plain_tensors_pass_the_dispatcher_by(dispatched):
+def test_op_skips_dispatcher_for_plain_tensors(names_of_dispatched_ops):
     given = operands()
     expected = torch.ops.fastlora.lora_linear(
         given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, False, "torch"
     )[0]
-    dispatched.clear()
+    names_of_dispatched_ops.clear()
     torch.testing.assert_close(call(*given), expected)
     parameter = torch.nn.Parameter(given[1])
     with torch.no_grad():
         call(given[0], parameter, *given[2:])
-    assert dispatched == []
+    assert names_of_dispatched_ops == []
 
 
-def test_autograd_s_functions_pass_it_by_as_well(dispatched):
+def test_forward_and_backward_skip_dispatcher_in_training(names_of_dispatched_ops):
     x, weight, lora_A, lora_B = operands()
     call(x, weight, lora_A.requires_grad_(), lora_B).sum().backward()
     assert lora_A.grad is not None
-    assert dispatched == []
+    assert names_of_dispatched_ops == []
 
 
 class Seen(TorchDispatchMode):
@@ -68,7 +68,7 @@ class SeenFunction(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("mode", [Seen, SeenFunction])
-def test_modes_see_the_op(mode):
+def test_torch_modes_see_the_op(mode):
     seen = mode()
     seen.names = []
     with seen:
@@ -76,7 +76,7 @@ def test_modes_see_the_op(mode):
     assert any("fastlora.lora_linear" in name for name in seen.names)
 
 
-def test_the_profiler_sees_the_op():
+def test_profiler_lists_the_op():
     with torch.profiler.profile() as profile:
         call(*operands())
     assert "fastlora::lora_linear" in {event.key for event in profile.key_averages()}
@@ -84,7 +84,7 @@ def test_the_profiler_sees_the_op():
 
 @pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_trace_holds_the_op():
+def test_jit_trace_holds_the_op():
     given = operands()
     traced = torch.jit.trace(lambda x: call(x, *given[1:]), given[0])
     assert "fastlora::differentiable_lora_linear" in str(traced.graph)
@@ -92,35 +92,35 @@ def test_a_trace_holds_the_op():
     torch.testing.assert_close(traced(x), call(x, *given[1:]))
 
 
-class Own(torch.Tensor):
+class PlainSubclass(torch.Tensor):
     pass
 
 
-def test_subclasses_go_through_the_dispatcher(dispatched):
+def test_tensor_subclasses_go_through_dispatcher(names_of_dispatched_ops):
     x, *rest = operands()
-    y = call(x.as_subclass(Own), *rest)
-    assert type(y) is Own
-    assert "lora_linear" in dispatched
+    y = call(x.as_subclass(PlainSubclass), *rest)
+    assert type(y) is PlainSubclass
+    assert "lora_linear" in names_of_dispatched_ops
 
 
-def test_tensors_that_are_not_there(dispatched):
+def test_meta_and_zero_tensors_go_through_dispatcher(names_of_dispatched_ops):
     meta = [t.to("meta") for t in operands()]
     assert call(*meta).is_meta
     _, *rest = operands()
     zero = torch._efficientzerotensor((3, 8))
     assert not call(zero, *rest).any()
-    assert "lora_linear" in dispatched
+    assert "lora_linear" in names_of_dispatched_ops
 
 
-def test_a_negation_still_to_be_done_is_done(dispatched):
+def test_lazily_negated_tensor_is_negated_first(names_of_dispatched_ops):
     x, *rest = operands()
     late = torch._neg_view(x)
     assert late.is_neg()
     assert same_bits(call(late, *rest), call(-x, *rest))
-    assert "lora_linear" in dispatched
+    assert "lora_linear" in names_of_dispatched_ops
 
 
-def test_fake_tensors_get_a_fake(dispatched):
+def test_fake_tensors_give_a_fake_result(names_of_dispatched_ops):
     with torch._subclasses.FakeTensorMode() as mode:
         given = [mode.from_tensor(t) for t in operands()]
     # Outside of its mode as well.
@@ -128,4 +128,4 @@ def test_fake_tensors_get_a_fake(dispatched):
         "lora_linear", given[0], given[1], None, *given[2:], None, 0.5, 0.0, None, False, "torch"
     )[0]
     assert type(y).__name__ == "FakeTensor"
-    assert "lora_linear" in dispatched
+    assert "lora_linear" in names_of_dispatched_ops

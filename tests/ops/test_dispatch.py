@@ -1,4 +1,4 @@
-"""Which backend runs: what was asked for, or the best there is, and the same one backward."""
+"""Which backend runs: the one asked for or the best usable, and the same one backward."""
 
 import os
 import subprocess
@@ -19,20 +19,20 @@ from tests.support.calls import functions, linear, operands
 CHOICES = "cuda, triton, cpu, torch"
 
 
-def test_the_backend_of_every_op_is_named(device):
+def test_backend_names_a_known_one_per_op(device):
     for op in (None, *OPS):
         assert fastlora.backend(op, device) in availability.BACKENDS
     assert fastlora.backend() == fastlora.backend("lora_linear", "cpu")
 
 
-def test_torch_runs_everything(device):
+def test_torch_backend_runs_every_op(device):
     assert availability.unusable("torch") is None
     with fastlora.use_backend("torch"):
         assert {fastlora.backend(op, device) for op in OPS} == {"torch"}
 
 
 @pytest.mark.parametrize("name", ["Torch", "", "gpu", None])
-def test_unknown_names(name):
+def test_unknown_backend_name_is_refused(name):
     message = rf"backend: expected one of {CHOICES}, got {name!r}"
     with pytest.raises(ValueError, match=message), fastlora.use_backend(name):
         pass
@@ -40,7 +40,7 @@ def test_unknown_names(name):
         dispatch.implementation("lora_linear", name)
 
 
-def test_an_unusable_backend_says_why(monkeypatch):
+def test_unusable_backend_says_why_when_asked_for(monkeypatch):
     monkeypatch.setattr(availability, "no_cuda_library", lambda: "no such thing here")
     with (
         pytest.raises(RuntimeError, match="'cuda' cannot be used: no such thing here"),
@@ -50,7 +50,7 @@ def test_an_unusable_backend_says_why(monkeypatch):
 
 
 @pytest.fixture
-def twin(monkeypatch):
+def recorded_cpu_backend(monkeypatch):
     """A second usable backend, "cpu": the reference, and a list of what it ran."""
     ran: list[str] = []
 
@@ -75,14 +75,14 @@ def twin(monkeypatch):
     return ran
 
 
-def test_the_best_usable_backend_is_taken(twin):
+def test_best_usable_backend_runs_unasked(recorded_cpu_backend):
     assert fastlora.backend() == "cpu"
     assert fastlora.backend("merge_", "cuda") == "torch"
     linear(*operands(linear))
-    assert twin == ["lora_linear"]
+    assert recorded_cpu_backend == ["lora_linear"]
 
 
-def test_nested_use(twin):
+def test_use_backend_nests_and_restores(recorded_cpu_backend):
     with fastlora.use_backend("torch"):
         with fastlora.use_backend("cpu"):
             assert fastlora.backend() == "cpu"
@@ -95,14 +95,14 @@ def test_nested_use(twin):
     assert fastlora.backend() == "cpu"
 
 
-def test_use_is_of_one_thread(twin):
+def test_use_backend_affects_its_thread_only(recorded_cpu_backend):
     with fastlora.use_backend("torch"):
-        others = in_a_thread(fastlora.backend)
+        others = run_in_thread(fastlora.backend)
         assert fastlora.backend() == "torch"
     assert others == os.environ.get("FASTLORA_BACKEND", "cpu")
 
 
-def in_a_thread(f):
+def run_in_thread(f):
     found = []
     thread = threading.Thread(target=lambda: found.append(f()))
     thread.start()
@@ -111,29 +111,29 @@ def in_a_thread(f):
 
 
 @functions
-def test_backward_runs_where_forward_ran(f, twin):
+def test_backward_runs_on_backend_of_forward(f, recorded_cpu_backend):
     """Also when another backend was chosen meanwhile, and in a thread that chose none."""
     args = [t.requires_grad_() for t in operands(f)]
     for name, ran in (("cpu", ["lora_linear_backward"]), ("torch", [])):
-        for run in (lambda backward: backward(), in_a_thread):
+        for run in (lambda backward: backward(), run_in_thread):
             with fastlora.use_backend(name):
                 y = f(*args)
-            twin.clear()
+            recorded_cpu_backend.clear()
             with fastlora.use_backend("cpu" if name == "torch" else "torch"):
                 run(y.sum().backward)
-            assert [op.removeprefix("multi_") for op in twin] == ran
+            assert [op.removeprefix("multi_") for op in recorded_cpu_backend] == ran
 
 
-def test_unmerge_runs_where_merge_ran(twin):
+def test_unmerge_runs_on_backend_of_merge(recorded_cpu_backend):
     _, weight, A, B = operands(linear)
     with fastlora.use_backend("cpu"):
         receipt = F.merge_(weight, [(A, B, 0.5)])
     with fastlora.use_backend("torch"):
         F.unmerge_(weight, receipt)
-    assert twin == ["merge_", "unmerge_"]
+    assert recorded_cpu_backend == ["merge_", "unmerge_"]
 
 
-def test_a_compiled_graph_follows_the_choice(twin):
+def test_compiled_function_follows_change_of_backend(recorded_cpu_backend):
     """Another backend, another graph: the first trace's is not baked in for all."""
     torch.compiler.reset()
     args = operands(linear)
@@ -141,14 +141,14 @@ def test_a_compiled_graph_follows_the_choice(twin):
     for name, ran in (("torch", []), ("cpu", ["lora_linear"]), ("torch", ["lora_linear"])):
         with fastlora.use_backend(name):
             compiled(*args)
-        assert twin == ran
+        assert recorded_cpu_backend == ran
 
 
 PROBE = "import fastlora; print(fastlora.backend(), fastlora.backend('merge_', 'cuda'))"
 
 
 @pytest.mark.parametrize("value, prints", [("torch", "torch torch"), ("", None), (None, None)])
-def test_the_environment_of_a_process(value, prints):
+def test_environment_variable_sets_backend_of_process(value, prints):
     environment = {**os.environ, "FASTLORA_BACKEND": value or ""}
     if value is None:
         del environment["FASTLORA_BACKEND"]
@@ -158,7 +158,7 @@ def test_the_environment_of_a_process(value, prints):
     assert result.stdout.strip() == (prints or unasked), result.stderr
 
 
-def test_an_unknown_backend_in_the_environment():
+def test_unknown_backend_in_environment_is_refused():
     result = run_probe({**os.environ, "FASTLORA_BACKEND": "nonsense"})
     assert result.returncode != 0
     assert f"ValueError: backend: expected one of {CHOICES}, got 'nonsense'" in result.stderr

@@ -1,4 +1,4 @@
-"""batch_invariant: a row has the same bits alone, and in any batch."""
+"""Under batch_invariant a row has the same bits alone and in any batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def operands(dtype, device=CPU, lora_dtype=None):
 
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_its_bits_in_every_batch(dtype, lora_bias, backend, device):
+def test_lora_linear_row_keeps_bits_in_any_batch(dtype, lora_bias, backend, device):
     x, weight, A, B = operands(dtype, device, torch.float32)
     biases = {"bias": signed(N, dtype=dtype, device=device)}
     biases |= {"lora_bias": signed(N, dtype=A.dtype, device=device)} if lora_bias else {}
@@ -65,7 +65,7 @@ def test_a_row_has_its_bits_in_every_batch(dtype, lora_bias, backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_many_adapters(dtype, backend):
+def test_multi_lora_row_keeps_bits_in_any_batch(dtype, backend):
     x, weight, _, _ = operands(dtype)
     A = signed(S, R, K, dtype=dtype, device=CPU, size=K**-0.5)
     B = signed(S, N, R, dtype=dtype, device=CPU)
@@ -95,7 +95,7 @@ def test_with_many_adapters(dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outputs_that_lie_otherwise(dtype, whole_backend):
+def test_invariance_holds_for_unusual_output_strides(dtype, whole_backend):
     """Columns one behind the other; one column, on which a sum's vectors would end anywhere."""
     x, _, A, B = operands(dtype)
     scalings, ids = torch.rand(S) + 0.5, torch.randint(-1, S, (M,))
@@ -117,7 +117,7 @@ def test_outputs_that_lie_otherwise(dtype, whole_backend):
                 assert same_bits(got.contiguous(), want[rows].contiguous())
 
 
-def test_rows_of_none_beside_adapters_in_training(backend):
+def test_rows_without_adapter_are_invariant_in_training(backend):
     model = nn.Sequential(nn.Linear(K, N))
     config = fastlora.LoRAConfig(target_modules=["0"])
     fastlora.replace_linear(model, config, adapter_names=["a", "b"])
@@ -130,7 +130,7 @@ def test_rows_of_none_beside_adapters_in_training(backend):
 
 
 @pytest.mark.parametrize("rows", [1, 63, 129, 431])
-def test_many_rows_natively(rows, instruction_set):
+def test_native_rows_are_invariant_in_large_batches(rows, instruction_set):
     """More than one group of rows to a weight's panel."""
     if availability.cannot("cpu", CPU) is not None:
         pytest.skip(str(availability.cannot("cpu", CPU)))
@@ -151,7 +151,7 @@ def test_many_rows_natively(rows, instruction_set):
 
 
 @pytest.mark.parametrize("K, N, R", [(0, 5, 2), (5, 0, 2), (5, 4, 0)])
-def test_nothing_to_sum_or_to_give(K, N, R, whole_backend):
+def test_batch_invariant_accepts_empty_dimensions(K, N, R, whole_backend):
     x, weight = torch.randn(3, K), torch.randn(N, K)
     A, B = torch.randn(R, K), torch.randn(N, R)
     with fastlora.batch_invariant():
@@ -161,7 +161,7 @@ def test_nothing_to_sum_or_to_give(K, N, R, whole_backend):
     assert none.shape == (0, N)
 
 
-def test_a_weight_that_native_kernels_do_not_read(whole_backend):
+def test_invariance_holds_for_transposed_weight(whole_backend):
     x, weight, A, B = operands(torch.float32)
     weight = weight.T.contiguous().T
     with fastlora.batch_invariant():
@@ -170,7 +170,7 @@ def test_a_weight_that_native_kernels_do_not_read(whole_backend):
             assert same_bits(F.lora_linear(x[rows], weight, A, B, 0.5), whole[rows])
 
 
-def test_dropout_depends_on_the_row_s_place_alone(whole_backend):
+def test_dropout_depends_only_on_row_index(whole_backend):
     x, weight, A, B = operands(torch.float32)
 
     def call(rows):
@@ -185,7 +185,7 @@ def test_dropout_depends_on_the_row_s_place_alone(whole_backend):
         assert not same_bits(whole, F.lora_linear(x, weight, A, B, 0.5))
 
 
-def test_gradients_are_as_ever(whole_backend):
+def test_batch_invariant_leaves_gradients_as_they_are(whole_backend):
     x, weight, A, B = operands(torch.float32)
     leaves = [t.requires_grad_() for t in (x, A, B)]
     dy = torch.randn(M, N)
@@ -197,7 +197,7 @@ def test_gradients_are_as_ever(whole_backend):
 
 
 @pytest.mark.parametrize("state", ["adapted", "disabled", "merged", "served"])
-def test_modules(state):
+def test_layers_are_invariant_in_every_state(state):
     x = torch.randn(M, K)
     linear = nn.Linear(K, N)
     if state == "served":
@@ -221,7 +221,7 @@ def test_modules(state):
     torch.testing.assert_close(whole, call(torch.arange(M)).detach())
 
 
-def test_compiled_functions_keep_what_they_were_traced_with():
+def test_compiled_function_keeps_invariance_it_was_traced_with():
     x, weight, A, B = operands(torch.float32)
     compiled = torch.compile(
         lambda rows: F.lora_linear(rows, weight, A, B, 0.5), fullgraph=True, backend="aot_eager"
@@ -236,7 +236,7 @@ def test_compiled_functions_keep_what_they_were_traced_with():
     torch.testing.assert_close(compiled(x), eager)
 
 
-def test_a_thread_asks_for_itself():
+def test_batch_invariant_affects_its_thread_only():
     found = []
     with fastlora.batch_invariant(), fastlora.batch_invariant():
         assert invariance.asked()
@@ -252,7 +252,7 @@ def test_a_thread_asks_for_itself():
         raise KeyError
 
 
-def test_backends_are_told(monkeypatch):
+def test_batch_invariant_is_passed_to_backend(monkeypatch):
     told = []
 
     def recorded(*args, invariant=False):
@@ -268,7 +268,7 @@ def test_backends_are_told(monkeypatch):
     assert told == [False, True, True]
 
 
-def test_triton_chooses_path_and_tiles_whatever_the_number_of_rows(monkeypatch):
+def test_triton_path_and_tiles_ignore_row_count(monkeypatch):
     pytest.importorskip("triton")
     from fastlora.backends.triton import linear as lora
     from fastlora.backends.triton import product

@@ -73,18 +73,18 @@ def raw_calls(backend: str = "torch") -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("call", raw_calls())
-def test_opcheck(call, whole_backend):
+def test_raw_op_passes_opcheck(call, whole_backend):
     op = call.split()[0]
     args = (*raw_calls(whole_backend)[call], *last_arguments(op, whole_backend))
     torch.library.opcheck(getattr(ops, op), args)
 
 
-def test_one_list_of_ops():
+def test_every_op_has_a_raw_call():
     assert set(OPS) == {call.split()[0] for call in raw_calls()}
 
 
 @pytest.mark.parametrize("backend", availability.BACKENDS)
-def test_backends_have_the_ops_that_their_records_name(backend):
+def test_backend_has_exactly_the_ops_recorded(backend):
     if backend == "triton":
         pytest.importorskip("triton")
     functions = vars(dispatch.package(backend))
@@ -94,7 +94,7 @@ def test_backends_have_the_ops_that_their_records_name(backend):
 
 
 @pytest.mark.parametrize("call", [call for call in raw_calls() if "_ " in call])
-def test_in_place_ops_bump_versions(call, whole_backend):
+def test_in_place_ops_bump_tensor_versions(call, whole_backend):
     args = raw_calls(whole_backend)[call]
     one = "packed" in call
     written = args[0] if isinstance(args[0], list) else args[: 1 if one else 2]
@@ -105,7 +105,7 @@ def test_in_place_ops_bump_versions(call, whole_backend):
 
 
 @functions
-def test_meta_tensors_have_shapes(f):
+def test_functions_of_meta_tensors_give_shapes(f):
     if f in MULTI:
         pytest.skip("its ids are on the host")
     assert f(*(t.to("meta") for t in operands(f))).shape == (M, N)
@@ -129,18 +129,18 @@ def compiled_and_eager(f, options: dict, sizes: tuple[int, ...]) -> None:
 
 
 @functions
-def test_compile(f):
+def test_compiled_function_equals_eager(f):
     compiled_and_eager(f, {}, (4, 6, 9))
 
 
 @pytest.mark.parametrize("f", [linear, add])
-def test_compile_with_dropout(f):
+def test_compiled_dropout_equals_eager_with_fallback_seeds(f):
     """Eager's seeds on request: then eager's masks, in forward and backward."""
     with torch._inductor.config.patch(fallback_random=True):
         compiled_and_eager(f, {"dropout_p": 0.4, "training": True}, (4, 6))
 
 
-def test_compiled_dropout_has_one_mask():
+def test_compiled_dropout_has_one_mask_per_call():
     """With Inductor's generator too backward has its forward's mask, and every call its own."""
     torch.compiler.reset()
     A, B, weight = torch.eye(K), torch.eye(K), torch.zeros(K, K)
@@ -161,7 +161,7 @@ def test_compiled_dropout_has_one_mask():
     assert not torch.equal(masks[1], masks[2])
 
 
-def test_compile_with_a_scaling_that_changes():
+def test_compiled_function_follows_changing_scaling():
     torch.compiler.reset()
     x, weight, A, B = operands(linear)
     compiled = torch.compile(lambda x, s: F.lora_linear(x, weight, A, B, s), fullgraph=True)
@@ -187,7 +187,7 @@ def test_compiled_in_place_ops_write_their_argument():
     assert_near(got, want)
 
 
-def test_merging_is_never_compiled():
+def test_compiled_function_runs_merging_eagerly():
     """A receipt's size breaks the graph; what runs then is the op's own arithmetic, bit for bit."""
     torch.compiler.reset()
     weight, adapter = weight_and_adapter(300, 431, 16, torch.float32)
@@ -208,7 +208,7 @@ def test_merging_is_never_compiled():
 
 @functions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(f, dtype):
+def test_autocast_equals_casting_by_hand(f, dtype):
     """As casting by hand: products in bfloat16, gradients in the dtype of what they belong to."""
     x, weight, A, B = operands(f)
     given = [x.to(dtype), weight, A, B]
@@ -227,7 +227,7 @@ def test_autocast(f, dtype):
         torch.testing.assert_close(t.grad, w.grad.to(t.dtype), rtol=2**-6, atol=2**-6)
 
 
-def test_autocast_onto_a_float32_y():
+def test_autocast_add_keeps_float32_y():
     """y's dtype is the base layer's choice: x follows it, and the products are taken in it."""
     x, _, A, B = operands(multi_linear)
     y = rand(M, N)

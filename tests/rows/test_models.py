@@ -1,4 +1,4 @@
-"""Models of transformers that must be served: every row is what it is by itself."""
+"""Transformers models that must be served: every row equals what the row gives alone."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ QUICK = ("XLNet", "ViT", "BART", "Mixtral")
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in MUST]
 )
-def test_every_row_is_what_it_is_alone(name, tmp_path):
+def test_served_row_equals_the_row_alone(name, tmp_path):
     build, inputs = MUST[name]
     served = Served(build, tmp_path)
     for _ in range(2):  # the second time by what was found the first time
@@ -154,7 +154,7 @@ def test_every_row_is_what_it_is_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_llava_with_images_in_one_prompt(beams, tmp_path):
+def test_llava_serves_prompts_with_uneven_images(beams, tmp_path):
     """The tower has as many images as the batch has rows, all of them the first one's."""
     served, (tokens, seen) = Served(llava, tmp_path), two_images_and_none()
     server, names, mask = served.server, ["alice", "bob"], torch.ones_like(tokens)
@@ -186,7 +186,7 @@ def test_llava_with_images_in_one_prompt(beams, tmp_path):
         assert torch.equal(got[i : i + 1], served.alone[name].generate(**parts[i], **options))
 
 
-def test_llava_in_training_gives_no_gradient_to_others():
+def test_llava_training_gives_others_no_gradient():
     tokens, seen = two_images_and_none()
     model = fastlora.replace_linear(ready(llava), CONFIG, adapter_names=["alice", "bob"])
     randomise_lora(model)
@@ -199,7 +199,7 @@ def test_llava_in_training_gives_no_gradient_to_others():
         assert any(bool(p.grad is not None and p.grad.any()) for p in factors) == some
 
 
-def test_qwen_s_images_of_any_size(tmp_path):
+def test_qwen_serves_images_of_any_size(tmp_path):
     served, names = Served(qwen2_5_vl, tmp_path), ["alice", "bob", None]
 
     def line(*sizes: int) -> list[int]:
@@ -238,7 +238,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", [
     way if i in (0, 4) else pytest.param(way, marks=pytest.mark.full) for i, way in enumerate(WAYS)
 ])  # fmt: skip
-def test_whisper_whose_rows_leave_the_batch(way, tmp_path):
+def test_whisper_serves_rows_that_finish_early(way, tmp_path):
     """Beside audio of other lengths, whoever's it is, as beside audio of one's own."""
     served, names = Served(whisper, tmp_path), ["alice", "bob", "alice"]
     torch.manual_seed(3)
@@ -259,7 +259,7 @@ def test_whisper_whose_rows_leave_the_batch(way, tmp_path):
             assert not want[i, length:].any()
 
 
-def test_images_beside_texts_are_theirs_where_the_loss_says_so(tmp_path):
+def test_clip_images_need_loss_or_stated_rows(tmp_path):
     """CLIP scores every pair: whose an image is nobody says by giving as many of both."""
     served = Served(_of("CLIPModel", "CLIPConfig", PAIR), tmp_path)
     given, names = text() | images(), ["alice", "bob", None]

@@ -1,4 +1,4 @@
-"""Rows that nothing shows: refused, until the caller states whose they are."""
+"""Rows of unknown owner are refused until the caller states whose they are."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def things() -> tuple[dict[str, Tensor], list[int]]:
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_a_tower_s_rows_are_the_ones_stated(count, tmp_path):
+def test_tower_rows_are_the_ones_stated(count, tmp_path):
     served, names = Served(Tower, tmp_path), ["alice", "bob", None]
     given, owners = things()
     if count == 4:
@@ -94,7 +94,7 @@ def test_a_tower_s_rows_are_the_ones_stated(count, tmp_path):
     served.server(**given, adapter_names=["alice"] * 3)
 
 
-def test_stated_in_training():
+def test_stated_rows_hold_in_training():
     model = fastlora.replace_linear(ready(Tower), CONFIG, adapter_names=["alice", "bob"])
     randomise_lora(model)
     given, owners = things()
@@ -114,7 +114,7 @@ def test_stated_in_training():
     assert not any(gradients["bob"])
 
 
-def test_learned_queries_are_the_batch_where_that_is_stated(tmp_path):
+def test_learned_queries_are_batch_rows_when_stated(tmp_path):
     refused = Served(Queries, tmp_path / "refused")
     given: dict[str, Tensor] = {"x": torch.randn(3, 3, K)}
     with pytest.raises(RuntimeError, match=r"reader\.q: .*none of the batch's rows"):
@@ -124,7 +124,7 @@ def test_learned_queries_are_the_batch_where_that_is_stated(tmp_path):
         served.agrees(given, ["alice", "bob", None])
 
 
-def test_a_sequence_first_model(tmp_path):
+def test_sequence_first_model_is_served_when_stated(tmp_path):
     served = Served(SequenceFirst, tmp_path, batch_dims={"": 1})
     for length in (3, 5):
         x = torch.randn(length, 3, K)
@@ -151,7 +151,7 @@ def test_a_sequence_first_model(tmp_path):
         ({"batch_dims": {"tower": 1.0}}, ValueError, "got 1.0"),
     ],
 )
-def test_bad_statements(tmp_path, stated: dict[str, Any], kind, says):
+def test_bad_statements_are_refused_by_name(tmp_path, stated: dict[str, Any], kind, says):
     (given, _), names = things(), ["alice", "bob", None]
     model = fastlora.replace_linear(ready(Tower), CONFIG, adapter_names=["alice", "bob"])
     with (

@@ -1,4 +1,4 @@
-"""Random call trees: a layer never takes one row for another's, however rows move on their way."""
+"""In random call trees no layer takes one row for another's, however rows move."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Node(nn.Module):
                 note(torch.full(tower.shape[:-1], -9))
                 x = x + y.mean()
             else:
-                x, who = moved(step, x, who.expand(x.shape), self.seed, self.odd)
+                x, who = move_rows(step, x, who.expand(x.shape), self.seed, self.odd)
         return x, who
 
 
@@ -59,7 +59,7 @@ STEPS = [
 ]  # fmt: skip
 
 
-def moved(step: str, x: Tensor, who: Tensor, seed: float, odd: bool) -> tuple[Tensor, Tensor]:
+def move_rows(step: str, x: Tensor, who: Tensor, seed: float, odd: bool) -> tuple[Tensor, Tensor]:
     n = len(x)
     order = list(range(n))
     random.Random(seed).shuffle(order)
@@ -98,7 +98,7 @@ def moved(step: str, x: Tensor, who: Tensor, seed: float, odd: bool) -> tuple[Te
 
 
 @pytest.fixture
-def saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def slots_seen_by_layers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The slot of each row and token of every layer that ran."""
     found: list[Tensor] = []
     before = Routing.make_groups
@@ -113,7 +113,7 @@ def saw(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["served", pytest.param("trained", marks=pytest.mark.full)])
-def test_no_layer_sees_a_foreign_row(kind, saw):
+def test_no_layer_sees_a_foreign_row(kind, slots_seen_by_layers):
     served = refused = 0
     for seed in range(TREES):
         random.seed(seed)
@@ -133,7 +133,7 @@ def test_no_layer_sees_a_foreign_row(kind, saw):
             for node in model.modules():
                 node.odd = turn == 2
             LOG.clear()
-            saw.clear()
+            slots_seen_by_layers.clear()
             try:
                 with torch.no_grad():
                     if kind == "served":
@@ -145,8 +145,8 @@ def test_no_layer_sees_a_foreign_row(kind, saw):
             except RuntimeError as error:
                 refused += "is not known" in str(error)
             served += len(LOG)
-            assert len(saw) >= len(LOG)
-            for got, of in zip(saw, LOG, strict=False):
+            assert len(slots_seen_by_layers) >= len(LOG)
+            for got, of in zip(slots_seen_by_layers, LOG, strict=False):
                 # Nobody's own slot is -1, so is the first row's: a tower's must not be answered.
                 assert torch.equal(got.long(), of - 1), (seed, turn)
     # Neither all nor nothing.

@@ -1,4 +1,4 @@
-"""Batches of many adapters, for the tests of what runs them."""
+"""Batches of many adapters, dense or in pages."""
 
 from __future__ import annotations
 

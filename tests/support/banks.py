@@ -1,4 +1,4 @@
-"""Banks without a model: adapters of numbers of their own, read when a test lets them be."""
+"""Banks without a model, and adapters that a test lets be read when it wants."""
 
 from __future__ import annotations
 

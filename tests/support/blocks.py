@@ -1,4 +1,4 @@
-"""A block of linears like a transformer's, with adapters that matter."""
+"""A block of linears like a transformer's, with adapters of normal numbers."""
 
 import copy
 from typing import Any
@@ -42,10 +42,10 @@ class Unfused(nn.Linear):
 def block(dtype: torch.dtype | None = None, **options: Any) -> Block:
     """A block with LoRA in all six linears, or those named; options are LoRAConfig's."""
     config = LoRAConfig(**{"r": 4, "target_modules": "all-linear", **options})
-    return matters(fastlora.replace_linear(Block(dtype), config))
+    return randomise_adapters(fastlora.replace_linear(Block(dtype), config))
 
 
-def matters(model: nn.Module) -> nn.Module:
+def randomise_adapters(model: nn.Module) -> nn.Module:
     """Normal numbers in every adapter."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def matters(model: nn.Module) -> nn.Module:
     return model
 
 
-def unfused(model: nn.Module) -> nn.Module:
+def unfused_copy(model: nn.Module) -> nn.Module:
     """A copy in plain torch with the same names, which torch differentiates by itself."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
@@ -67,7 +67,7 @@ def batch(rows: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     return torch.randn(rows, 5, WIDTH).to(dtype or torch.float32)
 
 
-def adapters(model: nn.Module) -> dict[str, Tensor]:
+def adapters_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Detached, by name."""
     return {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
 

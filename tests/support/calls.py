@@ -1,5 +1,4 @@
-"""Calls to try: the differentiable functions, all as ``f(x, weight, lora_A, lora_B)`` and in
-unfused torch, and something to merge."""
+"""The functions, all called as ``f(x, weight, lora_A, lora_B)``, and weights to merge into."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def operands(f, dtype: torch.dtype = torch.float32, rows: int = M) -> list[Tenso
     return [rand(*shape, dtype=dtype) for shape in shapes]
 
 
-def unfused(f):
+def unfused_function(f):
     """What f computes, as a function that torch differentiates by itself."""
 
     def many(x, weight, lora_A, lora_B):

@@ -7,7 +7,7 @@ from typing import Any
 from fastlora.backends import cuda
 
 
-def take(op: str, *operands: Any, path: str | None = None) -> Any:
+def call_kernel(op: str, *operands: Any, path: str | None = None) -> Any:
     """Runs an op's function on operands that it must not refuse."""
     reason = cuda.refuses(op, operands, path=path)
     assert reason is None, f"refused: {reason}"

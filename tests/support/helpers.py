@@ -1,4 +1,4 @@
-"""What the tests of the ops share: unfused torch to be measured against, awkward tensors, spies."""
+"""Unfused torch to compare with, tensors of unusual layouts, and spies on torch ops."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def leaves(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {n: t.detach().requires_grad_(n in (names or tensors)) for n, t in tensors.items()}
 
 
-def matrix(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """(..., K) as rows (M, K); ``view(-1, K)`` cannot where there is nothing."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
@@ -189,7 +189,7 @@ class Spy(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastlora":
-            return inside(self, func, args)
+            return run_inside(self, func, args)
         result = func(*args, **(kwargs or {}))
         self.gemms += func.overloadpacket.__name__ in _GEMMS
         given = {_storage(t) for t in _tensors((args, kwargs))}
@@ -222,7 +222,7 @@ class Interrupt(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastlora":
-            return inside(self, func, args)
+            return run_inside(self, func, args)
         if func.overloadpacket.__name__ == self.op and (
             self.storage in (None, args[0].untyped_storage().data_ptr())
         ):
@@ -232,7 +232,7 @@ class Interrupt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def inside(mode: TorchDispatchMode, func, args) -> object:
+def run_inside(mode: TorchDispatchMode, func, args) -> object:
     """What an op of fastlora's gives, ``mode`` seeing the ops it consists of."""
     with mode:
         return IMPLEMENTATIONS[func._schema.name.split("::")[1]](*args)

@@ -1,4 +1,4 @@
-"""What adapters' names have meant, while several threads change it and others use them."""
+"""A record of what adapter names meant while threads change and use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of random weights, adapters that matter, and a watch on what refusals leave alone."""
+"""Tiny transformers models of random weights, and checks of what they compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches for the functions of many adapters, and the calls that tests make with them."""
+"""Batches for the functions of many adapters, and two ways to call them."""
 
 import math
 
@@ -42,13 +42,13 @@ def batch(lead, ids, N, K, R, S, dtype, lora_dtype, device) -> tuple[dict, dict]
     return tensors, {name: t.to(device) for name, t in routing.items()}
 
 
-def whole(f, t: dict, routing: dict) -> Tensor:
+def call_linear(f, t: dict, routing: dict) -> Tensor:
     args = (t["x"], t["weight"], t["lora_A"], t["lora_B"])
     return f(*args, bias=t["bias"], **routing)
 
 
-def added(f, t: dict, routing: dict) -> Tensor:
+def call_add(f, t: dict, routing: dict) -> Tensor:
     if f is multi_lora_linear:
-        return whole(f, t, routing)
+        return call_linear(f, t, routing)
     y = nnf.linear(t["x"], t["weight"], t["bias"])
     return F.multi_lora_add_(y, t["x"], t["lora_A"], t["lora_B"], **routing)

@@ -1,4 +1,4 @@
-"""PEFT models in pairs, one as it is and one patched, and what is done to both."""
+"""PEFT models in pairs, one plain and one patched, and what is done to both."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tests.support.models import VOCABULARY
 AUDIO = {"input_values": torch.randn(2, 800, generator=torch.Generator().manual_seed(0))}
 
 
-def built(family: str, kind: str, seed: int = 0, **sizes: Any) -> nn.Module:
+def build_model(family: str, kind: str, seed: int = 0, **sizes: Any) -> nn.Module:
     """A tiny transformers model, ready to train."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -37,12 +37,12 @@ def wavlm(kind: str = "ForCTC", family: str = "WavLM", **options: Any) -> nn.Mod
         "num_conv_pos_embedding_groups": 4,
         "mask_time_prob": 0.0,
     }
-    return built(family, kind, **sizes | options)
+    return build_model(family, kind, **sizes | options)
 
 
 def mamba(family: str = "Mamba", **options: Any) -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-    return built(family, "ForCausalLM", **sizes | options)
+    return build_model(family, "ForCausalLM", **sizes | options)
 
 
 def watched(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""A torch whose bfloat16 products read past rows, as oneDNN's do under AMX, on any machine."""
+"""A torch whose bfloat16 products read past rows, as oneDNN's do under AMX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.backends.torch.products import STEP
-from tests.support.helpers import inside
+from tests.support.helpers import run_inside
 
 # Where each product has its left operand; the right one comes next.
 _PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1}
@@ -18,7 +18,7 @@ class ReadsPastRows(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastlora":
-            return inside(self, func, args)
+            return run_inside(self, func, args)
         y = func(*args, **(kwargs or {}))
         at = _PRODUCTS.get(func.overloadpacket.__name__)
         if at is not None and y.dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""A server of adapters that matter, what each request gets alone, and a gate before forwards."""
+"""A server of adapters, what each request gets alone, and a gate before its forwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models that see: a vision tower, a projector, a decoder; and what they see."""
+"""Tiny models with a vision tower, a projector and a decoder."""
 
 from __future__ import annotations
 

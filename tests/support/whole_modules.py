@@ -1,4 +1,4 @@
-"""Models with modules to train whole, and as they are after some training."""
+"""Models with modules that are trained whole, before and after some training."""
 
 from __future__ import annotations
 

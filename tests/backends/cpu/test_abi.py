@@ -1,8 +1,7 @@
-"""The C functions called as C would: any sizes, strides, types and nonsense.
+"""The C functions, called as C would: any sizes, strides, types and nonsense."""
 
-Right results, nothing outside the operands touched, and nothing at all where a call is refused.
-Buffers lie between guards, or, where AddressSanitizer watches, end where the operand ends.
-"""
+# Right results, nothing outside the operands touched, and nothing at all where a call is refused.
+# Buffers lie between guards, or, where AddressSanitizer watches, end where the operand ends.
 
 from collections.abc import Iterator
 
@@ -44,7 +43,9 @@ def _as_before() -> Iterator[None]:
     st.sampled_from([F32, BF16, F16]), st.booleans(), st.booleans(), st.booleans(),
     st.integers(0, 3), st.integers(1, 4), st.sampled_from([0, 0, 1, 4, 5]), seeds,
 )  # fmt: skip
-def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, page, seed):
+def test_c_multi_linear_is_right_for_any_operands(
+    name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, page, seed
+):
     """Slots that are dense, or in pages where ``page`` is not 0."""
     draw = np.random.default_rng(seed)
     lora = F32 if wide else dtype
@@ -105,7 +106,7 @@ def test_rows(name, M, K, N, R, S, dtype, wide, whole, optional, gap, threads, p
 TABLE = np.zeros((2, 2), np.int32)
 
 
-def refused(**changes: object) -> None:
+def assert_refused(**changes: object) -> None:
     """A good call with something wrong in it writes nothing."""
     draw = np.random.default_rng(7)
     M, K, N, R, S = 3, 8, 9, 2, 2
@@ -160,8 +161,8 @@ def refused(**changes: object) -> None:
     ],
     ids=lambda changes: ",".join(changes) or "none",
 )
-def test_nonsense_is_refused(changes):
-    refused(**changes)
+def test_c_functions_refuse_nonsense_and_write_nothing(changes):
+    assert_refused(**changes)
 
 
 @many
@@ -169,7 +170,9 @@ def test_nonsense_is_refused(changes):
     st.sampled_from(SETS), sizes, sizes, sizes, st.sampled_from([F32, BF16, F16]), st.booleans(),
     st.booleans(), st.integers(0, 3), st.integers(1, 4), seeds,
 )  # fmt: skip
-def test_gradient(name, M, R, C, dtype, wide, transposed, gap, threads, seed):
+def test_c_gradient_is_right_for_any_operands(
+    name, M, R, C, dtype, wide, transposed, gap, threads, seed
+):
     draw = np.random.default_rng(seed)
     native.use(name)
     left = Matrix(draw.standard_normal((M, R)), dtype, R + gap)
@@ -190,7 +193,7 @@ def test_gradient(name, M, R, C, dtype, wide, transposed, gap, threads, seed):
     assert error <= ROUNDING[out.dtype] * (np.abs(want).max(initial=0) + 1)
 
 
-def kept(M: int, K: int, first_row: int, seed: int, threshold: int) -> np.ndarray:
+def kept_by_definition(M: int, K: int, first_row: int, seed: int, threshold: int) -> np.ndarray:
     """The mask, a counter at a time, as its definition says."""
     keep = np.zeros((M, K), bool)
     for m in range(M):
@@ -213,7 +216,9 @@ def kept(M: int, K: int, first_row: int, seed: int, threshold: int) -> np.ndarra
     st.sampled_from([0, 1, 6554, 32768, 65535, 65536]), st.booleans(),
     st.sampled_from([F32, BF16, F16]), st.integers(0, 3), st.integers(1, 4), seeds,
 )  # fmt: skip
-def test_dropout(name, M, K, first_row, key, threshold, add, dtype, gap, threads, seed):
+def test_c_dropout_is_right_for_any_operands(
+    name, M, K, first_row, key, threshold, add, dtype, gap, threads, seed
+):
     draw = np.random.default_rng(seed)
     native.use(name)
     x = Matrix(draw.standard_normal((M, K)), dtype, K + gap)
@@ -226,7 +231,7 @@ def test_dropout(name, M, K, first_row, key, threshold, add, dtype, gap, threads
     assert code == native.OK
     assert x.same()
     assert out.only_values_changed()
-    keep = kept(M, K, first_row, key, threshold)
+    keep = kept_by_definition(M, K, first_row, key, threshold)
     if not add:
         assert np.array_equal(out.get() != 0, keep & (x.get() != 0))
     want = 1.5 * keep * x.get() + (before if add else 0)

@@ -35,7 +35,7 @@ from tests.support.c_matrices import (
         ["good", "for good", "not finite", "edited", "positions", "bits", "counts", "checksum"]
     ),
 )  # fmt: skip
-def test_merge_and_unmerge(name, N, K, R, dtype, gap, threads, seed, story):
+def test_c_merge_and_unmerge_handle_any_operands(name, N, K, R, dtype, gap, threads, seed, story):
     draw = np.random.default_rng(seed)
     native.use(name)
     weight = Matrix(draw.standard_normal((N, K)), dtype, K + gap)

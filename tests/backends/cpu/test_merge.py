@@ -1,4 +1,4 @@
-"""Merging on the native library: the same bits everywhere, and nothing that is not a number."""
+"""Merging on the native library: same bits everywhere, and never a result that is not finite."""
 
 import dataclasses
 from itertools import pairwise
@@ -21,7 +21,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_merging_has_the_same_bits_on_every_instruction_set(dtype):
+def test_merge_has_same_bits_on_every_instruction_set(dtype):
     """So that a receipt is good on another machine."""
     weight, adapter = weight_and_adapter(33, 431, 5, dtype, ratio=0.3)
     before, results = native.instruction_set(), []
@@ -45,7 +45,7 @@ def test_merging_has_the_same_bits_on_every_instruction_set(dtype):
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("value", [0x7FFFFFFF, 0x7FC00000, 0x7F800000])  # NaN of CUDA's and ours
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_what_is_not_finite_is_never_merged(dtype, value, factor, where, instruction_set):
+def test_merge_refuses_adapter_that_is_not_finite(dtype, value, factor, where, instruction_set):
     """With a receipt and without, wherever it stands; an infinity beside zeros is NaN as well."""
     weight, (A, B, scaling) = weight_and_adapter(40, 70, 4, dtype, lora_dtype=torch.float32)
     bad = torch.tensor(value, dtype=torch.int32).view(torch.float32)
@@ -60,7 +60,7 @@ def test_what_is_not_finite_is_never_merged(dtype, value, factor, where, instruc
         assert same_bits(weight, before)
 
 
-def test_receipts_do_not_depend_on_the_threads_rounding(instruction_set):
+def test_receipt_ignores_flush_denormal_of_thread(instruction_set):
     """Flushing of denormals, which torch can switch on for a thread, is off while merging."""
     tiny = 1e-37 * torch.randn(20, 70)
     A, B = torch.randn(3, 70) * 1e-19, torch.randn(20, 3) * 1e-19
@@ -74,7 +74,7 @@ def test_receipts_do_not_depend_on_the_threads_rounding(instruction_set):
     assert same_bits(merged, tiny)
 
 
-def cases_for_good():
+def weights_with_adapters():
     """(weight, adapters): whole blocks and parts of them, ordinary and tiny values."""
     for dtype in FLOATS:
         for size in (1.0, 1e-37):
@@ -85,12 +85,12 @@ def cases_for_good():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_for_good_has_the_bits_of_a_merge_with_a_receipt(name):
+def test_merge_without_receipt_has_same_bits(name):
     before = native.instruction_set()
     native.use(name)
     try:
         with dispatch.use_backend("cpu"):
-            for weight, adapters in cases_for_good():
+            for weight, adapters in weights_with_adapters():
                 with_receipt, for_good = weight.clone(), weight.clone()
                 assert for_good.stride() == weight.stride()
                 F.merge_(with_receipt, adapters)
@@ -102,7 +102,7 @@ def test_for_good_has_the_bits_of_a_merge_with_a_receipt(name):
 
 
 @pytest.mark.parametrize("place", [(0, 0), (9, 64), (20, 199), (41, 130), (81, 7), (82, 199)])
-def test_for_good_nothing_is_written_before_all_is_known_to_be_finite(place):
+def test_merge_without_receipt_checks_before_writing(place):
     for dtype in FLOATS:
         largest = torch.finfo(dtype).max
         weight = torch.randn(83, 200).to(dtype)
@@ -114,7 +114,7 @@ def test_for_good_nothing_is_written_before_all_is_known_to_be_finite(place):
         assert same_bits(weight, before)
 
 
-def test_a_merge_that_fails_at_its_receipt_is_undone(monkeypatch):
+def test_merge_failing_at_its_receipt_is_undone(monkeypatch):
     weight, adapter = weight_and_adapter(83, 200, 5, torch.bfloat16, ratio=0.3)
     before = weight.clone()
 
@@ -127,7 +127,7 @@ def test_a_merge_that_fails_at_its_receipt_is_undone(monkeypatch):
     assert same_bits(weight, before)
 
 
-def test_a_merge_that_is_interrupted_after_its_receipt_is_undone(monkeypatch):
+def test_merge_interrupted_after_its_receipt_is_undone(monkeypatch):
     weight, adapter = weight_and_adapter(83, 200, 5, torch.bfloat16, ratio=0.3)
     before = weight.clone()
 
@@ -140,7 +140,7 @@ def test_a_merge_that_is_interrupted_after_its_receipt_is_undone(monkeypatch):
     assert same_bits(weight, before)
 
 
-def test_a_receipt_of_other_lengths_is_refused():
+def test_unmerge_refuses_receipt_of_other_lengths():
     weight, adapter = weight_and_adapter(300, 431, 3, torch.bfloat16, ratio=0.3)
     with dispatch.use_backend("cpu"):
         receipt = F.merge_(weight, [adapter])

@@ -1,4 +1,4 @@
-"""Adapters in pages on the native CPU kernels: read where they lie, among others' memory."""
+"""Adapters in pages on the native CPU kernels, read where they lie among other memory."""
 
 import math
 from typing import Any, NamedTuple
@@ -66,19 +66,19 @@ def options(b: Batch) -> dict[str, Any]:
     return {"ranks": b.ranks, "row_scales": b.row_scales}
 
 
-def whole(b: Batch, bank: Bank | None = None) -> Tensor:
+def call_linear(b: Batch, bank: Bank | None = None) -> Tensor:
     A, B, table = bank or (b.A, b.B, None)
     given, how = (b.x, b.weight, A, B, b.ids, b.scalings), options(b)
     return F.multi_lora_linear(*given, bias=b.bias, page_table=table, **how)
 
 
-def added(b: Batch, bank: Bank | None, y: Tensor) -> Tensor:
+def call_add(b: Batch, bank: Bank | None, y: Tensor) -> Tensor:
     A, B, table = bank or (b.A, b.B, None)
     given = (y.clone(), b.x, A, B, b.ids, b.scalings)
     return F.multi_lora_add_(*given, page_table=table, **options(b))
 
 
-def fused(b: Batch, bank: Bank | None) -> Tensor:
+def fused_product(b: Batch, bank: Bank | None) -> Tensor:
     """The native product with the adapters, for any number of rows."""
     y, h = (b.x.new_empty(len(b.x), size) for size in (b.weight.shape[0], b.A.shape[1]))
     if bank is None:
@@ -91,7 +91,7 @@ def fused(b: Batch, bank: Bank | None) -> Tensor:
 
 @pytest.mark.parametrize("page, R", [(1, 3), (4, 8), (8, 16), (8, 13), (4, 30), (8, 64), (16, 9)])
 @pytest.mark.parametrize("dtype, lora_dtype", KINDS)
-def test_the_dense_form_s_bits(dtype, lora_dtype, page, R, instruction_set):
+def test_pages_give_bits_of_dense_form(dtype, lora_dtype, page, R, instruction_set):
     """Against the oracle too; one row, a few of an adapter, more than a block, and odd sizes."""
     for T, K, N, shift in ((1, 1, 1, 0), (3, 63, 431, 1), (40, 33, 63, 3), (7, 1128, 150, 0)):
         b = Batch.draw(T, K, N, R, 4, dtype, lora_dtype, CPU)
@@ -100,80 +100,80 @@ def test_the_dense_form_s_bits(dtype, lora_dtype, page, R, instruction_set):
         bank = Bank.of(b, page, shift)
         y = signed(T, N, dtype=dtype, device=CPU)
         with unchanged(b, bank.table):
-            got = whole(b, bank)
+            got = call_linear(b, bank)
             assert_accurate(got, b.want(), b.unfused(), dtype, tokens=T)
-            assert same_bits(got, whole(b))
-            assert same_bits(fused(b, bank), fused(b, None))
-            assert same_bits(added(b, bank, y), added(b, None, y))
+            assert same_bits(got, call_linear(b))
+            assert same_bits(fused_product(b, bank), fused_product(b, None))
+            assert same_bits(call_add(b, bank, y), call_add(b, None, y))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_few_rows_are_rounded_once(dtype, instruction_set):
+def test_paged_linear_rounds_few_rows_once(dtype, instruction_set):
     """With a weight the base's sums and the adapter's meet in float32."""
     b = Batch.draw(5, 64, 48, 8, 3, dtype, dtype, CPU)
     bank = Bank.of(b, 4)
-    once = fused(b, bank)
-    twice = added(b, bank, nnf.linear(b.x, b.weight, b.bias))
+    once = fused_product(b, bank)
+    twice = call_add(b, bank, nnf.linear(b.x, b.weight, b.bias))
     # In float32 they may be alike: the order of the library's sums is its own.
     assert dtype == F32 or not same_bits(once, twice)
-    assert same_bits(whole(b, bank), once if cpu_multi.few(5, b.weight) else twice)
+    assert same_bits(call_linear(b, bank), once if cpu_multi.few(5, b.weight) else twice)
 
 
 @pytest.mark.parametrize("page", [1, 4, 8])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_pages_that_are_not_there(dtype, page, instruction_set):
+def test_missing_pages_count_as_zero(dtype, page, instruction_set):
     """Hold nothing, wherever a slot's table has them; other slots do not notice."""
     R = 16
     b = Batch.draw(11, 67, 83, R, 3, dtype, dtype, CPU)
     b = b._replace(ranks=torch.tensor([R, R, 7]), ids=torch.arange(11) % 4 - 1)
     b.A[torch.isnan(b.A)], b.B[torch.isnan(b.B)] = 0.5, 0.25
     bank = Bank.of(b, page)
-    before, y = whole(b, bank), signed(11, 83, dtype=dtype, device=CPU)
+    before, y = call_linear(b, bank), signed(11, 83, dtype=dtype, device=CPU)
     for absent in (*ABSENT, bank.A.shape[0]):
         table, without = bank.table.clone(), b._replace(A=b.A.clone(), B=b.B.clone())
         for slot, at in ((0, 0), (1, R // page - 1)):
             table[slot, at] = absent
             without.A[slot, at * page : (at + 1) * page] = 0
-        got = whole(b, bank._replace(table=table))
+        got = call_linear(b, bank._replace(table=table))
         assert_accurate(got, without.want(), without.unfused(), dtype)
         others = (b.ids != 0) & (b.ids != 1)
         assert same_bits(got[others], before[others])
         gone = bank._replace(table=torch.full_like(table, absent))
-        assert same_bits(added(b, gone, y), y)
+        assert same_bits(call_add(b, gone, y), y)
     none = Bank(bank.A[:0], bank.B[:0], bank.table)
-    assert same_bits(added(b, none, y), y)
+    assert same_bits(call_add(b, none, y), y)
 
 
-def test_others_nan_stays_theirs(instruction_set):
+def test_nan_in_other_slots_reaches_no_row(instruction_set):
     """Slots that rows use, and slots that none does."""
     b = Batch.draw(12, 67, 83, 16, 4, BF16, F32, CPU)
     b = b._replace(ranks=torch.tensor([16, 5, 16, 12]), ids=torch.arange(12) % 4 - 1)
     b.A[torch.isnan(b.A)], b.B[torch.isnan(b.B)] = 0.5, 0.25
-    clean = whole(b, Bank.of(b, 8))
+    clean = call_linear(b, Bank.of(b, 8))
     for poison in (math.nan, math.inf):
         ill = b._replace(A=b.A.clone(), B=b.B.clone())
         ill.A[2], ill.B[2] = poison, poison
         ill.A[3], ill.B[3] = poison, poison  # nobody's
-        got = whole(ill, Bank.of(ill, 8))
+        got = call_linear(ill, Bank.of(ill, 8))
         assert not got[b.ids == 2].isfinite().any()
         assert same_bits(got[b.ids != 2], clean[b.ids != 2])
 
 
 @pytest.mark.parametrize("R", [5, 8, 16, 24])
 @pytest.mark.parametrize("dtype, lora_dtype", KINDS)
-def test_a_row_has_the_same_bits_in_any_batch(dtype, lora_dtype, R, instruction_set):
+def test_paged_row_has_same_bits_in_any_batch(dtype, lora_dtype, R, instruction_set):
     b = Batch.draw(39, 67, 211, R, 4, dtype, lora_dtype, CPU)
     b = b._replace(ids=torch.arange(39) // 9 - 1)
     bank, y = Bank.of(b, 8), signed(39, 211, dtype=dtype, device=CPU)
-    all_added, all_fused = added(b, bank, y), fused(b, bank)
+    all_added, all_fused = call_add(b, bank, y), fused_product(b, bank)
     for rows in (*torch.arange(39).split(1), torch.randperm(39), torch.arange(3, 30, 5)):
         own = b.rows(rows)
-        assert same_bits(added(own, bank, y[rows]), all_added[rows])
-        assert same_bits(fused(own, bank), all_fused[rows])
+        assert same_bits(call_add(own, bank, y[rows]), all_added[rows])
+        assert same_bits(fused_product(own, bank), all_fused[rows])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_threads_do_not_change_the_bits(dtype, instruction_set):
+def test_paged_bits_do_not_depend_on_threads(dtype, instruction_set):
     b = Batch.draw(70, 130, 300, 24, 5, dtype, dtype, CPU)
     y = signed(70, 300, dtype=dtype, device=CPU)
     few = b.rows(torch.arange(3))
@@ -182,7 +182,12 @@ def test_threads_do_not_change_the_bits(dtype, instruction_set):
         torch.set_num_threads(threads)
         try:
             results.append(
-                (added(b, bank, y), fused(b, bank), added(few, bank, y[:3]), fused(few, bank))
+                (
+                    call_add(b, bank, y),
+                    fused_product(b, bank),
+                    call_add(few, bank, y[:3]),
+                    fused_product(few, bank),
+                )
             )
         finally:
             torch.set_num_threads(1)
@@ -191,7 +196,7 @@ def test_threads_do_not_change_the_bits(dtype, instruction_set):
 
 
 @pytest.mark.parametrize("slices", [None, (11, 40, 32)])
-def test_nothing_is_gathered(slices):
+def test_paged_call_allocates_nothing_per_adapter(slices):
     """What a call allocates does not grow with the adapters."""
     T, K, N, R = 4, 24, 83, 64
     C = len(slices or [1])
@@ -208,7 +213,7 @@ def test_nothing_is_gathered(slices):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_pages_past_2_to_the_31(dtype, instruction_set):
+def test_pages_are_read_past_2_to_the_31(dtype, instruction_set):
     """Pages that overlap, all but a few of them untouched memory: offsets are 64-bit."""
     b = Batch.draw(6, 70, 90, 8, 2, dtype, dtype, CPU)
     b = b._replace(ranks=torch.tensor([8, 8]))
@@ -221,18 +226,18 @@ def test_pages_past_2_to_the_31(dtype, instruction_set):
         pages[last], pages[5] = own[0], own[1]
         parts.append(pages)
     bank = Bank(parts[0], parts[1], torch.tensor([[last], [5]], dtype=torch.int32))
-    assert same_bits(whole(b, bank), whole(b))
+    assert same_bits(call_linear(b, bank), call_linear(b))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_scaling_that_is_not_finite(threads):
+def test_paged_add_refuses_non_finite_scaling(threads):
     """Raises, names the slot and leaves y; nobody's does not matter."""
     b = Batch.draw(6, 19, 37, 6, 4, F32, F32, CPU)
     b = b._replace(ids=torch.tensor([2, 0, 2, -1, 0, 2]), scalings=torch.ones(4))
     bank, y = Bank.of(b, 4), torch.randn(6, 37)
-    want = added(b, bank, y)
+    want = call_add(b, bank, y)
     b.scalings[1] = b.scalings[3] = math.nan
-    assert same_bits(added(b, bank, y), want)
+    assert same_bits(call_add(b, bank, y), want)
     b.scalings[2] = math.inf
     torch.set_num_threads(threads)
     try:
@@ -241,12 +246,12 @@ def test_a_scaling_that_is_not_finite(threads):
         with unchanged(y), pytest.raises(ValueError, match=r"scalings: .* got inf for slot 2"):
             F.multi_lora_add_(y, *given, **how)
         with pytest.raises(ValueError, match=r"scalings: .* got inf for slot 2"):
-            whole(b, bank)
+            call_linear(b, bank)
     finally:
         torch.set_num_threads(1)
 
 
-def rows_apart(pages: Tensor) -> Tensor:
+def pages_with_rows_apart(pages: Tensor) -> Tensor:
     """The same pages, NaN between every two ranks."""
     wide = pages.new_full((len(pages), 2 * pages.shape[1], pages.shape[2]), math.nan)
     wide[:, ::2] = pages
@@ -254,10 +259,10 @@ def rows_apart(pages: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("lay", ["columns of A", "columns of B", "the table", "rows of pages"])
-def test_pages_of_any_strides(lay):
+def test_paged_linear_accepts_pages_of_any_strides(lay):
     b = Batch.draw(6, 19, 37, 6, 4, F32, F32, CPU)
     bank = Bank.of(b, 4)
-    want = whole(b, bank)
+    want = call_linear(b, bank)
     if lay == "columns of A":
         bank = bank._replace(A=bank.A.mT.contiguous().mT)
     elif lay == "columns of B":
@@ -265,15 +270,15 @@ def test_pages_of_any_strides(lay):
     elif lay == "the table":
         bank = bank._replace(table=bank.table.T.contiguous().T)
     else:
-        bank = bank._replace(A=rows_apart(bank.A), B=rows_apart(bank.B))
-    assert same_bits(whole(b, bank), want)
+        bank = bank._replace(A=pages_with_rows_apart(bank.A), B=pages_with_rows_apart(bank.B))
+    assert same_bits(call_linear(b, bank), want)
 
 
 @pytest.mark.parametrize("T, K, N, S, pages, page", [
     (0, 5, 7, 2, 2, 4), (3, 0, 7, 2, 2, 4), (3, 5, 0, 2, 2, 4), (3, 5, 7, 0, 2, 4),
     (3, 5, 7, 2, 0, 4), (3, 5, 7, 2, 2, 0),
 ])  # fmt: skip
-def test_where_there_is_nothing(T, K, N, S, pages, page, instruction_set):
+def test_paged_linear_accepts_empty_dimensions(T, K, N, S, pages, page, instruction_set):
     x, weight = torch.randn(T, K), torch.randn(N, K)
     A, B = torch.randn(6, page, K), torch.randn(6, page, N)
     table = torch.randint(0, 6, (S, pages), dtype=torch.int32)

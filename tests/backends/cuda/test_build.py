@@ -1,7 +1,6 @@
-"""What nvcc has made of csrc/cuda for each architecture: no spills, and the instructions meant.
+"""The machine code that nvcc made of csrc/cuda: no spills, and the instructions meant."""
 
-Reads the library as it was built, with the cuobjdump of the CUDA toolkit or of triton.
-"""
+# Reads the library as it was built, with the cuobjdump of the CUDA toolkit or of triton.
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ if not LIBRARY.exists() or TOOL is None:
 
 
 @cache
-def dumped(arch: str, what: str) -> dict[str, str]:
+def cuobjdump_by_kernel(arch: str, what: str) -> dict[str, str]:
     """What cuobjdump says of each kernel of an architecture, by its readable name."""
     command = [str(TOOL), "-arch", f"sm_{arch}", what, str(LIBRARY)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -58,25 +57,25 @@ def dumped(arch: str, what: str) -> dict[str, str]:
     return dict(zip(names, parts[1::2], strict=True))
 
 
-def body(kernel: str) -> str:
+def body_name(kernel: str) -> str:
     found = re.search(r"fastlora::(\w+)<", kernel)
     assert found is not None, kernel
     return found[1]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_nothing_is_spilt(arch):
-    resources = dumped(arch, "-res-usage")
-    assert {body(kernel) for kernel in resources} == set(MEANT)
+def test_kernels_spill_nothing_on_any_architecture(arch):
+    resources = cuobjdump_by_kernel(arch, "-res-usage")
+    assert {body_name(kernel) for kernel in resources} == set(MEANT)
     for kernel, said in resources.items():
         assert re.search(r"STACK:0 .*LOCAL:0 ", said), f"{kernel}: {said}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_instructions_are_those_meant(arch):
+def test_kernels_use_instructions_meant_for_architecture(arch):
     instances = defaultdict(int)
-    for kernel, sass in dumped(arch, "-sass").items():
-        cores, copies, wide = MEANT[body(kernel)]
+    for kernel, sass in cuobjdump_by_kernel(arch, "-sass").items():
+        cores, copies, wide = MEANT[body_name(kernel)]
         # Without a base product; element by element.
         cores = cores and not re.search(r"DecodeTile<.*, \d+, false>", kernel)
         wide = wide and not re.search(r"swap_tiles<.*, false>", kernel)
@@ -87,14 +86,14 @@ def test_the_instructions_are_those_meant(arch):
             assert re.search(r"LDGSTS\.E\.BYPASS[.\w]*\.128", sass), kernel
         if wide:
             assert re.search(r"LDG\.E\.128", sass), kernel
-        instances[body(kernel)] += 1
+        instances[body_name(kernel)] += 1
     assert set(instances) == set(MEANT)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_launches_wait_for_each_other_from_hopper_on(arch):
-    for kernel, sass in dumped(arch, "-sass").items():
-        if body(kernel) in ("gemm", "decode"):
+def test_kernels_use_dependent_launches_from_hopper_on(arch):
+    for kernel, sass in cuobjdump_by_kernel(arch, "-sass").items():
+        if body_name(kernel) in ("gemm", "decode"):
             assert ("ACQBULK" in sass) == (arch != "80"), kernel
-        if body(kernel) in ("shrink", "row_shrink"):
+        if body_name(kernel) in ("shrink", "row_shrink"):
             assert ("PREEXIT" in sass) == (arch != "80"), kernel

@@ -1,4 +1,4 @@
-"""One adapter on the CUDA kernels, on a GPU or on the host, against the oracle along each path."""
+"""The CUDA kernels for one adapter, on a GPU or on the host, against the oracle."""
 
 import math
 
@@ -15,7 +15,7 @@ from fastlora.kernels.tile.gpu import arch_of
 from fastlora.ops import dispatch
 from fastlora.ops.run import Refused, strictly
 from tests.support import cuda_host, oracle
-from tests.support.cuda_calls import take
+from tests.support.cuda_calls import call_kernel
 from tests.support.helpers import (
     LAYOUTS,
     assert_accurate,
@@ -45,7 +45,7 @@ dtypes = pytest.mark.parametrize(
 pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 
-def keeping(M: int, K: int, p: float, device) -> dict[str, object]:
+def mask_options(M: int, K: int, p: float, device) -> dict[str, object]:
     if not p:
         return {}
     mask = dropout.keep_mask(M, K, p, torch.tensor(SEED, device=device))
@@ -57,16 +57,16 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, tile=None, monk
     if tile is not None:
         monkeypatch.setattr(cuda_linear, "tile_of", lambda *_: tile)
     x, weight, bias, A, B, lora_bias = operands(M, K, N, R, dtype, lora_dtype, device)
-    seed, keep = torch.tensor(SEED, device=device) if p else None, keeping(M, K, p, device)
+    seed, keep = torch.tensor(SEED, device=device) if p else None, mask_options(M, K, p, device)
     plain = {"bias": bias, "lora_bias": lora_bias}
     unfused = lora_linear(x, weight, A, B, SCALING, **plain, **keep)
     want = oracle.lora_linear(x, weight, A, B, SCALING, **plain, **keep)
-    y, h = take("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, p, seed, path=path)
+    y, h = call_kernel("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, p, seed, path=path)
     assert_accurate(y, want, unfused, dtype)
     seen = x.double() * keep["keep"] * keep["keep_scale"] if p else x.double()
     assert oracle.relative_error(h, (seen @ A.double().T).cpu()) <= 4 * torch.finfo(dtype).eps
     dy = signed(M, N, dtype=dtype, device=device)
-    (dx,) = take(
+    (dx,) = call_kernel(
         "lora_linear_backward",
         dy,
         x,
@@ -86,29 +86,31 @@ def assert_right(M, K, N, R, dtype, lora_dtype, p, path, device, tile=None, monk
     assert_accurate(dx, grads["x"], other, dtype)
 
 
-def too_large(tile, device) -> str | None:
+def tile_too_large(tile, device) -> str | None:
     fits = tile != cuda_linear.TILE_256 or arch_of(device) not in cuda_call.SMALL
     return None if fits else "this GPU has too little shared memory for the tile"
 
 
 @pytest.mark.parametrize("M, K, N, R", SHAPES + WIDE)
 @pytest.mark.parametrize("tile", [cuda_linear.TILE_64, cuda_linear.TILE_128, cuda_linear.TILE_256])
-@skip_where(too_large)
+@skip_where(tile_too_large)
 @dtypes
-def test_tiles_of_many_rows(M, K, N, R, dtype, lora_dtype, tile, device, monkeypatch):
+def test_two_pass_matches_oracle_for_many_rows(
+    M, K, N, R, dtype, lora_dtype, tile, device, monkeypatch
+):
     path = "cuda_overlapped" if arch_of(device) >= 90 else "cuda_two_pass"
     assert_right(M, K, N, R, dtype, lora_dtype, 0.0, path, device, tile, monkeypatch)
 
 
 @pytest.mark.parametrize("M, K, N, R", SHAPES[:2] + WIDE[:1] + [(17, 200, 48, 64), (45, 8, 8, 40)])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_few_rows_in_one_pass(M, K, N, R, dtype, device):
+def test_one_pass_matches_oracle_for_few_rows(M, K, N, R, dtype, device):
     assert_right(M, K, N, R, dtype, dtype, 0.0, "cuda_one_pass", device)
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0])
 @dtypes
-def test_dropout(p, dtype, lora_dtype, device):
+def test_dropout_matches_oracle_in_both_directions(p, dtype, lora_dtype, device):
     """The mask is of x in forward, of the LoRA term in the gradient for x."""
     for tile in (cuda_linear.TILE_64, cuda_linear.TILE_128):
         with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +119,7 @@ def test_dropout(p, dtype, lora_dtype, device):
 
 
 @dtypes
-def test_every_gradient(dtype, lora_dtype, device):
+def test_gradients_match_oracle_across_backends(dtype, lora_dtype, device):
     """Through autograd: what these kernels do not compute another backend does."""
     x, weight, bias, A, B, lora_bias = operands(40, 64, 48, 16, dtype, lora_dtype, device)
     leaves = [t.requires_grad_() for t in (x, weight, bias, A, B, lora_bias)]
@@ -161,7 +163,7 @@ def test_refused_layouts_run_on_the_next_backend(layout, device, caplog):
         (3, 64, 8, 520, BF16, "beyond 512"),
     ],
 )
-def test_the_reason_is_logged(M, K, N, R, dtype, reason, device, caplog):
+def test_refusal_of_operands_is_logged_with_reason(M, K, N, R, dtype, reason, device, caplog):
     dispatch._logged.clear()
     x, weight, _, A, B, _ = operands(M, K, N, R, dtype, dtype, device)
     y = F.lora_linear(x, weight, A, B, SCALING)
@@ -169,7 +171,7 @@ def test_the_reason_is_logged(M, K, N, R, dtype, reason, device, caplog):
     assert reason in caplog.text
 
 
-def test_strictly_no_other_backend_runs(device):
+def test_strictly_raises_instead_of_another_backend(device):
     """As benchmarks ask, which would else time another backend."""
     x, weight, _, A, B, _ = operands(3, 64, 8, 8, BF16, BF16, device)
     with strictly():
@@ -178,7 +180,7 @@ def test_strictly_no_other_backend_runs(device):
             F.lora_linear(x, weight, A[:3], B[:, :3], SCALING)
 
 
-def test_an_overlong_block_of_memory_is_not_read(device):
+def test_kernels_read_nothing_around_their_operands(device):
     """Views into NaN, at good addresses: a row's neighbours stay unread."""
     x, weight, bias, A, B, _ = operands(33, 40, 48, 8, BF16, BF16, device)
 
@@ -187,15 +189,15 @@ def test_an_overlong_block_of_memory_is_not_read(device):
         middle = wide[1:-1, 8:-8]
         return middle.copy_(t)
 
-    y, _ = take("lora_linear",
+    y, _ = call_kernel("lora_linear",
         inside(x), inside(weight), bias, inside(A), inside(B), None, SCALING, 0.0, None,
     )  # fmt: skip
-    plain, _ = take("lora_linear", x, weight, bias, A, B, None, SCALING, 0.0, None)
+    plain, _ = call_kernel("lora_linear", x, weight, bias, A, B, None, SCALING, 0.0, None)
     assert same_bits(y, plain)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_same_bits_in_any_order_of_threads(path):
+def test_bits_are_same_in_any_thread_order(path):
     """A missing barrier would show: see the planted one in tests/backends/cuda/test_machine.py."""
     if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
@@ -203,7 +205,9 @@ def test_the_same_bits_in_any_order_of_threads(path):
     x, weight, bias, A, B, lora_bias = given
 
     def run() -> tuple[Tensor, Tensor]:
-        return take("lora_linear", x, weight, bias, A, B, lora_bias, SCALING, 0.0, None, path=path)
+        return call_kernel(
+            "lora_linear", x, weight, bias, A, B, lora_bias, SCALING, 0.0, None, path=path
+        )
 
     first = run()
     for seed in cuda_host.ORDERS:
@@ -211,20 +215,20 @@ def test_the_same_bits_in_any_order_of_threads(path):
             assert all(map(same_bits, run(), first))
 
 
-def test_rows_are_the_same_alone(device):
+def test_one_pass_rows_are_the_same_alone(device):
     """In one pass a row's bits follow from itself."""
     x, weight, bias, A, B, _ = operands(50, 264, 72, 16, BF16, BF16, device)
 
     def run(rows: Tensor) -> Tensor:
         given = (rows, weight, bias, A, B, None, SCALING, 0.0, None)
-        return take("lora_linear", *given, path="cuda_one_pass")[0]
+        return call_kernel("lora_linear", *given, path="cuda_one_pass")[0]
 
     together = run(x)
     for row in (0, 16, 31, 49):
         assert same_bits(run(x[row : row + 1]), together[row : row + 1])
 
 
-def test_a_failed_launch_names_its_kernel(monkeypatch, device):
+def test_failed_launch_names_its_kernel(monkeypatch, device):
     """What the library says of a launch that failed is in Python's error."""
     x, weight, _, A, B, _ = operands(3, 64, 8, 8, BF16, BF16, device)
     functions = native.cuda_functions()
@@ -240,11 +244,11 @@ def test_a_failed_launch_names_its_kernel(monkeypatch, device):
 
     monkeypatch.setattr(native, "cuda_functions", lambda: Failing)
     with pytest.raises(RuntimeError, match="gemm: too many resources requested for launch"):
-        take("lora_linear", x, weight, None, A, B, None, 1.0, 0.0, None)
+        call_kernel("lora_linear", x, weight, None, A, B, None, 1.0, 0.0, None)
     assert functions is not Failing
 
 
-def test_nonsense_is_refused_by_the_c_function():
+def test_c_function_refuses_nonsense_arguments():
     functions = native.cuda_functions()
     nothing = [None] * 3
     code = functions.fastlora_cuda_lora_linear(
@@ -255,14 +259,14 @@ def test_nonsense_is_refused_by_the_c_function():
 
 
 @pytest.mark.cuda
-def test_a_graph_captures_it(device):
+def test_cuda_graph_captures_and_replays_lora_linear(device):
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     x, weight, bias, A, B, _ = operands(130, 264, 136, 16, BF16, BF16, device)
 
     def run() -> Tensor:
         given = (x, weight, bias, A, B, None, SCALING, 0.0, None)
-        return take("lora_linear", *given)[0]
+        return call_kernel("lora_linear", *given)[0]
 
     plain = run()
     graph = torch.cuda.CUDAGraph()
@@ -272,7 +276,7 @@ def test_a_graph_captures_it(device):
     assert same_bits(captured, plain)
 
 
-def test_compiled_whole(device):
+def test_lora_linear_compiles_in_one_graph(device):
     x, weight, bias, A, B, _ = operands(9, 40, 48, 8, BF16, BF16, device)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -283,7 +287,7 @@ def test_compiled_whole(device):
     assert fastlora.backend("lora_linear", device) == "cuda"
 
 
-def test_unaligned_operands_are_named(device):
+def test_chunks_names_unaligned_operands(device):
     x = signed(3, 64, dtype=BF16, device=device)
     assert cuda_call.chunks("x", x) is None
     assert "multiple of 16" in str(cuda_call.chunks("x", misaligned(x)))

@@ -1,8 +1,7 @@
-"""The host's twin of a GPU: instructions lie as NVIDIA's manual says, and mistakes show.
+"""The GPU emulated on the host: instructions follow NVIDIA's manual, and mistakes show."""
 
-The layouts here are written from the figures of the PTX ISA manual, "Matrix Fragments for
-mma.m16n8k16 with floating point type" and "ldmatrix", once more.
-"""
+# The layouts here are written from the figures of the PTX ISA manual, "Matrix Fragments for
+# mma.m16n8k16 with floating point type" and "ldmatrix", once more.
 
 import ctypes
 from pathlib import Path
@@ -42,7 +41,7 @@ def chunks(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
-def test_ldmatrix(machine, transposed):
+def test_ldmatrix_gives_lanes_their_matrix_parts(machine, transposed):
     given = RANDOM.integers(0, 1 << 16, (4, 8, 8)).astype(np.uint16)
     out = np.zeros((32, 4, 2), np.uint16)
     assert run(machine, "read_matrices", given, out, transposed) == 0
@@ -54,7 +53,7 @@ def test_ldmatrix(machine, transposed):
 
 
 @pytest.mark.parametrize("bfloat16", [0, 1])
-def test_mma(machine, bfloat16):
+def test_mma_matches_product_in_float(machine, bfloat16):
     dtype = torch.bfloat16 if bfloat16 else torch.float16
     a, b = (torch.randn(*shape).to(dtype) for shape in ((16, 16), (16, 8)))
     c = torch.randn(16, 8)
@@ -81,7 +80,7 @@ def test_mma(machine, bfloat16):
             assert out[lane, i] == pytest.approx(want[row, column], rel=1e-6, abs=1e-6)
 
 
-def test_shuffles_and_barriers(machine):
+def test_prefix_sums_are_right_in_any_order(machine):
     given = RANDOM.integers(-99, 99, 128).astype(np.int32)
     for seed in range(6):
         out = np.zeros(128, np.int32)
@@ -90,7 +89,7 @@ def test_shuffles_and_barriers(machine):
         assert (out == np.cumsum(given)).all()
 
 
-def test_a_missing_barrier_shows(machine):
+def test_missing_barrier_changes_results_across_orders(machine):
     """Another order of the threads, other results: what the kernels' own tests look for."""
     given = RANDOM.integers(1, 99, 128).astype(np.int32)
     seen = set()
@@ -102,7 +101,7 @@ def test_a_missing_barrier_shows(machine):
     assert len(seen) > 1
 
 
-def test_cp_async(machine):
+def test_cp_async_arrives_only_after_wait(machine):
     given, out = chunks(32), chunks(32)
     given[:] = RANDOM.integers(0, 1 << 31, (32, 4))
     assert run(machine, "copy_through", given, out) == 0
@@ -113,13 +112,13 @@ def test_cp_async(machine):
     assert (out == 0xFFFFFFFF).all()
 
 
-def test_an_address_that_is_no_chunk_fails(machine):
+def test_cp_async_refuses_unaligned_address(machine):
     raw, out = chunks(33).reshape(-1), chunks(32)
     assert run(machine, "copy_through", raw[1:], out) == 6
     assert b"copy_through: cp.async" in machine.fastlora_cuda_last_error()
 
 
-def test_side_by_side(machine):
+def test_dependent_launch_without_wait_runs_early(machine):
     out = np.full(32, -1, np.int32)
     assert run(machine, "side_by_side", None, out) == 0
     assert (out == np.arange(32) + 1).all()
@@ -129,15 +128,15 @@ def test_side_by_side(machine):
 
 
 @pytest.mark.parametrize("which, reason", [(0, b"32 of 64 threads"), (1, b"lanes of a warp")])
-def test_what_would_hang_is_an_error(machine, which, reason):
+def test_kernel_that_would_hang_is_an_error(machine, which, reason):
     out = np.zeros(64, np.int32)
     assert run(machine, "stuck", None, out, which) == 6
     assert reason in machine.fastlora_cuda_last_error()
     # And the next launch is not troubled by it.
-    test_shuffles_and_barriers(machine)
+    test_prefix_sums_are_right_in_any_order(machine)
 
 
-def test_conversions_are_torchs(machine):
+def test_conversions_have_the_bits_of_torch(machine):
     special = [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e-8, 6e-8, 3e-5, 6.1e-5, float("inf")]
     drawn = torch.randn(4000) * torch.logspace(-12, 12, 4000)
     halves = (torch.randn(500).bfloat16().float() * (1 + 2**-9), torch.randn(500) * 2**-24)

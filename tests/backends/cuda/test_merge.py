@@ -1,4 +1,4 @@
-"""Merging on the CUDA kernels: what the tests of every backend that merges do not look at."""
+"""Merging on the CUDA kernels: what tests of all merging backends do not cover."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 @pytest.mark.parametrize("lora_dtype", [torch.float32, None], ids=["fp32", "same"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, K, R", [(63, 431, 5), (130, 136, 100), (1, 2049, 3), (2049, 8, 16)])
-def test_one_rounding_and_back(N, K, R, dtype, lora_dtype, device):
+def test_merge_rounds_once_and_unmerge_restores(N, K, R, dtype, lora_dtype, device):
     """Ranks beyond what shared memory holds at a time, parts of tiles, one row."""
     weight, adapter = weight_and_adapter(N, K, R, dtype, device, lora_dtype=lora_dtype or dtype)
     before = weight.clone()
@@ -29,7 +29,7 @@ def test_one_rounding_and_back(N, K, R, dtype, lora_dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_however_it_lies(dtype, device):
+def test_merge_has_same_bits_in_any_layout(dtype, device):
     """By chunks or one by one; factors aligned or not."""
     weight, (A, B, s) = weight_and_adapter(136, 200, 16, dtype, device, lora_dtype=dtype)
     found = []
@@ -45,7 +45,7 @@ def test_the_same_bits_however_it_lies(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_receipts_in_any_order_of_threads(dtype):
+def test_receipts_are_same_in_any_thread_order(dtype):
     """A tile's place in the pool differs with the order of the blocks; the receipt does not."""
     if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
@@ -68,7 +68,7 @@ def test_the_same_receipts_in_any_order_of_threads(dtype):
             assert all(torch.equal(a, b) for a, b in zip(once(), want, strict=True))
 
 
-def test_float32_factors_have_the_bits_of_the_cpu_library(device):
+def test_float32_merge_has_bits_of_cpu_library(device):
     """Multiplied and added one by one, in the order of the ranks, on every machine."""
     if native.unusable() is not None:
         pytest.skip(str(native.unusable()))

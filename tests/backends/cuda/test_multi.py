@@ -1,4 +1,4 @@
-"""Many adapters in up to 64 rows on the CUDA kernels, on a GPU or on the host."""
+"""The CUDA kernels for many adapters in up to 64 rows, on a GPU or on the host."""
 
 import math
 
@@ -13,7 +13,7 @@ from fastlora.backends.values import Adapters, Rows
 from fastlora.ops import dispatch
 from tests.support import cuda_host
 from tests.support.adapters_in_batches import Batch, Paged
-from tests.support.cuda_calls import take
+from tests.support.cuda_calls import call_kernel
 from tests.support.helpers import DTYPES, assert_accurate, same_bits, signed
 
 BF16 = torch.bfloat16
@@ -37,18 +37,18 @@ pytestmark = pytest.mark.usefixtures("on_cuda_kernels", "memory_holds_nan")
 
 def run(b: Batch) -> tuple[Tensor, Tensor]:
     given = (b.x, b.weight, b.bias, b.adapters, b.routing)
-    return take("multi_lora_linear", *given)
+    return call_kernel("multi_lora_linear", *given)
 
 
-def by_rank(B: Tensor) -> Tensor:
+def transpose_in_memory(B: Tensor) -> Tensor:
     """The same numbers with columns of a rank side by side."""
     return B.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @pytest.mark.parametrize("T, K, N, R, S", SHAPES)
-@pytest.mark.parametrize("layout", [lambda B: B, by_rank], ids=["by-column", "by-rank"])
+@pytest.mark.parametrize("layout", [lambda B: B, transpose_in_memory], ids=["by-column", "by-rank"])
 @dtypes
-def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
+def test_multi_lora_linear_matches_oracle(T, K, N, R, S, layout, dtype, lora_dtype, device):
     b = Batch.draw(T, K, N, R, S, dtype, lora_dtype, device)
     b = b._replace(B=layout(b.B))
     y, h = run(b)
@@ -58,7 +58,7 @@ def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
     own = signed(T, N, dtype=dtype, device=device)
     added, h2 = own.clone(), torch.empty_like(h)
     given = (added, h2, b.x, b.adapters, b.routing)
-    take("multi_lora_add_", *given)
+    call_kernel("multi_lora_add_", *given)
     base = b._replace(ids=torch.full_like(b.ids, -1)).want()
     assert_accurate(added, own.cpu().double() + want - base, unfused, dtype)
     assert same_bits(h2, h)
@@ -69,7 +69,7 @@ def test_values(T, K, N, R, S, layout, dtype, lora_dtype, device):
 @pytest.mark.parametrize("page", [8, 16])
 @pytest.mark.parametrize("widths", [[136], [64, 40, 32]])
 @dtypes
-def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
+def test_pages_and_slices_equal_dense_slots(page, widths, dtype, lora_dtype, device):
     """As dense slots, a slice at a time; free pages hold NaN."""
     T, K, N, R, S = 29, 72, sum(widths), 32, 6
     b = Batch.draw(T, K, N, R, S, dtype, lora_dtype, device)
@@ -80,10 +80,10 @@ def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
     ends = [sum(widths[: i + 1]) for i in range(C)]
     lora_B = paged.B.transpose(1, 2)
     adapters = Adapters(paged.A, lora_B, paged.table, ends)
-    y = take("packed_lora_linear", b.x, b.weight, b.bias, adapters, b.routing)
+    y = call_kernel("packed_lora_linear", b.x, b.weight, b.bias, adapters, b.routing)
     begin, own, added = 0, signed(T, N, dtype=dtype, device=device), None
     added = own.clone()
-    take("packed_lora_add_", added, b.x, adapters, b.routing)
+    call_kernel("packed_lora_add_", added, b.x, adapters, b.routing)
     for i, end in enumerate(ends):
         part = b._replace(
             weight=b.weight[begin:end], bias=b.bias[begin:end],
@@ -96,7 +96,7 @@ def test_pages_and_slices(page, widths, dtype, lora_dtype, device):
         begin = end
 
 
-def test_rows_have_their_bits_in_any_batch(device):
+def test_row_has_same_bits_in_any_batch(device):
     b = Batch.draw(64, 264, 72, 24, 7, BF16, BF16, device)
     together, _ = run(b)
     for size in (1, 5, 16, 33):
@@ -104,7 +104,7 @@ def test_rows_have_their_bits_in_any_batch(device):
         assert same_bits(run(b.rows(index))[0], together[index])
 
 
-def test_invariant_batches_of_any_size(device):
+def test_batch_invariant_holds_beyond_64_rows(device):
     """Beyond the rows that these kernels take, where another backend sums in another order."""
     b = Batch.draw(70, 1024, 1024, 16, 5, BF16, BF16, device)
 
@@ -117,7 +117,7 @@ def test_invariant_batches_of_any_size(device):
     assert same_bits(public(b.rows(some)), public(b)[:64])
 
 
-def test_rows_of_none_are_as_without_adapters(device):
+def test_rows_without_adapter_have_base_bits(device):
     b = Batch.draw(40, 136, 72, 16, 5, BF16, BF16, device)
     plain, _ = run(b._replace(ids=torch.full_like(b.ids, -1)))
     none = b.ids < 0
@@ -125,7 +125,7 @@ def test_rows_of_none_are_as_without_adapters(device):
     assert same_bits(run(b)[0][none], plain[none])
 
 
-def test_nan_stays_with_its_rows(device):
+def test_nan_in_adapter_stays_with_its_rows(device):
     b = Batch.draw(40, 136, 72, 16, 5, BF16, BF16, device)
     b = b._replace(ids=b.ids.where(b.ids != 0, 1))
     y, _ = run(b)
@@ -137,7 +137,7 @@ def test_nan_stays_with_its_rows(device):
     assert same_bits(poisoned[others], y[others])
 
 
-def test_ids_out_of_range_are_none(device):
+def test_ids_out_of_range_mean_no_adapter(device):
     """Where the host has not looked: ids that changed on the device."""
     b = Batch.draw(9, 40, 48, 8, 3, BF16, BF16, device)
     _, order, starts, *rest = b.routing
@@ -145,27 +145,27 @@ def test_ids_out_of_range_are_none(device):
     wild = wild.to(torch.int32)
     rows = Rows(wild, order, starts, *rest)
     given = (b.x, b.weight, b.bias, b.adapters, rows)
-    y, h = take("multi_lora_linear", *given)
+    y, h = call_kernel("multi_lora_linear", *given)
     plain, _ = run(b._replace(ids=torch.full_like(b.ids, -1)))
     assert same_bits(y[:4], plain[:4])
     assert not h[:4].any()
 
 
 @pytest.mark.parametrize("page_id", [-1, 99])
-def test_pages_out_of_range_are_none(page_id, device):
+def test_pages_out_of_range_count_as_zero(page_id, device):
     b = Batch.draw(5, 40, 48, 8, 2, BF16, BF16, device)
     A, B = b.A.nan_to_num(0.5), b.B.nan_to_num(0.5)
     table = torch.tensor([[0], [page_id]], dtype=torch.int32, device=device)
     ids = torch.tensor([0, 1, 0, 1, 0], device=device)
     b = b._replace(ids=ids, ranks=torch.tensor([8, 8], device=device))
     given = (b.x, b.weight, b.bias, Adapters(A, B, table, [48]), b.routing)
-    y = take("packed_lora_linear", *given)
+    y = call_kernel("packed_lora_linear", *given)
     plain, _ = run(b._replace(A=A, B=B, ids=torch.full_like(ids, -1)))
     assert same_bits(y[1::2], plain[1::2])
 
 
 @pytest.mark.parametrize("weight", [True, False])
-def test_the_same_bits_in_any_order_of_threads(weight):
+def test_bits_are_same_in_any_thread_order(weight):
     if not native.cuda_on_host():
         pytest.skip("a GPU has an order of its own")
     b = Batch.draw(40, 264, 72, 72, 11, BF16, BF16, torch.device("cpu"))
@@ -176,7 +176,7 @@ def test_the_same_bits_in_any_order_of_threads(weight):
             return run(b)[0]
         y = own.clone()
         given = (y, b.x.new_empty(40, 72), b.x, b.adapters, b.routing)
-        take("multi_lora_add_", *given)
+        call_kernel("multi_lora_add_", *given)
         return y
 
     first = once()
@@ -195,7 +195,7 @@ def test_refused_calls_run_on_the_next_backend(T, R, reason, device, caplog):
     assert reason in caplog.text
 
 
-def test_x_and_y_may_share_memory(device):
+def test_multi_add_accepts_x_as_y(device):
     b = Batch.draw(9, 48, 48, 8, 3, BF16, BF16, device)
     how = {"ranks": b.ranks, "row_scales": b.row_scales}
     y = b.x.clone()

@@ -1,4 +1,4 @@
-"""No result depends on what lies between the rows of an operand, nor on another row."""
+"""Products of plain torch depend neither on memory between an operand's rows nor on other rows."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def in_one_dtype(backend: str, lora_dtype: torch.dtype) -> str | None:
     return "interpreted in one dtype: the kernels' own tests read any layout" if skips else None
 
 
-def drawn(lora_dtype, T=T) -> dict[str, Tensor]:
+def draw_operands(lora_dtype, T=T) -> dict[str, Tensor]:
     b = Batch.draw(T, K, N, R, S, BF16, lora_dtype, CPU)
     A, B = b.A.nan_to_num(), b.B.nan_to_num()
     whole = Paged.of(torch.cat([A, -A], 1), B, torch.full((S,), R), PAGE, len(WIDTHS))
@@ -129,10 +129,10 @@ def results(call: Callable[[dict], Tensor], differentiable: bool, t: dict) -> li
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 @in_one_dtype
 @cannot
-def test_nothing_comes_from_between_rows(backend, lora_dtype, name, reading):
+def test_results_ignore_memory_between_rows(backend, lora_dtype, name, reading):
     call, differentiable = CALLS[name]
     interpreted = backend == "triton"
-    t = drawn(lora_dtype, INTERPRETED if interpreted else T)
+    t = draw_operands(lora_dtype, INTERPRETED if interpreted else T)
     layouts = {what: {n: sliced(t[n]) for n in names} for what, names in OPERANDS.items()}
     everything = {n: v for given in layouts.values() for n, v in given.items()}
     if interpreted:
@@ -150,10 +150,10 @@ def test_nothing_comes_from_between_rows(backend, lora_dtype, name, reading):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @cannot
-def test_a_row_of_nan_stays_alone(backend, name, reading):
+def test_row_of_nan_stays_alone(backend, name, reading):
     """In x and in y's gradient, dense ones: the row before it reads into it."""
     call, differentiable = CALLS[name]
-    t = drawn(BF16)
+    t = draw_operands(BF16)
     others = torch.arange(T) != 40
     with fastlora.use_backend(backend):
         for poisoned in ("x", "dy")[: 1 + differentiable]:
@@ -183,7 +183,7 @@ def test_merged_and_disabled_layers_isolate_rows_too(reading):
 
 @pytest.mark.parametrize("lay", [strided, transposed, misaligned, sliced])
 @pytest.mark.parametrize("width", [1, 2, 31, 32, 33, 36, 64, 66, 100])
-def test_isolated_rows_are_the_same_rows(lay, width, monkeypatch):
+def test_isolate_rows_keeps_bits_and_adds_zeros(lay, width, monkeypatch):
     monkeypatch.setattr(library, "reads_past_rows", lambda dtype: True)
     t = lay(signed(19, width, dtype=BF16, device=CPU))
     rows = library.isolate_rows(t)
@@ -198,7 +198,7 @@ def test_isolated_rows_are_the_same_rows(lay, width, monkeypatch):
         assert not behind.any()
 
 
-def test_rows_that_end_with_a_step_are_not_copied(monkeypatch):
+def test_isolate_rows_copies_nothing_at_full_steps(monkeypatch):
     monkeypatch.setattr(library, "reads_past_rows", lambda dtype: True)
     for width in (2, 8, 16, 32, 64, 96, 4096):
         for lay in (misaligned, sliced):
@@ -208,19 +208,19 @@ def test_rows_that_end_with_a_step_are_not_copied(monkeypatch):
         assert library.isolate_rows(t) is t
 
 
-def test_a_torch_that_reads_within_rows_copies_nothing(monkeypatch):
+def test_isolate_rows_copies_nothing_on_safe_torch(monkeypatch):
     monkeypatch.setattr(library, "reads_past_rows", lambda dtype: False)
     t = sliced(signed(19, 37, dtype=BF16, device=CPU))
     assert library.isolate_rows(t) is t
 
 
-def test_reading_past_rows_is_found_by_trying():
+def test_reads_past_rows_is_found_by_trying():
     with ReadsPastRows():
         assert library.reads_past_rows.__wrapped__(BF16)
         assert not library.reads_past_rows.__wrapped__(F32)
 
 
-def test_the_emulation_spoils_what_amx_spoils():
+def test_emulation_spoils_same_elements_as_amx():
     """Of 17 rows: oneDNN divides K otherwise where they are many."""
     if not library.reads_past_rows(BF16):
         pytest.skip("this machine's torch does not read past rows")
@@ -234,7 +234,7 @@ def test_the_emulation_spoils_what_amx_spoils():
         assert torch.equal(real.isnan().any(1), emulated.isnan().any(1)), width
 
 
-def test_a_transposed_result_swaps_the_operands(reading):
+def test_product_into_transposed_result_isolates_rows(reading):
     a, b = signed(19, 37, dtype=BF16, device=CPU), sliced(signed(33, 37, dtype=BF16, device=CPU))
     y = torch.zeros(33, 19, dtype=BF16).T
     assert library.addmm_(y, a, b.T).isfinite().all()

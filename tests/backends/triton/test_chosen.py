@@ -1,4 +1,4 @@
-"""When the backend "triton" runs and when not: asked for, unasked, refused, missing."""
+"""When the backend "triton" runs: asked for, unasked, refused, missing."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ def rows_of_a_gpu(tmp_path, monkeypatch):
     choice.forget()
 
 
-def test_compiling_asks_for_verified_rows_once(rows_of_a_gpu, monkeypatch):
+def test_compiling_reads_verified_rows_once(rows_of_a_gpu, monkeypatch):
     """The reading of files is not traced: its answer is a constant of the graph."""
     torch.compiler.reset()
     rows_of_a_gpu(("lora_linear", "fp32", "one_pass"), ("lora_linear_backward", "fp32", "one_pass"))
@@ -61,7 +61,7 @@ def test_compiling_asks_for_verified_rows_once(rows_of_a_gpu, monkeypatch):
         ({"R": 513}, "ranks up to 512, got 513"),
     ],
 )
-def test_what_it_cannot_run_is_an_error_where_forced(change, message, device, on_triton):
+def test_forced_triton_raises_for_unsupported_product(change, message, device, on_triton):
     kind = {"dtype": change.get("dtype", torch.float32), "device": device}
     rank = change.get("R", 3)
     x, weight = signed(4, 8, **kind), signed(6, 8, **kind)
@@ -77,7 +77,7 @@ def test_what_it_cannot_run_is_an_error_where_forced(change, message, device, on
         assert F.lora_linear(x, weight, A, B, 1.0).shape == (4, 6)
 
 
-def test_ops_that_it_lacks_run_elsewhere_and_say_so_once(device, on_triton, caplog, monkeypatch):
+def test_ops_missing_in_triton_run_elsewhere_logged_once(device, on_triton, caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_logged", set())
     args = [t.to(device) for t in operands(multi_add)]
     with caplog.at_level(logging.WARNING, "fastlora"):
@@ -88,7 +88,7 @@ def test_ops_that_it_lacks_run_elsewhere_and_say_so_once(device, on_triton, capl
     assert any("has no group_rows" in message for message in said)
 
 
-def test_mixed_devices_are_refused_before_a_backend_is_asked(on_triton):
+def test_mixed_devices_are_refused_before_choosing_backend(on_triton):
     x, weight, A, B = operands(linear)
     with pytest.raises(ValueError, match="lora_A: expected the device cpu, got meta"):
         F.lora_linear(x, weight, A.to("meta"), B, 1.0)
@@ -111,7 +111,7 @@ except RuntimeError as error:
 """
 
 
-def test_without_a_gpu_and_an_interpreter():
+def test_triton_needs_a_gpu_or_an_interpreter():
     """Unasked, plain torch runs; forced, an error says what is missing."""
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     hidden = {**plain, "CUDA_VISIBLE_DEVICES": ""}
@@ -133,7 +133,7 @@ class Gpu:
     type, index = "cuda", 0
 
 
-def test_unasked_it_runs_where_it_was_verified(rows_of_a_gpu, monkeypatch, caplog):
+def test_triton_runs_unasked_only_where_verified(rows_of_a_gpu, monkeypatch, caplog):
     monkeypatch.setattr(dispatch._asked, "name", None)
     monkeypatch.setattr(dispatch, "_logged", set())
     monkeypatch.setattr("fastlora.kernels.tile.launch.arch_of", lambda device: 90)

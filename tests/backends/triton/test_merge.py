@@ -1,4 +1,4 @@
-"""What can go wrong between the launches of a Triton merge: every weight is as before."""
+"""Triton merges that fail between launches leave every weight as before."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ pytestmark = pytest.mark.usefixtures("triton_usable")
 merge_batch = pytest.importorskip("fastlora.kernels.merge.batch")
 
 
-def several(device, ratio: float = 1.0):
+def two_kinds_of_weights(device, ratio: float = 1.0):
     """Two kinds of weights, so two launches; a ratio of 1 fills the pool, so more of them."""
     dtypes = [torch.bfloat16, torch.bfloat16, torch.float32]
     pairs = [weight_and_adapter(70, 66, 5, dtype, device, ratio) for dtype in dtypes]
     return [weight for weight, _ in pairs], [[adapter] for _, adapter in pairs]
 
 
-def turned(adapters):
+def flipped_adapters(adapters):
     return [[(A.flip(0), B, scaling) for A, B, scaling in some] for some in adapters]
 
 
-def failing(monkeypatch, name: str, call: int, error: type[BaseException]):
+def fail_at_call(monkeypatch, name: str, call: int, error: type[BaseException]):
     """The call-th call of a method of Batch ends in an error, before it has done anything."""
     original, calls = getattr(merge_batch.Batch, name), []
 
@@ -56,24 +56,24 @@ def makes_nothing(step, name) -> str | None:
         ("_pool", 3, torch.OutOfMemoryError),
     ],
 )
-def test_a_failure_between_launches_changes_nothing(monkeypatch, device, step, name, call, error):
-    weights, adapters = several(device)
+def test_failure_between_launches_changes_nothing(monkeypatch, device, step, name, call, error):
+    weights, adapters = two_kinds_of_weights(device)
     with dispatch.use_backend("triton"):
         receipts = F.foreach_merge_(weights, adapters) if step in ("swap", "unmerge") else []
-        failing(monkeypatch, name, call, error)
+        fail_at_call(monkeypatch, name, call, error)
         act = {
             "merge": lambda: F.foreach_merge_(weights, adapters),
             "for good": lambda: F.foreach_merge_(weights, adapters, receipt=False),
-            "swap": lambda: F.foreach_swap_(weights, receipts, turned(adapters)),
+            "swap": lambda: F.foreach_swap_(weights, receipts, flipped_adapters(adapters)),
             "unmerge": lambda: F.foreach_unmerge_(weights, receipts),
         }[step]
         with unchanged(weights), pytest.raises(error):
             act()
 
 
-def test_taking_back_wants_no_memory_of_the_weights_size(monkeypatch, device):
+def test_taking_back_allocates_nothing_of_weight_size(monkeypatch, device):
     """Where memory has run out there is none for it."""
-    weights, adapters = several(device)
+    weights, adapters = two_kinds_of_weights(device)
     adapters[2][0][1][3, 2] = float("nan")
     with dispatch.use_backend("triton"), unchanged(weights):
 
@@ -92,7 +92,7 @@ def test_taking_back_wants_no_memory_of_the_weights_size(monkeypatch, device):
 
 
 @pytest.mark.parametrize("ratio", [0.001, 1.0])
-def test_a_pool_that_is_too_small_is_made_larger(monkeypatch, device, ratio):
+def test_pool_too_small_is_made_larger(monkeypatch, device, ratio):
     launches = []
     original = merge_batch.Batch._launch
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Triton's ops as torch knows them: their schemas, the list of them, what they write in place."""
+"""Triton's ops as torch knows them: schemas, their list, in-place writes."""
 
 import pytest
 import torch
@@ -76,17 +76,17 @@ def multi_calls(device):
 
 
 @pytest.mark.parametrize("op", OPS_OF_TRITON)
-def test_opcheck(op, device, on_triton):
+def test_triton_op_passes_opcheck(op, device, on_triton):
     for args in (raw_calls(device) | merge_calls(device, "triton"))[op]:
         torch.library.opcheck(getattr(ops, op), (*args, *last_arguments(op, "triton")))
 
 
-def test_the_list_of_its_ops_is_true(on_triton):
+def test_triton_ops_are_exactly_those_listed(on_triton):
     calls = {*raw_calls("cpu"), *merge_calls("cpu", "triton")}
     assert calls == set(OPS_OF_TRITON)
 
 
-def test_in_place_writes_bump_versions(device, on_triton):
+def test_in_place_writes_bump_tensor_versions(device, on_triton):
     y, h, *rest = raw_calls(device)["lora_add_"][0]
     before = (y._version, h._version)
     ops.lora_add_(y, h, *rest, False, "triton")

@@ -1,4 +1,4 @@
-"""The backend "triton" as a user meets it: trained with, compiled, checkpointed, captured."""
+"""The backend "triton" in use: trained, compiled, checkpointed, captured."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def on_cuda() -> torch.device:
 @pytest.mark.parametrize(
     "f, p", [(f, p) for f in SINGLE + MULTI for p in (0.0, 0.4)[: 2 - (f in MULTI)]]
 )
-def test_as_the_backend_torch(f, p, device, on_triton):
+def test_triton_equals_torch_with_same_seed(f, p, device, on_triton):
     """Same mask from the same seed, same values and gradients, under autograd and torch.func."""
     options = {"dropout_p": p, "training": True} if p and f is not SINGLE[2] else {}
     results = []
@@ -55,7 +55,7 @@ def seeded_operands(f):
 
 
 @pytest.mark.parametrize("f", SINGLE + MULTI)
-def test_compile(f, device, on_triton):
+def test_compiled_triton_function_equals_eager(f, device, on_triton):
     """Fullgraph, forward and backward, at several batch sizes; what eager gives."""
     torch.compiler.reset()
     compiled = torch.compile(f, fullgraph=True)
@@ -73,7 +73,7 @@ def test_compile(f, device, on_triton):
 
 @pytest.mark.parametrize("f", [linear, add])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_keeps_the_mask(f, reentrant, device, on_triton):
+def test_activation_checkpointing_keeps_the_triton_mask(f, reentrant, device, on_triton):
     """Forward runs again in backward, from the generator's saved state: the same seed, so mask."""
     options = {"dropout_p": 0.5, "training": True}
     results = []
@@ -90,14 +90,14 @@ def test_activation_checkpointing_keeps_the_mask(f, reentrant, device, on_triton
         assert same_bits(ours, want)
 
 
-def test_training_follows_the_backend_torch(device, on_triton):
+def test_triton_training_has_losses_of_torch(device, on_triton):
     """A small model's losses, step by step; the environment's variable decides."""
-    losses = {name: trained_elsewhere(name, device) for name in ("torch", "triton")}
+    losses = {name: train_in_process(name, device) for name in ("torch", "triton")}
     assert losses["torch"][-1] < 0.5 * losses["torch"][0]
     torch.testing.assert_close(*map(torch.tensor, losses.values()), rtol=1e-4, atol=1e-5)
 
 
-def trained_elsewhere(backend: str, device: torch.device) -> list[float]:
+def train_in_process(backend: str, device: torch.device) -> list[float]:
     code = (
         "import fastlora, tests.backends.triton.test_training as t\n"
         f"assert fastlora.backend('lora_linear', {str(device)!r}) == {backend!r}\n"
@@ -136,7 +136,7 @@ def train(device: str) -> list[float]:
 @pytest.mark.cuda
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [1, 48, 700])
-def test_cuda_graphs_follow_adapters_changed_in_place(p, rows, on_cuda):
+def test_cuda_graph_follows_adapters_changed_in_place(p, rows, on_cuda):
     """Captured once, replayed after lora_A, lora_B and x were written: and a new mask each time."""
     kind = {"dtype": torch.bfloat16, "device": on_cuda}
     x, weight = signed(rows, 256, **kind), signed(384, 256, **kind)
