@@ -31,13 +31,14 @@ def lora_linear(
 ) -> Tensor:
     """``x @ weight.T + bias + scaling * ((dropout(x) @ lora_A.T) @ lora_B.T + lora_bias)``.
 
-    x (..., K), weight (N, K) and bias (N,) share a dtype (float16, bfloat16, float32, float64);
-    lora_A (R, K), lora_B (N, R) and lora_bias (N,) share one of their own, float32 on a
-    half-precision base being the usual choice. Returns (..., N) in x's dtype. Differentiable in
-    every tensor, once. Dropout (``training=True``) touches the LoRA branch alone; its mask follows
-    from a seed drawn from torch's generator and is regenerated in backward, never stored.
+    - x (..., K), weight (N, K), bias (N,): of one dtype, float16, bfloat16, float32 or float64
+    - lora_A (R, K), lora_B (N, R), lora_bias (N,): of one dtype of their own; float32 on a
+      half-precision base is usual
+    - dropout_p: of the LoRA branch alone, with ``training=True``. The mask follows from a seed
+      drawn from torch's generator; backward makes it again, so it is never stored
 
-    Raises TypeError or ValueError naming the argument that does not fit.
+    Returns (..., N) in x's dtype, differentiable once in every tensor. Raises TypeError or
+    ValueError naming the argument that does not fit.
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias)
@@ -87,9 +88,13 @@ def lora_add_(
 ) -> Tensor:
     """Adds ``scaling * (dropout(x) @ lora_A.T) @ lora_B.T`` to y in place and returns y.
 
-    For bases that are not a plain weight: y (..., N) is any base layer's output for x (..., K), of
-    the same dtype (under autocast x is cast to y's). lora_A (R, K), lora_B (N, R), dropout and
-    errors as in ``lora_linear``; differentiable in y, x, lora_A, lora_B.
+    For bases that are not a plain weight.
+
+    - y (..., N): any base layer's output for x
+    - x (..., K): of y's dtype; under autocast it is cast to that
+    - lora_A (R, K), lora_B (N, R), dropout_p: as in ``lora_linear``
+
+    Differentiable in y, x, lora_A, lora_B. Errors as in ``lora_linear``.
     """
     x = checks.autocast_to(x, y)
     checks.added(y, x, lora_A, lora_B)

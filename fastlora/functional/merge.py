@@ -21,14 +21,15 @@ def merge_(
 ) -> MergeReceipt | None:
     """``weight += sum of scaling * lora_B @ lora_A`` in place: float32 sums, one rounding.
 
-    weight (N, K) of any strides keeps its ``data_ptr``; adapters: [(lora_A (R, K), lora_B (N, R),
-    scaling), …]. The receipt gives every bit back through ``unmerge_``; without one the merge is
-    for good. Nothing of the weight's size is allocated beside the receipt, which holds copies of
-    the adapters and the elements that subtraction would not restore. snapshot: the receipt holds a
-    copy of the weight instead, good on any machine and in any version.
+    - weight (N, K): of any strides; it keeps its ``data_ptr``
+    - adapters: [(lora_A (R, K), lora_B (N, R), scaling), …]
+    - receipt: gives every bit back through ``unmerge_``; without one the merge is for good
+    - snapshot: the receipt holds a copy of the weight, good on any machine and in any version
 
-    Raises TypeError or ValueError naming what does not fit (a sharded or quantized weight, say),
-    ValueError when a merged value would not be finite; the weight is unchanged then.
+    Without a snapshot nothing of the weight's size is allocated: the receipt holds copies of the
+    adapters and the elements that subtraction would not restore. Raises TypeError or ValueError
+    naming what does not fit (a sharded or quantized weight, say), ValueError when a merged value
+    would not be finite; the weight is unchanged then.
     """
     return foreach_merge_([weight], [adapters], receipt=receipt, snapshot=snapshot)[0]
 
@@ -43,10 +44,11 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
 
 
 def swap_(weight: Tensor, receipt: MergeReceipt, adapters: Sequence[Adapter]) -> MergeReceipt:
-    """Takes out what ``receipt`` says is merged into weight (N, K) and merges ``adapters`` instead.
+    """Takes out of weight (N, K) what ``receipt`` says is merged, and merges ``adapters`` instead.
 
     The bits are those of ``unmerge_`` and ``merge_``; a GPU's kernel moves the weight once. Returns
-    the new receipt, a snapshot if the old one was. Errors as theirs; the weight is unchanged then.
+    the new receipt, a snapshot if the old one was. Errors are those of the two; the weight is
+    unchanged then.
     """
     return foreach_swap_([weight], [receipt], [adapters])[0]
 

@@ -36,23 +36,23 @@ def multi_lora_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` plus, for each row, its own adapter's ``scaling * (x @ A.T) @ B.T``.
 
-    x (T, K) with adapter_ids (T,), or x (B, L, K) with ids (B,) or (B, L), or what ``group_rows``
-    made of them; -1 = no adapter. lora_A (S, R, K), lora_B (S, N, R); scalings float32 (S,); ranks
-    int (S,): what lies past a slot's rank is ignored whatever it holds, a rank below 0 is 0, one
-    above R is R; row_scales float (T,), or of x's first dimensions, multiplies a row's adapter
-    part. Differentiable in x, weight, bias, lora_A, lora_B.
+    - x (T, K), or (B, L, K)
+    - adapter_ids: (T,), (B,) or (B, L), -1 for no adapter; or what ``group_rows`` made of them
+    - lora_A (S, R, K), lora_B (S, N, R), scalings float32 (S,): S slots of adapters
+    - ranks int (S,): what lies past a slot's rank is ignored, whatever it holds; below 0 counts as
+      0, above R as R
+    - row_scales float (T,), or of x's first dimensions: multiplies a row's adapter part
+    - slices: widths of the C parts of a packed projection (q, k, v), which add up to N. Each part
+      has an A of its own: lora_A is (S, C * R, K), part after part, lora_B (S, N, R) as before
+    - page_table int32 (S, pages a slot), for slots of different sizes: adapters lie in P pages of
+      ranks, lora_A (P, C * page, K), lora_B (P, page, N). Slot s has rank i in row ``i % page`` of
+      page ``page_table[s, i // page]``; an entry that is no page holds nothing. B's pages are
+      rank-major, unlike lora_B. Not differentiable: call under no_grad
 
-    slices: widths of the C parts of a packed projection (q, k, v), which add up to N. Each part has
-    an A of its own: lora_A is (S, C * R, K), part after part, and lora_B (S, N, R) as before.
-
-    page_table: int32 (S, pages a slot), for slots of different sizes. Adapters then lie in P pages
-    of ranks: lora_A (P, C * page, K), lora_B (P, page, N), and slot s has rank i in row
-    ``i % page`` of page ``page_table[s, i // page]``; an entry that is no page holds nothing. Mind
-    that B's pages are rank-major, unlike lora_B. Not differentiable: call under no_grad.
-
-    Raises TypeError or ValueError naming the argument that does not fit. Ids as in ``group_rows``;
-    a scaling that is not finite raises too where rows use it, on the backends "cpu" and "torch":
-    "triton", which does not wait for the device, gives those rows NaN.
+    Differentiable in x, weight, bias, lora_A, lora_B. Raises TypeError or ValueError naming the
+    argument that does not fit, for ids as ``group_rows`` does. A scaling that is not finite and
+    that rows use raises on the backends "cpu" and "torch"; "triton", which does not wait for the
+    device, gives those rows NaN.
     """
     x, weight, bias = checks.autocast(x, weight, bias)
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)
@@ -108,8 +108,10 @@ def multi_lora_add_(
 ) -> Tensor:
     """Adds each row's adapter part to y in place, as in ``multi_lora_linear``; returns y.
 
-    y (..., N): any base layer's output for x (..., K), of the same dtype (under autocast x is cast
-    to y's). Differentiable in y, x, lora_A, lora_B; all else, errors too, as there.
+    - y (..., N): any base layer's output for x
+    - x (..., K): of y's dtype; under autocast it is cast to that
+
+    Differentiable in y, x, lora_A, lora_B. Everything else, errors too, is as there.
     """
     x = checks.autocast_to(x, y)
     checks.not_differentiable(scalings=scalings, row_scales=row_scales)

@@ -79,13 +79,17 @@ def merge_checkpoint(
     """Merges PEFT adapters into the safetensors of a model's folder, written to a new folder.
 
     ``W + sum of weight * scaling * lora_B @ lora_A``, summed in float32 (float64 for a float64
-    base) and rounded once, into ``dtype`` or the base's own. base: a local folder as transformers
-    saves it, with transformers' names or those that it renames while loading (then it must be
-    installed); adapters: a folder, or several, or pairs (folder, weight). out: same files, same
-    tensors, and whatever else is in the base's folder, other models in sub-folders too, but for
-    more weights of this one beside it; loadable once all is written and not before; calling again
-    with the same arguments resumes where a killed run stopped, to the same bytes. About two of the
-    base's largest tensors are held at a time, and the adapters.
+    base) and rounded once, into ``dtype`` or the base's own.
+
+    - base: a local folder as transformers saves it, with transformers' names or those that it
+      renames while loading (then it must be installed)
+    - adapters: a folder, or several, or pairs (folder, weight)
+    - out: gets the same files and tensors, and whatever else is in the base's folder, other models
+      in sub-folders too, but for more weights of this one beside it
+
+    ``out`` can be loaded once all is written, not before. Calling again with the same arguments
+    resumes where a killed run stopped, to the same bytes. About two of the base's largest tensors
+    are held at a time, and the adapters.
 
     Rows of the embeddings that an adapter has (of a resized vocabulary, say) take the base's place,
     and the config says how many. Returns the fidelity of each merged layer; a FidelityWarning tells

@@ -31,14 +31,15 @@ _SETTINGS = ("lora_alpha", "use_rslora", "scaling", "lora_dropout", "_fidelity")
 def merge_adapter(model: nn.Module, *, untie: bool = False, snapshot: bool = False) -> nn.Module:
     """Merges every FastLoRALinear in place; ``unmerge_adapter`` undoes it. Returns ``model``.
 
-    untie: a layer whose weight another module reads too (tied) gets a copy of its own, and keeps it
-    when it is unmerged; ``report(model).untied`` names them. snapshot: keeps copies of the weights
-    instead of receipts, which are good on any machine and in any version.
+    - untie: a layer whose weight another module reads too (tied) gets a copy of its own, and keeps
+      it when it is unmerged; ``report(model).untied`` names them
+    - snapshot: keeps copies of the weights, good on any machine and in any version, not receipts
+
     ``report(model).fidelity`` says how much of the adapter has arrived in each layer; below a gain
     of 0.9 a ``FidelityWarning`` says so too.
 
-    Raises RuntimeError when a layer is merged already, tied, or never called by who reads its
-    weight, TypeError or ValueError when one is sharded or quantized, ValueError when a merged value
+    Raises RuntimeError when a layer is merged already, tied, or read by a module that never calls
+    it; TypeError or ValueError when one is sharded or quantized; ValueError when a merged value
     would not be finite. Every byte of the model is as before then, and after an interruption.
     """
     with all_or_none() as undo:

@@ -33,15 +33,18 @@ from fastlora.serving.protocol import BASE
 class MultiLoRAModel(nn.Module):
     """A model whose linears add each row's own adapter, of any number that a bank knows.
 
-    model: any batch-first torch model, changed in place: the linears that target_modules names (as
-    in ``LoRAConfig``) share their weights with layers that read adapters from ``bank``.
-    max_adapters: how many are on the device at a time, thus how many different ones a batch can
-    have. max_rank: of an adapter in any layer. device_bytes: of pages for adapters; None: enough
-    for max_adapters of max_rank. An adapter takes what its own layers and ranks need, in steps of
-    eight ranks. host_bytes: of copies in the host's memory; others are read again when they are
-    needed. lora_dtype: of the pages, default the weights'. batch_dims: {module: dimension along
-    which its inputs have the batch, in the caller's order}, of modules that this cannot be followed
-    to (learned queries), "" for the model itself. Inference only: calls run without gradients.
+    - model: any batch-first torch model, changed in place: the linears that target_modules names
+      (as in ``LoRAConfig``) share their weights with layers that read adapters from ``bank``
+    - max_adapters: how many are on the device at a time, so how many different ones a batch has
+    - max_rank: of an adapter in any layer
+    - device_bytes: of pages for adapters; None is enough for max_adapters of max_rank. An adapter
+      takes what its own layers and ranks need, in steps of eight ranks
+    - host_bytes: of copies in the host's memory; others are read again when they are needed
+    - lora_dtype: of the pages; None is the weights'
+    - batch_dims: {module: dimension along which its inputs have the batch, in the caller's order},
+      for modules to which the batch cannot be followed (learned queries); "" is the model itself
+
+    Inference only: calls run without gradients.
 
     All methods may be called from any thread, while batches run in others. A batch keeps the
     adapters that it began with. Moving or casting the model takes the bank along, at the next call.
