@@ -26,7 +26,7 @@ pytestmark = quiet
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_rows_are_each_rows_own(folder, dtype):
+def test_mixed_batch_gives_each_row_its_adapter(folder, dtype):
     server = serve(folder, *ADAPTERS, model=llama(dtype=dtype))
     ids = tokens(1, 6).repeat(len(MIX), 1)  # the same text, so that only adapters differ
     mixed = logits(server, ids, adapter_names=MIX)
@@ -43,7 +43,7 @@ def test_mixed_rows_are_each_rows_own(folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_as_pefts_adapter_names(folder, dtype):
+def test_server_matches_peft_adapter_names(folder, dtype):
     theirs: Any = peft.PeftModel.from_pretrained(llama(dtype=dtype), str(folder / "alice"), "alice")
     for name in ("bob", "carol", "dave"):
         theirs.load_adapter(str(folder / name), name)
@@ -54,7 +54,7 @@ def test_the_same_as_pefts_adapter_names(folder, dtype):
     assert_agree(got, want, logits(llama(dtype=dtype), ids))
 
 
-def test_rows_keep_their_padding(folder):
+def test_padded_rows_match_single_row_calls(folder):
     server, ids = serve(folder, "alice", "bob"), tokens(2, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
@@ -80,7 +80,7 @@ def test_rows_keep_their_padding(folder):
     ],
 )
 @pytest.mark.parametrize("call", ["forward", "generate"])
-def test_bad_names_are_refused(folder, call, names, kind, says):
+def test_server_refuses_bad_adapter_names(folder, call, names, kind, says):
     server = serve(folder, "alice", "bob")
     with untouched(server), pytest.raises(kind, match=f"adapter_names: .*{says}"):
         getattr(server, call)(input_ids=tokens(2, 4), adapter_names=names)
@@ -88,7 +88,7 @@ def test_bad_names_are_refused(folder, call, names, kind, says):
         getattr(server, call)(input_ids=tokens(2, 4))
 
 
-def test_the_inner_model_does_not_answer_alone(folder):
+def test_inner_model_refuses_calls_without_adapter_names(folder):
     server = serve(folder, "alice")
     for _ in range(2):  # nor after a call, nor after one that failed
         with pytest.raises(RuntimeError, match="no adapters were named"):
@@ -98,7 +98,7 @@ def test_the_inner_model_does_not_answer_alone(folder):
             server(adapter_names=["alice"], input_ids=None, inputs_embeds=None, x=tokens(1, 4))
 
 
-def test_replacing_unloading_and_making_room(folder):
+def test_server_replaces_unloads_and_evicts_adapters(folder):
     server = serve(folder, "alice", "bob", max_adapters=2)
     ids = tokens(1, 5)
     server.load_adapter(folder / "carol", "carol")  # known, though all places are taken

@@ -23,7 +23,7 @@ def filled(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]
     return of, adapters
 
 
-def test_nobody_is_lent_to_while_the_device_is_exchanged(monkeypatch):
+def test_lease_waits_while_bank_is_rebuilt(monkeypatch):
     of, adapters = filled(3)
     begun, go, real = threading.Event(), threading.Event(), shelf.Device
 
@@ -51,7 +51,7 @@ def test_nobody_is_lent_to_while_the_device_is_exchanged(monkeypatch):
         assert_lends(of, {name: adapter})
 
 
-def test_a_move_that_fails_has_changed_nothing(monkeypatch):
+def test_failed_rebuild_leaves_bank_unchanged(monkeypatch):
     of, adapters = filled(3)
     of.pin("b")
     made, real = [], Layout.image
@@ -79,7 +79,7 @@ def test_a_move_that_fails_has_changed_nothing(monkeypatch):
         small.borrow(["a"])
 
 
-def test_pages_wait_for_every_stream_that_has_read_them(monkeypatch):
+def test_page_reuse_waits_for_last_event_of_every_stream(monkeypatch):
     """Of each stream for the last event, and for no more of them than there are streams."""
     of, waited, events = bank(max_adapters=1), [], Counter()
     for name, seed in (("a", 0), ("b", 1)):
@@ -108,7 +108,7 @@ def test_pages_wait_for_every_stream_that_has_read_them(monkeypatch):
     threading.Thread(target=lent.release, name="2").start()
 
 
-def test_a_fault_of_any_kind_fails_who_asked_alone():
+def test_reader_error_fails_only_leases_of_its_adapter():
     class Panic(BaseException):
         pass
 
@@ -121,7 +121,7 @@ def test_a_fault_of_any_kind_fails_who_asked_alone():
     assert_lends(of, {"a": adapters["a"]})
 
 
-def test_who_gives_up_in_the_middle_of_the_queue():
+def test_cancelled_lease_inside_queue_blocks_nothing():
     of, _ = filled(4)
     held = of.borrow(["a", "b"])
     first, second = of.lease(["c"]), of.lease(["d"])
@@ -136,7 +136,7 @@ def test_who_gives_up_in_the_middle_of_the_queue():
     assert_empty(of)
 
 
-def test_an_interrupted_wait_gives_back_what_it_gets():
+def test_interrupted_borrow_releases_its_lease():
     of, adapters = filled(3)
     held = of.borrow(["a", "b"])
     real, of.lease = of.lease, lambda names: _Interrupted(real(names))  # type: ignore[method-assign]
@@ -162,7 +162,7 @@ class _Interrupted:
         raise KeyboardInterrupt
 
 
-def test_a_pin_follows_its_name():
+def test_pin_applies_to_adapter_that_replaces_its_name():
     of, _ = filled(4)
     held = of.borrow(["a", "b"])
     other = Adapter(9)
@@ -189,7 +189,7 @@ def test_a_pin_follows_its_name():
     assert_lends(small, adapters)
 
 
-def test_the_loader_may_call_back():
+def test_lease_callback_may_call_the_bank():
     of, _ = filled(3)
     held, done = of.borrow(["a", "b"]), threading.Event()
     of.lease(["c"]).add_done_callback(
@@ -200,7 +200,7 @@ def test_the_loader_may_call_back():
     assert of.names == ("a", "b")
 
 
-def test_room_in_pieces():
+def test_bank_evicts_until_free_pages_are_contiguous():
     """A page wants one piece: as many leave as it takes to make it."""
     cpu = torch.device("cpu")
     shapes = {"small": (8, 8), "large": (80, 80)}
@@ -234,12 +234,12 @@ def test_room_in_pieces():
     assert held  # and not all of them had to
 
 
-def test_a_name_is_no_list():
+def test_lease_refuses_string_instead_of_list():
     with pytest.raises(TypeError, match="adapter_names: expected a list of names, got 'ab'"):
         filled(2)[0].lease("ab")
 
 
-def test_numbers_beyond_float16():
+def test_add_refuses_numbers_too_large_for_float16():
     of, big = AdapterBank(layout(dtype=torch.float16), 1), Adapter(1)
     big.factors["one"].lora_B[3, 2] = 7e4
     with pytest.raises(ValueError, match="one: lora_B holds numbers that"):
@@ -248,7 +248,7 @@ def test_numbers_beyond_float16():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_loads_by_itself():
+def test_forked_process_loads_adapters_by_itself():
     of, _ = filled(3)
     child = os.fork()
     if not child:

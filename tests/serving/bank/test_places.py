@@ -21,7 +21,7 @@ def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapte
     return of, adapters
 
 
-def test_the_same_name_again():
+def test_add_of_known_name_replaces_changed_content():
     of = filled(1)[0]
     before = of.digest("a")
     of.add("a", Adapter(0))  # the same content is the same adapter
@@ -42,7 +42,7 @@ def test_the_same_name_again():
     assert_lends(of, {"a": Adapter(5, scaling=0.25)})
 
 
-def test_unloading_what_is_in_use():
+def test_remove_refuses_or_waits_for_adapter_in_use():
     of = filled(2)[0]
     lease = of.lease(["a"]).result(60)
     with pytest.raises(RuntimeError, match="'a' is in use; unload it with wait=True"):
@@ -68,7 +68,7 @@ def test_unloading_what_is_in_use():
     assert_empty(of)
 
 
-def test_a_cancelled_wait_borrows_nothing():
+def test_cancelled_lease_borrows_nothing():
     of, adapters = filled(3)
     lease = of.lease(["a", "b"]).result(60)
     futures = [of.lease(["c"]) for _ in range(3)]
@@ -83,7 +83,7 @@ def test_a_cancelled_wait_borrows_nothing():
     assert_lends(of, {"a": adapters["a"], "c": adapters["c"]})
 
 
-def test_nothing_is_kept_of_who_gave_up():
+def test_cancelled_request_frees_everything():
     of, adapters = filled(3, host_bytes=0)
     lease = of.lease(["a", "b"]).result(60)
     waits = of.lease(["c"])
@@ -96,7 +96,7 @@ def test_nothing_is_kept_of_who_gave_up():
     assert adapters["c"].reads == 2
 
 
-def test_a_budget_in_bytes():
+def test_bank_stays_within_device_bytes():
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
     of = bank(max_adapters=8, device_bytes=3 * one)
     assert of.stats().device_bytes <= 3 * one
@@ -127,7 +127,7 @@ def test_a_budget_in_bytes():
         ({"one": Adapter(0, scaling=1e39).factors["one"]}, "one: expected a finite scaling"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(change, says):
+def test_add_of_wrong_factors_changes_nothing(change, says):
     of, adapters = filled(1)
     bad = Adapter(3)
     bad.factors |= change
@@ -139,7 +139,7 @@ def test_what_does_not_fit_changes_nothing(change, says):
     assert_lends(of, {"a": adapters["a"]})
 
 
-def test_more_than_fit_at_a_time():
+def test_lease_refuses_more_than_max_adapters():
     of = filled(3)[0]
     with pytest.raises(ValueError, match="at most max_adapters=2 different ones, got 3"):
         of.lease(["a", "b", "c"])
@@ -150,7 +150,7 @@ def test_more_than_fit_at_a_time():
         assert lease.slots == ()
 
 
-def test_copies_know_what_the_bank_knew():
+def test_copied_bank_lends_the_same_adapters():
     of, adapters = filled(3, host_bytes=1 << 20)
     lease = of.lease(["a"]).result(60)
     twin = copy.deepcopy(of)
@@ -161,7 +161,7 @@ def test_copies_know_what_the_bank_knew():
     lease.release()
 
 
-def test_another_dtype():
+def test_rebuild_changes_dtype_when_nothing_is_lent():
     of, adapters = filled(3)
     of.pin("b")
     lease = of.lease(["a"]).result(60)

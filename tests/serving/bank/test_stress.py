@@ -182,7 +182,7 @@ def storage(tensor: Tensor) -> int:
 
 
 @pytest.mark.parametrize("host_bytes", [20_000, 4 << 30])
-def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes, device):
+def test_concurrent_tenants_never_get_foreign_adapters(tmp_path, host_bytes, device):
     pool = [Content(tmp_path, seed) for seed in range(CONTENTS)]
     server = MultiLoRAModel(
         base().to(device), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=32_000
