@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("bad", ["merged", "bare", "layer"])
-def test_what_cannot_be_saved(tmp_path, bad):
+def test_save_adapter_refuses_merged_or_bare_models(tmp_path, bad):
     model = {"merged": adapted, "bare": llama, "layer": lambda: FastLoRALinear(4, 4)}[bad]()
     if bad == "merged":
         fastlora.merge_adapter(model)
@@ -53,13 +53,13 @@ def test_what_cannot_be_saved(tmp_path, bad):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_merged_model_loads_nothing(folder):
+def test_load_adapter_refuses_a_merged_model(folder):
     model = fastlora.merge_adapter(adapted())
     with untouched(model), pytest.raises(RuntimeError, match="merged"):
         fastlora.load_adapter(model, folder)
 
 
-def test_saving_where_a_file_is(tmp_path):
+def test_save_adapter_refuses_path_of_a_file(tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match="got the file"):
         fastlora.save_adapter(adapted(), tmp_path / "taken")
@@ -69,7 +69,7 @@ def test_saving_where_a_file_is(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["save_file", "Path.write_text", "Path.replace"])
-def test_a_failed_save_leaves_the_old_files(folder, monkeypatch, step):
+def test_failed_save_leaves_old_files_unchanged(folder, monkeypatch, step):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -84,7 +84,7 @@ def test_a_failed_save_leaves_the_old_files(folder, monkeypatch, step):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_state_dict_names_are_the_files(folder):
+def test_adapter_state_dict_has_names_of_the_file(folder):
     model = fastlora.load_adapter(llama(), folder)
     state, saved = fastlora.adapter_state_dict(model), load_file(folder / WEIGHTS)
     assert state.keys() == saved.keys()
@@ -94,7 +94,7 @@ def test_state_dict_names_are_the_files(folder):
 
 @pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize("into", ["fresh", "adapted"])
-def test_loading_freezes_unless_asked(tmp_path, into, is_trainable):
+def test_load_adapter_freezes_unless_is_trainable(tmp_path, into, is_trainable):
     config = LoRAConfig(target_modules=["query"], bias="all")
     fastlora.save_adapter(adapted(config, bert), tmp_path)
     plain = LoRAConfig(target_modules=["query"])
@@ -105,7 +105,7 @@ def test_loading_freezes_unless_asked(tmp_path, into, is_trainable):
     assert found == (wanted if is_trainable else set())
 
 
-def test_loading_into_lora_layers_takes_the_files_settings(tmp_path):
+def test_load_adapter_takes_settings_of_the_file(tmp_path):
     """Or saving again would write a scaling that the adapter was not trained with."""
     config = LoRAConfig(
         r=4, lora_alpha=9, use_rslora=True, lora_dropout=0.2, target_modules=["q_proj"]
@@ -121,7 +121,7 @@ def test_loading_into_lora_layers_takes_the_files_settings(tmp_path):
     assert {layer.lora_dropout for _, layer in find_lora_layers(model)} == {0.2}
 
 
-def test_all_linear_is_saved_by_name(tmp_path):
+def test_save_adapter_lists_layers_of_all_linear(tmp_path):
     """The file names the layers, so that it means the same where all-linear would not."""
     source = adapted(LoRAConfig(r=2, target_modules="all-linear"))
     fastlora.save_adapter(source, tmp_path)
@@ -132,7 +132,7 @@ def test_all_linear_is_saved_by_name(tmp_path):
     assert error(logits(llama(), x), logits(source, x)) > 0.1
 
 
-def test_tensors_are_written_apart_from_the_model(tmp_path):
+def test_save_adapter_writes_shared_tensors_separately(tmp_path):
     """Also where they share memory, which safetensors would refuse."""
     model = adapted()
     layers = dict(find_lora_layers(model))

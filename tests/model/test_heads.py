@@ -28,7 +28,7 @@ def loaded(kind: str, folder, **options) -> nn.Module:
     return getattr(transformers, kind).from_pretrained(folder, **options)
 
 
-def test_a_head_that_no_checkpoint_has(tmp_path):
+def test_new_classifier_head_is_warned_of(tmp_path):
     bert().save_pretrained(tmp_path)
     (text,) = said(loaded("BertForSequenceClassification", tmp_path), **ALL)
     assert "task_type=None: the classifier of BertForSequenceClassification is new" in text
@@ -52,12 +52,12 @@ def test_a_head_that_no_checkpoint_has(tmp_path):
         {"modules_to_save": ["classifier"]},
     ],
 )
-def test_one_that_is_saved(tmp_path, more):
+def test_saved_classifier_head_is_not_warned_of(tmp_path, more):
     bert().save_pretrained(tmp_path)
     assert said(loaded("BertForSequenceClassification", tmp_path), **ALL, **more) == []
 
 
-def test_one_that_its_checkpoint_has_and_models_without(tmp_path):
+def test_head_of_checkpoint_is_not_warned_of(tmp_path):
     bert(head="SequenceClassification").save_pretrained(tmp_path)
     assert said(loaded("BertForSequenceClassification", tmp_path), **ALL) == []
     # In a model that is new as a whole, nothing is lost that was there.

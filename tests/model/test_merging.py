@@ -43,7 +43,7 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_and_out_again_to_the_bit(dtype):
+def test_unmerge_adapter_restores_every_bit(dtype):
     model, x = adapted(dtype), tokens(2, 6)
     before, want = weights(model), logits(model, x)
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -61,7 +61,7 @@ def test_in_and_out_again_to_the_bit(dtype):
 
 @pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_one_layer_that_cannot_merge_stops_all(act, value):
+def test_merge_changes_nothing_when_one_layer_fails(act, value):
     model = adapted()
     dict(find_lora_layers(model))[LAST].lora_B.data[3, 1] = value
     model.get_submodule(LAST).lora_A.data[1] *= 1e3
@@ -73,7 +73,7 @@ def test_one_layer_that_cannot_merge_stops_all(act, value):
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("step", [fastlora.merge_adapter, fastlora.unmerge_adapter])
 @pytest.mark.parametrize("layer", [0, 5, 13])
-def test_an_interruption_stops_all(step, kind, layer):
+def test_interrupted_merge_changes_no_layer(step, kind, layer):
     """While the first layer is written, one in the middle, and the last of fourteen."""
     with fastlora.use_backend("torch"):
         model = adapted()
@@ -91,7 +91,7 @@ def test_an_interruption_stops_all(step, kind, layer):
 
 
 @pytest.mark.parametrize("layer", [0, 5, 13])
-def test_an_interruption_between_the_layers_stops_all(layer, monkeypatch):
+def test_merge_interrupted_after_writing_changes_no_layer(layer, monkeypatch):
     """After the weights were written, while what became of them is noted."""
     model, calls = adapted(), []
 
@@ -106,7 +106,7 @@ def test_an_interruption_between_the_layers_stops_all(layer, monkeypatch):
     assert fastlora.report(model).merged == ()
 
 
-def test_a_refused_unmerge_merges_again_what_was_merged():
+def test_refused_unmerge_leaves_all_layers_merged():
     """Also where the adapter has changed since, so that merging it anew would be another weight."""
     model = fastlora.merge_adapter(adapted())
     layers = dict(find_lora_layers(model))
@@ -117,7 +117,7 @@ def test_a_refused_unmerge_merges_again_what_was_merged():
     assert len(fastlora.report(model).merged) == len(layers)
 
 
-def test_twice_or_never_is_refused():
+def test_merging_twice_or_unmerging_unmerged_is_refused():
     model = adapted()
     for action in (fastlora.unmerge_adapter, lambda m: m.get_submodule(LAST).unmerge()):
         with untouched(model), pytest.raises(RuntimeError, match="not merged"):
@@ -132,7 +132,7 @@ def test_twice_or_never_is_refused():
 
 
 @pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
-def test_tied_weights_are_not_merged(act):
+def test_merge_refuses_tied_weights(act):
     """Merging lm_head would change the embedding that shares its weight."""
     model = llama(tie_word_embeddings=True)
     fastlora.replace_linear(model, LoRAConfig(target_modules=["q_proj", "lm_head"]))
@@ -146,7 +146,7 @@ def test_tied_weights_are_not_merged(act):
         act(sliced)
 
 
-def test_a_module_of_two_names_is_merged_once():
+def test_module_with_two_names_is_merged_once():
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))})
     model["b"] = model["a"]
     fastlora.replace_linear(model, LoRAConfig(target_modules=["a.0"]))
@@ -162,7 +162,7 @@ def test_a_module_of_two_names_is_merged_once():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("before", ["plain", "merged", "half merged"])
-def test_merged_for_good(dtype, before):
+def test_merge_and_unload_gives_plain_model(dtype, before):
     model, x = adapted(dtype), tokens(2, 6)
     want = logits(model, x)
     if before == "merged":
@@ -188,7 +188,7 @@ def test_merged_for_good(dtype, before):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bias_of_the_adapter_is_merged_too(dtype, bias):
+def test_merge_adapter_includes_lora_bias(dtype, bias):
     """Also where the base has none, which PEFT cannot merge."""
     model = nn.Sequential(nn.Linear(8, 6, bias=bias, dtype=dtype))
     x = torch.randn(3, 8, dtype=dtype)
@@ -208,7 +208,7 @@ def test_a_bias_of_the_adapter_is_merged_too(dtype, bias):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_disabled_is_the_base(merged):
+def test_disable_adapter_gives_numbers_of_the_base(merged):
     x = tokens(2, 6)
     base, model = logits(llama(), x), adapted()
     if merged:
@@ -229,7 +229,7 @@ def test_disabled_is_the_base(merged):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_an_error_inside_restores_too(merged):
+def test_disable_adapter_restores_after_an_error(merged):
     model, x = adapted(), tokens(2, 6)
     if merged:
         fastlora.merge_adapter(model)
@@ -243,7 +243,7 @@ def test_an_error_inside_restores_too(merged):
         pass
 
 
-def test_no_gradient_reaches_a_disabled_adapter():
+def test_disabled_adapter_gets_no_gradient():
     model = adapted().train()
     with fastlora.disable_adapter(model):
         assert not model(input_ids=tokens(1, 4)).logits.requires_grad
@@ -251,7 +251,7 @@ def test_no_gradient_reaches_a_disabled_adapter():
     assert all(layer.lora_B.grad is not None for _, layer in find_lora_layers(model))
 
 
-def test_training_a_merged_model_is_refused_and_running_it_is_not():
+def test_merged_model_refuses_training_but_runs():
     model, x = fastlora.merge_adapter(adapted()).train(), tokens(1, 4)
     with untouched(model), pytest.raises(RuntimeError, match="eval"):
         model(input_ids=x)
@@ -259,7 +259,7 @@ def test_training_a_merged_model_is_refused_and_running_it_is_not():
     assert model.eval()(input_ids=x).logits.shape == (1, 4, 97)
 
 
-def test_another_architecture():
+def test_bert_merges_unmerges_and_unloads():
     config = LoRAConfig(target_modules="all-linear", lora_bias=True, use_rslora=True)
     model, x = randomise_lora(fastlora.replace_linear(bert(), config)), tokens(2, 6)
     before, want = weights(model), logits(model, x)

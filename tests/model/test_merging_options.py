@@ -37,7 +37,7 @@ def tied_model() -> nn.Module:
     return randomise_lora(model)
 
 
-def test_untied_on_request():
+def test_untie_merges_head_and_keeps_embedding():
     model, x = tied_model(), tokens(2, 6)
     want, embedding = logits(model, x), model.model.embed_tokens.weight
     before = embedding.detach().clone()
@@ -52,7 +52,7 @@ def test_untied_on_request():
 
 
 @pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
-def test_tied_again_when_the_merge_fails(act):
+def test_failed_merge_with_untie_ties_again(act):
     model = tied_model()
     model.lm_head.lora_B.data[3, 1] = float("nan")
     with untouched(model), pytest.raises(ValueError, match=r"lm_head: .*not finite"):
@@ -61,7 +61,7 @@ def test_tied_again_when_the_merge_fails(act):
     assert fastlora.report(model).untied == {}
 
 
-def test_slices_of_one_tensor_are_not_tied():
+def test_slices_of_one_tensor_merge_separately():
     """As a packed projection that was split: only what shares elements is refused."""
     packed = torch.randn(12, 8)
     model = nn.ModuleDict({name: nn.Linear(8, 4, bias=False) for name in "qkv"})
@@ -76,7 +76,7 @@ def test_slices_of_one_tensor_are_not_tied():
     assert same_bits(packed, before)
 
 
-def test_snapshots_instead_of_receipts():
+def test_merge_with_snapshot_restores_every_bit():
     model, x = adapted(torch.bfloat16), tokens(2, 6)
     before, want = weights(model), logits(model, x)
     fastlora.merge_adapter(model, snapshot=True)
@@ -97,7 +97,7 @@ def saved(directory, model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_adapter_for_another(tmp_path, dtype):
+def test_swap_adapter_equals_unmerge_load_and_merge(tmp_path, dtype):
     """The bits of unmerging, loading and merging; the layers hold the new one afterwards."""
     other, x = saved(tmp_path, adapted(dtype, std=0.2)), tokens(2, 6)
     model = fastlora.merge_adapter(adapted(dtype))
@@ -111,7 +111,7 @@ def test_one_adapter_for_another(tmp_path, dtype):
     assert same_bits(logits(model, x), logits(other, x))
 
 
-def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
+def test_failed_swap_leaves_old_adapter_merged(tmp_path, monkeypatch):
     other = adapted(std=0.2)
     saved(tmp_path / "good", other)
     dict(find_lora_layers(other))[LAST].lora_B.data[0, 0] = 3e38
@@ -137,7 +137,7 @@ def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
     assert scalings == {layer.scaling for _, layer in find_lora_layers(adapted())}
 
 
-def test_what_rounding_lost_is_reported_and_warned_of():
+def test_merge_warns_and_reports_lost_fidelity():
     """In bfloat16 a delta a thousandth of the weight's size loses half of itself."""
     model = adapted(torch.bfloat16)
     for _, layer in find_lora_layers(model):
@@ -154,7 +154,7 @@ def test_what_rounding_lost_is_reported_and_warned_of():
     assert fastlora.report(model).fidelity == {}
 
 
-def test_nothing_is_said_where_nothing_is_lost():
+def test_merge_does_not_warn_when_nothing_is_lost():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = fastlora.merge_adapter(adapted())
@@ -183,7 +183,7 @@ class DTensor(torch.Tensor):
     ],
     ids=["sharded", "subclass", "float8", "int8"],
 )
-def test_sharded_and_quantized_weights_are_refused_by_name(make, message):
+def test_merge_refuses_sharded_and_quantized_weights_by_name(make, message):
     layers = [FastLoRALinear(8, 6, r=2), FastLoRALinear(6, 4, r=2)]
     model = randomise_lora(nn.Sequential(*layers))
     model[1]._parameters["weight"] = make(model[1].weight.detach())
@@ -194,7 +194,7 @@ def test_sharded_and_quantized_weights_are_refused_by_name(make, message):
     assert fastlora.report(model).merged == ()
 
 
-def test_untied_for_transformers_too():
+def test_untie_updates_tie_word_embeddings_of_config():
     """Or tie_weights, and whoever reads the saved config, would lose the merged layer."""
     model, x = tied_model(), tokens(2, 6)
     want = logits(model, x)
@@ -209,7 +209,7 @@ def test_untied_for_transformers_too():
     assert failing.config.tie_word_embeddings is True
 
 
-def test_a_buffer_that_shares_a_weight_is_tied_to_it():
+def test_merge_refuses_weight_shared_with_a_buffer():
     layer = FastLoRALinear(8, 6, r=2)
     model = randomise_lora(nn.Sequential(layer, nn.Identity()))
     model[1].register_buffer("table", layer.weight.detach())
@@ -220,7 +220,7 @@ def test_a_buffer_that_shares_a_weight_is_tied_to_it():
         fastlora.merge_adapter(model)
 
 
-def test_a_warning_that_is_an_error_takes_the_merge_back():
+def test_merge_is_undone_when_warning_raises():
     model = adapted(torch.bfloat16)
     for _, layer in find_lora_layers(model):
         layer.lora_B.data *= 1e-4
@@ -236,7 +236,7 @@ def test_a_warning_that_is_an_error_takes_the_merge_back():
 
 
 @pytest.mark.parametrize("name", ["measure", "to_linear"])
-def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
+def test_merge_is_undone_when_later_step_fails(monkeypatch, name):
     model, calls = adapted(), []
     original = getattr(FastLoRALinear, name)
 
@@ -258,7 +258,7 @@ def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
         assert not layer.merged
 
 
-def test_an_edited_weight_is_not_merged_for_good():
+def test_merge_and_unload_refuses_an_edited_weight():
     model = fastlora.merge_adapter(adapted())
     dict(find_lora_layers(model))[LAST].weight.data.zero_()
     with untouched(model), pytest.raises(RuntimeError, match=f"{LAST}: weight: it is not the one"):
@@ -266,7 +266,7 @@ def test_an_edited_weight_is_not_merged_for_good():
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
-def test_disabled_for_a_while_the_merged_is_merged_again(snapshot):
+def test_disable_adapter_restores_merged_bits(snapshot):
     """With the bits of then, whatever became of the adapter and of the backend asked for."""
     model = adapted(torch.bfloat16)
     with fastlora.use_backend("torch"):
@@ -282,7 +282,7 @@ def test_disabled_for_a_while_the_merged_is_merged_again(snapshot):
     assert all(same_bits(w, base[name]) for name, w in weights(model).items())
 
 
-def test_fidelity_sees_wide_and_tall_layers():
+def test_fidelity_detects_loss_in_wide_and_tall_layers():
     """Rows and columns of which only a few have lost their adapter do not hide the others."""
     for N, K in ((64, 9000), (9000, 64)):
         layer = FastLoRALinear(K, N, r=2, bias=False, dtype=torch.bfloat16)
@@ -296,7 +296,7 @@ def test_fidelity_sees_wide_and_tall_layers():
         assert layer.fidelity.gain < 0.5
 
 
-def test_an_interrupt_while_it_is_merged_again_leaves_it_merged():
+def test_interrupted_remerge_leaves_model_merged():
     """At the end of disable_adapter, and while a merged model is looked at for good."""
     with fastlora.use_backend("torch"):
         model = fastlora.merge_adapter(adapted())

@@ -41,7 +41,7 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_it_replaces_in_place_and_says_what_it_did():
+def test_replace_linear_works_in_place_and_reports():
     model = llama()
     weights = {name: p.data_ptr() for name, p in model.named_parameters()}
     assert fastlora.replace_linear(model, LoRAConfig(r=4, target_modules=QV)) is model
@@ -59,14 +59,14 @@ def test_it_replaces_in_place_and_says_what_it_did():
 
 
 @fastlora.use_backend("torch")  # whose base product is nn.Linear's, bit for bit
-def test_nothing_changes_until_something_is_trained():
+def test_replace_linear_keeps_outputs_until_trained():
     model, x = llama(), tokens(2, 6)
     want = logits(model, x)
     assert same_bits(logits(fastlora.replace_linear(model, ALL), x), want)
     assert error(logits(randomise_lora(model), x), want) > 0.1
 
 
-def test_a_model_without_lora_reports_so():
+def test_report_of_model_without_lora_is_empty():
     found = fastlora.report(nn.Linear(4, 4))  # a layer is a model too
     assert (found.replaced, found.skipped, found.trainable, found.total) == ({}, {}, 20, 20)
 
@@ -85,7 +85,7 @@ def test_all_linear_leaves_the_head_out(tied):
 
 @pytest.mark.parametrize("build", [llama, bert, t5, gpt2])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out=False holds for none")
-def test_all_linear_is_pefts(build):
+def test_all_linear_chooses_the_layers_of_peft(build):
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), build())
     wanted = {n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
     assert replaced(fastlora.replace_linear(build(), ALL)) == wanted
@@ -93,7 +93,7 @@ def test_all_linear_is_pefts(build):
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @pytest.mark.parametrize("lora_bias", [False, True])
-def test_what_trains_is_what_trains_in_peft(bias, lora_bias):
+def test_trainable_parameters_are_those_of_peft(bias, lora_bias):
     config = peft.LoraConfig(target_modules=["query", "dense"], bias=bias, lora_bias=lora_bias)
     ours = fastlora.replace_linear(bert(), config)
     theirs = peft.get_peft_model(bert(), config)
@@ -108,7 +108,7 @@ def test_what_trains_is_what_trains_in_peft(bias, lora_bias):
     assert any(n.endswith(".bias") for n in renamed) == (bias != "none")
 
 
-def test_the_base_trains_too_when_asked():
+def test_freeze_base_false_trains_the_base_too():
     model = llama()
     model.model.embed_tokens.requires_grad_(False)
     before = trainable(model)
@@ -120,7 +120,7 @@ def test_the_base_trains_too_when_asked():
     assert layer.lora_B.grad is not None
 
 
-def test_training_a_model_follows_peft():
+def test_training_losses_match_those_of_peft():
     """Ten AdamW steps from the same start: losses agree, and the loss has moved."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     theirs = peft.get_peft_model(llama(), config)
@@ -144,7 +144,7 @@ def test_training_a_model_follows_peft():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
-def test_gradient_checkpointing_of_a_whole_model():
+def test_gradient_checkpointing_gives_the_same_gradients():
     model = fastlora.replace_linear(
         llama(), LoRAConfig(target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)
     ).train()
@@ -159,7 +159,7 @@ def test_gradient_checkpointing_of_a_whole_model():
     assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_a_compiled_model_is_replaced_inside():
+def test_replace_linear_reaches_inside_compiled_model():
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(3, 6)
@@ -181,7 +181,7 @@ class Shared(nn.Module):
         return self.other(self.again(self.first(x)))
 
 
-def test_a_layer_at_two_places_has_its_adapter_at_the_first_as_in_peft(tmp_path):
+def test_shared_layer_gets_adapter_at_first_place(tmp_path):
     settings = {"r": 2, "target_modules": ["first", "other"], "init_lora_weights": False}
     base, x = Shared(), torch.randn(3, 6)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
@@ -209,7 +209,7 @@ def test_a_layer_at_two_places_has_its_adapter_at_the_first_as_in_peft(tmp_path)
         fastlora.replace_linear(base, LoRAConfig(**settings | {"init_lora_weights": "pissa"}))
 
 
-def test_a_layer_goes_by_its_first_name_as_in_peft():
+def test_shared_layer_is_matched_by_first_name():
     model, config = Shared(), LoRAConfig(target_modules=["again"])
     with untouched(model), pytest.raises(ValueError, match="again: it is the same layer as first"):
         fastlora.replace_linear(model, config)
@@ -246,7 +246,7 @@ def test_a_layer_goes_by_its_first_name_as_in_peft():
         ),
     ],
 )
-def test_nothing_matched(options, hint):
+def test_replace_linear_refuses_targets_that_match_nothing(options, hint):
     model = llama()
     with untouched(model), pytest.raises(ValueError, match=hint):
         fastlora.replace_linear(model, LoRAConfig(**options))
@@ -254,7 +254,7 @@ def test_nothing_matched(options, hint):
 
 
 @pytest.mark.parametrize("again", ["all-linear", ["q_proj"], ["v_proj"], ["up_proj"]])
-def test_a_model_is_replaced_once(again):
+def test_replace_linear_refuses_model_with_lora(again):
     """Also where no layer is named twice: one adapter file has one config."""
     model = fastlora.replace_linear(llama(), LoRAConfig(target_modules=QV))
     with untouched(model), pytest.raises(ValueError, match="already"):

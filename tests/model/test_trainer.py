@@ -59,7 +59,7 @@ def _run(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed(kind, killed, tmp_path):
+def test_killed_trainer_resumes_with_the_same_losses(kind, killed, tmp_path):
     unbroken = trainer(tmp_path, kind)
     unbroken.train()
     assert (killed / kind / "checkpoint-4").is_dir()
@@ -76,7 +76,7 @@ def test_killed_and_resumed(kind, killed, tmp_path):
         assert torch.equal(got, expected), name
 
 
-def test_losses_are_peft_s(tmp_path):
+def test_trainer_losses_match_those_of_peft(tmp_path):
     models = {kind: model(kind, lora_dropout=0.0) for kind in ("whole", "peft")}
     peft.set_peft_model_state_dict(models["peft"], fastlora.adapter_state_dict(models["whole"]))
     ours, theirs = (finished(tmp_path / kind, kind, model=m) for kind, m in models.items())
@@ -84,7 +84,7 @@ def test_losses_are_peft_s(tmp_path):
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
 
 
-def test_checkpoints_hold_the_adapter_in_peft_s_files(tmp_path):
+def test_trainer_checkpoints_load_in_peft(tmp_path):
     for kind in ("whole", "adapter"):
         run = trainer(tmp_path / kind, kind)
         run.train()
@@ -104,7 +104,7 @@ def test_checkpoints_hold_the_adapter_in_peft_s_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
-def test_the_best_checkpoint_is_loaded_at_the_end(kind, tmp_path):
+def test_trainer_loads_best_checkpoint_at_end(kind, tmp_path):
     run = trainer(
         tmp_path, kind, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=True, eval_dataset=data(8),
@@ -119,7 +119,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(kind, tmp_path):
         assert got.requires_grad
 
 
-def test_adapter_checkpoints_refuse_what_they_would_lose(tmp_path):
+def test_adapter_checkpoints_refuse_parameters_they_would_lose(tmp_path):
     thawed = model()
     thawed.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters are trained .* \(lm_head.weight, …\)"):
@@ -128,7 +128,7 @@ def test_adapter_checkpoints_refuse_what_they_would_lose(tmp_path):
         trainer(tmp_path, "adapter", model=llama())
 
 
-def test_small_batches_are_one_big_one(tmp_path):
+def test_accumulated_small_batches_match_one_big_batch(tmp_path):
     runs = [
         trainer(
             tmp_path, model=model(lora_dropout=0.0), per_device_train_batch_size=size,
@@ -142,7 +142,7 @@ def test_small_batches_are_one_big_one(tmp_path):
 
 
 @pytest.mark.full  # tests/distributed/test_distributed.py trains in two processes
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_train_as_one_process(tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     said = _run("-m", *torchrun, "-m", "tests.model.trainer_runs", str(tmp_path))
     runs = [json.loads(line) for line in said if line.startswith('["')]
@@ -161,7 +161,7 @@ def test_two_processes_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activations_recomputed_in_backward(reentrant, tmp_path):
+def test_trainer_recomputes_activations_with_same_losses(reentrant, tmp_path):
     """Embeddings are frozen, so that what enters the first block must be made to need gradients."""
     runs = [
         finished(tmp_path, save_strategy="no", **options)
@@ -177,7 +177,7 @@ def test_activations_recomputed_in_backward(reentrant, tmp_path):
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
-def test_biases_are_trained_and_resumed(tmp_path):
+def test_trainer_trains_and_resumes_biases(tmp_path):
     config = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all")
     base = llama(attention_bias=True)
     run = trainer(tmp_path, "adapter", model=fastlora.replace_linear(base, config))
@@ -189,7 +189,7 @@ def test_biases_are_trained_and_resumed(tmp_path):
         assert torch.equal(got, want), name
 
 
-def test_trainer_takes_a_model_as_it_is(tmp_path):
+def test_trainer_takes_model_but_refuses_merged_one(tmp_path):
     """Labels by name, no columns lost, nothing that a merged model could be trained by."""
     run = Trainer(model=model(), args=arguments(tmp_path), train_dataset=data())
     assert run.label_names == ["labels"]
