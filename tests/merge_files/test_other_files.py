@@ -77,7 +77,7 @@ def at(tmp_path) -> Path:
     return tmp_path
 
 
-def test_everything_else_goes_along(at):
+def test_merge_copies_all_other_files_unchanged(at):
     """To the byte, whatever it is; what would be loaded instead of the merged model does not."""
     before = contents(at / "base")
     with pytest.warns(UserWarning, match="of the base") as said:
@@ -92,7 +92,7 @@ def test_everything_else_goes_along(at):
     assert copied.endswith(f"without the adapters: {', '.join(EXPORTS)}")
 
 
-def test_the_command_says_so(at, capsys, monkeypatch):
+def test_merge_command_lists_copied_and_omitted_files(at, capsys, monkeypatch):
     monkeypatch.chdir(at)
     assert cli.main(["merge", "base", "adapter", "--out", "out", "--report", "said.json"]) == 0
     out = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_the_command_says_so(at, capsys, monkeypatch):
     assert values["weights copied as they are"] == WEIGHTS + EXPORTS
 
 
-def test_links(at):
+def test_merge_copies_targets_of_links(at):
     """As Hugging Face's cache has them: files of blobs. Folders too; links to nothing are told."""
     base, blobs = at / "base", at / "blobs"
     blobs.mkdir()
@@ -135,7 +135,7 @@ def test_links(at):
         ("beside", "../results", "out: expected a folder outside of base, .*beside leads to"),
     ],
 )
-def test_links_that_have_no_end(at, link, to, says):
+def test_merge_refuses_links_that_form_circles(at, link, to, says):
     (at / "results").mkdir()
     (at / "base" / link).symlink_to(to)
     with pytest.raises(ValueError, match=says):
@@ -143,7 +143,7 @@ def test_links_that_have_no_end(at, link, to, says):
     assert not (at / "results" / "out").exists()
 
 
-def test_stopped_anywhere_the_rest_is_copied_too(at, monkeypatch):
+def test_merge_stopped_anywhere_resumes_copying_other_files(at, monkeypatch):
     """By an error at every rename in turn; what was whole and is large is not written again."""
     monkeypatch.setattr(durable, "CHUNK", 64)
     for name in (*MODULES, *EXPORTS, *WEIGHTS[:-2], *LEFT):
@@ -178,7 +178,7 @@ def test_stopped_anywhere_the_rest_is_copied_too(at, monkeypatch):
     assert 0 < kept < moments
 
 
-def test_another_file_that_changes(at, monkeypatch):
+def test_merge_notices_other_file_that_changes(at, monkeypatch):
     """While it is copied, or before the merge is resumed."""
     write, large = durable.write, at / "base" / "vae" / "d.h5"
 

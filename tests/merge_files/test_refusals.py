@@ -171,7 +171,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_refused_by_name(at, what):
+def test_merge_refuses_bad_input_by_name(at, what):
     spoil, says = BAD[what]
     spoil(at)
     before = contents(at)
@@ -181,7 +181,7 @@ def test_bad_input_is_refused_by_name(at, what):
     assert not (at / "out").exists()
 
 
-def test_bad_arguments(at):
+def test_merge_checkpoint_refuses_bad_arguments(at):
     with pytest.raises(
         ValueError, match=r"dtype: expected one of torch.float64, .* got torch\.int8"
     ):
@@ -206,14 +206,14 @@ def test_bad_arguments(at):
         ([], ValueError, "adapters: expected one or more"),
     ],
 )
-def test_adapters_of_another_form(at, adapters, error, says):
+def test_merge_checkpoint_refuses_adapters_of_wrong_type(at, adapters, error, says):
     with pytest.raises(error, match=says):
         fastlora.merge_checkpoint(at / "base", adapters, at / "out")
     assert not (at / "out").exists()
 
 
 @pytest.mark.parametrize("weight, others", [(0.5, ()), (1.0, ("plain",))])
-def test_trained_biases_have_no_sum(tmp_path, weight, others):
+def test_merge_refuses_to_sum_trained_biases(tmp_path, weight, others):
     save_base(tmp_path / "base", bert())
     save_adapter(tmp_path / "adapter", bert(), target_modules=["query"], bias="all")
     save_adapter(tmp_path / "plain", bert(), target_modules=["query"])
@@ -224,7 +224,7 @@ def test_trained_biases_have_no_sum(tmp_path, weight, others):
 
 
 @pytest.mark.parametrize("what", ["merged", "converted", "bias"])
-def test_numbers_too_large_for_the_dtype(tmp_path, what):
+def test_merge_refuses_numbers_too_large_for_dtype(tmp_path, what):
     """Found when the tensor's turn comes; nothing that loads is left."""
     base = save_base(tmp_path / "base", llama(attention_bias=True), "1GB")
     save_adapter(tmp_path / "adapter", llama(attention_bias=True), target_modules=["q_proj"])
@@ -240,7 +240,7 @@ def test_numbers_too_large_for_the_dtype(tmp_path, what):
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
 
-def test_a_base_that_changes_meanwhile_is_noticed(at, monkeypatch):
+def test_merge_notices_base_that_changes_meanwhile(at, monkeypatch):
     merged, path = run._merge_tensor, one_file(at)
 
     def change(*args: Any) -> Tensor:

@@ -29,7 +29,7 @@ from tests.support.readers import wavlm
 pytestmark = quiet
 
 
-def test_names_that_fit_two_towers_are_refused(tmp_path):
+def test_merge_refuses_names_that_fit_two_towers(tmp_path):
     base = save_base(tmp_path / "base", size="1GB")
     edit_tensors(
         base / SINGLE, lambda t: {f"{p}.{n}": v.clone() for n, v in t.items() for p in "ab"}
@@ -39,7 +39,7 @@ def test_names_that_fit_two_towers_are_refused(tmp_path):
         merge(tmp_path)
 
 
-def test_layers_without_a_counterpart(at):
+def test_merge_refuses_layers_missing_in_the_base(at):
     """Named, and left out where that is asked for."""
 
     def change(t: dict[str, Tensor]) -> None:
@@ -62,7 +62,7 @@ def test_layers_without_a_counterpart(at):
     assert len(found) == 12
 
 
-def test_layers_that_the_model_s_code_never_calls(tmp_path):
+def test_merge_refuses_layers_the_model_never_calls(tmp_path):
     """Merged they would come to work for the first time."""
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     wavlm().save_pretrained(base)
@@ -82,7 +82,7 @@ def test_layers_that_the_model_s_code_never_calls(tmp_path):
     fastlora.merge_checkpoint(base, adapter, tmp_path / "third")
 
 
-def test_a_weight_that_the_model_has_at_several_places_and_the_files_once(tmp_path):
+def test_merge_refuses_weight_shared_by_several_layers(tmp_path):
     transformers = pytest.importorskip("transformers")
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     config = transformers.GroundingDinoConfig(architectures=["GroundingDinoForObjectDetection"])

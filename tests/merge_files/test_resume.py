@@ -74,7 +74,7 @@ def killed(moment: int, call: Callable[[], Any]) -> bool:
     return status == signal.SIGKILL
 
 
-def test_killed_anywhere_it_resumes_to_the_same_bytes(given, tmp_path):
+def test_merge_killed_anywhere_resumes_to_same_bytes(given, tmp_path):
     """At moments spread over the run, some within a file, and as the last ones are put in place."""
     whole = contents(given / "whole")
     moments: dict[int, str] = {}
@@ -103,7 +103,7 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(given, tmp_path):
         shutil.rmtree(out)
 
 
-def test_killed_again_and_again(given, tmp_path):
+def test_merge_killed_repeatedly_keeps_finished_files(given, tmp_path):
     """Each run comes a little further than the last; what it kept is not written again."""
     out, kept = tmp_path / "out", {}
     runs = 0
@@ -117,7 +117,7 @@ def test_killed_again_and_again(given, tmp_path):
     assert contents(out) == contents(given / "whole")
 
 
-def test_the_fidelity_of_a_resumed_merge_is_whole(given, tmp_path):
+def test_resumed_merge_reports_fidelity_of_all_layers(given, tmp_path):
     uninterrupted = merge(given, tmp_path / "one").fidelity
     assert killed(60, lambda: merge(given, tmp_path / "two"))
     assert merge(given, tmp_path / "two").fidelity == uninterrupted
@@ -144,7 +144,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [truncate, flip, Path.unlink])
-def test_a_file_that_is_not_whole_is_written_again(given, half, spoil):
+def test_resumed_merge_rewrites_damaged_file(given, half, spoil):
     first, second = (next(half.glob(f"*{n}-of-*.safetensors")) for n in ("00001", "00002"))
     spoil(first)
     merged = merge(given, half)
@@ -153,7 +153,7 @@ def test_a_file_that_is_not_whole_is_written_again(given, half, spoil):
     assert contents(half) == contents(given / "whole")
 
 
-def test_what_was_written_aside_is_not_taken(given, half):
+def test_resumed_merge_does_not_trust_partial_file(given, half):
     """Though it be as long as the file is to be."""
     last = max(given.glob("base/*.safetensors"))
     (half / (last.name + durable.PARTIAL)).write_bytes(last.read_bytes())
@@ -169,7 +169,7 @@ def test_what_was_written_aside_is_not_taken(given, half):
         ({"dtype": torch.float32}, "not the same dtype"),
     ],
 )
-def test_another_merge_into_the_folder_is_refused(given, half, change, says):
+def test_resume_refuses_merge_with_other_settings(given, half, change, says):
     before = contents(half)
     with pytest.raises(FileExistsError, match=f"unfinished merge of another kind .{says}"):
         merge(given, half, **change)
@@ -178,7 +178,7 @@ def test_another_merge_into_the_folder_is_refused(given, half, change, says):
 
 
 @pytest.mark.parametrize("file", [FIRST, CONFIG, INDEX, "tokenizer.json"])
-def test_another_base_is_refused(given, half, tmp_path, file):
+def test_resume_refuses_another_base(given, half, tmp_path, file):
     shutil.copytree(given / "base", tmp_path / "base")
     shutil.copytree(given / "adapter", tmp_path / "adapter")
     file = (
@@ -191,7 +191,7 @@ def test_another_base_is_refused(given, half, tmp_path, file):
         merge(tmp_path, half)
 
 
-def test_base_and_adapter_may_have_moved(given, half, tmp_path):
+def test_resume_accepts_moved_base_and_adapter(given, half, tmp_path):
     """What they are counts, not where."""
     shutil.copytree(given / "base", tmp_path / "moved" / "base")
     shutil.copytree(given / "adapter", tmp_path / "moved" / "adapter")
@@ -199,13 +199,13 @@ def test_base_and_adapter_may_have_moved(given, half, tmp_path):
     assert contents(half) == contents(given / "whole")
 
 
-def test_damaged_notes(given, half):
+def test_resume_refuses_damaged_journal(given, half):
     (half / JOURNAL).write_text("{")
     with pytest.raises(FileExistsError, match="is damaged: delete"):
         merge(given, half)
 
 
-def test_one_process_at_a_time(given, half):
+def test_merge_refuses_folder_locked_by_another_process(given, half):
     before = contents(half)
     with durable.hold_lock(half / LOCK):
         with pytest.raises(BlockingIOError, match="another process is merging into"):
@@ -214,7 +214,7 @@ def test_one_process_at_a_time(given, half):
     merge(given, half)
 
 
-def test_what_is_written_needs_no_room(given, tmp_path, monkeypatch):
+def test_resume_needs_room_only_for_missing_files(given, tmp_path, monkeypatch):
     """Whole or aside: the rest must fit, no more."""
     needed = sum(map(len, contents(given / "whole").values()))
     assert killed(60, lambda: merge(given, tmp_path / "out"))

@@ -28,7 +28,7 @@ def merge(given: Path, out: Path, *, adapter: str = "adapter", weight: float = 1
 
 
 @pytest.mark.parametrize("what", ["merged", "strange", "file", "dangling"])
-def test_a_folder_that_exists_is_refused(given, tmp_path, what):
+def test_merge_refuses_output_path_that_exists(given, tmp_path, what):
     out = tmp_path / "out"
     if what == "merged":
         merge(given, out)
@@ -46,20 +46,20 @@ def test_a_folder_that_exists_is_refused(given, tmp_path, what):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_an_empty_folder_will_do(given, tmp_path):
+def test_merge_accepts_empty_output_folder(given, tmp_path):
     """As a run leaves it that is killed at once."""
     (tmp_path / "out").mkdir()
     merge(given, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(given / "whole")
 
 
-def test_a_folder_that_cannot_be_made(given, tmp_path):
+def test_merge_refuses_output_folder_it_cannot_make(given, tmp_path):
     (tmp_path / "file").write_text("…")
     with pytest.raises(OSError, match=r"out: .*file/out cannot be made: Not a directory"):
         merge(given, tmp_path / "file" / "out")
 
 
-def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatch):
+def test_merge_refuses_folder_finished_by_another_process(given, tmp_path, monkeypatch):
     """Seen unfinished, found finished: it is left as it is, without a lock file."""
     merge(given, tmp_path / "out")
     monkeypatch.setattr(journal.os.path, "lexists", lambda path: False)
@@ -68,7 +68,7 @@ def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == contents(given / "whole")
 
 
-def test_no_room_is_said_before_anything_is_written(given, tmp_path, monkeypatch):
+def test_merge_refuses_full_disk_before_writing(given, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
     with pytest.raises(
         OSError, match=r"out: .* needs \d+,\d+ bytes, 30,000 are free at"
@@ -78,7 +78,7 @@ def test_no_room_is_said_before_anything_is_written(given, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing_half(given, tmp_path, monkeypatch):
+def test_merge_resumes_after_the_disk_was_full(given, tmp_path, monkeypatch):
     """As the sixth file comes; with room again the same call goes on."""
     out, count, fsync = tmp_path / "out", iter(range(1 << 30)), os.fsync
 
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_nothing_half(given, tmp_path, monkeypatch):
     assert contents(out) == contents(given / "whole")
 
 
-def test_a_limit_of_file_sizes(given, tmp_path):
+def test_merge_resumes_after_file_size_limit(given, tmp_path):
     """A real error of a real write: within a tensor, not between."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
@@ -111,7 +111,7 @@ def test_a_limit_of_file_sizes(given, tmp_path):
     assert contents(tmp_path / "out") == contents(given / "whole")
 
 
-def test_another_error_while_writing_is_passed_on(tmp_path):
+def test_durable_write_passes_errors_on_unchanged(tmp_path):
     def chunks() -> Iterator[bytes]:
         yield b"half"
         raise KeyError("x")
@@ -122,7 +122,7 @@ def test_another_error_while_writing_is_passed_on(tmp_path):
     assert contents(tmp_path) == {"file": b"before"}
 
 
-def test_reading_past_the_end_is_noticed(tmp_path):
+def test_read_chunks_raises_past_end_of_file(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     assert b"".join(durable.read_chunks(tmp_path / "file", 1, 3)) == b"234"
     with pytest.raises(RuntimeError, match="it ends 2 bytes early"):

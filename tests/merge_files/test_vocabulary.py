@@ -54,7 +54,7 @@ def merged_by_peft(at, base) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [LARGER, pytest.param(VOCABULARY - 7, marks=pytest.mark.full)])
-def test_a_resized_vocabulary_is_merged_as_peft_merges_it(tmp_path, tied, size):
+def test_merge_of_resized_vocabulary_matches_peft(tmp_path, tied, size):
     at = tmp_path
     theirs = save_resized(at, size, tied=tied)
     merged_by_peft(at, resized(at / "base", size, seed=1))
@@ -73,7 +73,7 @@ def test_a_resized_vocabulary_is_merged_as_peft_merges_it(tmp_path, tied, size):
     assert_agree(logits(load(at / "out"), ids(size)), logits(theirs, ids(size)))
 
 
-def test_in_another_dtype_and_on_the_command_line(tmp_path, capsys):
+def test_merge_command_converts_resized_vocabulary(tmp_path, capsys):
     at = tmp_path
     theirs = save_resized(at, LARGER)
     given = [str(at / "base"), str(at / "adapter"), "--out", str(at / "out"), "--dtype", "bf16"]
@@ -86,7 +86,7 @@ def test_in_another_dtype_and_on_the_command_line(tmp_path, capsys):
     assert load(at / "out").dtype == torch.bfloat16
 
 
-def test_a_base_that_was_saved_resized_gets_the_adapters_rows(tmp_path):
+def test_merge_takes_adapter_rows_for_resized_base(tmp_path):
     """Its last rows were drawn anew; an output layer with LoRA has its own merged on top."""
     at = tmp_path
     theirs = save_resized(at, LARGER, target_modules=["q_proj", "lm_head"])
@@ -100,7 +100,7 @@ def test_a_base_that_was_saved_resized_gets_the_adapters_rows(tmp_path):
     assert_agree(logits(load(at / "out"), ids(LARGER)), logits(theirs, ids(LARGER)))
 
 
-def test_an_output_layer_that_is_not_tied_though_the_config_says_so(tmp_path):
+def test_merge_unties_output_layer_against_the_config(tmp_path):
     """transformers 5 ties what is the same, and PEFT writes what the merged model is."""
     at = tmp_path
     save_base(at / "base", size="1GB")
@@ -119,7 +119,7 @@ def test_an_output_layer_that_is_not_tied_though_the_config_says_so(tmp_path):
     assert written["tie_word_embeddings"] is True  # T5 and its kind scale by it
 
 
-def test_other_names_and_biases(tmp_path):
+def test_merge_resizes_vocabulary_of_gpt2_and_bert(tmp_path):
     at, model = tmp_path, gpt2(tie_word_embeddings=False)
     save_base(at / "base", model)
     model.resize_token_embeddings(LARGER, mean_resizing=False)
@@ -149,7 +149,7 @@ def move(name: str, rows: slice | int):
     return lambda t: t[f"{PREFIX}{name}"][rows].add_(1.0)
 
 
-def test_trained_rows_are_merged_and_told(tmp_path):
+def test_merge_takes_trained_rows_and_warns(tmp_path):
     at = tmp_path
     along(at)
     edit_adapter(at, move(HEAD, 5))
@@ -160,7 +160,7 @@ def test_trained_rows_are_merged_and_told(tmp_path):
     assert moved.abs().sum(1).nonzero().flatten().tolist() == [5]
 
 
-def test_two_adapters(tmp_path):
+def test_merge_refuses_adapters_with_different_rows(tmp_path):
     """Copies of the base's, or of one another, are merged; of two others' rows there is no sum."""
     at = tmp_path
     along(at)
@@ -222,7 +222,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_has_no_place_is_refused(tmp_path, what):
+def test_merge_refuses_embeddings_without_a_place(tmp_path, what):
     spoil, says = REFUSED[what]
     spoil(tmp_path)
     with pytest.raises(ValueError, match=says):
@@ -230,7 +230,7 @@ def test_what_has_no_place_is_refused(tmp_path, what):
     assert not (tmp_path / "out").exists()
 
 
-def test_left_out_on_request(tmp_path):
+def test_allow_partial_leaves_out_unplaced_embeddings(tmp_path):
     without_a_head(tmp_path)
     with pytest.warns(UserWarning, match=r"lm_head\.weight of .*adapter: not in the base"):
         merge(tmp_path, allow_partial=True)
