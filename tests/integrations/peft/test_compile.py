@@ -35,7 +35,7 @@ def compiled(model, backend="aot_eager", **options):
     "kind, backend",
     [(kind, "aot_eager") for kind in ("mlp", "llama", "gpt2", "bert")] + [("mlp", "inductor")],
 )
-def test_one_graph(kind, backend):
+def test_patched_model_compiles_to_one_graph(kind, backend):
     plain, patched = pair(kind)
     given = inputs(kind)
     found, wanted = run(compiled(patched, backend), given), run(plain, given)
@@ -48,7 +48,7 @@ def test_one_graph(kind, backend):
             assert_agree(p.grad, q.grad)
 
 
-def test_another_batch_is_no_new_graph():
+def test_compiled_model_takes_other_batches_without_recompiling():
     patched = pair("llama")[1]
     with torch.no_grad():
         one = compiled(patched, dynamic=True)
@@ -59,7 +59,7 @@ def test_another_batch_is_no_new_graph():
                 assert_agree(run(one, given), run(patched, given))
 
 
-def test_whatever_is_done_shows():
+def test_compiled_model_follows_changes_of_adapters():
     given = inputs("mlp")
     plain, patched = pair("mlp")
     one = compiled(patched)
@@ -92,7 +92,7 @@ def test_whatever_is_done_shows():
     assert_alike()
 
 
-def test_hot_swapped_without_recompiling(tmp_path):
+def test_compiled_model_is_hot_swapped_without_recompiling(tmp_path):
     given = inputs("mlp")
     for name, r in (("smaller", 3), ("larger", 8)):
         peft_model("mlp", r=r, lora_alpha=r * 3).save_pretrained(tmp_path / name)
@@ -110,7 +110,7 @@ def test_hot_swapped_without_recompiling(tmp_path):
                 assert_agree(after, run(plain, given), before)
 
 
-def test_an_adapter_a_row():
+def test_compiled_layer_matches_peft_with_adapter_per_row():
     """PEFT passes the names on by hooks that it sets around the call: compile what is inside."""
     given = inputs("mlp", rows=3)
     plain, patched = pair("mlp")
@@ -125,7 +125,7 @@ def test_an_adapter_a_row():
         assert_agree(layer(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
 
 
-def test_exported():
+def test_patched_model_exports_with_dynamic_batch():
     given = inputs("mlp", rows=3)
     patched = pair("mlp")[1]
     batch = torch.export.Dim("batch", min=2)
@@ -137,7 +137,7 @@ def test_exported():
         assert_agree(program.module()(x), patched.base_model.model(x))
 
 
-def test_per_sample_gradients():
+def test_patched_model_per_sample_gradients_match_loop():
     """vmap of grad through functional_call, against a loop."""
     plain, patched = pair("mlp")
     x = inputs("mlp", rows=4)["x"]

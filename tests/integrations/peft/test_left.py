@@ -115,7 +115,7 @@ def assert_left(plain, patched, x, reasons):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", BASES)
-def test_quantized_by_others(kind):
+def test_patch_peft_leaves_other_quantized_bases(kind):
     quantize, reason = BASES[kind]
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
     made = [base(quantize) for _ in range(3)]
@@ -147,7 +147,7 @@ def fake_quantized(linear):
 
 
 @pytest.mark.parametrize("quantize", [bitnet, fake_quantized])
-def test_a_plain_weight_that_its_layer_reads_otherwise(quantize):
+def test_patch_peft_adds_onto_fake_quantized_bases(quantize):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
     plain, patched = (filled(peft.get_peft_model(base(quantize), settings)) for _ in range(2))
     found = fastlora.patch_peft(patched, strict=True)
@@ -158,7 +158,7 @@ def test_a_plain_weight_that_its_layer_reads_otherwise(quantize):
             assert_agree(got, want)
 
 
-def test_fused_experts():
+def test_patch_peft_leaves_fused_experts_to_peft():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 97}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     torch.manual_seed(1)
@@ -193,7 +193,7 @@ def act_merged(model):
     return [merged, model(torch.arange(1, 13).view(2, 6))]
 
 
-def test_quantized_once_it_is_patched():
+def test_merge_refuses_base_quantized_after_patching():
     """PEFT adds to ``weight.data``, of which such classes may give out a copy: then it is lost."""
     model = peft_model("mlp")
     fastlora.patch_peft(model, strict=True)
@@ -216,7 +216,7 @@ class Quantos(Wrapped):
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "unload"])
-def test_merging_that_would_lose_an_adapter_is_warned_of(how):
+def test_merge_warns_when_adapter_would_be_lost(how):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
     model = filled(peft.get_peft_model(base(lambda linear: linear), settings))
     fastlora.patch_peft(model)

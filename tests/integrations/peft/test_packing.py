@@ -158,7 +158,7 @@ BASES = [
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", BASES, ids=str)
-def test_any_order(options, seed):
+def test_actions_in_any_order_match_unpacked_model(options, seed):
     """Eval, training, merging, saving, copying, patching, unpatching: as if never packed."""
     model, never = made(**options)
     fastlora.patch_peft(model, strict=True)
@@ -203,7 +203,7 @@ def repacked(model, never, draw):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_saved_while_packed(nested):
+def test_patch_peft_after_saving_packed_model_warns(nested):
     """bitsandbytes unpacks for a state_dict, and leaves absmax transposed, or quantized anew."""
     model, never = made(compress_statistics=nested)
     pack(model)
@@ -225,7 +225,7 @@ def test_saved_while_packed(nested):
 
 
 @pytest.mark.parametrize("sizes", [(33, 32, 16), (64, 33, 16), (96, 64, 33)])
-def test_shapes_that_cannot_be_packed(sizes):
+def test_patched_model_runs_shapes_that_cannot_be_packed(sizes):
     """bitsandbytes alone raises in an eval forward of these, where it packs."""
     # A compiler of its own decodes odd rows, for twenty seconds.
     with torch.compiler.set_stance("force_eager"):
@@ -236,7 +236,7 @@ def test_shapes_that_cannot_be_packed(sizes):
                 assert_agree(got, want)
 
 
-def test_unloaded_it_packs_again():
+def test_unloaded_base_may_pack_again():
     model, _ = made()
     fastlora.patch_peft(model)
     assert not any(each.support_avx512bf16_for_cpu for each in fours(model))
@@ -244,7 +244,7 @@ def test_unloaded_it_packs_again():
     assert [each.support_avx512bf16_for_cpu for each in fours(base)] == [PACKS, PACKS]
 
 
-def test_a_layer_that_was_told_not_to_pack_stays_so():
+def test_unpatch_peft_keeps_packing_off_where_disabled():
     _, never = made()
     fastlora.patch_peft(never)
     fastlora.unpatch_peft(never)
