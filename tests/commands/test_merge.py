@@ -38,7 +38,7 @@ def merge(given, capsys, monkeypatch):
     return call
 
 
-def test_what_it_prints(merge, given, tmp_path):
+def test_merge_command_prints_progress_and_fidelity(merge, given, tmp_path):
     report = tmp_path / "report.json"
     code, out, err = merge("base", "adapter", "--out", tmp_path / "out", "--report", report)
     assert (code, err) == (0, "")
@@ -59,13 +59,13 @@ def test_what_it_prints(merge, given, tmp_path):
     assert contents(tmp_path / "out") == contents(given / "whole")
 
 
-def test_low_fidelity_is_a_warning(merge, tmp_path):
+def test_merge_command_warns_of_low_fidelity(merge, tmp_path):
     code, out, _ = merge("base", "adapter=0.01", "--out", tmp_path / "out")
     assert code == 0
     assert out.splitlines()[-1].startswith("warning: 14 of 14 layers kept less than 90% of")
 
 
-def test_weights_dtype_and_partial(merge, given, tmp_path):
+def test_merge_command_takes_weights_dtype_and_partial(merge, given, tmp_path):
     out = tmp_path / "out"
     code, said, _ = merge("base", "adapter=-0.5", "lr=0.1=2", "--out", out, "--dtype", "fp32")
     assert code == 0
@@ -97,7 +97,7 @@ def test_weights_dtype_and_partial(merge, given, tmp_path):
         ("7", "7", 1.0),
     ],
 )
-def test_the_weight_is_the_number_after_the_last_sign(text, folder, weight):
+def test_parse_adapter_takes_weight_after_last_equals_sign(text, folder, weight):
     assert parse_adapter(text) == (folder, weight)
 
 
@@ -120,7 +120,7 @@ def test_the_weight_is_the_number_after_the_last_sign(text, folder, weight):
         ),
     ],
 )
-def test_what_cannot_be_done(merge, given, arguments, says):
+def test_merge_command_refuses_bad_input_in_one_line(merge, given, arguments, says):
     before = contents(given)
     code, out, err = merge(*arguments.split())
     assert (code, out) == (2, "")
@@ -133,13 +133,13 @@ def test_what_cannot_be_done(merge, given, arguments, says):
 @pytest.mark.parametrize(
     "arguments", ["base adapter", "base --out x", "base a --out x --dtype int8"]
 )
-def test_what_argparse_refuses(given, arguments):
+def test_merge_command_refuses_bad_arguments(given, arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["merge", *arguments.split()])
     assert stopped.value.code == 2
 
 
-def test_interrupted(merge, given, tmp_path, monkeypatch):
+def test_interrupted_merge_command_exits_130_and_resumes(merge, given, tmp_path, monkeypatch):
     """Ctrl-C in the seventh file: exit code 130, nothing half, and how to go on."""
     out, layout = tmp_path / "out", run._iterate_chunks
 
@@ -159,7 +159,7 @@ def test_interrupted(merge, given, tmp_path, monkeypatch):
     assert contents(out) == contents(given / "whole")
 
 
-def test_a_full_disk(given, tmp_path):
+def test_merge_command_exits_1_on_full_disk(given, tmp_path):
     """By a limit of the shell: a real error of a real process, exit code 1, no traceback."""
     command = [*COMMAND, given / "base", given / "adapter", "--out", tmp_path / "out"]
     limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command]
@@ -204,7 +204,7 @@ def slow(given: Path, out: Path, stops_at: int = 1000, later: int = 0) -> subpro
 # The third sync after a file is whole is that of the folder, which by then has the note of it.
 @pytest.mark.parametrize("files, later", [(1, 0), (8, 0), (8, 2)])
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
-def test_killed_and_resumed(merge, given, tmp_path, files, later):
+def test_killed_merge_command_resumes_to_same_bytes(merge, given, tmp_path, files, later):
     """kill -9 once so many files are whole: then the same command, and the same bytes."""
     out = tmp_path / "out"
     with slow(given, out, files, later) as process:
@@ -224,7 +224,7 @@ def test_killed_and_resumed(merge, given, tmp_path, files, later):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks as POSIX does")
-def test_two_processes_into_one_folder(given, tmp_path):
+def test_second_merge_command_into_folder_is_refused(given, tmp_path):
     """One merges, the other is told, whichever comes first."""
     out = tmp_path / "out"
     first, second = (slow(given, out) for _ in range(2))
@@ -236,7 +236,7 @@ def test_two_processes_into_one_folder(given, tmp_path):
     assert contents(out) == contents(given / "whole")
 
 
-def test_a_damaged_config_has_no_traceback(merge, given, tmp_path):
+def test_merge_command_refuses_quantized_base_without_traceback(merge, given, tmp_path):
     save_base(tmp_path / "base")
     edit_json(tmp_path / "base" / CONFIG, quantization_config={"quant_method": "gptq"})
     code, _, err = merge(tmp_path / "base", "adapter", "--out", tmp_path / "out")
@@ -245,7 +245,7 @@ def test_a_damaged_config_has_no_traceback(merge, given, tmp_path):
     assert not journal.is_unfinished(tmp_path / "out")
 
 
-def test_a_large_model_is_said_in_gigabytes():
+def test_merge_summary_gives_large_sizes_in_gigabytes():
     merged = run.Merged({"l": run.Fidelity(1.0, 0.0, 1.0, 0.1)}, [], 14_500_000_000, [])
     first, _, row = merge_command.summarize(merged, Path("out")).splitlines()
     assert first == "merged 1 layers into out, 14.5 GB of weights"

@@ -63,7 +63,7 @@ def config(kernel: str, shape=SHAPE, dtype=torch.bfloat16):
     "kernel", ["one_pass", "shrink", "shrink_beside", "gemm", "expand", "gradient"]
 )
 @pytest.mark.parametrize("last", [0, -1])
-def test_the_fastest_config_is_what_a_launch_takes(kernel, last):
+def test_tune_makes_launches_take_fastest_config(kernel, last):
     """By the shape that a launch asks with: ``gradient`` with (M, M, C, R), for lora_A C is K."""
     favourite = configs.CANDIDATES[kernel][last]
     assert tune(prefers(favourite), kernels=[kernel])
@@ -81,7 +81,7 @@ def test_the_fastest_config_is_what_a_launch_takes(kernel, last):
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass", "library"])
-def test_the_fastest_path_is_what_an_op_takes(path):
+def test_tune_makes_ops_take_fastest_path(path):
     assert tune(prefers(path))
     M, K, N, R = SHAPE
     for op, shape in {"lora_linear": SHAPE, "lora_linear_backward": (M, N, K, R)}.items():
@@ -96,7 +96,7 @@ def test_the_fastest_path_is_what_an_op_takes(path):
         assert got == path
 
 
-def test_rows_say_what_was_measured_and_with_what(cache):
+def test_tune_rows_record_measurement_and_versions(cache):
     assert tune(lambda call: 3.0 if chosen(call) else 2.5)
     found = rows(cache)
     stamp = {"gpu": choice.gpu_name(DEVICE), **choice.versions()}
@@ -117,7 +117,7 @@ def test_rows_say_what_was_measured_and_with_what(cache):
     assert paths == dict(zip([f"path of {op}" for op in ops], shapes, strict=True))
 
 
-def test_a_wrong_candidate_is_never_timed(monkeypatch, capsys):
+def test_tune_never_times_a_wrong_candidate(monkeypatch, capsys):
     favourite, other = configs.CANDIDATES["gemm"][:2]
     right, timed = gemm.gemm, []
 
@@ -139,7 +139,7 @@ def test_a_wrong_candidate_is_never_timed(monkeypatch, capsys):
     assert f"WRONG gemm {favourite}: y errs by" in said
 
 
-def test_what_is_not_written_is_wrong(monkeypatch):
+def test_tune_rejects_candidate_that_writes_nothing(monkeypatch):
     """Even if the candidate before left the right numbers there."""
     favourite, right = configs.CANDIDATES["gemm"][-1], gemm.gemm
 
@@ -152,7 +152,7 @@ def test_what_is_not_written_is_wrong(monkeypatch):
     assert config("gemm") != favourite
 
 
-def test_a_wrong_path_is_never_timed(monkeypatch, capsys):
+def test_tune_never_times_a_wrong_path(monkeypatch, capsys):
     right = lora.lora_linear
 
     def wrong(*args, path):
@@ -167,7 +167,7 @@ def test_a_wrong_path_is_never_timed(monkeypatch, capsys):
     assert choice.path_of("lora_linear", problem, *args) != "library"
 
 
-def test_a_candidate_that_does_not_run_is_skipped(monkeypatch, capsys):
+def test_tune_skips_candidate_that_does_not_run(monkeypatch, capsys):
     favourite, other = configs.CANDIDATES["gemm"][:2]
     right = gemm.gemm
 
@@ -184,7 +184,7 @@ def test_a_candidate_that_does_not_run_is_skipped(monkeypatch, capsys):
     assert f"skipped gemm {favourite}: RuntimeError: out of resource: shared memory\n" in said
 
 
-def test_no_row_where_nothing_runs(monkeypatch, cache):
+def test_tune_writes_no_row_when_nothing_runs(monkeypatch, cache):
     def failing(*args, **options):
         raise RuntimeError
 
@@ -193,7 +193,7 @@ def test_no_row_where_nothing_runs(monkeypatch, cache):
     assert {row["kernel"] for row in rows(cache)} == {"shrink"}
 
 
-def test_rounds_are_interleaved_and_medians_decide(cache):
+def test_tune_interleaves_rounds_and_compares_medians(cache):
     """Three candidates; the one with a lucky round loses, and the hopeless one is dropped."""
     times = {64: [1.0, 9.0, 9.0], 128: [1.4, 1.4, 2.0], None: [4.0, 6.0, 5.0]}
     seen = []
@@ -213,7 +213,7 @@ def test_rounds_are_interleaved_and_medians_decide(cache):
     assert (row["config"]["BN"], row["us"], row["base_us"]) == (128, 1.4, 5.0)
 
 
-def test_what_was_timed_survives_an_interruption(cache, monkeypatch):
+def test_interrupted_tune_keeps_finished_rows(cache, monkeypatch):
     step = progress.Progress.step
 
     def interrupted(self, what):
@@ -227,14 +227,14 @@ def test_what_was_timed_survives_an_interruption(cache, monkeypatch):
     assert {row["M"] for row in rows(cache)} == {17}
 
 
-def test_a_second_run_replaces_the_first(cache):
+def test_second_tune_replaces_rows_of_first(cache):
     for favourite in configs.CANDIDATES["expand"][:2]:
         assert tune(prefers(favourite), kernels=["expand"])
         assert [row["config"] for row in rows(cache)] == [vars(favourite)] * 2
         assert config("expand") == favourite
 
 
-def test_paths_are_timed_with_the_new_configs_wherever_these_are_saved(cache, tmp_path):
+def test_tune_times_paths_with_new_configs(cache, tmp_path):
     favourite, seen = configs.CANDIDATES["shrink"][-1], []
 
     def clock(call):
@@ -252,26 +252,26 @@ def test_paths_are_timed_with_the_new_configs_wherever_these_are_saved(cache, tm
     assert config("shrink") == before
 
 
-def test_float32_candidates_are_fitted_and_written_as_they_ship(cache):
+def test_tune_writes_float32_candidates_unfitted(cache):
     """So that what is read is fitted once: by the call that it is for."""
     assert tune(lambda call: 1.0, kernels=["gemm"], dtypes=("fp32",))
     assert all(row["dtype"] == "fp32" for row in rows(cache))
     assert rows(cache)[0]["config"] == vars(configs.CANDIDATES["gemm"][0])
 
 
-def test_every_default_shape_is_tuned_both_ways():
+def test_default_shapes_include_their_transposes():
     assert len(set(tuning.SHAPES)) == len(tuning.SHAPES) == 36
     assert {(M, N, K, R) for M, K, N, R in tuning.SHAPES} == set(tuning.SHAPES)
 
 
-def test_the_command_without_a_gpu(monkeypatch, capsys):
+def test_tune_command_exits_2_without_gpu(monkeypatch, capsys):
     monkeypatch.setattr(availability, "no_gpu", lambda: "no CUDA GPU was found")
     assert cli.main(["tune"]) == 2
     assert capsys.readouterr().err == "fastlora tune: no CUDA GPU was found\n"
 
 
 @pytest.mark.parametrize("outcome, code", [(True, 0), (False, 1), (KeyboardInterrupt, 130)])
-def test_the_command(monkeypatch, tmp_path, outcome, code):
+def test_tune_command_passes_options_and_exit_code(monkeypatch, tmp_path, outcome, code):
     seen = {}
 
     def fake(device, shapes, **options):
