@@ -26,7 +26,7 @@ def made_up(**ratios: float) -> list[lines.Line]:
     ]
 
 
-def test_a_slow_down_by_half_is_seen_and_noise_is_not():
+def test_list_changes_finds_slowdown_but_ignores_noise():
     before = made_up(torch=1.2, fastlora=1.1, peft=1.3)
 
     def judged(**now: float) -> bool:
@@ -45,7 +45,7 @@ def test_a_slow_down_by_half_is_seen_and_noise_is_not():
     assert "another device" in compare.make_table([change])[1][0]
 
 
-def test_a_run_that_is_slower_than_an_earlier_one_fails(measured, tmp_path, capsys):
+def test_bench_compare_fails_on_slower_run(measured, tmp_path, capsys):
     """Earlier results that say ours was twice as fast; the run finds it slow three times."""
     _, found = measured()
     honest, faster = tmp_path / "honest.jsonl", tmp_path / "faster.jsonl"
@@ -62,7 +62,7 @@ def test_a_run_that_is_slower_than_an_earlier_one_fails(measured, tmp_path, caps
     assert measured("--compare", str(generous))[0] == 0
 
 
-def test_a_crash_of_the_second_measurement_is_no_recovery(measured, tmp_path, monkeypatch):
+def test_bench_compare_fails_when_second_measurement_crashes(measured, tmp_path, monkeypatch):
     _, found = measured()
     earlier = tmp_path / "earlier.jsonl"
     for line in found:
@@ -77,7 +77,7 @@ def test_a_crash_of_the_second_measurement_is_no_recovery(measured, tmp_path, mo
     assert measured("--compare", str(earlier))[0] == 1
 
 
-def test_lines_of_another_device_are_not_judged(measured, tmp_path, capsys):
+def test_bench_compare_ignores_lines_of_another_device(measured, tmp_path, capsys):
     _, found = measured()
     earlier = tmp_path / "earlier.jsonl"
     for line in found:
@@ -86,7 +86,7 @@ def test_lines_of_another_device_are_not_judged(measured, tmp_path, capsys):
     assert "nothing was judged" in capsys.readouterr().out
 
 
-def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, capsys):
+def test_bench_compare_repeats_measurement_of_slow_case(measured, tmp_path, monkeypatch, capsys):
     """A run in which something else wanted the machine, and then a quiet one."""
     _, found = measured()
     earlier, quiet, runs = tmp_path / "earlier.jsonl", measurement.measure, []
@@ -107,7 +107,7 @@ def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, c
     assert len(runs) == 4
 
 
-def test_the_interval_holds_the_median_and_narrows():
+def test_compute_interval_holds_median_and_narrows():
     draw = torch.Generator().manual_seed(0)
     values = (1 + 0.1 * torch.randn(300, generator=draw)).tolist()
     few, many = timer.compute_interval(values[:10]), timer.compute_interval(values)

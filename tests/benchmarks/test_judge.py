@@ -48,11 +48,11 @@ def untimed(each, status, reason):
         ),
     ],
 )
-def test_results_lie_by_name_and_instruction_set(name, instructions, threads, folder):
+def test_cpu_folder_has_name_instructions_and_threads(name, instructions, threads, folder):
     assert machine.name_cpu_folder(name, instructions, threads) == folder
 
 
-def test_a_cpu_with_amx_shares_no_folder_with_one_without(tmp_path, monkeypatch):
+def test_cpu_with_amx_has_separate_folder(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(machine, "_CPUINFO", info)
     monkeypatch.setattr(machine.native, "unusable", lambda: None)
@@ -67,7 +67,7 @@ def test_a_cpu_with_amx_shares_no_folder_with_one_without(tmp_path, monkeypatch)
     assert machine.find_instruction_set() == "no native"
 
 
-def test_of_a_root_this_device_s_folder_is_taken(tmp_path):
+def test_earlier_results_are_found_in_device_folder(tmp_path):
     other = tmp_path / "cpu" / "another-avx2" / "1-thread"
     mine = tmp_path / machine.name_folder("cpu")
     for folder in (other, tmp_path / "sub" / "cpu" / "another-avx2" / "1-thread"):
@@ -88,7 +88,7 @@ def test_of_a_root_this_device_s_folder_is_taken(tmp_path):
         earlier_results.find(tmp_path / "empty", "cpu")
 
 
-def test_lines_of_another_instruction_set_are_not_judged():
+def test_list_changes_ignores_other_instruction_sets():
     def judged(then: dict, now: dict) -> bool:
         before, after = line("fastlora", **then), line("fastlora", 9, 9, 9, **now)
         (change,) = compare.list_changes([after], [before])
@@ -128,14 +128,14 @@ FAST = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=1.1)
 SLOW = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=3.1, fastlora_pages=1.1)
 
 
-def test_three_times_over_the_bound_is_a_failure(run, capsys):
+def test_judge_fails_case_over_bound_three_times(run, capsys):
     assert run(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
     assert f"over 2.5 times the fastest peer each of 3 times: {MANY}: fastlora" in (
         capsys.readouterr().out
     )
 
 
-def test_once_or_twice_over_the_bound_is_none(run):
+def test_judge_passes_case_over_bound_twice(run):
     assert run(FAST) == (True, [])
     assert run(SLOW, FAST) == (True, [[MANY]])
     assert run(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
@@ -146,11 +146,11 @@ def test_once_or_twice_over_the_bound_is_none(run):
     assert run(near)[0]
 
 
-def test_a_bad_second_measurement_is_no_recovery(run):
+def test_judge_fails_when_second_measurement_fails(run):
     assert not run(SLOW, FAST, good=False)[0]
 
 
-def test_a_known_loss_is_shown_with_its_reason_and_its_other_peers_count(run, capsys):
+def test_judge_excuses_known_loss_to_one_peer(run, capsys):
     assert run(FAST)[0]
     said = capsys.readouterr().out
     assert f"not judged: {UNDONE}: fastlora takes 4.55 times as long as torch: addmm_" in said
@@ -158,7 +158,7 @@ def test_a_known_loss_is_shown_with_its_reason_and_its_other_peers_count(run, ca
     assert not run(slow, slow, slow)[0]
 
 
-def test_ours_must_be_there(run, capsys):
+def test_judge_fails_when_our_provider_is_missing(run, capsys):
     gone = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=None)
     assert not run(gone)[0]
     assert f"ours is missing: {MANY}: fastlora-pages absent: not here" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_ours_must_be_there(run, capsys):
     assert run(WELL + of(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1))[0]
 
 
-def test_compiled_is_set_beside_compiled():
+def test_pair_with_fastest_pairs_compiled_with_compiled():
     found = of(torch=1, torch_compiled=0.2, fastlora=1.5, fastlora_compiled=0.6, base=1, merged=0.1)
     beside = {
         pair.ours["provider"]: pair.other["provider"]
@@ -177,7 +177,7 @@ def test_compiled_is_set_beside_compiled():
     assert pair.other["provider"] == "peft-compiled"
 
 
-def test_with_one_thread_both_clocks_must_say_so():
+def test_compute_times_needs_both_clocks_with_one_thread():
     """Waiting for a core that others use lengthens one of them."""
 
     def factor(**fields):
@@ -195,7 +195,7 @@ def test_with_one_thread_both_clocks_must_say_so():
     assert (pair.other["provider"], peer_limit.compute_times(pair)) == ("peft", 2)
 
 
-def test_what_amx_explains_is_excused_with_amx_alone():
+def test_amx_losses_are_excused_only_with_amx():
     found = of("linear-invariant-bf16-M512-K64-N64-R4", torch=1, fastlora_invariant=6)
     assert [peer_limit.compute_times(pair) for pair in peer_limit.pair_with_fastest(found)] == [6]
     amx = [{**each, "instruction_set": "avx512_bf16+amx"} for each in found]
@@ -203,7 +203,7 @@ def test_what_amx_explains_is_excused_with_amx_alone():
     assert len(peer_limit.list_excused(amx)) == 1
 
 
-def test_the_evidence_has_no_other_losses_than_those_that_are_known():
+def test_stored_evidence_has_only_known_losses():
     folders = {file.parent for file in RESULTS.glob("cpu/*/*/linear.jsonl")}
     if not folders:
         pytest.skip("the results are in the repository, not in a source distribution")
@@ -249,7 +249,7 @@ RIGHT = FAST[len(WELL) :]
 
 
 @pytest.mark.parametrize("words", [(), BOUND])
-def test_what_is_wrong_fails_whatever_it_takes(said, words):
+def test_bench_fails_on_wrong_results_whatever_the_time(said, words):
     def but(status, reason):
         ours = [ln["provider"] == "fastlora" for ln in RIGHT]
         pairs = zip(RIGHT, ours, strict=True)
@@ -262,7 +262,7 @@ def test_what_is_wrong_fails_whatever_it_takes(said, words):
     assert said(but("absent", "not here"), *words) == (1 if words else 0)
 
 
-def test_a_slow_down_that_is_tolerated_is_shown(said, tmp_path, capsys):
+def test_tolerated_slowdown_is_shown_but_passes(said, tmp_path, capsys):
     before = tmp_path / "before.jsonl"
     for each in of(base=1, torch=1.2, fastlora=0.5, fastlora_pages=0.5):
         lines.write(each, before)
@@ -277,7 +277,7 @@ def test_a_slow_down_that_is_tolerated_is_shown(said, tmp_path, capsys):
     assert "--tolerate-slower: expected --compare" in capsys.readouterr().err
 
 
-def test_without_evidence_of_this_cpu_the_bound_still_holds(said, tmp_path, capsys):
+def test_bound_holds_without_evidence_of_this_cpu(said, tmp_path, capsys):
     root = tmp_path / "kept"
     other = root / "cpu" / "another-avx2" / "1-thread"
     other.mkdir(parents=True)

@@ -64,7 +64,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_wrong_model_fails_in_a_step_and_in_generate(how):
+def test_gate_fails_wrong_model_in_train_and_generate(how):
     name, change = CHANGES[how]
     wrong = partial(_prepare_step, changed(models.build_fastlora, name, change))
     assert statuses(train(), wrong=wrong) == dict.fromkeys(train().providers, "ok") | {
@@ -77,7 +77,7 @@ def test_a_wrong_model_fails_in_a_step_and_in_generate(how):
 
 
 @pytest.mark.parametrize("name", ["dx", f"{SOME}A", f"{SOME}B", "loss"])
-def test_every_gradient_is_looked_at(name):
+def test_gate_checks_every_gradient(name):
     def wrong(case, o):
         call = case.work.providers["fastlora"](case, o)
         return lambda: {k: t * 1.001 if k == name else t for k, t in call().items()}
@@ -105,7 +105,7 @@ def mixed(names: list[str]):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_rows_have_their_own_adapters(dtype):
+def test_gate_checks_adapter_of_every_row(dtype):
     """Row i has adapter i modulo 3."""
     right, swapped, none = ["0", "1", "2", "0"], ["1", "0", "2", "0"], ["0", "1", "2", "__base__"]
     found = statuses(
@@ -115,7 +115,7 @@ def test_rows_have_their_own_adapters(dtype):
     assert set(found.values()) == {"ok"}
 
 
-def test_prefix_and_prompt_have_truths_of_their_own(monkeypatch):
+def test_prefix_and_prompt_tuning_have_separate_references(monkeypatch):
     virtual_tuning.kept(monkeypatch)
 
     def ignored(case, o):
@@ -138,7 +138,7 @@ def test_prefix_and_prompt_have_truths_of_their_own(monkeypatch):
     assert statuses(generate(1), merged=ignored)["merged"] == "failed"
 
 
-def test_a_step_s_logits_are_its_own():
+def test_gate_fails_logits_of_another_step():
     def late(case, o):
         call = case.work.providers["fastlora"](case, o)
         return lambda: {"logits": call()["logits"].roll(1, 1)}
@@ -146,7 +146,7 @@ def test_a_step_s_logits_are_its_own():
     assert statuses(generate(3), late=late)["late"] == "failed"
 
 
-def test_what_failed_is_not_timed():
+def test_failed_model_provider_is_not_timed():
     case = generate(3)
     wrong = changed(
         lambda case, o: models.build_lean_many(case, o, [0, 1, 2, 0]),
@@ -163,7 +163,7 @@ def test_what_failed_is_not_timed():
     assert lines["torch"]["peak_bytes"] > 0
 
 
-def test_with_dropout_the_case_without_it_is_compared():
+def test_gate_compares_dropout_case_without_dropout():
     case = train(dropout=0.5)
     assert set(statuses(case).values()) == {"ok"}
     # What is timed drops.
@@ -171,7 +171,7 @@ def test_with_dropout_the_case_without_it_is_compared():
     assert not torch.equal(call()["dx"], call()["dx"])
 
 
-def test_adapters_matter():
+def test_adapters_change_expected_results_of_models():
     for case in (train(), generate(3)):
         o = case.work.operands(case, 0)
         with_them, without = (case.work.expected(case, o, name) for name in ("peft", "base"))
@@ -180,7 +180,7 @@ def test_adapters_matter():
                 assert oracle.relative_error(with_them[name], value) > 0.3
 
 
-def test_operands_are_shared_by_the_model_and_by_nobody_else():
+def test_models_share_operands_of_one_provider_only():
     case = generate(1)
     o, again, other = (case.work.operands(case, seed) for seed in (0, 0, 1))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -192,7 +192,7 @@ def test_operands_are_shared_by_the_model_and_by_nobody_else():
     assert layer.lora_A["0"].weight.data_ptr() == o[f"{SOME}A"].data_ptr()
 
 
-def test_grouped_heads_are_llama_3_s(monkeypatch):
+def test_model_case_groups_heads_like_llama_3(monkeypatch):
     """From H = 1024 on: keys, values and the prefix are a quarter as wide."""
     virtual_tuning.kept(monkeypatch)
     shape = {"B": 2, "L": 4, "new": 2, "H": 1024, "I": 64, "layers": 1, "R": 4, "S": 1}
@@ -202,7 +202,7 @@ def test_grouped_heads_are_llama_3_s(monkeypatch):
 
 
 @pytest.mark.full  # tests/benchmarks/test_compiling.py compiles single layers
-def test_compiled_models_are_held_to_the_same(monkeypatch):
+def test_compiled_models_pass_the_same_gate(monkeypatch):
     # Which code the compiler writes is its own affair, and takes a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     found = statuses(train(compiled=True))
@@ -213,7 +213,7 @@ def test_compiled_models_are_held_to_the_same(monkeypatch):
     }
 
 
-def test_without_a_compiler_the_compiled_are_absent(monkeypatch):
+def test_compiled_models_are_absent_without_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     found = statuses(train(compiled=True))
@@ -222,7 +222,7 @@ def test_without_a_compiler_the_compiled_are_absent(monkeypatch):
 
 
 @pytest.mark.parametrize("case", [train(compiled=True), generate(1), generate(3)])
-def test_without_transformers_everyone_is_absent(monkeypatch, case):
+def test_model_providers_are_absent_without_transformers(monkeypatch, case):
     monkeypatch.setitem(sys.modules, "transformers", None)
     lines = list(measurement.measure(case, SEEN))
     assert [line["provider"] for line in lines] == list(case.providers)
@@ -230,14 +230,14 @@ def test_without_transformers_everyone_is_absent(monkeypatch, case):
     assert all(line["reason"].startswith("transformers cannot be imported") for line in lines)
 
 
-def test_without_peft_the_others_are_measured(monkeypatch):
+def test_other_model_providers_run_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     virtual_tuning.fresh(monkeypatch)
     found = statuses(generate(1))
     assert found == {name: "absent" if "peft" in name else "ok" for name in found}
 
 
-def test_costs_are_the_formulas_():
+def test_model_cost_follows_its_formula():
     B, L, H, I, layers, R = 2, 12, 64, 96, 2, 4  # noqa: E741
     case = train()
     of_block = [(H, H)] * 4 + [(I, H)] * 2 + [(H, I)]

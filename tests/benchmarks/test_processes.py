@@ -20,7 +20,7 @@ def dying(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
     return found
 
 
-def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
+def test_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
     half_way = {"case": linear_case().name, "provider": "base", "status": "ok"}
     script = (
         "import json, os, sys, time\n"
@@ -46,7 +46,7 @@ def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
         ("pass", "it ended without a result"),
     ],
 )
-def test_a_crash_is_a_line(tmp_path, script, reason):
+def test_crashed_process_leaves_a_line_with_reason(tmp_path, script, reason):
     file = tmp_path / "linear.jsonl"
     for _ in range(2):  # the second run replaces the first one's line
         (line,) = dying(script, file)
@@ -55,7 +55,7 @@ def test_a_crash_is_a_line(tmp_path, script, reason):
     assert any(reason in note for note in table.make_notes([line]))
 
 
-def test_a_crash_costs_one_case_of_its_process(tmp_path):
+def test_crash_costs_only_the_running_case(tmp_path):
     """What was finished before stays; what comes after is left for another process."""
     small = linear_case()
     batch = [dataclasses.replace(small, shape={**small.shape, "M": M}) for M in (1, 2, 3)]
@@ -72,7 +72,7 @@ def test_a_crash_costs_one_case_of_its_process(tmp_path):
     assert [[line["status"] for line in lines] for _, lines in tried] == [["ok"], ["crashed"]]
 
 
-def test_a_process_that_has_no_more_time_leaves_cases_unmeasured(tmp_path):
+def test_process_out_of_time_leaves_cases_unmeasured(tmp_path):
     batch = [dataclasses.replace(linear_case(), shape={"M": M}) for M in (1, 2)]
     file = tmp_path / "linear.jsonl"
     script = (
