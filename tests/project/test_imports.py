@@ -88,7 +88,7 @@ def faults(module: str, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
+def test_module_imports_only_lower_folders(module: str) -> None:
     assert not faults(module, MODULES[module])
 
 
@@ -104,7 +104,7 @@ def test_imports_point_down(module: str) -> None:
         ("fastlora.kernels.linear.gemm", "from fastlora.ops import invariance"),
     ],
 )
-def test_a_fault_is_found(module: str, source: str) -> None:
+def test_faults_finds_forbidden_imports(module: str, source: str) -> None:
     assert faults(module, source)
 
 
@@ -118,7 +118,7 @@ def test_imports_form_no_circle() -> None:
     assert not needs
 
 
-def test_a_package_binds_no_name_of_a_submodule() -> None:
+def test_package_binds_no_name_of_a_submodule() -> None:
     """``from package import file`` would give whichever of the two was bound last."""
     for path in (p for p in FILES if p.name == "__init__.py"):
         files = {p.stem for p in path.parent.glob("*.py")}
@@ -131,7 +131,7 @@ def test_a_package_binds_no_name_of_a_submodule() -> None:
 
 
 @pytest.mark.parametrize("module", ["fastlora", "fastlora.commands.main"])
-def test_optional_packages_are_not_imported(module: str) -> None:
+def test_import_of_fastlora_loads_no_optional_packages(module: str) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -140,6 +140,6 @@ def test_optional_packages_are_not_imported(module: str) -> None:
     assert not loaded & {"triton", "peft", "transformers", "accelerate", "rich", "matplotlib"}
 
 
-def test_kernels_is_no_package() -> None:
+def test_kernels_folder_is_no_package() -> None:
     """A kernels/__init__.py would shadow Hugging Face's `kernels` for transformers."""
     assert not list(ROOT.glob("kernels/**/__init__.py"))

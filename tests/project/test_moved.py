@@ -41,7 +41,7 @@ def trained(**options):
     return randomise_lora(fastlora.replace_linear(net, config))
 
 
-def test_a_trained_model_loads_with_its_numbers():
+def test_old_pickle_of_trained_model_loads():
     model, x = trained(modules_to_save=["2"]), torch.randn(4, 8)
     y = model(x)
     data, used = as_old(model)
@@ -50,7 +50,7 @@ def test_a_trained_model_loads_with_its_numbers():
     assert torch.equal(pickle.loads(data)(x), y)
 
 
-def test_a_merged_model_unmerges_every_bit():
+def test_old_pickle_of_merged_model_unmerges():
     model = trained().eval()
     before = model[0].weight.clone()
     data, used = as_old(fastlora.merge_adapter(model) or model)
@@ -60,7 +60,7 @@ def test_a_merged_model_unmerges_every_bit():
     assert torch.equal(loaded[0].weight, before)
 
 
-def test_several_adapters_load_with_their_rows():
+def test_old_pickle_of_several_adapters_loads():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(4, 8)
     config = fastlora.LoRAConfig(r=2, target_modules=["0"])
     model = randomise_lora(fastlora.replace_linear(net, config, adapter_names=["a", "b"]))
@@ -75,7 +75,7 @@ def test_several_adapters_load_with_their_rows():
     assert torch.equal(run(loaded), run(model))
 
 
-def test_watch_takes_the_state_that_0_1_0_gave_it():
+def test_watch_accepts_state_of_version_0_1_0():
     watch = pickle.loads(pickle.dumps(fastlora.rows.watch.Watch(nn.Linear(2, 2), None)))
     state = vars(watch) | {"verdicts": {}, "lengths": {}, "_trusted": None, "_settled": True}
     watch.__setstate__(state)
@@ -83,7 +83,7 @@ def test_watch_takes_the_state_that_0_1_0_gave_it():
 
 
 @pytest.mark.parametrize("value", ["groups", "receipt"])
-def test_values_of_functions_load(value):
+def test_old_pickles_of_function_values_load(value):
     made = group_rows(torch.tensor([1, 0, 1]), 2)
     if value == "receipt":
         made = merge_(torch.randn(8, 8), [(torch.randn(2, 8), torch.randn(8, 2), 1.0)])
@@ -92,14 +92,14 @@ def test_values_of_functions_load(value):
     assert type(pickle.loads(data)) is type(made)
 
 
-def test_every_old_name_is_found():
+def test_every_old_module_name_can_be_imported():
     lines = [f"from {m} import {', '.join(names)}" for m, names in MOVED.items()]
     pytest.importorskip("peft")
     done = subprocess.run([sys.executable, "-c", "import fastlora\n" + "\n".join(lines)])
     assert done.returncode == 0
 
 
-def test_what_is_loaded_is_saved_under_the_paths_of_today():
+def test_loaded_old_pickle_is_saved_under_new_paths():
     data, _ = as_old(trained())
     buffer = io.BytesIO()
     torch.save(pickle.loads(data), buffer)

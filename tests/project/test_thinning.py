@@ -17,7 +17,7 @@ def pairs(row) -> set:
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (13, 6, 2, 3), (5, 1, 4), (2,) * 8, (7,), (4, 9)])
-def test_every_pair_of_values_stays(sizes):
+def test_cover_keeps_every_pair_of_values(sizes):
     rows = list(product(*map(range, sizes)))
     kept = [rows[i] for i in cover(rows)]
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, rows))
@@ -29,7 +29,7 @@ def test_every_pair_of_values_stays(sizes):
     assert least <= len(kept) <= 1.5 * least + len(sizes)
 
 
-def test_of_an_incomplete_grid_what_there_is_stays():
+def test_cover_keeps_all_pairs_of_incomplete_grid():
     draw = random.Random(0)
     rows = [row for row in product(range(6), THREE, range(4)) if draw.random() < 0.4]
     kept = [rows[i] for i in cover(rows)]
@@ -37,14 +37,14 @@ def test_of_an_incomplete_grid_what_there_is_stays():
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, rows))
 
 
-def test_the_core_stays_whole():
+def test_cover_keeps_all_core_combinations():
     rows = list(product(range(13), THREE, range(6), range(2)))
     kept = [rows[i] for i in cover(rows, core=[1, 2, 3])]
     assert {row[1:] for row in kept} == {row[1:] for row in rows}
     assert len(kept) == 13 * 6
 
 
-def test_the_choice_is_always_the_same():
+def test_cover_is_deterministic_whatever_the_values():
     rows = list(product("abcde", "xyz", "pq", "uvw"))
     numbers = {letter: i for i, letter in enumerate("vqxzaycpwudbe")}
     again = [tuple(numbers[letter] for letter in row) for row in rows]
@@ -74,7 +74,7 @@ def thinned(pytester):
 CUBE = "@GIVEN('c', range(3))\n@GIVEN('b', range(3))\n@GIVEN('a', range(3))\n"
 
 
-def test_a_grid_is_thinned(thinned):
+def test_thin_marks_part_of_grid_full(thinned):
     kept, rest, why = thinned(CUBE + "def test(a, b, c): ...")
     assert len(kept) + len(rest) == 27
     assert len(kept) < 14
@@ -82,7 +82,7 @@ def test_a_grid_is_thinned(thinned):
     assert not why
 
 
-def test_few_combinations_stay(thinned):
+def test_thin_keeps_all_of_few_combinations(thinned):
     kept, rest, _ = thinned(
         "@GIVEN('c', range(2))\n@GIVEN('b', range(2))\n@GIVEN('a', range(2))\n"
         "def test(a, b, c): ..."
@@ -90,7 +90,7 @@ def test_few_combinations_stay(thinned):
     assert (len(kept), rest) == (FEW, [])
 
 
-def test_what_skips_stands_for_nothing(thinned):
+def test_thin_does_not_count_skipped_combinations(thinned):
     """Of pairs that two combinations have, the one that runs is kept."""
     kept, rest, why = thinned(
         "def odd(a, c): return 'odd' if (a + c) % 2 else None\n"
@@ -103,7 +103,7 @@ def test_what_skips_stands_for_nothing(thinned):
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, runs))
 
 
-def test_where_all_skip_one_says_why(thinned):
+def test_thin_keeps_one_when_all_skip(thinned):
     kept, rest, why = thinned(
         "def never(): return 'never'\n@skip_where(never)\n" + CUBE + "def test(a, b, c): ..."
     )
@@ -111,7 +111,7 @@ def test_where_all_skip_one_says_why(thinned):
     assert kept[0] in why
 
 
-def test_what_is_marked_full_by_hand_stands_for_nothing(thinned):
+def test_thin_does_not_count_combinations_marked_full(thinned):
     kept, _, _ = thinned(
         "long = pytest.param(2, marks=pytest.mark.full)\n"
         "@GIVEN('a', [0, 1, long])\n@GIVEN('b', range(3))\n@GIVEN('c', range(3))\n"
@@ -122,7 +122,7 @@ def test_what_is_marked_full_by_hand_stands_for_nothing(thinned):
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, short))
 
 
-def test_every_device_has_a_choice_of_its_own(thinned):
+def test_thin_chooses_separately_for_each_device(thinned):
     kept, _, _ = thinned(
         "@GIVEN('device', ['cpu', 'cuda'])\n" + CUBE + "def test(device, a, b, c): ..."
     )
@@ -131,7 +131,7 @@ def test_every_device_has_a_choice_of_its_own(thinned):
         assert set().union(*map(pairs, mine)) == set().union(*map(pairs, product(THREE, repeat=3)))
 
 
-def test_names_given_together_are_one_parameter(thinned):
+def test_thin_treats_joint_names_as_one_parameter(thinned):
     """And every op on every backend in every dtype stays."""
     kept, rest, _ = thinned(
         "dtypes = [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)]\n"
@@ -145,7 +145,7 @@ def test_names_given_together_are_one_parameter(thinned):
     assert len(rest) == 24
 
 
-def test_values_are_told_apart_by_what_they_are(thinned):
+def test_thin_distinguishes_values_by_type(thinned):
     """Lists have no hash; 1, True and 1.0 are equal, and no test of one is a test of another."""
     kept, _, _ = thinned(
         "@GIVEN('c', range(2))\n@GIVEN('b', [[], {}, [1]])\n@GIVEN('a', [1, True, 1.0])\n"
@@ -161,6 +161,6 @@ OWN = list(product(THREE, THREE, "pqr"))
 @pytest.mark.parametrize("c", "pqr")
 @pytest.mark.parametrize("b", THREE)
 @pytest.mark.parametrize("a", THREE)
-def test_this_very_suite_is_thinned(a, b, c, request):
+def test_suite_itself_is_thinned_as_computed(a, b, c, request):
     chosen = OWN.index((a, b, c)) in cover(OWN)
     assert chosen == (request.node.get_closest_marker("full") is None)
