@@ -135,7 +135,7 @@ def test_merge_copies_targets_of_links(at):
         ("beside", "../results", "out: expected a folder outside of base, .*beside leads to"),
     ],
 )
-def test_merge_refuses_links_that_form_circles(at, link, to, says):
+def test_merge_refuses_circular_links_and_links_to_output(at, link, to, says):
     (at / "results").mkdir()
     (at / "base" / link).symlink_to(to)
     with pytest.raises(ValueError, match=says):

@@ -203,7 +203,7 @@ def repacked(model, never, draw):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_patch_peft_after_saving_packed_model_warns(nested):
+def test_patch_peft_accepts_model_saved_while_packed(nested):
     """bitsandbytes unpacks for a state_dict, and leaves absmax transposed, or quantized anew."""
     model, never = made(compress_statistics=nested)
     pack(model)
