@@ -53,7 +53,7 @@ def test_adapter_per_row_matches_peft(kind, monkeypatch):
             assert_agree(got[mine], alone[mine])
 
 
-def test_base_name_means_base_despite_adapter_of_that_name():
+def test_base_name_is_never_taken_for_an_adapter():
     plain, patched = pair("mlp")
     for model in (plain, patched):
         model.add_adapter("__base__", config("mlp"))
@@ -77,7 +77,7 @@ def test_adapter_per_row_matches_peft_on_triton(on_triton, device):
             assert_agree(got, want)
 
 
-def test_adapter_per_row_has_gradients_and_errors_of_peft():
+def test_adapter_per_row_matches_gradients_of_peft():
     plain, patched = pair("mlp")
     x = torch.randn(3, 11)
     rows = ["default", "__base__", "other"]
@@ -115,7 +115,7 @@ def test_tensors_of_a_transform_do_not_leak():
     assert_agree(found[1], found[0])
 
 
-def test_vision_tower_rows_are_not_taken_for_batch_rows():
+def test_vision_tower_rows_are_no_batch_rows():
     """PEFT itself goes by their number: two images of the first text, beside another's text."""
     model = peft.get_peft_model(
         ready(llava), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])

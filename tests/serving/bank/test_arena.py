@@ -30,7 +30,7 @@ def test_arena_places_blocks_side_by_side_where_possible():
     assert of.free == 0
 
 
-def test_arena_spreads_blocks_when_no_run_is_long_enough():
+def test_arena_spreads_blocks_when_runs_are_short():
     of = arena(12)
     taken = [of.take([2]) for _ in range(6)]
     for i in (0, 2, 3):

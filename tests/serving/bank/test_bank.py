@@ -160,7 +160,7 @@ def test_slow_load_does_not_block_other_leases():
         assert_lends(of, {"c": adapters["c"]})
 
 
-def test_bank_reads_files_again_when_host_bytes_is_zero():
+def test_bank_rereads_files_when_host_bytes_is_zero():
     """Files are then read again, and are what they were, or nothing is lent."""
     of, adapters = filled(3, host_bytes=0)
     assert of.stats().host_bytes_used == 0
@@ -179,7 +179,7 @@ def test_bank_reads_files_again_when_host_bytes_is_zero():
     assert of.stats().leases == 0
 
 
-def test_host_copies_are_evicted_when_host_bytes_are_full():
+def test_host_copies_are_evicted_beyond_host_bytes():
     size = layout().image(Adapter(0).factors).nbytes
     of, adapters = filled(4, host_bytes=2 * size)
     assert of.stats().host_bytes_used == 2 * size

@@ -79,7 +79,7 @@ def test_failed_rebuild_leaves_bank_unchanged(monkeypatch):
         small.borrow(["a"])
 
 
-def test_page_reuse_waits_for_last_event_of_every_stream(monkeypatch):
+def test_page_reuse_waits_for_every_reading_stream(monkeypatch):
     """Of each stream for the last event, and for no more of them than there are streams."""
     of, waited, events = bank(max_adapters=1), [], Counter()
     for name, seed in (("a", 0), ("b", 1)):

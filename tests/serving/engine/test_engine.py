@@ -100,7 +100,7 @@ def test_engine_computes_every_token_once(server):
     assert sum(gate.sizes) == sum(request.length - 1 for request in requests)
 
 
-def test_engine_runs_one_forward_per_step_for_all_adapters(server):
+def test_engine_runs_one_forward_per_step(server):
     for names in [["one"] * 4, ["one", None, "two", "three"]]:
         with server.engine(max_length=40) as engine, gated(server, stop=0) as gate:
             streams = [engine.submit(ask(None, new=1))]
@@ -112,7 +112,7 @@ def test_engine_runs_one_forward_per_step_for_all_adapters(server):
         assert gate.sizes == [4, 16, 4, 4, 4, 4]
 
 
-def test_long_prompt_is_read_in_parts_beside_writing_requests(server):
+def test_long_prompt_is_read_in_parts_beside_others(server):
     with server.engine(max_length=64, step_tokens=8) as engine, gated(server, stop=2) as gate:
         writer = engine.submit(ask("one", new=20))
         gate.wait()

@@ -147,7 +147,7 @@ def ask(name: str | None, new: int = 5, **options: Any) -> Request:
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
-def test_requests_do_not_wait_for_loading_adapter_of_others(server, monkeypatch, max_rows):
+def test_requests_do_not_wait_for_loading_adapters(server, monkeypatch, max_rows):
     lending = Lending(monkeypatch)
     lending.late["two"] = Future()
     with server.engine(max_rows=max_rows, max_length=40) as running:
