@@ -39,7 +39,7 @@ def test_merge_refuses_names_that_fit_two_towers(tmp_path):
         merge(tmp_path)
 
 
-def test_merge_refuses_layers_missing_in_the_base(at):
+def test_merge_refuses_layers_missing_in_the_base(base_and_adapter):
     """Named, and left out where that is asked for."""
 
     def change(t: dict[str, Tensor]) -> None:
@@ -48,17 +48,18 @@ def test_merge_refuses_layers_missing_in_the_base(at):
             moved = t.pop(f"{PREFIX}{Q}.lora_{part}.weight")
             t[f"{PREFIX}model.layers.7.self_attn.q_proj.lora_{part}.weight"] = moved
 
-    edit_adapter(at, change)
-    edit_settings(at, target_modules=r".*\d\.\w+\.[a-z]+_proj")
+    edit_adapter(base_and_adapter, change)
+    edit_settings(base_and_adapter, target_modules=r".*\d\.\w+\.[a-z]+_proj")
     with pytest.raises(ValueError) as refused:
-        merge(at)
-    absent = f"1 of its 13 layers are not in {at / 'base'}: model.layers.7.self_attn.q_proj; "
+        merge(base_and_adapter)
+    base = base_and_adapter / "base"
+    absent = f"1 of its 13 layers are not in {base}: model.layers.7.self_attn.q_proj; "
     unfilled = f"2 layers that its file lacks: {Q}, model.layers.1.mlp.up_proj; "
     assert f"{absent}its config names {unfilled}the others" in str(refused.value)
     assert "--allow-partial" in str(refused.value)
-    assert not (at / "out").exists()
+    assert not (base_and_adapter / "out").exists()
     with pytest.warns(UserWarning, match="3 layers were left out: model.layers.7"):
-        found = merge(at, allow_partial=True)
+        found = merge(base_and_adapter, allow_partial=True)
     assert len(found) == 12
 
 
