@@ -1,4 +1,4 @@
-"""``fastlora bench``: what is asked for is measured, kept, compared, and taken up again."""
+"""`fastlora bench` measures, keeps, compares and resumes what is requested."""
 
 import json
 import subprocess
@@ -38,12 +38,12 @@ def test_bench_measures_custom_shapes(bench_linear, capsys):
     assert "fastlora bench report" in said
 
 
-def test_bench_resume_skips_cases_already_measured(measured, tmp_path, monkeypatch):
-    measured("--case", "*")
+def test_bench_resume_skips_cases_already_measured(bench_in_process, tmp_path, monkeypatch):
+    bench_in_process("--case", "*")
     folder = quick_folder(tmp_path)
     stamps = {line["timestamp"]: 0 for line in lines.read_all(folder)}
     time.sleep(1.1)
-    assert measured("--resume")[0] == 0
+    assert bench_in_process("--resume")[0] == 0
     assert {line["timestamp"]: 0 for line in lines.read_all(folder)} == stamps
     # Another commit's lines are measured, another torch's, those of a case that did not pass, and
     # of one that was interrupted before anybody was timed.
@@ -60,9 +60,9 @@ def test_bench_resume_skips_cases_already_measured(measured, tmp_path, monkeypat
     assert not runner.is_done(case, folder, facts)
 
 
-def test_bench_begins_no_case_after_deadline(measured, capsys):
+def test_bench_begins_no_case_after_deadline(bench_in_process, capsys):
     with pytest.raises(FileNotFoundError):
-        measured("--deadline", "0.000001")
+        bench_in_process("--deadline", "0.000001")
     assert "out of time: 2 cases were not begun" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Compiled providers: in one graph, for one shape, held to the gate, or absent with a reason."""
+"""Compiled providers run in one graph, pass the gate, or are absent with a reason."""
 
 import os
 import shutil

@@ -1,11 +1,11 @@
-"""Results as CSV: nothing is lost, and columns stay where they are."""
+"""Results written as CSV keep every field and the order of columns."""
 
 import csv
 
 import pytest
 
 from benchmarks.harness import csv_file
-from tests.benchmarks.result_lines import line, not_timed, written
+from tests.benchmarks.result_lines import line, not_timed, write_lines
 
 
 def test_csv_has_every_field_of_every_line(tmp_path):
@@ -14,7 +14,7 @@ def test_csv_has_every_field_of_every_line(tmp_path):
         not_timed("peft", "absent", 'says "no",\nthen dies'),
         not_timed(None, "crashed", "signal SIGSEGV"),
     ]
-    path = csv_file.write_csv(written(tmp_path, *lines) / "linear.jsonl")
+    path = csv_file.write_csv(write_lines(tmp_path, *lines) / "linear.jsonl")
     assert path == tmp_path / "linear.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))

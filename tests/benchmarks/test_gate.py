@@ -1,4 +1,4 @@
-"""Who disagrees with float64 is seen, and nothing else is."""
+"""The gate finds providers that disagree with float64, and no others."""
 
 import dataclasses
 
@@ -14,15 +14,15 @@ from benchmarks.suites import linear, multi
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge, Swap
 from benchmarks.suites.multi import Multi
-from tests.benchmarks.small_case import linear_case, lines_of, right
+from tests.benchmarks.small_case import correct_output, linear_case, lines_of
 from tests.support import oracle
 
 WRONG = {
     "adapter ignored": lambda o: nnf.linear(o["x"], o["weight"]),
-    "a little off": lambda o: right(o) * (1 + 1e-5),
-    "one row wrong": lambda o: right(o).index_fill_(0, torch.tensor([8]), 0.0),
-    "not a number": lambda o: right(o).mul_(float("nan")),
-    "half precision": lambda o: right(o).half(),
+    "a little off": lambda o: correct_output(o) * (1 + 1e-5),
+    "one row wrong": lambda o: correct_output(o).index_fill_(0, torch.tensor([8]), 0.0),
+    "not a number": lambda o: correct_output(o).mul_(float("nan")),
+    "half precision": lambda o: correct_output(o).half(),
 }
 
 
@@ -78,14 +78,16 @@ def test_gate_reports_raising_provider_as_error():
     def raises(case, o):
         raise RuntimeError("no kernel image")
 
-    found = lines_of(linear_case(raises=raises, flat=lambda case, o: lambda: {"y": right(o)[0]}))
+    found = lines_of(
+        linear_case(raises=raises, flat=lambda case, o: lambda: {"y": correct_output(o)[0]})
+    )
     assert found["raises"]["reason"] == "RuntimeError: no kernel image"
     assert found["raises"]["status"] == found["flat"]["status"] == "error"
     assert "ms" not in found["flat"]
 
 
 def test_nothing_is_timed_when_unfused_torch_fails():
-    case = linear_case(torch=lambda case, o: lambda: {"y": right(o) * 1.1})
+    case = linear_case(torch=lambda case, o: lambda: {"y": correct_output(o) * 1.1})
     found = lines_of(case)
     assert {line["status"] for line in found.values()} == {"failed", "error"}
     assert not any("ms" in line for line in found.values())

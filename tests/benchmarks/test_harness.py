@@ -1,4 +1,4 @@
-"""The harness: what is wrong is not timed, what is slow is seen, what dies leaves a line."""
+"""The harness does not time wrong providers and reports slow or crashed ones."""
 
 import dataclasses
 import os
@@ -18,14 +18,14 @@ from benchmarks.harness.case import Case, Ceilings
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
-from tests.benchmarks.small_case import linear_case, lines_of, right
+from tests.benchmarks.small_case import correct_output, linear_case, lines_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_slow_provider_shows_in_the_ratio():
     def build(case, o):
-        return lambda: time.sleep(0.02) or {"y": right(o)}
+        return lambda: time.sleep(0.02) or {"y": correct_output(o)}
 
     found = lines_of(linear_case(slow=build))
     assert found["slow"]["ms"]["p50"] >= 20
@@ -126,7 +126,7 @@ BLOCKED = ("peft", "transformers", "accelerate", "rich", "matplotlib", "pytest_b
 
 
 @pytest.fixture
-def bare(tmp_path):
+def bare_checkout(tmp_path):
     """A copy of the checkout, and what runs its benchmarks with torch and numpy alone."""
     copy, blocker = tmp_path / "checkout", tmp_path / "blocker"
     for folder in ("fastlora", "kernels", "benchmarks"):
@@ -151,8 +151,8 @@ def bare(tmp_path):
     return copy, run
 
 
-def test_bare_checkout_measures_without_peft(bare):
-    copy, run = bare
+def test_bare_checkout_measures_without_peft(bare_checkout):
+    copy, run = bare_checkout
     # Beside providers that forget the adapter, and that end in an error.
     with (copy / "benchmarks" / "cases.py").open("a") as file:
         file.write("FORWARD.providers['wrong'] = FORWARD.providers['base']\n")

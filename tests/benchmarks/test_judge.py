@@ -1,4 +1,4 @@
-"""What fails a run: wrong results, ours missing, a peer that is far ahead each time."""
+"""A run fails on wrong results, missing providers or a peer that is far ahead each time."""
 
 import pytest
 import torch
@@ -9,23 +9,23 @@ from benchmarks.harness import lines, machine, runner
 from benchmarks.harness.case import Ceilings
 from benchmarks.harness.terminal import Plain
 from benchmarks.reports import compare, earlier_results, peer_limit
-from tests.benchmarks.result_lines import line, written
+from tests.benchmarks.result_lines import line, write_lines
 
 MANY = "multi-decode-bf16-T16-K2048-N2048-R16-S8-uniform"
 UNDONE = "merge-unmerge-bf16-K2048-N2048-R16"
 
 
-def of(case=MANY, **ratios):
+def case_lines(case=MANY, **ratios):
     """Lines of a case: ratios to the base by provider; None: absent."""
     found = []
     for name, ratio in ratios.items():
         values, fields = [ratio or 1.0] * 3, {"threads": 1, "cpu_ratio": {"p50": ratio}}
         each = line(name.replace("_", "-"), *values, case=case, **fields)
-        found.append(each if ratio else untimed(each, "absent", "not here"))
+        found.append(each if ratio else without_times(each, "absent", "not here"))
     return found
 
 
-def untimed(each, status, reason):
+def without_times(each, status, reason):
     kept = {k: v for k, v in each.items() if k not in ("ratio", "ms")}
     return {**kept, "status": status, "reason": reason}
 
@@ -72,7 +72,7 @@ def test_earlier_results_are_found_in_device_folder(tmp_path):
     mine = tmp_path / machine.name_folder("cpu")
     for folder in (other, tmp_path / "sub" / "cpu" / "another-avx2" / "1-thread"):
         folder.mkdir(parents=True)
-        written(folder, line("fastlora"))
+        write_lines(folder, line("fastlora"))
     found, why = earlier_results.find(tmp_path, "cpu")
     assert found == []
     assert why.startswith(f"no evidence of this CPU ({machine.find_device_name('cpu')}, ")
@@ -81,7 +81,7 @@ def test_earlier_results_are_found_in_device_folder(tmp_path):
     for path in (other, other / "linear.jsonl"):
         assert [len(found) for found in earlier_results.find(path, "cpu")] == [1, 0]
     mine.mkdir(parents=True)
-    written(mine, line("fastlora"), line("torch"))
+    write_lines(mine, line("fastlora"), line("torch"))
     assert [len(found) for found in earlier_results.find(tmp_path, "cpu")] == [2, 0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"linear.jsonl, found none in .*empty"):
@@ -101,7 +101,7 @@ def test_list_changes_ignores_other_instruction_sets():
 
 
 @pytest.fixture
-def run(monkeypatch):
+def judge_measurements(monkeypatch):
     """Judges what successive measurements give; and the cases that each of them measured."""
 
     def judged(*measurements, good=True):
@@ -123,57 +123,61 @@ def run(monkeypatch):
     return judged
 
 
-WELL = of(UNDONE, base=1, torch=1.1, peft=11, fastlora=5)
-FAST = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=1.1)
-SLOW = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=3.1, fastlora_pages=1.1)
+WELL = case_lines(UNDONE, base=1, torch=1.1, peft=11, fastlora=5)
+FAST = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=1.1)
+SLOW = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=3.1, fastlora_pages=1.1)
 
 
-def test_judge_fails_case_over_bound_three_times(run, capsys):
-    assert run(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
+def test_judge_fails_case_over_bound_three_times(judge_measurements, capsys):
+    assert judge_measurements(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
     assert f"over 2.5 times the fastest peer each of 3 times: {MANY}: fastlora" in (
         capsys.readouterr().out
     )
 
 
-def test_judge_passes_case_over_bound_twice(run):
-    assert run(FAST) == (True, [])
-    assert run(SLOW, FAST) == (True, [[MANY]])
-    assert run(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
-    pages = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=4)
-    assert run(SLOW, pages)[0]
+def test_judge_passes_case_over_bound_twice(judge_measurements):
+    assert judge_measurements(FAST) == (True, [])
+    assert judge_measurements(SLOW, FAST) == (True, [[MANY]])
+    assert judge_measurements(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
+    pages = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=4)
+    assert judge_measurements(SLOW, pages)[0]
     # 2.4 times as long as the fastest, not as torch.
-    near = WELL + of(base=1, torch=0.5, torch_gather=0.46, fastlora=1.1, fastlora_pages=1.1)
-    assert run(near)[0]
+    near = WELL + case_lines(base=1, torch=0.5, torch_gather=0.46, fastlora=1.1, fastlora_pages=1.1)
+    assert judge_measurements(near)[0]
 
 
-def test_judge_fails_when_second_measurement_fails(run):
-    assert not run(SLOW, FAST, good=False)[0]
+def test_judge_fails_when_second_measurement_fails(judge_measurements):
+    assert not judge_measurements(SLOW, FAST, good=False)[0]
 
 
-def test_judge_excuses_known_loss_to_one_peer(run, capsys):
-    assert run(FAST)[0]
+def test_judge_excuses_known_loss_to_one_peer(judge_measurements, capsys):
+    assert judge_measurements(FAST)[0]
     said = capsys.readouterr().out
     assert f"not judged: {UNDONE}: fastlora takes 4.55 times as long as torch: addmm_" in said
-    slow = FAST[len(WELL) :] + of(UNDONE, base=1, torch=1.1, peft=1.5, fastlora=5)
-    assert not run(slow, slow, slow)[0]
+    slow = FAST[len(WELL) :] + case_lines(UNDONE, base=1, torch=1.1, peft=1.5, fastlora=5)
+    assert not judge_measurements(slow, slow, slow)[0]
 
 
-def test_judge_fails_when_our_provider_is_missing(run, capsys):
-    gone = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=None)
-    assert not run(gone)[0]
+def test_judge_fails_when_our_provider_is_missing(judge_measurements, capsys):
+    gone = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=None)
+    assert not judge_measurements(gone)[0]
     assert f"ours is missing: {MANY}: fastlora-pages absent: not here" in capsys.readouterr().out
-    assert not run(WELL + of(base=1, torch=1.2, fastlora=1.1))[0]
-    assert run(WELL + of(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1))[0]
+    assert not judge_measurements(WELL + case_lines(base=1, torch=1.2, fastlora=1.1))[0]
+    assert judge_measurements(
+        WELL + case_lines(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1)
+    )[0]
 
 
 def test_pair_with_fastest_pairs_compiled_with_compiled():
-    found = of(torch=1, torch_compiled=0.2, fastlora=1.5, fastlora_compiled=0.6, base=1, merged=0.1)
+    found = case_lines(
+        torch=1, torch_compiled=0.2, fastlora=1.5, fastlora_compiled=0.6, base=1, merged=0.1
+    )
     beside = {
         pair.ours["provider"]: pair.other["provider"]
         for pair in peer_limit.pair_with_fastest(found)
     }
     assert beside == {"fastlora": "torch", "fastlora-compiled": "torch-compiled"}
-    (pair,) = peer_limit.pair_with_fastest(of(torch=1, peft_compiled=0.5, fastlora=1.5))
+    (pair,) = peer_limit.pair_with_fastest(case_lines(torch=1, peft_compiled=0.5, fastlora=1.5))
     assert pair.other["provider"] == "peft-compiled"
 
 
@@ -181,7 +185,7 @@ def test_compute_times_needs_both_clocks_with_one_thread():
     """Waiting for a core that others use lengthens one of them."""
 
     def factor(**fields):
-        found = of(torch=1, fastlora=4)
+        found = case_lines(torch=1, fastlora=4)
         (pair,) = peer_limit.pair_with_fastest({**each, **fields} for each in found)
         return peer_limit.compute_times(pair)
 
@@ -189,14 +193,14 @@ def test_compute_times_needs_both_clocks_with_one_thread():
     assert factor(cpu_ratio={"p50": 1.0}) == 1
     assert factor(cpu_ratio={"p50": 1.0}, threads=2) == 4
     assert factor(cpu_ratio={"p50": 1.0}, device="cuda") == 4
-    found = of(torch=1, peft=1.5, fastlora=3)
+    found = case_lines(torch=1, peft=1.5, fastlora=3)
     found[0]["cpu_ratio"] = {"p50": 3.0}  # torch waited least, and worked the most
     (pair,) = peer_limit.pair_with_fastest(found)
     assert (pair.other["provider"], peer_limit.compute_times(pair)) == ("peft", 2)
 
 
 def test_amx_losses_are_excused_only_with_amx():
-    found = of("linear-invariant-bf16-M512-K64-N64-R4", torch=1, fastlora_invariant=6)
+    found = case_lines("linear-invariant-bf16-M512-K64-N64-R4", torch=1, fastlora_invariant=6)
     assert [peer_limit.compute_times(pair) for pair in peer_limit.pair_with_fastest(found)] == [6]
     amx = [{**each, "instruction_set": "avx512_bf16+amx"} for each in found]
     assert peer_limit.pair_with_fastest(amx) == []
@@ -224,7 +228,7 @@ def test_stored_evidence_has_only_known_losses():
 
 
 @pytest.fixture
-def said(tmp_path, monkeypatch):
+def bench_exit_code(tmp_path, monkeypatch):
     """``fastlora bench``'s exit code where every case gives these lines."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(runner, "_measure_ceilings", lambda *_: Ceilings(1.0, {}))
@@ -249,44 +253,49 @@ RIGHT = FAST[len(WELL) :]
 
 
 @pytest.mark.parametrize("words", [(), BOUND])
-def test_bench_fails_on_wrong_results_whatever_the_time(said, words):
+def test_bench_fails_on_wrong_results_whatever_the_time(bench_exit_code, words):
     def but(status, reason):
         ours = [ln["provider"] == "fastlora" for ln in RIGHT]
         pairs = zip(RIGHT, ours, strict=True)
-        return [untimed(ln, status, reason) if is_ours else ln for ln, is_ours in pairs]
+        return [without_times(ln, status, reason) if is_ours else ln for ln, is_ours in pairs]
 
-    assert said(RIGHT, *words) == 0
-    assert said(but("failed", "y: error 1 over 0.1"), *words) == 1
-    assert said(but("error", "ValueError: no"), *words) == 1
-    assert said([untimed({**RIGHT[0], "provider": None}, "crashed", "SIGSEGV")], *words) == 1
-    assert said(but("absent", "not here"), *words) == (1 if words else 0)
+    assert bench_exit_code(RIGHT, *words) == 0
+    assert bench_exit_code(but("failed", "y: error 1 over 0.1"), *words) == 1
+    assert bench_exit_code(but("error", "ValueError: no"), *words) == 1
+    assert (
+        bench_exit_code(
+            [without_times({**RIGHT[0], "provider": None}, "crashed", "SIGSEGV")], *words
+        )
+        == 1
+    )
+    assert bench_exit_code(but("absent", "not here"), *words) == (1 if words else 0)
 
 
-def test_tolerated_slowdown_is_shown_but_passes(said, tmp_path, capsys):
+def test_tolerated_slowdown_is_shown_but_passes(bench_exit_code, tmp_path, capsys):
     before = tmp_path / "before.jsonl"
-    for each in of(base=1, torch=1.2, fastlora=0.5, fastlora_pages=0.5):
+    for each in case_lines(base=1, torch=1.2, fastlora=0.5, fastlora_pages=0.5):
         lines.write(each, before)
     compared = ("--compare", str(before))
-    assert said(RIGHT, *compared) == 1
+    assert bench_exit_code(RIGHT, *compared) == 1
     capsys.readouterr()
-    assert said(RIGHT, *compared, "--tolerate-slower", *BOUND) == 0
+    assert bench_exit_code(RIGHT, *compared, "--tolerate-slower", *BOUND) == 0
     shown = capsys.readouterr().out
     assert "slower" in shown
     assert "again" not in shown
-    assert said(RIGHT, "--tolerate-slower") == 2
+    assert bench_exit_code(RIGHT, "--tolerate-slower") == 2
     assert "--tolerate-slower: expected --compare" in capsys.readouterr().err
 
 
-def test_bound_holds_without_evidence_of_this_cpu(said, tmp_path, capsys):
+def test_bound_holds_without_evidence_of_this_cpu(bench_exit_code, tmp_path, capsys):
     root = tmp_path / "kept"
     other = root / "cpu" / "another-avx2" / "1-thread"
     other.mkdir(parents=True)
-    written(other, *of(base=1, torch=1.2, fastlora=0.1), suite="multi")
+    write_lines(other, *case_lines(base=1, torch=1.2, fastlora=0.1), suite="multi")
     words = ("--compare", str(root), "--tolerate-slower", *BOUND)
-    assert said(RIGHT, *words) == 0
+    assert bench_exit_code(RIGHT, *words) == 0
     shown = capsys.readouterr().out
     assert "no evidence of this CPU" in shown
     assert "cases in" in shown.splitlines()[-1]
     assert "slower by" not in shown
-    assert said(SLOW[len(WELL) :], *words) == 1
-    assert said(SLOW[len(WELL) :], *words[:2]) == 0
+    assert bench_exit_code(SLOW[len(WELL) :], *words) == 1
+    assert bench_exit_code(SLOW[len(WELL) :], *words[:2]) == 0

@@ -1,4 +1,4 @@
-"""The peak of a call is what it holds at most beyond what was there."""
+"""measure_peak counts the most bytes that a call holds."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The script behind the tables of docs/merging.md runs: small, its figures are not looked at."""
+"""The script behind the tables of docs/merging.md runs at a small size."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Suite model: what is not the model that was asked for fails its gate, and is not timed."""
+"""Suite model fails the gate for wrong models and does not time them."""
 
 import dataclasses
 import sys
@@ -38,13 +38,13 @@ def statuses(case: Case, **providers) -> dict[str, str]:
     return {name: verdict.status for name, verdict in gate.check(case, seed=3).items()}
 
 
-def good(case: Case) -> dict[str, str]:
+def expected_statuses(case: Case) -> dict[str, str]:
     """All are ok, but for what the installed transformers loses of PEFT's."""
     lost = {f"peft-{kind}" for kind in ("prefix", "prompt") if virtual.explain_loss(kind)}
     return {name: "absent" if name in lost else "ok" for name in case.providers}
 
 
-def changed(build, name: str, change):
+def build_changed(build, name: str, change):
     """The builder's model of operands of which this one was changed in place."""
 
     def built(case, o):
@@ -66,14 +66,14 @@ CHANGES = {
 @pytest.mark.parametrize("how", CHANGES)
 def test_gate_fails_wrong_model_in_train_and_generate(how):
     name, change = CHANGES[how]
-    wrong = partial(_prepare_step, changed(models.build_fastlora, name, change))
+    wrong = partial(_prepare_step, build_changed(models.build_fastlora, name, change))
     assert statuses(train(), wrong=wrong) == dict.fromkeys(train().providers, "ok") | {
         "wrong": "failed"
     }
-    wrong = _prepare_one(changed(models.build_lean, name, change))
+    wrong = _prepare_one(build_changed(models.build_lean, name, change))
     found = statuses(generate(1), wrong=wrong)
     assert found.pop("wrong") == "failed"
-    assert found == good(generate(1))
+    assert found == expected_statuses(generate(1))
 
 
 @pytest.mark.parametrize("name", ["dx", f"{SOME}A", f"{SOME}B", "loss"])
@@ -95,7 +95,7 @@ def with_wrong(case: Case, wrong) -> Case:
     return case
 
 
-def mixed(names: list[str]):
+def serve_rows(names: list[str]):
     """fastlora's server with these rows' adapters."""
 
     def build(case, o):
@@ -109,14 +109,17 @@ def test_gate_checks_adapter_of_every_row(dtype):
     """Row i has adapter i modulo 3."""
     right, swapped, none = ["0", "1", "2", "0"], ["1", "0", "2", "0"], ["0", "1", "2", "__base__"]
     found = statuses(
-        generate(3, dtype), right=mixed(right), swapped=mixed(swapped), none=mixed(none)
+        generate(3, dtype),
+        right=serve_rows(right),
+        swapped=serve_rows(swapped),
+        none=serve_rows(none),
     )
     assert found.pop("swapped") == found.pop("none") == "failed"
     assert set(found.values()) == {"ok"}
 
 
 def test_prefix_and_prompt_tuning_have_separate_references(monkeypatch):
-    virtual_tuning.kept(monkeypatch)
+    virtual_tuning.keep_virtual_tokens(monkeypatch)
 
     def ignored(case, o):
         return case.work.providers["base"](case, o)
@@ -148,7 +151,7 @@ def test_gate_fails_logits_of_another_step():
 
 def test_failed_model_provider_is_not_timed():
     case = generate(3)
-    wrong = changed(
+    wrong = build_changed(
         lambda case, o: models.build_lean_many(case, o, [0, 1, 2, 0]),
         *CHANGES["an adapter is missing"],
     )
@@ -194,7 +197,7 @@ def test_models_share_operands_of_one_provider_only():
 
 def test_model_case_groups_heads_like_llama_3(monkeypatch):
     """From H = 1024 on: keys, values and the prefix are a quarter as wide."""
-    virtual_tuning.kept(monkeypatch)
+    virtual_tuning.keep_virtual_tokens(monkeypatch)
     shape = {"B": 2, "L": 4, "new": 2, "H": 1024, "I": 64, "layers": 1, "R": 4, "S": 1}
     case = Case(Generate(one=True), "cpu", "fp32", shape)
     assert llama.count_heads(case) == (8, 2, 128)
@@ -232,7 +235,7 @@ def test_model_providers_are_absent_without_transformers(monkeypatch, case):
 
 def test_other_model_providers_run_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    virtual_tuning.fresh(monkeypatch)
+    virtual_tuning.forget_explanations(monkeypatch)
     found = statuses(generate(1))
     assert found == {name: "absent" if "peft" in name else "ok" for name in found}
 

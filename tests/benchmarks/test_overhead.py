@@ -1,4 +1,4 @@
-"""Suite overhead: modules and their compiled twins are held to the oracle like all others."""
+"""Suite overhead holds modules and compiled modules to the oracle."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Compilers and other libraries as providers: held to the gate, or absent with a reason."""
+"""Other libraries as providers pass the gate or are absent with a reason."""
 
 import sys
 from types import ModuleType, SimpleNamespace

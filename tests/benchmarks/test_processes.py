@@ -1,4 +1,4 @@
-"""Cases run in processes: what hangs or dies is a line, and costs itself."""
+"""A case that hangs or crashes in its process leaves a line and costs only itself."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from benchmarks.harness import lines, runner, table
 from tests.benchmarks.small_case import linear_case
 
 
-def dying(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
+def run_script(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
     command = [sys.executable, "-c", script, str(file)]
     ((_, found),) = runner.run_some([linear_case()], command, file, timeout)
     assert found == [json.loads(text) for text in file.read_text().splitlines()]
@@ -29,7 +29,7 @@ def test_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
         "time.sleep(600)"
     )
     started = time.monotonic()
-    first, last = dying(script, tmp_path / "linear.jsonl", timeout=3)
+    first, last = run_script(script, tmp_path / "linear.jsonl", timeout=3)
     assert time.monotonic() - started < 60
     assert first["provider"] == "base"
     assert (last["status"], last["reason"]) == ("timeout", "killed after 3 s")
@@ -49,7 +49,7 @@ def test_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
 def test_crashed_process_leaves_a_line_with_reason(tmp_path, script, reason):
     file = tmp_path / "linear.jsonl"
     for _ in range(2):  # the second run replaces the first one's line
-        (line,) = dying(script, file)
+        (line,) = run_script(script, file)
     assert (line["status"], line["provider"]) == ("crashed", None)
     assert line["reason"].startswith(reason)
     assert any(reason in note for note in table.make_notes([line]))

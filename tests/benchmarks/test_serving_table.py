@@ -1,4 +1,4 @@
-"""The tables of serving are printed, and only of servers that agree with PEFT."""
+"""The serving tables are printed only for servers that agree with PEFT."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PEFT's prefix and prompt tuning beside a transformers that keeps what they add, or loses it."""
+"""PEFT's prefix and prompt tuning are measured only where generate keeps their tokens."""
 
 import warnings
 
@@ -16,7 +16,11 @@ from benchmarks.harness import gate, measurement
 from benchmarks.harness.case import Absent, Case
 from benchmarks.peers import virtual
 from benchmarks.suites.generate import Generate
-from tests.benchmarks.virtual_tuning import fresh, kept, lost_from
+from tests.benchmarks.virtual_tuning import (
+    forget_explanations,
+    keep_virtual_tokens,
+    lose_virtual_tokens_from,
+)
 from tests.support.models import llama, tokens
 
 SHAPE = {"B": 2, "L": 4, "new": 2, "H": 64, "I": 64, "layers": 1, "R": 4, "S": 1}
@@ -52,7 +56,7 @@ def test_installed_transformers_accepts_the_cache_argument():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_virtual_tokens_are_measured_when_generate_keeps_them(kind, monkeypatch):
-    kept(monkeypatch)
+    keep_virtual_tokens(monkeypatch)
     assert virtual.explain_loss(kind) is None
     assert virtual.make_config(kind, 7).num_virtual_tokens == 7
 
@@ -60,7 +64,7 @@ def test_virtual_tokens_are_measured_when_generate_keeps_them(kind, monkeypatch)
 @pytest.mark.parametrize("token", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_virtual_tokens_are_absent_when_generate_loses_them(kind, token, monkeypatch):
-    lost_from(token, monkeypatch)
+    lose_virtual_tokens_from(token, monkeypatch)
     reason = virtual.explain_loss(kind)
     assert f"PEFT {peft.__version__}'s {kind} tuning" in reason
     assert f"transformers {transformers.__version__}" in reason
@@ -77,7 +81,7 @@ def test_virtual_tokens_are_absent_when_generate_loses_them(kind, token, monkeyp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_explain_loss_finds_forward_that_ignores_virtual_tokens(kind, monkeypatch):
-    fresh(monkeypatch)
+    forget_explanations(monkeypatch)
     monkeypatch.setattr(
         peft.PeftModelForCausalLM,
         "forward",
@@ -91,13 +95,13 @@ def test_explain_loss_returns_errors_as_reason(kind, monkeypatch):
     def refuse(*_, **__):
         raise KeyError("cache_position")
 
-    fresh(monkeypatch)
+    forget_explanations(monkeypatch)
     monkeypatch.setattr(peft.PeftModelForCausalLM, "generate", refuse)
     assert "KeyError: 'cache_position'" in virtual.explain_loss(kind)
 
 
 def test_explain_loss_leaves_random_state_unchanged(monkeypatch):
-    fresh(monkeypatch)
+    forget_explanations(monkeypatch)
     before = torch.get_rng_state()
     virtual.explain_loss("prompt")
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and the exit codes that scripts read."""
+"""The command line prints what it should and returns the documented exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fastlora merge`` as a command: what it prints, its exit codes, and being killed for real."""
+"""`fastlora merge` prints progress, returns exit codes, and resumes after being killed."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ sys.exit(main(["merge", *sys.argv[1:]]))
 """
 
 
-def slow(
+def start_slow_merge(
     merge_folders: Path, out: Path, stops_at: int = 1000, later: int = 0
 ) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SLOW, str(stops_at), str(later)]
@@ -217,7 +217,7 @@ def slow(
 def test_killed_merge_command_resumes_to_same_bytes(merge, merge_folders, tmp_path, files, later):
     """kill -9 once so many files are whole: then the same command, and the same bytes."""
     out = tmp_path / "out"
-    with slow(merge_folders, out, files, later) as process:
+    with start_slow_merge(merge_folders, out, files, later) as process:
         while process.poll() is None and not (tmp_path / "stopped").exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -237,7 +237,7 @@ def test_killed_merge_command_resumes_to_same_bytes(merge, merge_folders, tmp_pa
 def test_second_merge_command_into_folder_is_refused(merge_folders, tmp_path):
     """One merges, the other is told, whichever comes first."""
     out = tmp_path / "out"
-    first, second = (slow(merge_folders, out) for _ in range(2))
+    first, second = (start_slow_merge(merge_folders, out) for _ in range(2))
     said = [process.communicate()[1] for process in (first, second)]
     codes = [first.returncode, second.returncode]
     assert sorted(codes) == [0, 2]

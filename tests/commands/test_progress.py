@@ -1,4 +1,4 @@
-"""How far a command is: lines in a file, a bar on a terminal."""
+"""Progress prints lines into a file and draws a bar on a terminal."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Several processes train as one would: the checks of tests/distributed, two processes for all."""
+"""Several processes train as one process would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers' table makes of a checkpoint's names, beside what transformers itself loads."""
+"""look_up_names finds the same tensors as transformers does when it loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging a model's files takes of memory: a process of its own is watched."""
+"""Merging a model's files takes the memory of a few tensors, measured in another process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights in its folder when it is merged."""
+"""Merging copies the other files of a model's folder, and says what it leaves out."""
 
 from __future__ import annotations
 

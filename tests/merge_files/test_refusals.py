@@ -1,4 +1,4 @@
-"""What is not merged into a model's files: refused by name, and nothing is left behind."""
+"""Merging refuses bad input by name and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that are not merged into files: names that fit twice or nowhere, layers never called."""
+"""Merging refuses layers whose names fit twice or nowhere, and layers never called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors transformers renames while it loads them, merged by their own names."""
+"""Merging into checkpoints whose tensors transformers renames while loading."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ HUB: dict[Callable[[], nn.Module], tuple[str, str]] = {
 def save(at: Path, build: Callable[[], nn.Module], **options: Any) -> Any:
     """The base with the hub's names, an adapter of every linear; PEFT's model, unmerged."""
     save_base(at / "base", randomised(build()), "1GB")
-    edit_tensors(at / "base" / SINGLE, lambda t: {hub(name): t[name] for name in t})
+    edit_tensors(at / "base" / SINGLE, lambda t: {hub_name(name): t[name] for name in t})
     return save_adapter(at / "adapter", randomised(build()), 0.3, **options)
 
 
-def hub(name: str) -> str:
+def hub_name(name: str) -> str:
     """transformers 5 leaves a part of the tower's names out when it saves a model it has made."""
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
@@ -55,11 +55,11 @@ def load(folder: Path) -> Any:
     return transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-def old(name: str) -> str:
+def old_name(name: str) -> str:
     """An adapter's name of before 4.52, when PEFT saw the modules as the hub's files have them."""
     name = name.removeprefix(PREFIX)
     name = name.replace("model.language_model.", "language_model.model.")
-    return PREFIX + hub(name.replace("model.vision_tower.", "vision_tower.")).replace(
+    return PREFIX + hub_name(name.replace("model.vision_tower.", "vision_tower.")).replace(
         "model.multi_modal_projector.", "multi_modal_projector."
     )
 
@@ -89,7 +89,7 @@ def test_merged_renamed_checkpoint_matches_peft(tmp_path, build):
 @pytest.mark.parametrize("new", [False, True], ids=["base of the hub", "base with new names"])
 def test_merge_accepts_adapter_with_old_names(tmp_path, new):
     theirs = save(tmp_path, llava)
-    edit_adapter(tmp_path, lambda t: {old(name): t[name] for name in t})
+    edit_adapter(tmp_path, lambda t: {old_name(name): t[name] for name in t})
     if new:
         state = randomised(llava()).state_dict()
         save_file(state, tmp_path / "base" / SINGLE, metadata={"format": "pt"})
@@ -213,7 +213,7 @@ def test_merge_of_matching_names_needs_no_transformers(tmp_path, monkeypatch):
 def test_merge_resizes_vocabulary_under_renamed_tensors(tmp_path):
     """Rows that PEFT saves along go to the files' own names, the size into the text's config."""
     save_base(tmp_path / "base", randomised(llava()), "1GB")
-    edit_tensors(tmp_path / "base" / SINGLE, lambda t: {hub(name): t[name] for name in t})
+    edit_tensors(tmp_path / "base" / SINGLE, lambda t: {hub_name(name): t[name] for name in t})
     model = load(tmp_path / "base")
     model.resize_token_embeddings(70)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

@@ -1,4 +1,4 @@
-"""A merge that is stopped, wherever: what is there is whole, the same call finishes the rest."""
+"""A merge stopped at any moment is finished by the same call, to the same bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def merge(
 
 
 @contextmanager
-def counted(at: Callable[[int, str], None]) -> Iterator[None]:
+def count_moments(at: Callable[[int, str], None]) -> Iterator[None]:
     """Calls ``at`` with 0, 1, 2, … and what is next: a sync, rename, removal or merged weight."""
     count = iter(range(1 << 30))
 
@@ -55,7 +55,7 @@ def counted(at: Callable[[int, str], None]) -> Iterator[None]:
         yield
 
 
-def killed(moment: int, call: Callable[[], Any]) -> bool:
+def is_killed_at(moment: int, call: Callable[[], Any]) -> bool:
     """Whether a fork that makes the call came to the moment at which it was killed, as by -9."""
 
     def kill(n: int, _: str) -> None:
@@ -66,7 +66,7 @@ def killed(moment: int, call: Callable[[], Any]) -> bool:
     if not child:
         code = 1
         try:
-            with counted(kill):
+            with count_moments(kill):
                 call()
             code = 0
         finally:
@@ -80,7 +80,7 @@ def test_merge_killed_anywhere_resumes_to_same_bytes(merge_folders, tmp_path):
     """At moments spread over the run, some within a file, and as the last ones are put in place."""
     whole = contents(merge_folders / "whole")
     moments: dict[int, str] = {}
-    with counted(moments.__setitem__):
+    with count_moments(moments.__setitem__):
         merge(merge_folders, tmp_path / "counted")
     last = len(moments)
     assert last > 100
@@ -88,7 +88,7 @@ def test_merge_killed_anywhere_resumes_to_same_bytes(merge_folders, tmp_path):
     assert len(within) == 14
     for moment in sorted({*range(0, last, 11), *within[::4], *range(last - 8, last)}):
         out = tmp_path / str(moment)
-        assert killed(moment, lambda out=out: merge(merge_folders, out))
+        assert is_killed_at(moment, lambda out=out: merge(merge_folders, out))
         found = contents(out)
         if CONFIG in found:
             assert found | whole == found
@@ -109,7 +109,7 @@ def test_merge_killed_repeatedly_keeps_finished_files(merge_folders, tmp_path):
     """Each run comes a little further than the last; what it kept is not written again."""
     out, kept = tmp_path / "out", {}
     runs = 0
-    while killed(25, lambda: merge(merge_folders, out)):
+    while is_killed_at(25, lambda: merge(merge_folders, out)):
         runs += 1
         written = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
         noted = json.loads((out / JOURNAL).read_bytes())["finished"]
@@ -121,14 +121,14 @@ def test_merge_killed_repeatedly_keeps_finished_files(merge_folders, tmp_path):
 
 def test_resumed_merge_reports_fidelity_of_all_layers(merge_folders, tmp_path):
     uninterrupted = merge(merge_folders, tmp_path / "one").fidelity
-    assert killed(60, lambda: merge(merge_folders, tmp_path / "two"))
+    assert is_killed_at(60, lambda: merge(merge_folders, tmp_path / "two"))
     assert merge(merge_folders, tmp_path / "two").fidelity == uninterrupted
 
 
 @pytest.fixture
-def half(merge_folders, tmp_path) -> Path:
+def half_merge(merge_folders, tmp_path) -> Path:
     """Where a merge was killed that had finished a few files."""
-    assert killed(60, lambda: merge(merge_folders, tmp_path / "half"))
+    assert is_killed_at(60, lambda: merge(merge_folders, tmp_path / "half"))
     finished = json.loads((tmp_path / "half" / JOURNAL).read_bytes())["finished"]
     assert {FIRST, SECOND} <= finished.keys()
     return tmp_path / "half"
@@ -146,21 +146,21 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [truncate, flip, Path.unlink])
-def test_resumed_merge_rewrites_damaged_file(merge_folders, half, spoil):
-    first, second = (next(half.glob(f"*{n}-of-*.safetensors")) for n in ("00001", "00002"))
+def test_resumed_merge_rewrites_damaged_file(merge_folders, half_merge, spoil):
+    first, second = (next(half_merge.glob(f"*{n}-of-*.safetensors")) for n in ("00001", "00002"))
     spoil(first)
-    merged = merge(merge_folders, half)
+    merged = merge(merge_folders, half_merge)
     assert first.name not in merged.kept
     assert second.name in merged.kept
-    assert contents(half) == contents(merge_folders / "whole")
+    assert contents(half_merge) == contents(merge_folders / "whole")
 
 
-def test_resumed_merge_does_not_trust_partial_file(merge_folders, half):
+def test_resumed_merge_does_not_trust_partial_file(merge_folders, half_merge):
     """Though it be as long as the file is to be."""
     last = max(merge_folders.glob("base/*.safetensors"))
-    (half / (last.name + durable.PARTIAL)).write_bytes(last.read_bytes())
-    merge(merge_folders, half)
-    assert contents(half) == contents(merge_folders / "whole")
+    (half_merge / (last.name + durable.PARTIAL)).write_bytes(last.read_bytes())
+    merge(merge_folders, half_merge)
+    assert contents(half_merge) == contents(merge_folders / "whole")
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,16 @@ def test_resumed_merge_does_not_trust_partial_file(merge_folders, half):
         ({"dtype": torch.float32}, "not the same dtype"),
     ],
 )
-def test_resume_refuses_merge_with_other_settings(merge_folders, half, change, says):
-    before = contents(half)
+def test_resume_refuses_merge_with_other_settings(merge_folders, half_merge, change, says):
+    before = contents(half_merge)
     with pytest.raises(FileExistsError, match=f"unfinished merge of another kind .{says}"):
-        merge(merge_folders, half, **change)
-    assert contents(half) == before
-    merge(merge_folders, half)
+        merge(merge_folders, half_merge, **change)
+    assert contents(half_merge) == before
+    merge(merge_folders, half_merge)
 
 
 @pytest.mark.parametrize("file", [FIRST, CONFIG, INDEX, "tokenizer.json"])
-def test_resume_refuses_another_base(merge_folders, half, tmp_path, file):
+def test_resume_refuses_another_base(merge_folders, half_merge, tmp_path, file):
     shutil.copytree(merge_folders / "base", tmp_path / "base")
     shutil.copytree(merge_folders / "adapter", tmp_path / "adapter")
     file = (
@@ -190,36 +190,36 @@ def test_resume_refuses_another_base(merge_folders, half, tmp_path, file):
     )
     (tmp_path / "base" / file).touch()
     with pytest.raises(FileExistsError, match="not the same base"):
-        merge(tmp_path, half)
+        merge(tmp_path, half_merge)
 
 
-def test_resume_accepts_moved_base_and_adapter(merge_folders, half, tmp_path):
+def test_resume_accepts_moved_base_and_adapter(merge_folders, half_merge, tmp_path):
     """What they are counts, not where."""
     shutil.copytree(merge_folders / "base", tmp_path / "moved" / "base")
     shutil.copytree(merge_folders / "adapter", tmp_path / "moved" / "adapter")
-    assert merge(tmp_path / "moved", half).kept
-    assert contents(half) == contents(merge_folders / "whole")
+    assert merge(tmp_path / "moved", half_merge).kept
+    assert contents(half_merge) == contents(merge_folders / "whole")
 
 
-def test_resume_refuses_damaged_journal(merge_folders, half):
-    (half / JOURNAL).write_text("{")
+def test_resume_refuses_damaged_journal(merge_folders, half_merge):
+    (half_merge / JOURNAL).write_text("{")
     with pytest.raises(FileExistsError, match="is damaged: delete"):
-        merge(merge_folders, half)
+        merge(merge_folders, half_merge)
 
 
-def test_merge_refuses_folder_locked_by_another_process(merge_folders, half):
-    before = contents(half)
-    with durable.hold_lock(half / LOCK):
+def test_merge_refuses_folder_locked_by_another_process(merge_folders, half_merge):
+    before = contents(half_merge)
+    with durable.hold_lock(half_merge / LOCK):
         with pytest.raises(BlockingIOError, match="another process is merging into"):
-            merge(merge_folders, half)
-        assert contents(half) == before
-    merge(merge_folders, half)
+            merge(merge_folders, half_merge)
+        assert contents(half_merge) == before
+    merge(merge_folders, half_merge)
 
 
 def test_resume_needs_room_only_for_missing_files(merge_folders, tmp_path, monkeypatch):
     """Whole or aside: the rest must fit, no more."""
     needed = sum(map(len, contents(merge_folders / "whole").values()))
-    assert killed(60, lambda: merge(merge_folders, tmp_path / "out"))
+    assert is_killed_at(60, lambda: merge(merge_folders, tmp_path / "out"))
     weights = (tmp_path / "out").glob("*.safetensors*")
     left = needed - sum(path.stat().st_size for path in weights)
     assert left < needed

@@ -1,4 +1,4 @@
-"""Adapters merged into a model's files: what comes out."""
+"""Merging adapters into the files of a model gives the numbers of PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a merge writes: folders that are there, other processes, full disks, limits."""
+"""Merging into existing folders, full disks and folders that other processes use."""
 
 from __future__ import annotations
 

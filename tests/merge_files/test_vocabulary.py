@@ -1,4 +1,4 @@
-"""Embeddings that adapters bring along, merged into a checkpoint's files as PEFT merges them."""
+"""Merging embeddings saved along with adapters, as PEFT merges them."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_merge_resizes_vocabulary_of_gpt2_and_bert(tmp_path):
     assert tensors(at / "bert" / "out").keys() == tensors(at / "bert" / "base").keys()
 
 
-def along(at, *, tied: bool = False) -> None:
+def save_with_embeddings(at, *, tied: bool = False) -> None:
     """A base, and two adapters with both embeddings along."""
     save_base(at / "base", llama(tie_word_embeddings=tied))
     for name, target in (("adapter", "q_proj"), ("other", "v_proj")):
@@ -151,7 +151,7 @@ def move(name: str, rows: slice | int):
 
 def test_merge_takes_trained_rows_and_warns(tmp_path):
     at = tmp_path
-    along(at)
+    save_with_embeddings(at)
     edit_adapter(at, move(HEAD, 5))
     says = r"lm_head\.weight of .*adapter: 97 rows, 1 of them exchanged for what the base has"
     with pytest.warns(UserWarning, match=says):
@@ -163,7 +163,7 @@ def test_merge_takes_trained_rows_and_warns(tmp_path):
 def test_merge_refuses_adapters_with_different_rows(tmp_path):
     """Copies of the base's, or of one another, are merged; of two others' rows there is no sum."""
     at = tmp_path
-    along(at)
+    save_with_embeddings(at)
     merge(at, "adapter", ("other", 0.5))
     assert same_bits(tensors(at / "out")[HEAD], tensors(at / "base")[HEAD])
     edit_adapter(at, move(HEAD, slice(90, None)))
@@ -177,12 +177,12 @@ def test_merge_refuses_adapters_with_different_rows(tmp_path):
 
 
 def another_base(at) -> None:
-    along(at)
+    save_with_embeddings(at)
     save_adapter(at / "adapter", llama(seed=1), target_modules=["lm_head"])
 
 
 def without_a_head(at) -> None:
-    along(at)
+    save_with_embeddings(at)
     model = load(at / "base")
     for path in [*(at / "base").glob("*.safetensors"), at / "base" / INDEX]:
         path.unlink()
@@ -197,17 +197,17 @@ REFUSED = {
         r"101 rows of lm_head\.weight, and none of model\.embed_tokens\.weight, which has 97",
     ),
     "tied, apart": (
-        lambda at: along(at, tied=True) or edit_adapter(at, move(HEAD, 3)),
+        lambda at: save_with_embeddings(at, tied=True) or edit_adapter(at, move(HEAD, 3)),
         r"lm_head\.weight and model\.embed_tokens\.weight differ.* one tied weight",
     ),
     "no head": (without_a_head, r"it has lm_head\.weight along, which is not in"),
     "another width": (
-        lambda at: along(at)
+        lambda at: save_with_embeddings(at)
         or edit_adapter(at, lambda t: t.update({f"{PREFIX}{HEAD}": torch.ones(97, 31)})),
         r"lm_head\.weight: expected floats of shape \(97, 32\)",
     ),
     "no embedding": (
-        lambda at: along(at)
+        lambda at: save_with_embeddings(at)
         or edit_adapter(
             at,
             lambda t: t.update({f"{PREFIX}model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}),
@@ -215,7 +215,8 @@ REFUSED = {
         r"48 of 48 rows of model\.layers\.0\.mlp\.up_proj\.weight .*, which is no embedding",
     ),
     "not finite": (
-        lambda at: along(at) or edit_adapter(at, lambda t: t[f"{PREFIX}{HEAD}"].fill_(torch.inf)),
+        lambda at: save_with_embeddings(at)
+        or edit_adapter(at, lambda t: t[f"{PREFIX}{HEAD}"].fill_(torch.inf)),
         r"lm_head\.weight: expected finite numbers",
     ),
 }  # fmt: skip

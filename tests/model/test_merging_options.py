@@ -20,14 +20,14 @@ from tests.support.models import assert_agree, llama, logits, randomise_lora, to
 LAST = "model.layers.1.mlp.down_proj"
 
 
-def adapted(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+def adapted_model(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     return randomise_lora(
         fastlora.replace_linear(llama(dtype=dtype), LoRAConfig(r=4, target_modules="all-linear")),
         **options,
     )
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.weight.detach().clone() for name, layer in find_lora_layers(model)}
 
 
@@ -77,21 +77,21 @@ def test_slices_of_one_tensor_merge_separately():
 
 
 def test_merge_with_snapshot_restores_every_bit():
-    model, x = adapted(torch.bfloat16), tokens(2, 6)
-    before, want = weights(model), logits(model, x)
+    model, x = adapted_model(torch.bfloat16), tokens(2, 6)
+    before, want = copy_weights(model), logits(model, x)
     fastlora.merge_adapter(model, snapshot=True)
     assert all(layer.receipt.snapshot is not None for _, layer in find_lora_layers(model))
-    merged = weights(model)
+    merged = copy_weights(model)
     with fastlora.disable_adapter(model):
-        assert all(same_bits(w, before[name]) for name, w in weights(model).items())
-    assert all(same_bits(w, merged[name]) for name, w in weights(model).items())
+        assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())
+    assert all(same_bits(w, merged[name]) for name, w in copy_weights(model).items())
     assert all(layer.receipt.snapshot is not None for _, layer in find_lora_layers(model))
     fastlora.unmerge_adapter(model)
-    assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())
     assert same_bits(logits(model, x), want)
 
 
-def saved(directory, model: nn.Module) -> nn.Module:
+def save_model_adapter(directory, model: nn.Module) -> nn.Module:
     fastlora.save_adapter(model, directory)
     return model
 
@@ -99,25 +99,25 @@ def saved(directory, model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swap_adapter_equals_unmerge_load_and_merge(tmp_path, dtype):
     """The bits of unmerging, loading and merging; the layers hold the new one afterwards."""
-    other, x = saved(tmp_path, adapted(dtype, std=0.2)), tokens(2, 6)
-    model = fastlora.merge_adapter(adapted(dtype))
-    before, base = weights(model), weights(adapted(dtype))
+    other, x = save_model_adapter(tmp_path, adapted_model(dtype, std=0.2)), tokens(2, 6)
+    model = fastlora.merge_adapter(adapted_model(dtype))
+    before, base = copy_weights(model), copy_weights(adapted_model(dtype))
     assert fastlora.swap_adapter(model, tmp_path) is model
     fastlora.merge_adapter(other)
-    assert all(same_bits(w, weights(model)[name]) for name, w in weights(other).items())
-    assert not any(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, copy_weights(model)[name]) for name, w in copy_weights(other).items())
+    assert not any(same_bits(w, before[name]) for name, w in copy_weights(model).items())
     fastlora.unmerge_adapter(fastlora.unmerge_adapter(other) and model)
-    assert all(same_bits(w, base[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, base[name]) for name, w in copy_weights(model).items())
     assert same_bits(logits(model, x), logits(other, x))
 
 
 def test_failed_swap_leaves_old_adapter_merged(tmp_path, monkeypatch):
-    other = adapted(std=0.2)
-    saved(tmp_path / "good", other)
+    other = adapted_model(std=0.2)
+    save_model_adapter(tmp_path / "good", other)
     dict(find_lora_layers(other))[LAST].lora_B.data[0, 0] = 3e38
     dict(find_lora_layers(other))[LAST].lora_A.data[0] = 10
-    saved(tmp_path / "bad", other)
-    model = adapted()
+    save_model_adapter(tmp_path / "bad", other)
+    model = adapted_model()
     with untouched(model), pytest.raises(RuntimeError, match="not merged"):
         fastlora.swap_adapter(model, tmp_path / "good")
     fastlora.merge_adapter(model)
@@ -134,12 +134,12 @@ def test_failed_swap_leaves_old_adapter_merged(tmp_path, monkeypatch):
             fastlora.swap_adapter(model, tmp_path / "good")
     scalings = {layer.scaling for _, layer in find_lora_layers(model)}
     fastlora.unmerge_adapter(model)
-    assert scalings == {layer.scaling for _, layer in find_lora_layers(adapted())}
+    assert scalings == {layer.scaling for _, layer in find_lora_layers(adapted_model())}
 
 
 def test_merge_warns_and_reports_lost_fidelity():
     """In bfloat16 a delta a thousandth of the weight's size loses half of itself."""
-    model = adapted(torch.bfloat16)
+    model = adapted_model(torch.bfloat16)
     for _, layer in find_lora_layers(model):
         change = layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
         layer.lora_B.data *= 1e-3 * layer.weight.detach().float().norm() / change.norm()
@@ -157,7 +157,7 @@ def test_merge_warns_and_reports_lost_fidelity():
 def test_merge_does_not_warn_when_nothing_is_lost():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = fastlora.merge_adapter(adapted())
+        model = fastlora.merge_adapter(adapted_model())
     assert all(each.gain > 0.999 for each in fastlora.report(model).fidelity.values())
 
 
@@ -221,7 +221,7 @@ def test_merge_refuses_weight_shared_with_a_buffer():
 
 
 def test_merge_is_undone_when_warning_raises():
-    model = adapted(torch.bfloat16)
+    model = adapted_model(torch.bfloat16)
     for _, layer in find_lora_layers(model):
         layer.lora_B.data *= 1e-4
     for act in (fastlora.merge_adapter, fastlora.merge_and_unload):
@@ -237,7 +237,7 @@ def test_merge_is_undone_when_warning_raises():
 
 @pytest.mark.parametrize("name", ["measure", "to_linear"])
 def test_merge_is_undone_when_later_step_fails(monkeypatch, name):
-    model, calls = adapted(), []
+    model, calls = adapted_model(), []
     original = getattr(FastLoRALinear, name)
 
     def failing(self, *args):
@@ -259,7 +259,7 @@ def test_merge_is_undone_when_later_step_fails(monkeypatch, name):
 
 
 def test_merge_and_unload_refuses_an_edited_weight():
-    model = fastlora.merge_adapter(adapted())
+    model = fastlora.merge_adapter(adapted_model())
     dict(find_lora_layers(model))[LAST].weight.data.zero_()
     with untouched(model), pytest.raises(RuntimeError, match=f"{LAST}: weight: it is not the one"):
         fastlora.merge_and_unload(model)
@@ -268,18 +268,18 @@ def test_merge_and_unload_refuses_an_edited_weight():
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_disable_adapter_restores_merged_bits(snapshot):
     """With the bits of then, whatever became of the adapter and of the backend asked for."""
-    model = adapted(torch.bfloat16)
+    model = adapted_model(torch.bfloat16)
     with fastlora.use_backend("torch"):
         fastlora.merge_adapter(model, snapshot=snapshot)
-    before = weights(model)
+    before = copy_weights(model)
     with fastlora.disable_adapter(model):
         for _, layer in find_lora_layers(model):
             layer.lora_B.data.mul_(3)
     if not snapshot:
-        assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+        assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())
     fastlora.unmerge_adapter(model)
-    base = weights(adapted(torch.bfloat16))
-    assert all(same_bits(w, base[name]) for name, w in weights(model).items())
+    base = copy_weights(adapted_model(torch.bfloat16))
+    assert all(same_bits(w, base[name]) for name, w in copy_weights(model).items())
 
 
 def test_fidelity_detects_loss_in_wide_and_tall_layers():
@@ -299,9 +299,9 @@ def test_fidelity_detects_loss_in_wide_and_tall_layers():
 def test_interrupted_remerge_leaves_model_merged():
     """At the end of disable_adapter, and while a merged model is looked at for good."""
     with fastlora.use_backend("torch"):
-        model = fastlora.merge_adapter(adapted())
+        model = fastlora.merge_adapter(adapted_model())
         weight = list(dict(find_lora_layers(model)).values())[5].weight
-        before = weights(model)
+        before = copy_weights(model)
         mode = Interrupt("copy_", 1, weight)
 
         def disabled():
@@ -312,4 +312,4 @@ def test_interrupted_remerge_leaves_model_merged():
             disabled()
         mode.__exit__(None, None, None)
     assert all(layer.merged for _, layer in find_lora_layers(model))
-    assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())

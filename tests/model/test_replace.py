@@ -1,4 +1,4 @@
-"""replace_linear: the layers that were asked for, all of them, or an error and no change."""
+"""replace_linear replaces all requested layers, or raises and changes nothing."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ QV = ["q_proj", "v_proj"]
 pytestmark = quiet
 
 
-def replaced(model: nn.Module) -> set[str]:
+def replaced_names(model: nn.Module) -> set[str]:
     return {name for name, _ in find_lora_layers(model)}
 
 
-def trainable(model: nn.Module) -> set[str]:
+def trainable_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -53,7 +53,7 @@ def test_replace_linear_works_in_place_and_reports():
     assert found.trainable == sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
     assert found.total == sum(p.numel() for p in model.parameters())
     assert "4 layers replaced (r=4)" in str(found)
-    assert trainable(model) == {f"{n}.{k}" for n in names for k in ("lora_A", "lora_B")}
+    assert trainable_names(model) == {f"{n}.{k}" for n in names for k in ("lora_A", "lora_B")}
     fastlora.merge_adapter(model)
     assert fastlora.report(model).merged == tuple(names)
 
@@ -74,13 +74,13 @@ def test_report_of_model_without_lora_is_empty():
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_linear_leaves_the_head_out(tied):
     model = fastlora.replace_linear(llama(tie_word_embeddings=tied), ALL)
-    assert replaced(model) == set(fastlora.report(model).replaced)
-    assert len(replaced(model)) == 14
+    assert replaced_names(model) == set(fastlora.report(model).replaced)
+    assert len(replaced_names(model)) == 14
     assert type(model.lm_head) is nn.Linear
     assert set(fastlora.report(model).skipped) == {"lm_head"}
     assert "lm_head" in str(fastlora.report(model))
     named, config = llama(tie_word_embeddings=tied), LoRAConfig(target_modules=["lm_head"])
-    assert replaced(fastlora.replace_linear(named, config)) == {"lm_head"}
+    assert replaced_names(fastlora.replace_linear(named, config)) == {"lm_head"}
 
 
 @pytest.mark.parametrize("build", [llama, bert, t5, gpt2])
@@ -88,7 +88,7 @@ def test_all_linear_leaves_the_head_out(tied):
 def test_all_linear_chooses_the_layers_of_peft(build):
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), build())
     wanted = {n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert replaced(fastlora.replace_linear(build(), ALL)) == wanted
+    assert replaced_names(fastlora.replace_linear(build(), ALL)) == wanted
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
@@ -102,18 +102,18 @@ def test_trainable_parameters_are_those_of_peft(bias, lora_bias):
         .replace("lora_B.default.bias", "lora_bias")
         .replace(".default.weight", "")
         .replace(".base_layer", "")
-        for n in trainable(theirs)
+        for n in trainable_names(theirs)
     }
-    assert trainable(ours) == renamed
+    assert trainable_names(ours) == renamed
     assert any(n.endswith(".bias") for n in renamed) == (bias != "none")
 
 
 def test_freeze_base_false_trains_the_base_too():
     model = llama()
     model.model.embed_tokens.requires_grad_(False)
-    before = trainable(model)
+    before = trainable_names(model)
     fastlora.replace_linear(model, ALL, freeze_base=False)
-    assert {n for n in trainable(model) if "lora" not in n} == before
+    assert {n for n in trainable_names(model) if "lora" not in n} == before
     model(input_ids=tokens(2, 5)).logits.sum().backward()
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.grad is not None
@@ -166,7 +166,7 @@ def test_replace_linear_reaches_inside_compiled_model():
     before = compiled(x).detach()
     assert fastlora.replace_linear(compiled, ALL) is compiled
     randomise_lora(model)
-    assert replaced(model) == replaced(compiled) == {"0", "2"}
+    assert replaced_names(model) == replaced_names(compiled) == {"0", "2"}
     assert_agree(compiled(x), model(x), before)
 
 

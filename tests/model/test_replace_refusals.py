@@ -1,4 +1,4 @@
-"""replace_linear: layers that cannot have LoRA, and names that are no layers."""
+"""replace_linear refuses or skips layers that cannot have LoRA, and names without a layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = quiet
 ALL = LoRAConfig(r=4, target_modules="all-linear")
 
 
-def replaced(model: nn.Module) -> set[str]:
+def replaced_names(model: nn.Module) -> set[str]:
     return {name for name, _ in find_lora_layers(model)}
 
 
@@ -82,7 +82,7 @@ def test_replace_linear_refuses_unsupported_layer_when_named(name):
 
 def test_all_linear_skips_and_reports_unsupported_layers():
     model = fastlora.replace_linear(Zoo(), ALL)
-    assert replaced(model) == {"good", "gpt"}
+    assert replaced_names(model) == {"good", "gpt"}
     skipped = fastlora.report(model).skipped
     assert set(skipped) == {n for n in CANNOT if n not in ("table", "conv", "mha")}
     assert all(CANNOT[name] in reason for name, reason in skipped.items())

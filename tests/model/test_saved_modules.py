@@ -44,7 +44,7 @@ def trained_names(theirs: nn.Module) -> set[str]:
     }
 
 
-def whole(theirs: nn.Module) -> set[str]:
+def saved_module_names(theirs: nn.Module) -> set[str]:
     wrappers = (n for n, m in theirs.named_modules() if isinstance(m, ModulesToSaveWrapper))
     return {name.removeprefix("base_model.model.") for name in wrappers}
 
@@ -100,7 +100,7 @@ def test_modules_to_save_train_as_in_peft(case):
     ours = fastlora.replace_linear(build(), LoRAConfig(**options))
     theirs = peft.get_peft_model(build(), peft.LoraConfig(**options))
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == trained_names(theirs)
-    assert set(fastlora.report(ours).modules_to_save) == whole(theirs)
+    assert set(fastlora.report(ours).modules_to_save) == saved_module_names(theirs)
     assert {n for n in ours.state_dict() if "lora" not in n} == build().state_dict().keys()
 
 
@@ -248,7 +248,7 @@ class Aliased(nn.Module):
         return self.tower["top"](self.other_head(self.head(self.q(x))))
 
 
-def aliased() -> Aliased:
+def aliased_model() -> Aliased:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Aliased()
@@ -256,10 +256,10 @@ def aliased() -> Aliased:
 
 def test_aliased_modules_are_saved_as_in_peft(tmp_path):
     options = {"target_modules": ["q"], "modules_to_save": ["head", "top"], "r": 2}
-    theirs = moved(peft.get_peft_model(aliased(), peft.LoraConfig(**options)))
+    theirs = moved(peft.get_peft_model(aliased_model(), peft.LoraConfig(**options)))
     theirs.save_pretrained(str(tmp_path))
-    ours, x = fastlora.load_adapter(aliased(), tmp_path), torch.randn(3, 6)
-    assert_agree(ours(x), theirs(x), aliased()(x))
+    ours, x = fastlora.load_adapter(aliased_model(), tmp_path), torch.randn(3, 6)
+    assert_agree(ours(x), theirs(x), aliased_model()(x))
     assert ours.head is not ours.other_head
     assert ours.again is ours.tower
     fastlora.save_adapter(ours, tmp_path / "back")

@@ -1,4 +1,4 @@
-"""modules_to_save that cannot be, and where an adapter with any cannot go: by name, unchanged."""
+"""modules_to_save that are not supported are refused by name, and nothing changes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.support.whole_modules import HEAD, classifier, counting, distilbert
 pytestmark = quiet
 
 
-def hooked() -> nn.Module:
+def hooked_model() -> nn.Module:
     model = counting()
     model.head[0].forward = model.head[0].forward
     return model
 
 
-def nested() -> nn.Module:
+def nested_model() -> nn.Module:
     return nn.Sequential(OrderedDict(tower=counting()))
 
 
@@ -31,9 +31,9 @@ REFUSALS = {
     "one of two": (counting, ["head", "haed"], "no module's name ends in 'haed'"),
     "a container": (counting, ["aux"], "ModuleList is not called itself"),
     "one in another": (counting, ["head", "head.0"], r"head\.0 in it is named too"),
-    "hooks": (hooked, ["head"], r"forward of head\.0 was replaced"),
+    "hooks": (hooked_model, ["head"], r"forward of head\.0 was replaced"),
     "a lora layer": (counting, ["ody"], "puts LoRA into body"),
-    "what has one in it": (nested, ["ower"], r"puts LoRA into tower\.body"),
+    "what has one in it": (nested_model, ["ower"], r"puts LoRA into tower\.body"),
 }
 
 

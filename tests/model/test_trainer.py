@@ -1,4 +1,4 @@
-"""transformers' Trainer: killed and resumed, in small batches, recomputing; what it saves."""
+"""transformers' Trainer trains, saves, resumes and recomputes models with adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.model.trainer_runs import (
     STEPS,
     arguments,
     data,
-    finished,
+    finished_trainer,
     losses,
     model,
     trainer,
@@ -39,16 +39,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of runs of every kind, each killed with SIGKILL after its fifth step."""
     folder = tmp_path_factory.mktemp("killed")
-    said = _run("-m", "tests.model.trainer_runs", str(folder))
+    said = _run_python("-m", "tests.model.trainer_runs", str(folder))
     for kind in KINDS:
         assert f"{kind} {int(signal.SIGKILL)}" in said
     return folder
 
 
-def _run(*arguments: str) -> list[str]:
+def _run_python(*arguments: str) -> list[str]:
     """The lines that python prints with these arguments."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -59,12 +59,12 @@ def _run(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_trainer_resumes_with_the_same_losses(kind, killed, tmp_path):
+def test_killed_trainer_resumes_with_the_same_losses(kind, killed_runs, tmp_path):
     unbroken = trainer(tmp_path, kind)
     unbroken.train()
-    assert (killed / kind / "checkpoint-4").is_dir()
-    assert not (killed / kind / "checkpoint-6").exists()
-    resumed = trainer(killed / kind, kind)
+    assert (killed_runs / kind / "checkpoint-4").is_dir()
+    assert not (killed_runs / kind / "checkpoint-6").exists()
+    resumed = trainer(killed_runs / kind, kind)
     resumed.train(resume_from_checkpoint=True)
     want = losses(unbroken)
     assert len(want) == STEPS > KILLED_AFTER
@@ -79,7 +79,7 @@ def test_killed_trainer_resumes_with_the_same_losses(kind, killed, tmp_path):
 def test_trainer_losses_match_those_of_peft(tmp_path):
     models = {kind: model(kind, lora_dropout=0.0) for kind in ("whole", "peft")}
     peft.set_peft_model_state_dict(models["peft"], fastlora.adapter_state_dict(models["whole"]))
-    ours, theirs = (finished(tmp_path / kind, kind, model=m) for kind, m in models.items())
+    ours, theirs = (finished_trainer(tmp_path / kind, kind, model=m) for kind, m in models.items())
     # Adam divides by what may be tiny, so that differences of rounding grow from step to step.
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
 
@@ -144,9 +144,9 @@ def test_accumulated_small_batches_match_one_big_batch(tmp_path):
 @pytest.mark.full  # tests/distributed/test_distributed.py trains in two processes
 def test_two_processes_train_as_one_process(tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    said = _run("-m", *torchrun, "-m", "tests.model.trainer_runs", str(tmp_path))
+    said = _run_python("-m", *torchrun, "-m", "tests.model.trainer_runs", str(tmp_path))
     runs = [json.loads(line) for line in said if line.startswith('["')]
-    one = finished(tmp_path / "one", model=model(lora_dropout=0.0))
+    one = finished_trainer(tmp_path / "one", model=model(lora_dropout=0.0))
     want = list(losses(one).values())
     assert [kind for kind, *_ in runs] == ["whole", "whole", "adapter", "adapter"]
     for _, *got in runs:
@@ -164,7 +164,7 @@ def test_two_processes_train_as_one_process(tmp_path):
 def test_trainer_recomputes_activations_with_same_losses(reentrant, tmp_path):
     """Embeddings are frozen, so that what enters the first block must be made to need gradients."""
     runs = [
-        finished(tmp_path, save_strategy="no", **options)
+        finished_trainer(tmp_path, save_strategy="no", **options)
         for options in (
             {},
             {

@@ -1,4 +1,4 @@
-"""Several adapters trained on one base in one batch: each as if it were alone."""
+"""Several adapters trained in one batch match each adapter trained alone."""
 
 from __future__ import annotations
 

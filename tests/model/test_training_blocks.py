@@ -1,4 +1,4 @@
-"""Several adapters in training: what is refused, and whose rows a layer believes it sees."""
+"""use_adapters blocks: what joint training refuses, and which rows a layer sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API reference has every public name, and the site builds of what the repository holds."""
+"""The API reference lists every public name, and the site builds from the repository."""
 
 from __future__ import annotations
 

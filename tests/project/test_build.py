@@ -1,4 +1,4 @@
-"""The native library: compiled and packed where it can be, left out or refused where it cannot."""
+"""The native library is built where it can be, and omitted or refused elsewhere."""
 
 import email
 import os
@@ -64,7 +64,7 @@ def wheel_from(tree: Path, **environment: str) -> tuple[subprocess.CompletedProc
     return done, tree / "dist"
 
 
-def of_wheel(path: Path) -> email.message.Message:
+def read_wheel_metadata(path: Path) -> email.message.Message:
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in contents(path) if name.endswith(".dist-info/WHEEL"))
         return email.message_from_bytes(archive.read(name))
@@ -84,8 +84,8 @@ def test_wheel_from_sdist_contains_native_library(tree: Path, site: Site, tmp_pa
     wheel = next((tmp_path / "dist").glob("*.whl"))
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-py3-none-{platform}.whl")
-    assert of_wheel(wheel)["Root-Is-Purelib"] == "false"
-    assert of_wheel(wheel).get_all("Tag") == [f"py3-none-{platform}"]
+    assert read_wheel_metadata(wheel)["Root-Is-Purelib"] == "false"
+    assert read_wheel_metadata(wheel).get_all("Tag") == [f"py3-none-{platform}"]
     names = contents(wheel)
     assert [n for n in names if n.endswith((".so", ".dylib"))] == [f"fastlora/{LIBRARY}"]
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".o"))]
@@ -138,7 +138,7 @@ def test_wheel_is_pure_when_build_is_none(tree: Path) -> None:
     assert "no library is built: FASTLORA_BUILD=none" in done.stderr
     wheel = next(folder.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert of_wheel(wheel)["Root-Is-Purelib"] == "true"
+    assert read_wheel_metadata(wheel)["Root-Is-Purelib"] == "true"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The demo at toy sizes, from the command to its exit code; its text; its errors."""
+"""The demo runs at toy sizes, with its exit codes, texts and errors."""
 
 from __future__ import annotations
 

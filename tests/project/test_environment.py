@@ -1,4 +1,4 @@
-"""What the Makefile installs: packages of a lock that covers pyproject.toml, else a clear line."""
+"""`make setup` installs the locked packages or explains in one line why not."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def refusal(*arguments: object) -> str:
     return " ".join(lines[-1:]) if len(lines) == 1 else pytest.fail(done.stderr)
 
 
-def half_made(folder: Path) -> Path:
+def half_made_environment(folder: Path) -> Path:
     """As if its making had been interrupted before pip came."""
     venv.create(folder, with_pip=False, symlinks=True)
     return folder
@@ -50,19 +50,19 @@ def stamp(folder: Path, torch: str = TORCH) -> None:
 
 
 @pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch):
+def import_tool(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return import_module
 
 
-def test_lock_covers_every_extra_of_pyproject(tools) -> None:
+def test_lock_covers_every_extra_of_pyproject(import_tool) -> None:
     tomllib = pytest.importorskip("tomllib")
     requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     locked: dict[str, list[str]] = {}
-    for name, line in tools("environment").read_lock(LOCK):
+    for name, line in import_tool("environment").read_lock(LOCK):
         locked.setdefault(name, []).append(line.split("==")[1].split()[0])
     for text in [*wanted, *(line for extra in extras for line in extra)]:
         requirement = requirements.Requirement(text)
@@ -111,7 +111,7 @@ def test_make_refuses_an_older_python(tmp_path: Path, target: str) -> None:
 
 @needs_make
 def test_make_setup_refuses_half_made_environment(tmp_path: Path) -> None:
-    folder = half_made(tmp_path / "venv")
+    folder = half_made_environment(tmp_path / "venv")
     stamp(folder)
     arguments = ("setup", f"PYTHON={sys.executable}", f"VENV={folder}")
     assert f"{folder} is half made, it has no pip: `rm -r {folder}`" in refusal(*arguments)
@@ -134,7 +134,7 @@ def test_make_setup_refuses_folder_of_other_files(tmp_path: Path) -> None:
 @needs_make
 def test_make_setup_says_when_network_is_missing(tmp_path: Path) -> None:
     """What is half made is completed until something is to be fetched."""
-    folder = half_made(tmp_path / "venv")
+    folder = half_made_environment(tmp_path / "venv")
     line = refusal("setup", f"PYTHON={sys.executable}", f"VENV={folder}")
     assert line.startswith("setup: pip reaches no package index: with a network")
     assert list(folder.glob("lib/python3*/site-packages/pip"))
@@ -152,8 +152,8 @@ def test_make_setup_reinstalls_for_new_lock_or_torch(tmp_path: Path) -> None:
     assert f'--lock "{lock}"' in make(*arguments).stdout
 
 
-def test_list_changes_compares_two_locks(tools, tmp_path: Path) -> None:
-    lock = tools("lock")
+def test_list_changes_compares_two_locks(import_tool, tmp_path: Path) -> None:
+    lock = import_tool("lock")
     versions = []
     for text in ("torch==1\na==1 ; x == 'y'\na==2\nb==1\n", "torch==1\na==2\nc==3 # via a\n"):
         (tmp_path / "lock").write_text(text)

@@ -1,4 +1,4 @@
-"""The examples run, small, and say what they promise."""
+"""The examples run at small sizes and detect wrong results."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""The scripts of findings/ have their form; what they show is for who runs them by hand."""
+"""The scripts of findings/ are pinned, clean up, and are listed."""
 
 import re
 import subprocess

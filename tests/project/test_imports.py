@@ -1,4 +1,4 @@
-"""The floor plan: folders import downwards only, and optional packages stay optional."""
+"""Folders import only lower folders, and optional packages stay optional."""
 
 import ast
 import subprocess
@@ -27,7 +27,7 @@ FLOORS = """
     kernels/linear kernels/merge kernels/choose
     kernels/tile
 """
-FLOOR = {room: n for n, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+FLOOR = {folder_of: n for n, line in enumerate(FLOORS.split("\n")) for folder_of in line.split()}
 # What a folder's files may import besides the standard library and fastlora. Inside functions
 # anything goes, except in kernels/: that is how optional packages are used.
 PACKAGES = {
@@ -49,12 +49,12 @@ FILES = [*ROOT.glob("fastlora/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 MODULES = {name_of(path): path.read_text() for path in sorted(FILES)}
 
 
-def room(module: str) -> str:
+def folder_of(module: str) -> str:
     parts = module.split(".")[1:] or ["__init__"]
     return "/".join(parts[:2]) if parts[0] == "kernels" else parts[0]
 
 
-def imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
+def list_imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
     """(module, whether inside a function) of every import; typing: those for type checkers too."""
 
     def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
@@ -72,15 +72,15 @@ def imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
     yield from walk(ast.parse(source), False)
 
 
-def faults(module: str, source: str) -> list[str]:
+def list_faults(module: str, source: str) -> list[str]:
     """What a file imports against the rules."""
-    own, found = room(module), []
+    own, found = folder_of(module), []
     top = own.split("/")[0]
     allowed = PACKAGES.get(top, {"torch", "numpy", "safetensors"}) | set(sys.stdlib_module_names)
-    for target, lazy in imports(source):
+    for target, lazy in list_imports(source):
         package = target.split(".")[0]
         if package == "fastlora":
-            if room(target) != own and FLOOR[room(target)] <= FLOOR[own]:
+            if folder_of(target) != own and FLOOR[folder_of(target)] <= FLOOR[own]:
                 found.append(f"{module} imports {target}, which is not below it")
         elif (top == "kernels" or not lazy) and package not in allowed:
             found.append(f"{module} imports {package}, allowed here: {sorted(allowed)}")
@@ -89,7 +89,7 @@ def faults(module: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_only_lower_folders(module: str) -> None:
-    assert not faults(module, MODULES[module])
+    assert not list_faults(module, MODULES[module])
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_module_imports_only_lower_folders(module: str) -> None:
     ],
 )
 def test_faults_finds_forbidden_imports(module: str, source: str) -> None:
-    assert faults(module, source)
+    assert list_faults(module, source)
 
 
 def test_imports_form_no_circle() -> None:
     """Nor do those in functions and those only for type checkers."""
-    needs = {m: {t for t, _ in imports(s, typing=True) if t in MODULES} - {m}
+    needs = {m: {t for t, _ in list_imports(s, typing=True) if t in MODULES} - {m}
              for m, s in MODULES.items()}  # fmt: skip
     while free := [m for m, others in needs.items() if not others & needs.keys()]:
         for module in free:

@@ -1,4 +1,4 @@
-"""However it is installed, fastlora is found, works, and brings nothing of the checkout along."""
+"""fastlora works however it is installed, and installs nothing else of the checkout."""
 
 import email
 import json

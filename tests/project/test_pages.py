@@ -1,4 +1,4 @@
-"""Pages for users: their code runs as it stands, from top to bottom, and their links lead on."""
+"""The Python code of the user pages runs in order, and their links exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/serve_ray.py over HTTP: two replicas, whose tokens are those of ``generate``."""
+"""examples/serve_ray.py with two replicas answers with the tokens of generate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.project.ray_server import (
     SPARE,
     TOKENIZER,
     Server,
-    asked,
+    completion_request,
     processes_with,
-    running,
+    running_server,
     send,
     stop,
     wait_for,
@@ -40,7 +40,7 @@ from tests.project.ray_server import (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("served")) as server:
+    with running_server(tmp_path_factory.mktemp("served")) as server:
         yield server
 
 
@@ -101,7 +101,7 @@ def test_completion_accepts_text_or_token_prompts(server):
 def test_streamed_completion_has_tokens_of_generate(server, adapter):
     tokens, ended = server.expected(adapter)
     with closing(server.connect()) as connection:
-        send(connection, asked(adapter) | {"stream": True})
+        send(connection, completion_request(adapter) | {"stream": True})
         response = connection.getresponse()
         assert response.status == 200
         assert response.getheader("Content-Type").startswith("text/event-stream")
@@ -109,7 +109,7 @@ def test_streamed_completion_has_tokens_of_generate(server, adapter):
     assert (done, nothing) == ("data: [DONE]", "")
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     assert {(c["id"], c["object"], c["model"]) for c in chunks} == {
-        (chunks[0]["id"], "text_completion", asked(adapter)["model"])
+        (chunks[0]["id"], "text_completion", completion_request(adapter)["model"])
     }
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [c["token_ids"] for c in choices] == [*([token] for token in tokens), []]
@@ -187,21 +187,23 @@ LONG = ROOM - 100  # tokens that take minutes
 
 
 @contextmanager
-def replicas(server: Server, adapter: str | None, pauses: list[float]) -> Iterator[list[str]]:
+def answering_replicas(
+    server: Server, adapter: str | None, pauses: list[float]
+) -> Iterator[list[str]]:
     """Where long answers come from: one more after each pause, all under way together."""
     with ExitStack() as stack:
         found = []
         for pause in pauses:
             time.sleep(pause)
             connection = stack.enter_context(closing(server.connect()))
-            send(connection, asked(adapter) | {"max_tokens": LONG, "stream": True})
+            send(connection, completion_request(adapter) | {"max_tokens": LONG, "stream": True})
             found.append(connection.getresponse().getheader("X-Replica"))
         yield found
 
 
 def test_both_replicas_answer_when_one_is_full(server):
     """One more request than a replica takes."""
-    with replicas(server, None, [0] * (2 * ROWS + 1)) as found:
+    with answering_replicas(server, None, [0] * (2 * ROWS + 1)) as found:
         assert len(set(found)) == 2
 
 
@@ -213,14 +215,14 @@ def test_requests_of_adapter_stay_on_its_replica(server):
     """
     tries = []
     for name, pause in zip(SPARE[:4], (0.5, 2, 8, 32), strict=True):
-        with replicas(server, name, [0, pause, 0, 0, 0, 0]) as found:
+        with answering_replicas(server, name, [0, pause, 0, 0, 0, 0]) as found:
             tries.append(found)
         if len(set(found)) == 1:
             return
     raise AssertionError(f"adapters wander: {tries}")
 
 
-def cancelled(server: Server, name: str) -> int:
+def count_cancelled_tokens(server: Server, name: str) -> int:
     """How many tokens a cancelled request had got, which its replica logs; 0 before it has."""
     found = re.findall(rf"{name}: (\d+) tokens, cancelled", server.log.read_text())
     return max(map(int, found), default=0)
@@ -228,11 +230,11 @@ def cancelled(server: Server, name: str) -> int:
 
 def test_closed_stream_cancels_its_request(server):
     with closing(server.connect()) as connection:
-        send(connection, asked(SPARE[4]) | {"max_tokens": LONG, "stream": True})
+        send(connection, completion_request(SPARE[4]) | {"max_tokens": LONG, "stream": True})
         response = connection.getresponse()
         assert response.readline().startswith(b"data: ")
         response.close()
-    assert wait_for(lambda: cancelled(server, SPARE[4]), server.log) < LONG
+    assert wait_for(lambda: count_cancelled_tokens(server, SPARE[4]), server.log) < LONG
 
 
 def test_closed_connection_cancels_request_before_answer(server):
@@ -241,9 +243,9 @@ def test_closed_connection_cancels_request_before_answer(server):
 
     def leave() -> int:
         with closing(server.connect()) as connection:
-            send(connection, asked(SPARE[5]) | {"max_tokens": LONG})
+            send(connection, completion_request(SPARE[5]) | {"max_tokens": LONG})
             time.sleep(next(pauses))
-        return cancelled(server, SPARE[5])
+        return count_cancelled_tokens(server, SPARE[5])
 
     assert wait_for(leave, server.log) < LONG
 

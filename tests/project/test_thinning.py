@@ -1,4 +1,4 @@
-"""What is left out of the quick run is stood for, and never by what skips."""
+"""Thinning the quick run keeps every pair of parameter values that can run."""
 
 import random
 from itertools import combinations, product
@@ -52,7 +52,7 @@ def test_cover_is_deterministic_whatever_the_values():
 
 
 @pytest.fixture
-def thinned(pytester):
+def thin_source(pytester):
     """Of tests in a file of their own, those kept, those left out, and why which skip."""
 
     def of(source: str) -> tuple[list, list, dict]:
@@ -74,25 +74,25 @@ def thinned(pytester):
 CUBE = "@GIVEN('c', range(3))\n@GIVEN('b', range(3))\n@GIVEN('a', range(3))\n"
 
 
-def test_thin_marks_part_of_grid_full(thinned):
-    kept, rest, why = thinned(CUBE + "def test(a, b, c): ...")
+def test_thin_marks_part_of_grid_full(thin_source):
+    kept, rest, why = thin_source(CUBE + "def test(a, b, c): ...")
     assert len(kept) + len(rest) == 27
     assert len(kept) < 14
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, product(THREE, repeat=3)))
     assert not why
 
 
-def test_thin_keeps_all_of_few_combinations(thinned):
-    kept, rest, _ = thinned(
+def test_thin_keeps_all_of_few_combinations(thin_source):
+    kept, rest, _ = thin_source(
         "@GIVEN('c', range(2))\n@GIVEN('b', range(2))\n@GIVEN('a', range(2))\n"
         "def test(a, b, c): ..."
     )
     assert (len(kept), rest) == (FEW, [])
 
 
-def test_thin_does_not_count_skipped_combinations(thinned):
+def test_thin_does_not_count_skipped_combinations(thin_source):
     """Of pairs that two combinations have, the one that runs is kept."""
-    kept, rest, why = thinned(
+    kept, rest, why = thin_source(
         "def odd(a, c): return 'odd' if (a + c) % 2 else None\n"
         "@skip_where(odd)\n" + CUBE + "def test(a, b, c): ..."
     )
@@ -103,16 +103,16 @@ def test_thin_does_not_count_skipped_combinations(thinned):
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, runs))
 
 
-def test_thin_keeps_one_when_all_skip(thinned):
-    kept, rest, why = thinned(
+def test_thin_keeps_one_when_all_skip(thin_source):
+    kept, rest, why = thin_source(
         "def never(): return 'never'\n@skip_where(never)\n" + CUBE + "def test(a, b, c): ..."
     )
     assert (len(kept), len(rest), len(why)) == (1, 26, 27)
     assert kept[0] in why
 
 
-def test_thin_does_not_count_combinations_marked_full(thinned):
-    kept, _, _ = thinned(
+def test_thin_does_not_count_combinations_marked_full(thin_source):
+    kept, _, _ = thin_source(
         "long = pytest.param(2, marks=pytest.mark.full)\n"
         "@GIVEN('a', [0, 1, long])\n@GIVEN('b', range(3))\n@GIVEN('c', range(3))\n"
         "def test(a, b, c): ..."
@@ -122,8 +122,8 @@ def test_thin_does_not_count_combinations_marked_full(thinned):
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, short))
 
 
-def test_thin_chooses_separately_for_each_device(thinned):
-    kept, _, _ = thinned(
+def test_thin_chooses_separately_for_each_device(thin_source):
+    kept, _, _ = thin_source(
         "@GIVEN('device', ['cpu', 'cuda'])\n" + CUBE + "def test(device, a, b, c): ..."
     )
     for device in ("cpu", "cuda"):
@@ -131,9 +131,9 @@ def test_thin_chooses_separately_for_each_device(thinned):
         assert set().union(*map(pairs, mine)) == set().union(*map(pairs, product(THREE, repeat=3)))
 
 
-def test_thin_treats_joint_names_as_one_parameter(thinned):
+def test_thin_treats_joint_names_as_one_parameter(thin_source):
     """And every op on every backend in every dtype stays."""
-    kept, rest, _ = thinned(
+    kept, rest, _ = thin_source(
         "dtypes = [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)]\n"
         "@GIVEN('dtype, lora_dtype', dtypes)\n@GIVEN('through', [1, 2])\n"
         "@GIVEN('backend', ['torch', 'cpu'])\n@GIVEN(('M', 'N'), [(1, 2), (3, 4), (5, 6)])\n"
@@ -145,9 +145,9 @@ def test_thin_treats_joint_names_as_one_parameter(thinned):
     assert len(rest) == 24
 
 
-def test_thin_distinguishes_values_by_type(thinned):
+def test_thin_distinguishes_values_by_type(thin_source):
     """Lists have no hash; 1, True and 1.0 are equal, and no test of one is a test of another."""
-    kept, _, _ = thinned(
+    kept, _, _ = thin_source(
         "@GIVEN('c', range(2))\n@GIVEN('b', [[], {}, [1]])\n@GIVEN('a', [1, True, 1.0])\n"
         "def test(a, b, c): ..."
     )

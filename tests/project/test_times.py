@@ -1,4 +1,4 @@
-"""What a run took is said in one line, with a word of warning where it was too much."""
+"""The line about the duration of a test run warns when it took too long."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Generating with an adapter a row: every row writes what it writes with its adapter alone."""
+"""MultiLoRAModel.generate gives every row the text of its own adapter."""
 
 from __future__ import annotations
 

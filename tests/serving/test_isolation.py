@@ -1,4 +1,4 @@
-"""MultiLoRAModel: nothing of one adapter reaches another, whatever fills the pages."""
+"""MultiLoRAModel lets nothing of one adapter reach another, whatever the pages hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fastlora
 from fastlora import MultiLoRALinear, MultiLoRAModel
 from fastlora.modules.routing import Routing
 from fastlora.ops import availability
-from tests.serving.adapters import ADAPTERS, adapt, alone, serve
+from tests.serving.adapters import ADAPTERS, adapt, model_with_adapter, serve
 from tests.support.helpers import same_bits, unchanged
 from tests.support.models import (
     TOLERANCE,
@@ -62,7 +62,10 @@ def test_nan_in_free_pages_reaches_no_row(folder, name):
     arena_of(server)[~taken] = NAN
     got = [got, logits(server, ids, adapter_names=["new", None, "new"])]
     for logits_of, who in zip(got, ("alice", name), strict=True):
-        for rows, wanted in ((logits_of[::2], alone(folder, who)), (logits_of[1:2], llama())):
+        for rows, wanted in (
+            (logits_of[::2], model_with_adapter(folder, who)),
+            (logits_of[1:2], llama()),
+        ):
             assert_agree(rows, logits(wanted, ids[::2] if len(rows) == 2 else ids[1:2]))
 
 

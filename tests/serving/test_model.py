@@ -1,4 +1,4 @@
-"""MultiLoRAModel: a row gets its adapter, whole, and nothing of any other."""
+"""MultiLoRAModel computes every row with its own adapter and no other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from tests.serving.adapters import ADAPTERS, alone, serve
+from tests.serving.adapters import ADAPTERS, model_with_adapter, serve
 from tests.support.models import (
     TOLERANCE,
     assert_agree,
@@ -35,7 +35,7 @@ def test_mixed_batch_gives_each_row_its_adapter(folder, dtype):
         got = mixed[row : row + 1]
         by_itself = logits(server, ids[:1], adapter_names=[name])
         is_base = name in (None, "__base__")
-        for want in (by_itself, logits(alone(folder, name, dtype), ids[:1])):
+        for want in (by_itself, logits(model_with_adapter(folder, name, dtype), ids[:1])):
             assert_agree(got, want, None if is_base else base)
     distinct = {name: mixed[row] for row, name in enumerate(MIX)}
     for one, other in itertools.combinations(set(MIX) - {None}, 2):
@@ -60,7 +60,9 @@ def test_padded_rows_match_single_row_calls(folder):
     mask[0, :2] = 0
     got = logits(server, ids, attention_mask=mask, adapter_names=["bob", "alice"])
     for row, name in enumerate(("bob", "alice")):
-        want = logits(alone(folder, name), ids[row : row + 1], attention_mask=mask[row : row + 1])
+        want = logits(
+            model_with_adapter(folder, name), ids[row : row + 1], attention_mask=mask[row : row + 1]
+        )
         seen = mask[row].bool()
         assert error(got[row, seen], want[0, seen]) <= TOLERANCE[torch.float32]
 
@@ -104,12 +106,15 @@ def test_server_replaces_unloads_and_evicts_adapters(folder):
     server.load_adapter(folder / "carol", "carol")  # known, though all places are taken
     for name in ("carol", "alice", "bob", "carol"):
         got = logits(server, ids, adapter_names=[name])
-        assert_agree(got, logits(alone(folder, name), ids))
+        assert_agree(got, logits(model_with_adapter(folder, name), ids))
     with untouched(server), pytest.raises(ValueError, match="max_adapters=2 different ones, got 3"):
         server(input_ids=ids.repeat(3, 1), adapter_names=["alice", "bob", "carol"])
     server.load_adapter(folder / "carol", "alice")  # a name of its own decides, not the file's
     assert server.adapters == ("alice", "bob", "carol")
-    assert_agree(logits(server, ids, adapter_names=["alice"]), logits(alone(folder, "carol"), ids))
+    assert_agree(
+        logits(server, ids, adapter_names=["alice"]),
+        logits(model_with_adapter(folder, "carol"), ids),
+    )
     server.unload_adapter("alice")
     server.unload_adapter("carol")
     assert server.adapters == ("bob",)
@@ -122,5 +127,9 @@ def test_server_replaces_unloads_and_evicts_adapters(folder):
     with pytest.raises(ValueError, match="no adapter 'alice'"):
         server(input_ids=ids, adapter_names=["alice"])
     server.load_adapter(folder / "dave", "dave")
-    assert_agree(logits(server, ids, adapter_names=["dave"]), logits(alone(folder, "dave"), ids))
-    assert_agree(logits(server, ids, adapter_names=["bob"]), logits(alone(folder, "bob"), ids))
+    assert_agree(
+        logits(server, ids, adapter_names=["dave"]), logits(model_with_adapter(folder, "dave"), ids)
+    )
+    assert_agree(
+        logits(server, ids, adapter_names=["bob"]), logits(model_with_adapter(folder, "bob"), ids)
+    )

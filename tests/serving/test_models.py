@@ -1,4 +1,4 @@
-"""MultiLoRAModel around models that it can serve, and around models that it cannot."""
+"""MultiLoRAModel serves the models it can and refuses the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that come as tensors, from a training loop that sends them while batches run."""
+"""Adapters loaded from tensors, as a training loop sends them while batches run."""
 
 from __future__ import annotations
 

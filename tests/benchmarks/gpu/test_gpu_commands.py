@@ -1,4 +1,4 @@
-"""What `make gpu` runs: parts, checks, benchmarks and commands that there are."""
+"""Every command that `make gpu` runs exists and covers what it should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make gpu`: parts are watched, noted as they end, resumed; their commands are ones that exist."""
+"""`make gpu` watches its parts, records each as it ends, and resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(folder: Path, *chosen: Part, **options) -> dict[str, str]:
     return {name: line["state"] for name, line in states.items()}
 
 
-def noted(folder: Path) -> dict[str, dict]:
+def read_states(folder: Path) -> dict[str, dict]:
     return {line["part"]: line for line in parts.read(folder / "run" / "parts.jsonl")}
 
 
@@ -51,7 +51,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def until(condition, seconds: float = 30.0) -> None:
+def wait_until(condition, seconds: float = 30.0) -> None:
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds
@@ -90,8 +90,10 @@ def test_hanging_part_is_ended_with_its_child_processes(tmp_path, ignores, then)
     assert states == {"hangs": "timeout" if then == HANGS else "ok", "other": "ok"}
     pids = [int(pid) for pid in file.read_text().split()]
     assert len(pids) == 3
-    until(lambda: not any(map(is_alive, pids)))
-    assert noted(tmp_path)["hangs"].get("reason") == ("killed after 2 s" if then == HANGS else None)
+    wait_until(lambda: not any(map(is_alive, pids)))
+    assert read_states(tmp_path)["hangs"].get("reason") == (
+        "killed after 2 s" if then == HANGS else None
+    )
 
 
 def test_failing_part_shows_output_and_stops_no_other(tmp_path, capsys):
@@ -103,7 +105,7 @@ def test_failing_part_shows_output_and_stops_no_other(tmp_path, capsys):
         script("well", "pass"),
     )
     assert states == {"fails": "failed", "dies": "failed", "absent": "failed", "well": "ok"}
-    reasons = {name: line["reason"] for name, line in noted(tmp_path).items()}
+    reasons = {name: line["reason"] for name, line in read_states(tmp_path).items()}
     assert (reasons["fails"], reasons["dies"]) == ("exit code 1", "signal SIGABRT")
     assert reasons["absent"].startswith("no-such-program: ")
     log = (tmp_path / "run" / "fails.log").read_text()
@@ -169,7 +171,7 @@ def test_deadline_limits_running_and_new_parts(tmp_path):
     hangs = script("hangs", "import time; time.sleep(600)", 500.0, least=1.0, cores=None)
     states = run(tmp_path, hangs, script("later", "pass", least=1.0, cores=None), seconds=2.0)
     assert states == {"hangs": "timeout", "later": "not begun"}
-    assert noted(tmp_path)["later"]["reason"] == "out of time"
+    assert read_states(tmp_path)["later"]["reason"] == "out of time"
     assert time.monotonic() - started < 20
 
 
@@ -184,7 +186,7 @@ def test_inapplicable_part_reports_reason_at_its_turn(tmp_path):
     before = script("before", "pass", missing=missing)
     states = run(tmp_path, before, makes, after)
     assert states == {"before": "not applicable", "makes": "ok", "after": "ok"}
-    assert noted(tmp_path)["before"]["reason"] == "there is no library"
+    assert read_states(tmp_path)["before"]["reason"] == "there is no library"
     assert gpu.need_modules("torch", "no_such_module", "nor_this")() == (
         "no_such_module, nor_this not installed"
     )
@@ -270,12 +272,12 @@ def test_interrupt_ends_parts_and_keeps_results(tmp_path, number):
         # A shell's background job ignores it, and so do the job's children.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    until(lambda: file.exists() and len(file.read_text().split()) == 3)
+    wait_until(lambda: file.exists() and len(file.read_text().split()) == 3)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    until(lambda: not any(is_alive(int(pid)) for pid in file.read_text().split()))
-    states = {name: line["state"] for name, line in noted(tmp_path).items()}
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in file.read_text().split()))
+    states = {name: line["state"] for name, line in read_states(tmp_path).items()}
     assert states == {"first": "ok", "hangs": "interrupted", "last": "not begun"}
     assert "ok: first\ninterrupted: hangs\nnot begun: last\n" in said
 

@@ -1,4 +1,4 @@
-"""Compiling beforehand: who shares kernels is in one process, and everybody is called once."""
+"""Warming up compiles the kernels of each family in one process before benchmarks."""
 
 from __future__ import annotations
 

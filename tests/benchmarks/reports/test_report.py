@@ -1,4 +1,4 @@
-"""The report says what the lines say: who is ahead, who is missing, and of which run."""
+"""The report states wins, losses, missing providers and runs as the lines have them."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.reports import comparison, plots, provenance, report
-from tests.benchmarks.result_lines import CASE, line, not_timed, written
+from tests.benchmarks.result_lines import CASE, line, not_timed, write_lines
 
 
 def section(text: str, heading: str) -> str:
@@ -201,14 +201,14 @@ def test_report_refuses_folder_without_results(tmp_path):
         report.write(tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="expected results such as"):
         report.write(tmp_path)
-    written(tmp_path)
+    write_lines(tmp_path)
     with pytest.raises(ValueError, match="found empty files in"):
         report.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["linear.jsonl"]
 
 
 def test_report_says_when_matplotlib_is_missing(tmp_path, no_matplotlib):
-    paths = report.write(written(tmp_path, line("base"), line("fastlora"), line("torch")))
+    paths = report.write(write_lines(tmp_path, line("base"), line("fastlora"), line("torch")))
     assert paths == [tmp_path / "report.md"]
     text = paths[0].read_text()
     assert "**No pictures:** matplotlib cannot be imported" in text

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md are those of the evidence in the repository."""
+"""The tables of README.md and docs/results.md match the stored results."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Targets beside what was measured: met, missed, within noise, not measured."""
+"""Targets are met, missed, within noise or not measured, by the measured lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fastlora check` judges by: its formula is the oracle's, and it sees what is not written."""
+"""`fastlora check` judges linear ops by a formula that agrees with the oracle."""
 
 from __future__ import annotations
 

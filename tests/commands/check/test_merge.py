@@ -1,4 +1,4 @@
-"""What `fastlora check` judges merging by finds every kind of fault."""
+"""`fastlora check` finds every kind of fault in the merge ops."""
 
 from __future__ import annotations
 

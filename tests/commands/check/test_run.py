@@ -1,4 +1,4 @@
-"""`fastlora check`: what is right passes, what is wrong fails, and rows say only what passed."""
+"""`fastlora check` passes right paths, fails wrong ones, and stamps only what passed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cache(monkeypatch, tmp_path):
     choice.forget()
 
 
-def stamped(folder):
+def passed_rows(folder):
     return [row for row in rows(folder) if row.get("passed", True)]
 
 
@@ -218,11 +218,11 @@ def test_check_fails_broken_path_without_stamp(backend, cache, wrong, says):
     results = {line.split()[1]: line.split()[-1] for line in said if line.startswith("triton")}
     assert results["two_pass"] == "FAILED"
     assert results["one_pass"] == "passed"
-    assert "one_pass" in {row["path"] for row in stamped(cache)}
+    assert "one_pass" in {row["path"] for row in passed_rows(cache)}
     # What had passed once, and on another architecture still does. That a kernel cannot be had, for
     # lack of memory or a compiler's whim, is not held against it.
     kept = broken if wrong is raising else broken[1:]
-    found = [row for row in stamped(cache) if row["path"] == "two_pass"]
+    found = [row for row in passed_rows(cache) if row["path"] == "two_pass"]
     assert sorted(found, key=str) == sorted(kept, key=str)
     assert any("of paths that failed" in line for line in said) == (wrong is not raising)
 
@@ -232,7 +232,7 @@ def test_check_fails_only_the_broken_op(backend, cache):
     passed, said = check()
     assert not passed
     every = {*LINEAR, *MULTI, *selftest.MERGES}
-    assert {row["op"] for row in stamped(cache)} == every - {"lora_add_"}
+    assert {row["op"] for row in passed_rows(cache)} == every - {"lora_add_"}
     assert all("lora_add_" in line for line in said if line.startswith("    "))
 
 
@@ -255,7 +255,7 @@ def test_check_stops_when_device_is_lost(backend, cache, monkeypatch):
     passed, said = check(names=["bf16", "fp16"])
     assert not passed
     assert "does not recover" in said[-1]
-    assert {row["path"] for row in stamped(cache)} == {"one_pass"}
+    assert {row["path"] for row in passed_rows(cache)} == {"one_pass"}
     assert not any("fp16" in line for line in said)
     assert sum(line.startswith("    ") for line in said) == 1
 

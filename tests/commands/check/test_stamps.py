@@ -1,4 +1,4 @@
-"""The rows that `fastlora check` leaves, and those that it takes back."""
+"""Stamps record the paths that `fastlora check` passed, and take failed ones back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastlora tune`, the whole loop with a clock that lies: the fastest that is right is kept."""
+"""`fastlora tune`, run with a simulated clock, keeps the fastest correct candidate."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return json.loads((folder / records.file_of(choice.gpu_name(DEVICE))).read_text())
 
 
-def chosen(call) -> object:
+def candidate_of(call) -> object:
     """The candidate that a timed call runs; None for the product that all are compared with."""
     keywords = getattr(call, "keywords", {})
     return keywords.get("config") or keywords.get("path")
 
 
-def prefers(*favourites):
+def clock_preferring(*favourites):
     """A clock for which these take 1 µs, and everything else a little more."""
-    return lambda call: 1.0 if chosen(call) in favourites else 1.2
+    return lambda call: 1.0 if candidate_of(call) in favourites else 1.2
 
 
 def tune(clock, shapes=(SHAPE,), kernels=None, **options) -> bool:
@@ -66,7 +66,7 @@ def config(kernel: str, shape=SHAPE, dtype=torch.bfloat16):
 def test_tune_makes_launches_take_fastest_config(kernel, last):
     """By the shape that a launch asks with: ``gradient`` with (M, M, C, R), for lora_A C is K."""
     favourite = configs.CANDIDATES[kernel][last]
-    assert tune(prefers(favourite), kernels=[kernel])
+    assert tune(clock_preferring(favourite), kernels=[kernel])
     M, K, N, R = SHAPE
     asked = [(M, M, K, R), (M, M, N, R)] if kernel == "gradient" else [SHAPE, (M, N, K, R)]
     for shape in asked:
@@ -82,7 +82,7 @@ def test_tune_makes_launches_take_fastest_config(kernel, last):
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass", "library"])
 def test_tune_makes_ops_take_fastest_path(path):
-    assert tune(prefers(path))
+    assert tune(clock_preferring(path))
     M, K, N, R = SHAPE
     for op, shape in {"lora_linear": SHAPE, "lora_linear_backward": (M, N, K, R)}.items():
         problem = Problem(*shape, SIZE)
@@ -97,7 +97,7 @@ def test_tune_makes_ops_take_fastest_path(path):
 
 
 def test_tune_rows_record_measurement_and_versions(cache):
-    assert tune(lambda call: 3.0 if chosen(call) else 2.5)
+    assert tune(lambda call: 3.0 if candidate_of(call) else 2.5)
     found = rows(cache)
     stamp = {"gpu": choice.gpu_name(DEVICE), **choice.versions()}
     for row in found:
@@ -127,8 +127,8 @@ def test_tune_never_times_a_wrong_candidate(monkeypatch, capsys):
             y[-1, -1] = 100
 
     def clock(call):
-        timed.append(chosen(call))
-        return {favourite: 1.0, other: 2.0}.get(chosen(call), 3.0)
+        timed.append(candidate_of(call))
+        return {favourite: 1.0, other: 2.0}.get(candidate_of(call), 3.0)
 
     # ``launch`` hands config on as a keyword.
     monkeypatch.setattr(gemm, "gemm", wrong)
@@ -148,7 +148,7 @@ def test_tune_rejects_candidate_that_writes_nothing(monkeypatch):
             right(x, w, y, h, b, scaling, config, **options)
 
     monkeypatch.setattr(gemm, "gemm", lazy)
-    assert not tune(prefers(favourite), kernels=["gemm"])
+    assert not tune(clock_preferring(favourite), kernels=["gemm"])
     assert config("gemm") != favourite
 
 
@@ -160,7 +160,7 @@ def test_tune_never_times_a_wrong_path(monkeypatch, capsys):
         return (y * 1.1 if path == "library" else y), h
 
     monkeypatch.setattr(lora, "lora_linear", wrong)
-    assert not tune(prefers("library"))
+    assert not tune(clock_preferring("library"))
     assert "WRONG path of lora_linear library: y errs by" in capsys.readouterr().out
     problem = Problem(*SHAPE, SIZE)
     args = (torch.bfloat16, torch.bfloat16, False, DEVICE)
@@ -177,7 +177,7 @@ def test_tune_skips_candidate_that_does_not_run(monkeypatch, capsys):
         right(*args, config, **options)
 
     monkeypatch.setattr(gemm, "gemm", failing)
-    clock = prefers(favourite, other)
+    clock = clock_preferring(favourite, other)
     assert tune(clock, kernels=["gemm"])
     assert config("gemm") == other
     said = capsys.readouterr().out
@@ -189,7 +189,7 @@ def test_tune_writes_no_row_when_nothing_runs(monkeypatch, cache):
         raise RuntimeError
 
     monkeypatch.setattr(gemm, "gemm", failing)
-    assert tune(prefers(), kernels=["gemm", "shrink"])
+    assert tune(clock_preferring(), kernels=["gemm", "shrink"])
     assert {row["kernel"] for row in rows(cache)} == {"shrink"}
 
 
@@ -199,8 +199,8 @@ def test_tune_interleaves_rounds_and_compares_medians(cache):
     seen = []
 
     def clock(call):
-        key = getattr(chosen(call), "BN", None)
-        if chosen(call) is not None and chosen(call).BM == 128:
+        key = getattr(candidate_of(call), "BN", None)
+        if candidate_of(call) is not None and candidate_of(call).BM == 128:
             seen.append("hopeless")
             return 100.0
         seen.append(key)
@@ -223,13 +223,13 @@ def test_interrupted_tune_keeps_finished_rows(cache, monkeypatch):
 
     monkeypatch.setattr(progress.Progress, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(prefers(), shapes=[SHAPE, (33, 64, 64, 8)], kernels=["shrink"])
+        tune(clock_preferring(), shapes=[SHAPE, (33, 64, 64, 8)], kernels=["shrink"])
     assert {row["M"] for row in rows(cache)} == {17}
 
 
 def test_second_tune_replaces_rows_of_first(cache):
     for favourite in configs.CANDIDATES["expand"][:2]:
-        assert tune(prefers(favourite), kernels=["expand"])
+        assert tune(clock_preferring(favourite), kernels=["expand"])
         assert [row["config"] for row in rows(cache)] == [vars(favourite)] * 2
         assert config("expand") == favourite
 
@@ -238,9 +238,9 @@ def test_tune_times_paths_with_new_configs(cache, tmp_path):
     favourite, seen = configs.CANDIDATES["shrink"][-1], []
 
     def clock(call):
-        if isinstance(chosen(call), str):
+        if isinstance(candidate_of(call), str):
             seen.append(config("shrink"))
-        return 1.0 if chosen(call) == favourite else 2.0
+        return 1.0 if candidate_of(call) == favourite else 2.0
 
     folder = tmp_path / "elsewhere"
     before = config("shrink")

@@ -1,4 +1,4 @@
-"""Patched layers around bases, and given inputs, that are no plain product."""
+"""Patched layers around unusual bases and inputs match PEFT."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(model, backend="aot_eager", **options):
+def compile_whole(model, backend="aot_eager", **options):
     return torch.compile(model, backend=backend, fullgraph=True, **options)
 
 
@@ -38,7 +38,7 @@ def compiled(model, backend="aot_eager", **options):
 def test_patched_model_compiles_to_one_graph(kind, backend):
     plain, patched = pair(kind)
     given = inputs(kind)
-    found, wanted = run(compiled(patched, backend), given), run(plain, given)
+    found, wanted = run(compile_whole(patched, backend), given), run(plain, given)
     assert_agree(found, wanted)
     for out in (found, wanted):
         out.square().mean().backward()
@@ -51,7 +51,7 @@ def test_patched_model_compiles_to_one_graph(kind, backend):
 def test_compiled_model_takes_other_batches_without_recompiling():
     patched = pair("llama")[1]
     with torch.no_grad():
-        one = compiled(patched, dynamic=True)
+        one = compile_whole(patched, dynamic=True)
         run(one, inputs("llama", rows=3))
         with torch._dynamo.config.patch(error_on_recompile=True):
             for rows in (2, 5, 9):
@@ -62,7 +62,7 @@ def test_compiled_model_takes_other_batches_without_recompiling():
 def test_compiled_model_follows_changes_of_adapters():
     given = inputs("mlp")
     plain, patched = pair("mlp")
-    one = compiled(patched)
+    one = compile_whole(patched)
 
     def assert_alike():
         with torch.no_grad():
@@ -99,7 +99,7 @@ def test_compiled_model_is_hot_swapped_without_recompiling(tmp_path):
     plain, patched = pair("mlp")
     for model in (plain, patched):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
-    one = compiled(patched)
+    one = compile_whole(patched)
     with torch.no_grad():
         before = run(one, given)
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -120,7 +120,7 @@ def test_compiled_layer_matches_peft_with_adapter_per_row():
     layer, own = patched.base_model.model.lin0, plain.base_model.model.lin0
     rows = ["other", "__base__", "default"]
     with torch.no_grad():
-        one = compiled(layer)
+        one = compile_whole(layer)
         assert_agree(one(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
         assert_agree(layer(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
 

@@ -1,4 +1,4 @@
-"""Which layers are patched, which are left alone and why; all give PEFT's numbers."""
+"""patch_peft patches plain layers, leaves others with a reason, and matches PEFT."""
 
 from __future__ import annotations
 

@@ -35,13 +35,13 @@ class Pair(nn.Module):
         return self.plain(self.odd(x).relu())
 
 
-def needed(name: str):
+def import_or_skip(name: str):
     return pytest.importorskip(name, reason=f"{name} is not in the lock: see `make test-bases`")
 
 
 def torchao(config: str):
     def quantize(linear):
-        ao = needed("torchao.quantization")
+        ao = import_or_skip("torchao.quantization")
         ao.quantize_(linear, getattr(ao, config)())
         return linear
 
@@ -49,13 +49,13 @@ def torchao(config: str):
 
 
 def hqq(linear):
-    core = needed("hqq.core.quantize")
+    core = import_or_skip("hqq.core.quantize")
     config = core.BaseQuantizeConfig(nbits=4, group_size=64)
     return core.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
 
 
 def quanto(linear):
-    library = needed("optimum.quanto")
+    library = import_or_skip("optimum.quanto")
     whole = nn.Sequential(linear)
     library.quantize(whole, weights=library.qint8)
     library.freeze(whole)
@@ -64,7 +64,7 @@ def quanto(linear):
 
 def gguf(linear):
     """As diffusers has it: transformers turns a GGUF file into plain weights."""
-    numbers, library = needed("gguf"), needed("diffusers.quantizers.gguf.utils")
+    numbers, library = import_or_skip("gguf"), import_or_skip("diffusers.quantizers.gguf.utils")
     kind = numbers.GGMLQuantizationType.Q8_0
     made = library.GGUFLinear(64, 64, bias=True, compute_dtype=torch.float32)
     packed = torch.from_numpy(numbers.quants.quantize(linear.weight.detach().numpy(), kind))
@@ -82,7 +82,7 @@ BASES = {
 }
 
 
-def base(quantize):
+def quantized_base(quantize):
     torch.manual_seed(1)
     made = Pair()
     made.odd = quantize(made.odd)
@@ -118,11 +118,13 @@ def assert_left(plain, patched, x, reasons):
 def test_patch_peft_leaves_other_quantized_bases(kind):
     quantize, reason = BASES[kind]
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    made = [base(quantize) for _ in range(3)]
+    made = [quantized_base(quantize) for _ in range(3)]
     plain, patched = (filled(peft.get_peft_model(each, settings)) for each in made[:2])
     x = torch.randn(3, 64)
     assert_left(plain, patched, x, {"base_model.model.odd": reason})
-    alone = peft.get_peft_model(base(quantize), peft.LoraConfig(r=4, target_modules=["odd"]))
+    alone = peft.get_peft_model(
+        quantized_base(quantize), peft.LoraConfig(r=4, target_modules=["odd"])
+    )
     with pytest.raises(ValueError, match=f"1 of 1 LoRA layers .*{re.escape(reason)}"):
         fastlora.patch_peft(alone)
     # What replaces layers refuses these where it takes them.
@@ -140,7 +142,7 @@ def bitnet(linear):
 
 
 def fake_quantized(linear):
-    qat = needed("torchao.quantization.qat")
+    qat = import_or_skip("torchao.quantization.qat")
     config = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
     library = importlib.import_module("torchao.quantization.qat.linear")
     return library.FakeQuantizedLinear.from_linear(linear, weight_config=config)
@@ -149,7 +151,9 @@ def fake_quantized(linear):
 @pytest.mark.parametrize("quantize", [bitnet, fake_quantized])
 def test_patch_peft_adds_onto_fake_quantized_bases(quantize):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    plain, patched = (filled(peft.get_peft_model(base(quantize), settings)) for _ in range(2))
+    plain, patched = (
+        filled(peft.get_peft_model(quantized_base(quantize), settings)) for _ in range(2)
+    )
     found = fastlora.patch_peft(patched, strict=True)
     assert list(found.around) == ["base_model.model.odd"]
     x = torch.randn(3, 64)
@@ -218,7 +222,7 @@ class Quantos(Wrapped):
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "unload"])
 def test_merge_warns_when_adapter_would_be_lost(how):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    model = filled(peft.get_peft_model(base(lambda linear: linear), settings))
+    model = filled(peft.get_peft_model(quantized_base(lambda linear: linear), settings))
     fastlora.patch_peft(model)
     for name in ("odd", "plain"):
         layer = model.base_model.model.get_submodule(name)

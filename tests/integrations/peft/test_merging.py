@@ -20,7 +20,7 @@ from tests.support.patched import config, filled, inputs, inputs_of_ones, pair, 
 pytestmark = quiet
 
 
-def widened(given):
+def to_double(given):
     return {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
 
 
@@ -46,7 +46,7 @@ def test_unmerge_restores_every_bit(kind, dtype):
     where = {name: p.data_ptr() for name, p in patched.named_parameters()}
     given = inputs(kind, dtype=dtype)
     with torch.no_grad():
-        exact = run(copy.deepcopy(patched).double(), widened(given))
+        exact = run(copy.deepcopy(patched).double(), to_double(given))
     for cycle in range(3):
         for model in (plain, patched):
             model.merge_adapter(safe_merge=True)

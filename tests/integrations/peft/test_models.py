@@ -1,4 +1,4 @@
-"""What is patched in models of every kind, and what fastlora's own functions make of PEFT's."""
+"""patch_peft on models of every kind, and fastlora's functions called with PEFT models."""
 
 from __future__ import annotations
 

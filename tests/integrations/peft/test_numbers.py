@@ -1,4 +1,4 @@
-"""Whatever is done to a PEFT model, it gives the same numbers patched as unpatched."""
+"""A patched PEFT model gives the numbers of the unpatched one after any change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A patched PEFT model as an object: saved, copied, unloaded, unpatched, and PEFT's by name."""
+"""A patched PEFT model is saved, copied, unloaded and unpatched like the unpatched one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT models on a base that bitsandbytes has quantized: their adapters run on fastlora."""
+"""Adapters on a base quantized by bitsandbytes run on fastlora."""
 
 from __future__ import annotations
 

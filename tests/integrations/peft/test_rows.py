@@ -1,4 +1,4 @@
-"""A patched PEFT model whose rows have an adapter each: the numbers of the unpatched one."""
+"""A patched PEFT model with an adapter per row gives the numbers of the unpatched one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A patched PEFT model merges into no weight that another module reads too."""
+"""A patched PEFT model refuses to merge into a weight that another module reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of one buffer: never two in one place, none lost, what is free is one again."""
+"""The arena gives out blocks of one buffer that never overlap, and joins free ones."""
 
 from __future__ import annotations
 

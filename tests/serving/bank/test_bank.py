@@ -1,4 +1,4 @@
-"""AdapterBank: who is on the device, who makes room, and what is lent stays as it is."""
+"""AdapterBank lends adapters, evicts the least recently used, and never takes a lent one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, ban
 RANKS = (0, 1, 3, 8, 9, 16)
 
 
-def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
+def bank_with_adapters(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
     """A bank that knows a, b, c, ..."""
     of, adapters = bank(**options), {chr(97 + i): Adapter(i) for i in range(count)}
     for name, adapter in adapters.items():
@@ -49,7 +49,7 @@ def test_adapter_takes_pages_according_to_its_rank(r):
 
 
 def test_bank_evicts_least_recently_used_adapter():
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     assert_lends(of, {"a": adapters["a"]})  # b is the oldest now
     assert_lends(of, {"c": adapters["c"]})
     assert [entry.name for entry in of._shelf.resident] == ["a", "c"]
@@ -64,7 +64,7 @@ def test_bank_evicts_least_recently_used_adapter():
 
 
 def test_pinned_adapter_is_never_evicted():
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     of.pin("a")
     for name in ("b", "c", "b"):
         assert_lends(of, {name: adapters[name]})
@@ -93,7 +93,7 @@ def test_pinned_adapter_is_never_evicted():
 
 
 def test_lent_adapter_keeps_its_slot_until_released():
-    of, adapters = filled(4)
+    of, adapters = bank_with_adapters(4)
     first, second = (of.lease([name]).result(60) for name in ("a", "b"))
     third = of.lease(["c"])
     settled(of)
@@ -149,7 +149,7 @@ def test_bank_evicts_only_enough_adapters_to_fit():
 
 
 def test_slow_load_does_not_block_other_leases():
-    of, adapters = filled(3, host_bytes=0)
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     adapters["c"].may_read.clear()
     slow = of.lease(["c"])
     for _ in range(3):
@@ -162,7 +162,7 @@ def test_slow_load_does_not_block_other_leases():
 
 def test_bank_rereads_files_when_host_bytes_is_zero():
     """Files are then read again, and are what they were, or nothing is lent."""
-    of, adapters = filled(3, host_bytes=0)
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     assert of.stats().host_bytes_used == 0
     for _ in range(2):
         for name, adapter in adapters.items():
@@ -181,7 +181,7 @@ def test_bank_rereads_files_when_host_bytes_is_zero():
 
 def test_host_copies_are_evicted_beyond_host_bytes():
     size = layout().image(Adapter(0).factors).nbytes
-    of, adapters = filled(4, host_bytes=2 * size)
+    of, adapters = bank_with_adapters(4, host_bytes=2 * size)
     assert of.stats().host_bytes_used == 2 * size
     assert_lends(of, {"c": adapters["c"]})
     assert_lends(of, {"a": adapters["a"]})  # read again, in d's place: c was used since

@@ -1,4 +1,4 @@
-"""AdapterBank when something fails, moves or gives up in between: nobody waits, nothing is lost."""
+"""AdapterBank stays usable when a load, a move or a waiting request fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastlora.serving.bank import shelf
 from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
 
 
-def filled(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]:
+def bank_with_adapters(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]:
     of, adapters = bank(**options), {chr(97 + i): Adapter(i) for i in range(count)}
     for name, adapter in adapters.items():
         of.add(name, adapter)
@@ -24,7 +24,7 @@ def filled(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]
 
 
 def test_lease_waits_while_bank_is_rebuilt(monkeypatch):
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     begun, go, real = threading.Event(), threading.Event(), shelf.Device
 
     def slow(*args: Any) -> Any:
@@ -52,7 +52,7 @@ def test_lease_waits_while_bank_is_rebuilt(monkeypatch):
 
 
 def test_failed_rebuild_leaves_bank_unchanged(monkeypatch):
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     of.pin("b")
     made, real = [], Layout.image
 
@@ -68,7 +68,7 @@ def test_failed_rebuild_leaves_bank_unchanged(monkeypatch):
     for name, adapter in adapters.items():
         assert_lends(of, {name: adapter})
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
-    small, adapters = filled(1, device_bytes=one)
+    small, adapters = bank_with_adapters(1, device_bytes=one)
     small.pin("a")
     with pytest.raises(RuntimeError, match=r"pinned adapters need more than .* unpin some"):
         small.rebuild(layout(dtype=torch.float64))
@@ -112,7 +112,7 @@ def test_reader_error_fails_only_leases_of_its_adapter():
     class Panic(BaseException):
         pass
 
-    of, adapters = filled(3, host_bytes=0)
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     adapters["c"].error = Panic("reader")
     bad, good = of.lease(["c"]), of.lease(["b"])
     with pytest.raises(Panic):
@@ -122,7 +122,7 @@ def test_reader_error_fails_only_leases_of_its_adapter():
 
 
 def test_cancelled_lease_inside_queue_blocks_nothing():
-    of, _ = filled(4)
+    of, _ = bank_with_adapters(4)
     held = of.borrow(["a", "b"])
     first, second = of.lease(["c"]), of.lease(["d"])
     settled(of)
@@ -137,7 +137,7 @@ def test_cancelled_lease_inside_queue_blocks_nothing():
 
 
 def test_interrupted_borrow_releases_its_lease():
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     held = of.borrow(["a", "b"])
     real, of.lease = of.lease, lambda names: _Interrupted(real(names))  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -163,7 +163,7 @@ class _Interrupted:
 
 
 def test_pin_applies_to_adapter_that_replaces_its_name():
-    of, _ = filled(4)
+    of, _ = bank_with_adapters(4)
     held = of.borrow(["a", "b"])
     other = Adapter(9)
     pinning = threading.Thread(target=of.pin, args=("c",))
@@ -181,7 +181,7 @@ def test_pin_applies_to_adapter_that_replaces_its_name():
     assert_lends(of, {"c": other})
     assert of.stats().leases == 1
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
-    small, adapters = filled(2, device_bytes=2 * one)
+    small, adapters = bank_with_adapters(2, device_bytes=2 * one)
     for name in adapters:
         small.pin(name)
     with pytest.raises(ValueError, match="'a' is pinned, and would not fit beside others"):
@@ -190,7 +190,7 @@ def test_pin_applies_to_adapter_that_replaces_its_name():
 
 
 def test_lease_callback_may_call_the_bank():
-    of, _ = filled(3)
+    of, _ = bank_with_adapters(3)
     held, done = of.borrow(["a", "b"]), threading.Event()
     of.lease(["c"]).add_done_callback(
         lambda future: (future.result().release(), of.remove("c"), done.set())
@@ -236,7 +236,7 @@ def test_bank_evicts_until_free_pages_are_contiguous():
 
 def test_lease_refuses_string_instead_of_list():
     with pytest.raises(TypeError, match="adapter_names: expected a list of names, got 'ab'"):
-        filled(2)[0].lease("ab")
+        bank_with_adapters(2)[0].lease("ab")
 
 
 def test_add_refuses_numbers_too_large_for_float16():
@@ -249,7 +249,7 @@ def test_add_refuses_numbers_too_large_for_float16():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_process_loads_adapters_by_itself():
-    of, _ = filled(3)
+    of, _ = bank_with_adapters(3)
     child = os.fork()
     if not child:
         of.lease(["c"]).result(30).release()

@@ -1,4 +1,4 @@
-"""AdapterBank: budgets, names that come again, and requests that are cancelled or too large."""
+"""AdapterBank keeps its budgets, replaces names, and handles cancelled or too large requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.serving import AdapterBank
 from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
 
 
-def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
+def bank_with_adapters(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
     """A bank that knows a, b, c, ..."""
     of, adapters = bank(**options), {chr(97 + i): Adapter(i) for i in range(count)}
     for name, adapter in adapters.items():
@@ -22,7 +22,7 @@ def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapte
 
 
 def test_add_of_known_name_replaces_changed_content():
-    of = filled(1)[0]
+    of = bank_with_adapters(1)[0]
     before = of.digest("a")
     of.add("a", Adapter(0))  # the same content is the same adapter
     assert (of.digest("a"), of.stats().loads) == (before, 1)
@@ -43,7 +43,7 @@ def test_add_of_known_name_replaces_changed_content():
 
 
 def test_remove_refuses_or_waits_for_adapter_in_use():
-    of = filled(2)[0]
+    of = bank_with_adapters(2)[0]
     lease = of.lease(["a"]).result(60)
     with pytest.raises(RuntimeError, match="'a' is in use; unload it with wait=True"):
         of.remove("a")
@@ -69,7 +69,7 @@ def test_remove_refuses_or_waits_for_adapter_in_use():
 
 
 def test_cancelled_lease_borrows_nothing():
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     lease = of.lease(["a", "b"]).result(60)
     futures = [of.lease(["c"]) for _ in range(3)]
     assert futures[0].cancel()
@@ -84,7 +84,7 @@ def test_cancelled_lease_borrows_nothing():
 
 
 def test_cancelled_request_frees_everything():
-    of, adapters = filled(3, host_bytes=0)
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     lease = of.lease(["a", "b"]).result(60)
     waits = of.lease(["c"])
     settled(of)
@@ -128,7 +128,7 @@ def test_bank_stays_within_device_bytes():
     ],
 )
 def test_add_of_wrong_factors_changes_nothing(change, says):
-    of, adapters = filled(1)
+    of, adapters = bank_with_adapters(1)
     bad = Adapter(3)
     bad.factors |= change
     before = of.stats()
@@ -140,7 +140,7 @@ def test_add_of_wrong_factors_changes_nothing(change, says):
 
 
 def test_lease_refuses_more_than_max_adapters():
-    of = filled(3)[0]
+    of = bank_with_adapters(3)[0]
     with pytest.raises(ValueError, match="at most max_adapters=2 different ones, got 3"):
         of.lease(["a", "b", "c"])
     with of.lease(["a", "b", "a", "a"]).result(60) as lease:
@@ -151,7 +151,7 @@ def test_lease_refuses_more_than_max_adapters():
 
 
 def test_copied_bank_lends_the_same_adapters():
-    of, adapters = filled(3, host_bytes=1 << 20)
+    of, adapters = bank_with_adapters(3, host_bytes=1 << 20)
     lease = of.lease(["a"]).result(60)
     twin = copy.deepcopy(of)
     assert twin.stats().leases == 0
@@ -162,7 +162,7 @@ def test_copied_bank_lends_the_same_adapters():
 
 
 def test_rebuild_changes_dtype_when_nothing_is_lent():
-    of, adapters = filled(3)
+    of, adapters = bank_with_adapters(3)
     of.pin("b")
     lease = of.lease(["a"]).result(60)
     with pytest.raises(RuntimeError, match="adapters are in use"):

@@ -1,4 +1,4 @@
-"""Attention over rows: a per-token loop in float64 beside it, and NaN wherever nobody may look."""
+"""Attention over rows agrees with a float64 loop, with NaN in memory it must not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine: requests that are cancelled, dropped, late, bad or failed end alone; so do engines."""
+"""A cancelled, dropped, late, bad or failed request ends alone, and engines end cleanly."""
 
 from __future__ import annotations
 

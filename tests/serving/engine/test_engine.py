@@ -1,4 +1,4 @@
-"""Engine: every request gets what it gets alone, whoever joins and leaves."""
+"""Engine gives every request the text it gets alone, whatever joins or leaves."""
 
 from __future__ import annotations
 

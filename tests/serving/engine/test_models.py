@@ -1,4 +1,4 @@
-"""Engine: which models can be streamed, and what is left of it in those that are."""
+"""Engine accepts models it can stream, refuses others, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ class Plain(nn.Module):
         self.linear = nn.Linear(4, 4)
 
 
-def looking_back() -> nn.Module:
+def model_mixing_tokens() -> nn.Module:
     """A model that mixes tokens where nobody expects it."""
     model = llama()
     model.model.layers[0].mlp.register_forward_hook(lambda *args: args[-1].cumsum(1))
     return model
 
 
-def turned_about_a_layer() -> nn.Module:
+def model_flipping_tokens() -> nn.Module:
     """The same logits; with adapters a token would go through another's."""
     model = llama()
     layer = model.model.layers[1].mlp
@@ -114,12 +114,12 @@ REFUSED = {
     "no transformer": (Plain, TypeError, "expected a decoder of transformers to stream, got Plain"),
     "softcap": (gemma2, ValueError, "Gemma2Attention: attention with softcap is not streamed"),
     "tokens mixed elsewhere": (
-        looking_back,
+        model_mixing_tokens,
         ValueError,
         "it does not see the tokens in their order",
     ),
     "tokens turned about a layer": (
-        turned_about_a_layer,
+        model_flipping_tokens,
         ValueError,
         "1.mlp.gate_proj: it does not see the tokens in their order",
     ),

@@ -1,4 +1,4 @@
-"""Streams of events: requests taken lazily, adapters that come late or never, what is wrong."""
+"""Streams take requests lazily and report late adapters and errors as events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random steps from several threads, streams too: every text is some adapter's of its name."""
+"""Random requests from several threads: every text belongs to an adapter of its name."""
 
 from __future__ import annotations
 
