@@ -101,7 +101,7 @@ def test_list_changes_ignores_other_instruction_sets():
 
 
 @pytest.fixture
-def judge_measurements(monkeypatch):
+def judge_runs(monkeypatch):
     """Judges what successive measurements give; and the cases that each of them measured."""
 
     def judged(*measurements, good=True):
@@ -128,44 +128,43 @@ FAST = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pag
 SLOW = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=3.1, fastlora_pages=1.1)
 
 
-def test_judge_fails_case_over_bound_three_times(judge_measurements, capsys):
-    assert judge_measurements(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
+def test_judge_fails_case_over_bound_three_times(judge_runs, capsys):
+    assert judge_runs(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
     assert f"over 2.5 times the fastest peer each of 3 times: {MANY}: fastlora" in (
         capsys.readouterr().out
     )
 
 
-def test_judge_passes_case_over_bound_twice(judge_measurements):
-    assert judge_measurements(FAST) == (True, [])
-    assert judge_measurements(SLOW, FAST) == (True, [[MANY]])
-    assert judge_measurements(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
+def test_judge_passes_case_over_bound_twice(judge_runs):
+    assert judge_runs(FAST) == (True, [])
+    assert judge_runs(SLOW, FAST) == (True, [[MANY]])
+    assert judge_runs(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
     pages = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=4)
-    assert judge_measurements(SLOW, pages)[0]
+    assert judge_runs(SLOW, pages)[0]
     # 2.4 times as long as the fastest, not as torch.
     near = WELL + case_lines(base=1, torch=0.5, torch_gather=0.46, fastlora=1.1, fastlora_pages=1.1)
-    assert judge_measurements(near)[0]
+    assert judge_runs(near)[0]
 
 
-def test_judge_fails_when_second_measurement_fails(judge_measurements):
-    assert not judge_measurements(SLOW, FAST, good=False)[0]
+def test_judge_fails_when_second_measurement_fails(judge_runs):
+    assert not judge_runs(SLOW, FAST, good=False)[0]
 
 
-def test_judge_excuses_known_loss_to_one_peer(judge_measurements, capsys):
-    assert judge_measurements(FAST)[0]
+def test_judge_excuses_known_loss_to_one_peer(judge_runs, capsys):
+    assert judge_runs(FAST)[0]
     said = capsys.readouterr().out
     assert f"not judged: {UNDONE}: fastlora takes 4.55 times as long as torch: addmm_" in said
     slow = FAST[len(WELL) :] + case_lines(UNDONE, base=1, torch=1.1, peft=1.5, fastlora=5)
-    assert not judge_measurements(slow, slow, slow)[0]
+    assert not judge_runs(slow, slow, slow)[0]
 
 
-def test_judge_fails_when_our_provider_is_missing(judge_measurements, capsys):
+def test_judge_fails_when_our_provider_is_missing(judge_runs, capsys):
     gone = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=None)
-    assert not judge_measurements(gone)[0]
+    assert not judge_runs(gone)[0]
     assert f"ours is missing: {MANY}: fastlora-pages absent: not here" in capsys.readouterr().out
-    assert not judge_measurements(WELL + case_lines(base=1, torch=1.2, fastlora=1.1))[0]
-    assert judge_measurements(
-        WELL + case_lines(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1)
-    )[0]
+    assert not judge_runs(WELL + case_lines(base=1, torch=1.2, fastlora=1.1))[0]
+    here = WELL + case_lines(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1)
+    assert judge_runs(here)[0]
 
 
 def test_pair_with_fastest_pairs_compiled_with_compiled():
@@ -228,7 +227,7 @@ def test_stored_evidence_has_only_known_losses():
 
 
 @pytest.fixture
-def bench_exit_code(tmp_path, monkeypatch):
+def run_bench(tmp_path, monkeypatch):
     """``fastlora bench``'s exit code where every case gives these lines."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(runner, "_measure_ceilings", lambda *_: Ceilings(1.0, {}))
@@ -253,49 +252,47 @@ RIGHT = FAST[len(WELL) :]
 
 
 @pytest.mark.parametrize("words", [(), BOUND])
-def test_bench_fails_on_wrong_results_whatever_the_time(bench_exit_code, words):
+def test_bench_fails_on_wrong_results_whatever_the_time(run_bench, words):
     def but(status, reason):
         ours = [ln["provider"] == "fastlora" for ln in RIGHT]
         pairs = zip(RIGHT, ours, strict=True)
         return [without_times(ln, status, reason) if is_ours else ln for ln, is_ours in pairs]
 
-    assert bench_exit_code(RIGHT, *words) == 0
-    assert bench_exit_code(but("failed", "y: error 1 over 0.1"), *words) == 1
-    assert bench_exit_code(but("error", "ValueError: no"), *words) == 1
+    assert run_bench(RIGHT, *words) == 0
+    assert run_bench(but("failed", "y: error 1 over 0.1"), *words) == 1
+    assert run_bench(but("error", "ValueError: no"), *words) == 1
     assert (
-        bench_exit_code(
-            [without_times({**RIGHT[0], "provider": None}, "crashed", "SIGSEGV")], *words
-        )
+        run_bench([without_times({**RIGHT[0], "provider": None}, "crashed", "SIGSEGV")], *words)
         == 1
     )
-    assert bench_exit_code(but("absent", "not here"), *words) == (1 if words else 0)
+    assert run_bench(but("absent", "not here"), *words) == (1 if words else 0)
 
 
-def test_tolerated_slowdown_is_shown_but_passes(bench_exit_code, tmp_path, capsys):
+def test_tolerated_slowdown_is_shown_but_passes(run_bench, tmp_path, capsys):
     before = tmp_path / "before.jsonl"
     for each in case_lines(base=1, torch=1.2, fastlora=0.5, fastlora_pages=0.5):
         lines.write(each, before)
     compared = ("--compare", str(before))
-    assert bench_exit_code(RIGHT, *compared) == 1
+    assert run_bench(RIGHT, *compared) == 1
     capsys.readouterr()
-    assert bench_exit_code(RIGHT, *compared, "--tolerate-slower", *BOUND) == 0
+    assert run_bench(RIGHT, *compared, "--tolerate-slower", *BOUND) == 0
     shown = capsys.readouterr().out
     assert "slower" in shown
     assert "again" not in shown
-    assert bench_exit_code(RIGHT, "--tolerate-slower") == 2
+    assert run_bench(RIGHT, "--tolerate-slower") == 2
     assert "--tolerate-slower: expected --compare" in capsys.readouterr().err
 
 
-def test_bound_holds_without_evidence_of_this_cpu(bench_exit_code, tmp_path, capsys):
+def test_bound_holds_without_evidence_of_this_cpu(run_bench, tmp_path, capsys):
     root = tmp_path / "kept"
     other = root / "cpu" / "another-avx2" / "1-thread"
     other.mkdir(parents=True)
     write_lines(other, *case_lines(base=1, torch=1.2, fastlora=0.1), suite="multi")
     words = ("--compare", str(root), "--tolerate-slower", *BOUND)
-    assert bench_exit_code(RIGHT, *words) == 0
+    assert run_bench(RIGHT, *words) == 0
     shown = capsys.readouterr().out
     assert "no evidence of this CPU" in shown
     assert "cases in" in shown.splitlines()[-1]
     assert "slower by" not in shown
-    assert bench_exit_code(SLOW[len(WELL) :], *words) == 1
-    assert bench_exit_code(SLOW[len(WELL) :], *words[:2]) == 0
+    assert run_bench(SLOW[len(WELL) :], *words) == 1
+    assert run_bench(SLOW[len(WELL) :], *words[:2]) == 0
