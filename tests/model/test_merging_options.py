@@ -1,5 +1,4 @@
-"""What a whole model's merge can be asked for: ties cut, copies kept, adapters swapped; and what it
-says of itself."""
+"""merge_adapter with untied weights, snapshots, swaps and fidelity reports, and when steps fail."""
 
 from __future__ import annotations
 

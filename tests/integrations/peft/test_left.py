@@ -1,4 +1,4 @@
-"""Bases that patch_peft leaves to PEFT, by name: quantized by other libraries, fused experts.
+"""patch_peft leaves bases quantized by other libraries and fused experts to PEFT, by name.
 
 `make test-bases` installs the libraries, which the lock leaves out: they are large, or old.
 """
