@@ -91,7 +91,7 @@ def merge_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 # tests/support/checkpoints.py needs PEFT: imported by the fixtures, or no test would run without
 # it.
 @pytest.fixture
-def at(tmp_path: Path) -> Path:
+def base_and_adapter(tmp_path: Path) -> Path:
     """A folder with a base of a dozen files and an adapter for all its linears."""
     from tests.support.checkpoints import save_adapter, save_base
 
@@ -101,7 +101,7 @@ def at(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merge_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of a dozen files, adapters, and what merging the first one without a stop gives."""
     from fastlora.merge_files import merge_folder
     from tests.support.checkpoints import llama, save_adapter, save_base

@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Fixtures of the benchmark tests."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def bench_linear(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def measured(bench_linear, monkeypatch):
+def bench_in_process(bench_linear, monkeypatch):
     """The same without a process for each case."""
 
     def run_some(batch, command, file, timeout):

@@ -47,7 +47,7 @@ def not_timed(provider, status, reason, case=CASE):
     return {**_identity(provider, case, "linear"), "status": status, "reason": reason}
 
 
-def written(folder: Path, *lines, suite="linear") -> Path:
+def write_lines(folder: Path, *lines, suite="linear") -> Path:
     (folder / f"{suite}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     return folder
 

@@ -1,4 +1,4 @@
-"""Tiny cases, with providers of a test's own, and their lines."""
+"""Tiny benchmark cases with custom providers, and their lines."""
 
 from torch.nn import functional as nnf
 
@@ -25,7 +25,7 @@ def lines_of(case: Case) -> dict[str, dict]:
     return {line["provider"]: line for line in measured}
 
 
-def right(o):
+def correct_output(o):
     return nnf.linear(o["x"], o["weight"]) + o["x"] @ o["lora_A"].T @ o["lora_B"].T * SCALING
 
 

@@ -1,4 +1,4 @@
-"""``fastlora bench``: what is asked for is measured, kept, compared, and taken up again."""
+"""`fastlora bench` measures, keeps, compares and resumes what is requested."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from tests.benchmarks.small_case import SEEN, linear_case
 from tests.benchmarks.small_runs import quick_folder
 
 
-def test_shapes_of_ones_own_are_measured(bench_linear, capsys):
+def test_bench_measures_custom_shapes(bench_linear, capsys):
     code, found = bench_linear()
     said = capsys.readouterr().out
     assert code == 0
@@ -38,12 +38,12 @@ def test_shapes_of_ones_own_are_measured(bench_linear, capsys):
     assert "fastlora bench report" in said
 
 
-def test_what_is_measured_is_not_measured_again(measured, tmp_path, monkeypatch):
-    measured("--case", "*")
+def test_bench_resume_skips_cases_already_measured(bench_in_process, tmp_path, monkeypatch):
+    bench_in_process("--case", "*")
     folder = quick_folder(tmp_path)
     stamps = {line["timestamp"]: 0 for line in lines.read_all(folder)}
     time.sleep(1.1)
-    assert measured("--resume")[0] == 0
+    assert bench_in_process("--resume")[0] == 0
     assert {line["timestamp"]: 0 for line in lines.read_all(folder)} == stamps
     # Another commit's lines are measured, another torch's, those of a case that did not pass, and
     # of one that was interrupted before anybody was timed.
@@ -60,9 +60,9 @@ def test_what_is_measured_is_not_measured_again(measured, tmp_path, monkeypatch)
     assert not runner.is_done(case, folder, facts)
 
 
-def test_after_the_deadline_no_case_is_begun(measured, capsys):
+def test_bench_begins_no_case_after_deadline(bench_in_process, capsys):
     with pytest.raises(FileNotFoundError):
-        measured("--deadline", "0.000001")
+        bench_in_process("--deadline", "0.000001")
     assert "out of time: 2 cases were not begun" in capsys.readouterr().out
 
 
@@ -84,7 +84,7 @@ class Clock:
     process_time_ns = perf_counter_ns
 
 
-def test_a_gpu_s_clock_starts_for_anybody(monkeypatch):
+def test_gpu_timer_runs_with_simulated_events(monkeypatch):
     """The calls of torch.cuda, with events of the host's clock."""
     clock = Clock()
 
@@ -113,7 +113,7 @@ def test_a_gpu_s_clock_starts_for_anybody(monkeypatch):
         assert samples["long"].late == (None if how else 0)
 
 
-def test_ceilings_are_a_machine_s(monkeypatch):
+def test_ceilings_measure_plausible_bandwidth_and_flops(monkeypatch):
     monkeypatch.setattr(ceilings, "_BYTES", {"cpu": 2**25})
     monkeypatch.setattr(ceilings, "_SIZE", {"cpu": 256})
     seen = ceilings.measure("cpu", ["fp32", "bf16"])
@@ -133,7 +133,7 @@ def test_ceilings_are_a_machine_s(monkeypatch):
         (["linear", "--shapes", "8,64,64,8,4"], "expected M,K,N,R for suite linear"),
     ],
 )
-def test_values_that_mean_nothing_are_refused(words, said, capsys):
+def test_bench_refuses_invalid_option_values(words, said, capsys):
     try:
         code = bench.main(["--device", "cpu", *words])
     except SystemExit as ended:
@@ -142,13 +142,13 @@ def test_values_that_mean_nothing_are_refused(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_a_report_of_a_broken_file_is_refused_in_one_line(tmp_path, capsys):
+def test_report_command_refuses_broken_file_in_one_line(tmp_path, capsys):
     (tmp_path / "linear.jsonl").write_text("{}\n")
     assert bench.main(["report", str(tmp_path)]) == 2
     assert "linear.jsonl, line 1: expected a line of results" in capsys.readouterr().err
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_read_lines_names_broken_file_and_line(tmp_path):
     file = tmp_path / "linear.jsonl"
     file.write_text('{"case": "a", "status": "ok"}\n{"case": \n')
     with pytest.raises(ValueError, match=r"linear.jsonl, line 2: expected JSON"):
@@ -158,7 +158,7 @@ def test_a_broken_file_is_named(tmp_path):
         lines.read(file)
 
 
-def test_without_rich_the_tables_are_plain(monkeypatch, capsys):
+def test_screen_is_plain_text_without_rich(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     rich = terminal.open_screen(1)
     monkeypatch.setitem(sys.modules, "rich.console", None)
@@ -177,13 +177,13 @@ def test_without_rich_the_tables_are_plain(monkeypatch, capsys):
         assert "another" in said
 
 
-def test_outside_a_checkout_the_command_says_where_benchmarks_are(monkeypatch, tmp_path, capsys):
+def test_bench_command_explains_itself_outside_a_checkout(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli.fastlora, "__file__", str(tmp_path / "fastlora" / "__init__.py"))
     assert cli.main(["bench", "--list"]) == 2
     assert "benchmarks come with the sources" in capsys.readouterr().err
 
 
-def test_the_commit_names_what_was_changed(monkeypatch, tmp_path):
+def test_find_commit_marks_uncommitted_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / "kernels" / "tuning").mkdir(parents=True)
     source = tmp_path / "kernels" / "a.py"
@@ -204,7 +204,7 @@ def test_the_commit_names_what_was_changed(monkeypatch, tmp_path):
     assert machine.find_commit() not in (clean, changed)
 
 
-def test_a_case_that_is_asked_for_by_name_need_not_be_quick():
+def test_bench_finds_named_case_despite_quick():
     case = next(case for case in cases.CPU if not case.quick)
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""``fastlora bench --compare``: a slowdown is seen and noise is not."""
+"""`fastlora bench --compare` finds a slowdown and ignores noise."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from benchmarks.harness import lines, measurement, runner, terminal, timer
 from benchmarks.reports import compare
 
 
-def slower(line: lines.Line, by: float, *providers: str) -> lines.Line:
+def slow_down(line: lines.Line, by: float, *providers: str) -> lines.Line:
     if line["provider"] not in providers:
         return line
     return {**line, "ratio": {k: by * v for k, v in line["ratio"].items()}}
 
 
-def made_up(**ratios: float) -> list[lines.Line]:
+def ratio_lines(**ratios: float) -> list[lines.Line]:
     return [
         {
             "case": "a case",
@@ -26,11 +26,11 @@ def made_up(**ratios: float) -> list[lines.Line]:
     ]
 
 
-def test_a_slow_down_by_half_is_seen_and_noise_is_not():
-    before = made_up(torch=1.2, fastlora=1.1, peft=1.3)
+def test_list_changes_finds_slowdown_but_ignores_noise():
+    before = ratio_lines(torch=1.2, fastlora=1.1, peft=1.3)
 
     def judged(**now: float) -> bool:
-        (change,) = compare.list_changes(made_up(**now), before)
+        (change,) = compare.list_changes(ratio_lines(**now), before)
         return change.slower
 
     assert judged(torch=1.2, fastlora=1.65)
@@ -39,34 +39,38 @@ def test_a_slow_down_by_half_is_seen_and_noise_is_not():
     # The base was quick, or torch slow: not ours.
     assert not judged(torch=1.8, fastlora=1.65)
     assert not judged(torch=0.8, fastlora=1.15)
-    elsewhere = [{**line, "device_name": "another"} for line in made_up(torch=1.2, fastlora=3.0)]
+    elsewhere = [
+        {**line, "device_name": "another"} for line in ratio_lines(torch=1.2, fastlora=3.0)
+    ]
     (change,) = compare.list_changes(elsewhere, before)
     assert not change.slower
     assert "another device" in compare.make_table([change])[1][0]
 
 
-def test_a_run_that_is_slower_than_an_earlier_one_fails(measured, tmp_path, capsys):
+def test_bench_compare_fails_on_slower_run(bench_in_process, tmp_path, capsys):
     """Earlier results that say ours was twice as fast; the run finds it slow three times."""
-    _, found = measured()
+    _, found = bench_in_process()
     honest, faster = tmp_path / "honest.jsonl", tmp_path / "faster.jsonl"
     for line in found:
         lines.write(line, honest)
-        lines.write(slower(line, 1 / 20, "fastlora"), faster)
-    assert measured("--compare", str(faster))[0] == 1
+        lines.write(slow_down(line, 1 / 20, "fastlora"), faster)
+    assert bench_in_process("--compare", str(faster))[0] == 1
     said = capsys.readouterr()
     assert "slower each of 3 times: linear-forward-fp32-M4-K32-N48-R4" in said.out
     assert "not everything passed" in said.err
     generous = tmp_path / "slower.jsonl"
     for line in found:
-        lines.write(slower(line, 20, "fastlora"), generous)
-    assert measured("--compare", str(generous))[0] == 0
+        lines.write(slow_down(line, 20, "fastlora"), generous)
+    assert bench_in_process("--compare", str(generous))[0] == 0
 
 
-def test_a_crash_of_the_second_measurement_is_no_recovery(measured, tmp_path, monkeypatch):
-    _, found = measured()
+def test_bench_compare_fails_when_second_measurement_crashes(
+    bench_in_process, tmp_path, monkeypatch
+):
+    _, found = bench_in_process()
     earlier = tmp_path / "earlier.jsonl"
     for line in found:
-        lines.write(slower(line, 1 / 20, "fastlora"), earlier)
+        lines.write(slow_down(line, 1 / 20, "fastlora"), earlier)
     runs, run = [], runner.run
 
     def crashing(*args):
@@ -74,21 +78,23 @@ def test_a_crash_of_the_second_measurement_is_no_recovery(measured, tmp_path, mo
         return run(*args) if len(runs) == 1 else False
 
     monkeypatch.setattr(runner, "run", crashing)
-    assert measured("--compare", str(earlier))[0] == 1
+    assert bench_in_process("--compare", str(earlier))[0] == 1
 
 
-def test_lines_of_another_device_are_not_judged(measured, tmp_path, capsys):
-    _, found = measured()
+def test_bench_compare_ignores_lines_of_another_device(bench_in_process, tmp_path, capsys):
+    _, found = bench_in_process()
     earlier = tmp_path / "earlier.jsonl"
     for line in found:
-        lines.write({**slower(line, 1 / 20, "fastlora"), "device_name": "another"}, earlier)
-    assert measured("--compare", str(earlier))[0] == 0
+        lines.write({**slow_down(line, 1 / 20, "fastlora"), "device_name": "another"}, earlier)
+    assert bench_in_process("--compare", str(earlier))[0] == 0
     assert "nothing was judged" in capsys.readouterr().out
 
 
-def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, capsys):
+def test_bench_compare_repeats_measurement_of_slow_case(
+    bench_in_process, tmp_path, monkeypatch, capsys
+):
     """A run in which something else wanted the machine, and then a quiet one."""
-    _, found = measured()
+    _, found = bench_in_process()
     earlier, quiet, runs = tmp_path / "earlier.jsonl", measurement.measure, []
     for line in found:
         lines.write({**line, "ratio": {"p50": 1.0}}, earlier)
@@ -102,12 +108,12 @@ def test_what_was_slow_once_is_measured_again(measured, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(measurement, "measure", disturbed)
     monkeypatch.setattr(terminal.table, "make_rows", lambda _: [])
-    assert measured("--compare", str(earlier))[0] == 0
+    assert bench_in_process("--compare", str(earlier))[0] == 0
     assert "slower, measured again: linear-forward" in capsys.readouterr().out
     assert len(runs) == 4
 
 
-def test_the_interval_holds_the_median_and_narrows():
+def test_compute_interval_holds_median_and_narrows():
     draw = torch.Generator().manual_seed(0)
     values = (1 + 0.1 * torch.randn(300, generator=draw)).tolist()
     few, many = timer.compute_interval(values[:10]), timer.compute_interval(values)

@@ -1,4 +1,4 @@
-"""Compiled providers: in one graph, for one shape, held to the gate, or absent with a reason."""
+"""Compiled providers run in one graph, pass the gate, or are absent with a reason."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ WORKS = {
 
 @needs_compiler
 @pytest.mark.parametrize("which", WORKS)
-def test_one_compilation_serves_every_copy_of_the_operands(which):
+def test_compiled_provider_compiles_once_for_all_copies(which):
     case = case_of(WORKS[which](), compiled=True)
     compilers = [name for name in case.providers if name.endswith("-compiled")]
     assert len(compilers) == (4 if which == "decode" else 3)
@@ -51,7 +51,7 @@ def test_one_compilation_serves_every_copy_of_the_operands(which):
     assert counters["stats"]["unique_graphs"] == len(present)
 
 
-def test_each_shape_is_compiled_for_itself():
+def test_compiled_provider_compiles_every_shape_separately():
     """More of them in one process than torch.compile keeps of one function."""
     work = Linear(backward=False)
     for M in range(1, 12):
@@ -60,7 +60,7 @@ def test_each_shape_is_compiled_for_itself():
         assert call()["y"].shape == (M, 56)
 
 
-def test_compiled_cases_are_registered():
+def test_compiled_cases_are_registered_with_their_providers():
     for listed, multi in ((cases.CPU, "multi-prefill"), (cases.CUDA, "multi-decode")):
         layers = [c for c in listed if c.compiled and c.suite not in ("model", "overhead")]
         names = {case.work.name for case in layers}
@@ -70,7 +70,7 @@ def test_compiled_cases_are_registered():
         assert not any("-compiled" in n for c in listed if not c.compiled for n in c.providers)
 
 
-def test_without_a_compiler_compiled_providers_are_absent(monkeypatch, tmp_path):
+def test_compiled_providers_are_absent_without_compiler(monkeypatch, tmp_path):
     from torch._inductor import config
 
     def builder(case, o, wrap):
@@ -87,7 +87,7 @@ def test_without_a_compiler_compiled_providers_are_absent(monkeypatch, tmp_path)
         compile_call(builder, case, case.work.operands(case, 0))
 
 
-def test_what_is_no_single_graph_or_drops_is_absent():
+def test_compiled_provider_is_absent_with_graph_breaks():
     def breaks(case, o, wrap):
         return wrap(lambda: torch._dynamo.graph_break() or {"y": o["x"]})
 

@@ -1,11 +1,11 @@
-"""Results as CSV: nothing is lost, and columns stay where they are."""
+"""Results written as CSV keep every field and the order of columns."""
 
 import csv
 
 import pytest
 
 from benchmarks.harness import csv_file
-from tests.benchmarks.result_lines import line, not_timed, written
+from tests.benchmarks.result_lines import line, not_timed, write_lines
 
 
 def test_csv_has_every_field_of_every_line(tmp_path):
@@ -14,7 +14,7 @@ def test_csv_has_every_field_of_every_line(tmp_path):
         not_timed("peft", "absent", 'says "no",\nthen dies'),
         not_timed(None, "crashed", "signal SIGSEGV"),
     ]
-    path = csv_file.write_csv(written(tmp_path, *lines) / "linear.jsonl")
+    path = csv_file.write_csv(write_lines(tmp_path, *lines) / "linear.jsonl")
     assert path == tmp_path / "linear.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -32,7 +32,7 @@ def test_csv_has_every_field_of_every_line(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["linear.csv", "linear.jsonl"]
 
 
-def test_csv_columns_keep_their_order_whatever_the_lines_have():
+def test_csv_columns_keep_their_order():
     full = csv_file.order_columns([csv_file.flatten(line("base", further={"b": 1, "a": 2}))])
     poor = csv_file.order_columns([csv_file.flatten(not_timed(None, "crashed", "-"))])
     assert [name for name in full if name in poor] == poor
@@ -42,7 +42,7 @@ def test_csv_columns_keep_their_order_whatever_the_lines_have():
     assert len(set(full)) == len(full)
 
 
-def test_csv_of_no_results_is_refused(tmp_path):
+def test_write_csv_refuses_missing_results(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"expected a file of results, found none at .*x\.j"
     ):

@@ -1,4 +1,4 @@
-"""Who disagrees with float64 is seen, and nothing else is."""
+"""The gate finds providers that disagree with float64, and no others."""
 
 import dataclasses
 
@@ -14,20 +14,20 @@ from benchmarks.suites import linear, multi
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge, Swap
 from benchmarks.suites.multi import Multi
-from tests.benchmarks.small_case import linear_case, lines_of, right
+from tests.benchmarks.small_case import correct_output, linear_case, lines_of
 from tests.support import oracle
 
 WRONG = {
     "adapter ignored": lambda o: nnf.linear(o["x"], o["weight"]),
-    "a little off": lambda o: right(o) * (1 + 1e-5),
-    "one row wrong": lambda o: right(o).index_fill_(0, torch.tensor([8]), 0.0),
-    "not a number": lambda o: right(o).mul_(float("nan")),
-    "half precision": lambda o: right(o).half(),
+    "a little off": lambda o: correct_output(o) * (1 + 1e-5),
+    "one row wrong": lambda o: correct_output(o).index_fill_(0, torch.tensor([8]), 0.0),
+    "not a number": lambda o: correct_output(o).mul_(float("nan")),
+    "half precision": lambda o: correct_output(o).half(),
 }
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_a_wrong_provider_fails_its_gate_and_is_not_timed(how):
+def test_gate_fails_wrong_provider_before_timing(how):
     calls = []
 
     def build(case, o):
@@ -43,7 +43,7 @@ def test_a_wrong_provider_fails_its_gate_and_is_not_timed(how):
     )
 
 
-def test_rows_that_no_sample_shows_are_seen():
+def test_gate_checks_rows_outside_the_sample():
     """Of 32 rows seven are held to float64; all of them to unfused torch."""
     work = Multi("decode")
     sizes = {"T": 32, "K": 40, "N": 56, "R": 4, "S": 32}
@@ -62,7 +62,7 @@ def test_rows_that_no_sample_shows_are_seen():
 
 
 @pytest.mark.parametrize("work", [Merge(unmerge=False), Swap()])
-def test_an_adapter_that_is_merged_a_little_too_small_is_seen(work):
+def test_gate_finds_slightly_weakened_merge(work):
     case = Case(work, "cpu", "bf16", {"K": 64, "N": 48, "R": 8})
     build = work.providers["fastlora"]
     weaker = {"lora_B": 0.95, "other_B": 0.95}
@@ -74,24 +74,26 @@ def test_an_adapter_that_is_merged_a_little_too_small_is_seen(work):
     assert (verdicts["fastlora"].status, verdicts["weak"].status) == ("ok", "failed")
 
 
-def test_a_provider_that_raises_or_answers_in_another_shape_is_an_error():
+def test_gate_reports_raising_provider_as_error():
     def raises(case, o):
         raise RuntimeError("no kernel image")
 
-    found = lines_of(linear_case(raises=raises, flat=lambda case, o: lambda: {"y": right(o)[0]}))
+    found = lines_of(
+        linear_case(raises=raises, flat=lambda case, o: lambda: {"y": correct_output(o)[0]})
+    )
     assert found["raises"]["reason"] == "RuntimeError: no kernel image"
     assert found["raises"]["status"] == found["flat"]["status"] == "error"
     assert "ms" not in found["flat"]
 
 
-def test_nobody_is_timed_without_a_yardstick():
-    case = linear_case(torch=lambda case, o: lambda: {"y": right(o) * 1.1})
+def test_nothing_is_timed_when_unfused_torch_fails():
+    case = linear_case(torch=lambda case, o: lambda: {"y": correct_output(o) * 1.1})
     found = lines_of(case)
     assert {line["status"] for line in found.values()} == {"failed", "error"}
     assert not any("ms" in line for line in found.values())
 
 
-def test_an_absent_provider_is_said_to_be_absent():
+def test_gate_reports_absent_provider_with_reason():
     def absent(case, o):
         raise Absent("not installed")
 
@@ -110,7 +112,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_registered_case_passes_its_gate_when_tiny(name):
+def test_every_registered_case_passes_gate_when_tiny(name):
     if TINY[name].suite == "model":
         pytest.importorskip("transformers", reason="transformers is not installed")
     verdicts = gate.check(TINY[name], seed=1)
@@ -120,7 +122,7 @@ def test_every_registered_case_passes_its_gate_when_tiny(name):
         assert verdict.status in allowed, (provider, verdict.reason)
 
 
-def test_the_cuda_kernels_are_providers(on_cuda_kernels):
+def test_cuda_kernel_providers_pass_the_gate(on_cuda_kernels):
     """On a GPU; here they run on the host, and are held to the same gate, or say why not."""
     from benchmarks.suites import linear, merge, multi
 
@@ -140,7 +142,7 @@ def test_the_cuda_kernels_are_providers(on_cuda_kernels):
     assert "cuda" in multi.Multi("decode").gpu_providers
 
 
-def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
+def test_triton_path_providers_pass_the_gate(monkeypatch):
     """On a GPU; here they are interpreted, and held to the same gate."""
     pytest.importorskip("triton", reason="triton is not installed")
     from fastlora.kernels.choose.ledger import MULTI_PATHS, PATHS
@@ -167,7 +169,7 @@ def test_the_paths_of_the_triton_kernels_are_providers(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_of_many_tokens_are_the_oracle_s(dropout):
+def test_compute_gradients_matches_the_oracle(dropout):
     torch.manual_seed(0)
     M, K, N, R = 9, 21, 13, 5
     dy, x, W = torch.randn(M, N), torch.randn(M, K), torch.randn(N, K)

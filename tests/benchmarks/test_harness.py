@@ -1,4 +1,4 @@
-"""The harness: what is wrong is not timed, what is slow is seen, what dies leaves a line."""
+"""The harness does not time wrong providers and reports slow or crashed ones."""
 
 import dataclasses
 import os
@@ -18,14 +18,14 @@ from benchmarks.harness.case import Case, Ceilings
 from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
-from tests.benchmarks.small_case import linear_case, lines_of, right
+from tests.benchmarks.small_case import correct_output, linear_case, lines_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_slow_provider_is_seen_in_the_ratio():
+def test_slow_provider_shows_in_the_ratio():
     def build(case, o):
-        return lambda: time.sleep(0.02) or {"y": right(o)}
+        return lambda: time.sleep(0.02) or {"y": correct_output(o)}
 
     found = lines_of(linear_case(slow=build))
     assert found["slow"]["ms"]["p50"] >= 20
@@ -37,7 +37,7 @@ def test_a_slow_provider_is_seen_in_the_ratio():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_s_own_time_is_measured():
+def test_timer_measures_time_of_the_gpu():
     calls = {
         "short": [lambda: torch.cuda._sleep(100_000)],
         "long": [lambda: torch.cuda._sleep(2_000_000)],
@@ -48,7 +48,7 @@ def test_the_gpu_s_own_time_is_measured():
     assert p50["long"] > 5 * p50["short"]
 
 
-def test_providers_take_turns_on_their_copies():
+def test_timer_runs_providers_in_turns_on_copies():
     order = []
     calls = {
         name: [lambda n=name, i=i: order.append((n, i)) for i in range(4)]
@@ -69,7 +69,7 @@ def test_providers_take_turns_on_their_copies():
     assert timer.count_copies(2**10, 4) == 200
 
 
-def test_of_a_turn_the_last_call_is_timed():
+def test_timer_counts_last_call_of_a_turn():
     def slow():
         return time.sleep(0.02)
 
@@ -78,7 +78,7 @@ def test_of_a_turn_the_last_call_is_timed():
     assert timer.compute_spread(samples.ms)["p50"] < 10
 
 
-def test_names_are_unique_and_select_cases():
+def test_case_names_are_unique_and_selectable():
     for device, listed in (("cpu", cases.CPU), ("cuda", cases.CUDA)):
         assert len({case.name for case in listed}) == len(listed)
         assert all(case.device == device and case.suite in cases.SUITES for case in listed)
@@ -110,7 +110,7 @@ def test_costs_count_every_operand_once():
     assert merge.work.cost(merge, "torch") == (4 * N * K * R, 2 * (4 * N * K + adapter // 2))
 
 
-def test_limits_are_what_is_moved_and_computed():
+def test_limit_counts_bytes_moved_and_flops():
     """A decode step's: the weight, x, y and the adapters in use, of the ranks that they have."""
     sizes = {"T": 32, "K": 4096, "N": 4096, "R": 128, "S": 5}
     case = Case(Multi("decode"), "cuda", "bf16", sizes, workload="distinct", ranks="mixed")
@@ -126,7 +126,7 @@ BLOCKED = ("peft", "transformers", "accelerate", "rich", "matplotlib", "pytest_b
 
 
 @pytest.fixture
-def bare(tmp_path):
+def bare_checkout(tmp_path):
     """A copy of the checkout, and what runs its benchmarks with torch and numpy alone."""
     copy, blocker = tmp_path / "checkout", tmp_path / "blocker"
     for folder in ("fastlora", "kernels", "benchmarks"):
@@ -151,8 +151,8 @@ def bare(tmp_path):
     return copy, run
 
 
-def test_a_bare_checkout_measures_without_peft(bare):
-    copy, run = bare
+def test_bare_checkout_measures_without_peft(bare_checkout):
+    copy, run = bare_checkout
     # Beside providers that forget the adapter, and that end in an error.
     with (copy / "benchmarks" / "cases.py").open("a") as file:
         file.write("FORWARD.providers['wrong'] = FORWARD.providers['base']\n")
@@ -173,7 +173,7 @@ def test_a_bare_checkout_measures_without_peft(bare):
     assert line["tflops"] == pytest.approx(line["flops"] / line["ms"]["p50"] / 1e9)
 
 
-def test_what_cannot_run_is_refused_in_one_line(capsys):
+def test_bench_refuses_impossible_runs_in_one_line(capsys):
     assert main(["--device", "cpu", "--case", "no such case"]) == 2
     assert capsys.readouterr().err == "benchmarks: no case matches; --list shows their names\n"
     assert main(["--device", "cpu", "--one", "linear-*"]) == 2

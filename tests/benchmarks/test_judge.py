@@ -1,4 +1,4 @@
-"""What fails a run: wrong results, ours missing, a peer that is far ahead each time."""
+"""A run fails on wrong results, missing providers or a peer that is far ahead each time."""
 
 import pytest
 import torch
@@ -9,23 +9,23 @@ from benchmarks.harness import lines, machine, runner
 from benchmarks.harness.case import Ceilings
 from benchmarks.harness.terminal import Plain
 from benchmarks.reports import compare, earlier_results, peer_limit
-from tests.benchmarks.result_lines import line, written
+from tests.benchmarks.result_lines import line, write_lines
 
 MANY = "multi-decode-bf16-T16-K2048-N2048-R16-S8-uniform"
 UNDONE = "merge-unmerge-bf16-K2048-N2048-R16"
 
 
-def of(case=MANY, **ratios):
+def case_lines(case=MANY, **ratios):
     """Lines of a case: ratios to the base by provider; None: absent."""
     found = []
     for name, ratio in ratios.items():
         values, fields = [ratio or 1.0] * 3, {"threads": 1, "cpu_ratio": {"p50": ratio}}
         each = line(name.replace("_", "-"), *values, case=case, **fields)
-        found.append(each if ratio else untimed(each, "absent", "not here"))
+        found.append(each if ratio else without_times(each, "absent", "not here"))
     return found
 
 
-def untimed(each, status, reason):
+def without_times(each, status, reason):
     kept = {k: v for k, v in each.items() if k not in ("ratio", "ms")}
     return {**kept, "status": status, "reason": reason}
 
@@ -48,11 +48,11 @@ def untimed(each, status, reason):
         ),
     ],
 )
-def test_results_lie_by_name_and_instruction_set(name, instructions, threads, folder):
+def test_cpu_folder_has_name_instructions_and_threads(name, instructions, threads, folder):
     assert machine.name_cpu_folder(name, instructions, threads) == folder
 
 
-def test_a_cpu_with_amx_shares_no_folder_with_one_without(tmp_path, monkeypatch):
+def test_cpu_with_amx_has_separate_folder(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(machine, "_CPUINFO", info)
     monkeypatch.setattr(machine.native, "unusable", lambda: None)
@@ -67,12 +67,12 @@ def test_a_cpu_with_amx_shares_no_folder_with_one_without(tmp_path, monkeypatch)
     assert machine.find_instruction_set() == "no native"
 
 
-def test_of_a_root_this_device_s_folder_is_taken(tmp_path):
+def test_earlier_results_are_found_in_device_folder(tmp_path):
     other = tmp_path / "cpu" / "another-avx2" / "1-thread"
     mine = tmp_path / machine.name_folder("cpu")
     for folder in (other, tmp_path / "sub" / "cpu" / "another-avx2" / "1-thread"):
         folder.mkdir(parents=True)
-        written(folder, line("fastlora"))
+        write_lines(folder, line("fastlora"))
     found, why = earlier_results.find(tmp_path, "cpu")
     assert found == []
     assert why.startswith(f"no evidence of this CPU ({machine.find_device_name('cpu')}, ")
@@ -81,14 +81,14 @@ def test_of_a_root_this_device_s_folder_is_taken(tmp_path):
     for path in (other, other / "linear.jsonl"):
         assert [len(found) for found in earlier_results.find(path, "cpu")] == [1, 0]
     mine.mkdir(parents=True)
-    written(mine, line("fastlora"), line("torch"))
+    write_lines(mine, line("fastlora"), line("torch"))
     assert [len(found) for found in earlier_results.find(tmp_path, "cpu")] == [2, 0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"linear.jsonl, found none in .*empty"):
         earlier_results.find(tmp_path / "empty", "cpu")
 
 
-def test_lines_of_another_instruction_set_are_not_judged():
+def test_list_changes_ignores_other_instruction_sets():
     def judged(then: dict, now: dict) -> bool:
         before, after = line("fastlora", **then), line("fastlora", 9, 9, 9, **now)
         (change,) = compare.list_changes([after], [before])
@@ -101,7 +101,7 @@ def test_lines_of_another_instruction_set_are_not_judged():
 
 
 @pytest.fixture
-def run(monkeypatch):
+def judge_runs(monkeypatch):
     """Judges what successive measurements give; and the cases that each of them measured."""
 
     def judged(*measurements, good=True):
@@ -123,65 +123,68 @@ def run(monkeypatch):
     return judged
 
 
-WELL = of(UNDONE, base=1, torch=1.1, peft=11, fastlora=5)
-FAST = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=1.1)
-SLOW = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=3.1, fastlora_pages=1.1)
+WELL = case_lines(UNDONE, base=1, torch=1.1, peft=11, fastlora=5)
+FAST = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=1.1)
+SLOW = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=3.1, fastlora_pages=1.1)
 
 
-def test_three_times_over_the_bound_is_a_failure(run, capsys):
-    assert run(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
+def test_judge_fails_case_over_bound_three_times(judge_runs, capsys):
+    assert judge_runs(SLOW, SLOW, SLOW) == (False, [[MANY]] * 2)
     assert f"over 2.5 times the fastest peer each of 3 times: {MANY}: fastlora" in (
         capsys.readouterr().out
     )
 
 
-def test_once_or_twice_over_the_bound_is_none(run):
-    assert run(FAST) == (True, [])
-    assert run(SLOW, FAST) == (True, [[MANY]])
-    assert run(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
-    pages = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=4)
-    assert run(SLOW, pages)[0]
+def test_judge_passes_case_over_bound_twice(judge_runs):
+    assert judge_runs(FAST) == (True, [])
+    assert judge_runs(SLOW, FAST) == (True, [[MANY]])
+    assert judge_runs(SLOW, SLOW, FAST) == (True, [[MANY]] * 2)
+    pages = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=4)
+    assert judge_runs(SLOW, pages)[0]
     # 2.4 times as long as the fastest, not as torch.
-    near = WELL + of(base=1, torch=0.5, torch_gather=0.46, fastlora=1.1, fastlora_pages=1.1)
-    assert run(near)[0]
+    near = WELL + case_lines(base=1, torch=0.5, torch_gather=0.46, fastlora=1.1, fastlora_pages=1.1)
+    assert judge_runs(near)[0]
 
 
-def test_a_bad_second_measurement_is_no_recovery(run):
-    assert not run(SLOW, FAST, good=False)[0]
+def test_judge_fails_when_second_measurement_fails(judge_runs):
+    assert not judge_runs(SLOW, FAST, good=False)[0]
 
 
-def test_a_known_loss_is_shown_with_its_reason_and_its_other_peers_count(run, capsys):
-    assert run(FAST)[0]
+def test_judge_excuses_known_loss_to_one_peer(judge_runs, capsys):
+    assert judge_runs(FAST)[0]
     said = capsys.readouterr().out
     assert f"not judged: {UNDONE}: fastlora takes 4.55 times as long as torch: addmm_" in said
-    slow = FAST[len(WELL) :] + of(UNDONE, base=1, torch=1.1, peft=1.5, fastlora=5)
-    assert not run(slow, slow, slow)[0]
+    slow = FAST[len(WELL) :] + case_lines(UNDONE, base=1, torch=1.1, peft=1.5, fastlora=5)
+    assert not judge_runs(slow, slow, slow)[0]
 
 
-def test_ours_must_be_there(run, capsys):
-    gone = WELL + of(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=None)
-    assert not run(gone)[0]
+def test_judge_fails_when_our_provider_is_missing(judge_runs, capsys):
+    gone = WELL + case_lines(base=1, torch=1.2, peft=1.5, fastlora=1.1, fastlora_pages=None)
+    assert not judge_runs(gone)[0]
     assert f"ours is missing: {MANY}: fastlora-pages absent: not here" in capsys.readouterr().out
-    assert not run(WELL + of(base=1, torch=1.2, fastlora=1.1))[0]
-    assert run(WELL + of(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1))[0]
+    assert not judge_runs(WELL + case_lines(base=1, torch=1.2, fastlora=1.1))[0]
+    here = WELL + case_lines(base=1, torch=1.2, peft=None, fastlora=1.1, fastlora_pages=1)
+    assert judge_runs(here)[0]
 
 
-def test_compiled_is_set_beside_compiled():
-    found = of(torch=1, torch_compiled=0.2, fastlora=1.5, fastlora_compiled=0.6, base=1, merged=0.1)
+def test_pair_with_fastest_pairs_compiled_with_compiled():
+    found = case_lines(
+        torch=1, torch_compiled=0.2, fastlora=1.5, fastlora_compiled=0.6, base=1, merged=0.1
+    )
     beside = {
         pair.ours["provider"]: pair.other["provider"]
         for pair in peer_limit.pair_with_fastest(found)
     }
     assert beside == {"fastlora": "torch", "fastlora-compiled": "torch-compiled"}
-    (pair,) = peer_limit.pair_with_fastest(of(torch=1, peft_compiled=0.5, fastlora=1.5))
+    (pair,) = peer_limit.pair_with_fastest(case_lines(torch=1, peft_compiled=0.5, fastlora=1.5))
     assert pair.other["provider"] == "peft-compiled"
 
 
-def test_with_one_thread_both_clocks_must_say_so():
+def test_compute_times_needs_both_clocks_with_one_thread():
     """Waiting for a core that others use lengthens one of them."""
 
     def factor(**fields):
-        found = of(torch=1, fastlora=4)
+        found = case_lines(torch=1, fastlora=4)
         (pair,) = peer_limit.pair_with_fastest({**each, **fields} for each in found)
         return peer_limit.compute_times(pair)
 
@@ -189,21 +192,21 @@ def test_with_one_thread_both_clocks_must_say_so():
     assert factor(cpu_ratio={"p50": 1.0}) == 1
     assert factor(cpu_ratio={"p50": 1.0}, threads=2) == 4
     assert factor(cpu_ratio={"p50": 1.0}, device="cuda") == 4
-    found = of(torch=1, peft=1.5, fastlora=3)
+    found = case_lines(torch=1, peft=1.5, fastlora=3)
     found[0]["cpu_ratio"] = {"p50": 3.0}  # torch waited least, and worked the most
     (pair,) = peer_limit.pair_with_fastest(found)
     assert (pair.other["provider"], peer_limit.compute_times(pair)) == ("peft", 2)
 
 
-def test_what_amx_explains_is_excused_with_amx_alone():
-    found = of("linear-invariant-bf16-M512-K64-N64-R4", torch=1, fastlora_invariant=6)
+def test_amx_losses_are_excused_only_with_amx():
+    found = case_lines("linear-invariant-bf16-M512-K64-N64-R4", torch=1, fastlora_invariant=6)
     assert [peer_limit.compute_times(pair) for pair in peer_limit.pair_with_fastest(found)] == [6]
     amx = [{**each, "instruction_set": "avx512_bf16+amx"} for each in found]
     assert peer_limit.pair_with_fastest(amx) == []
     assert len(peer_limit.list_excused(amx)) == 1
 
 
-def test_the_evidence_has_no_other_losses_than_those_that_are_known():
+def test_stored_evidence_has_only_known_losses():
     folders = {file.parent for file in RESULTS.glob("cpu/*/*/linear.jsonl")}
     if not folders:
         pytest.skip("the results are in the repository, not in a source distribution")
@@ -224,7 +227,7 @@ def test_the_evidence_has_no_other_losses_than_those_that_are_known():
 
 
 @pytest.fixture
-def said(tmp_path, monkeypatch):
+def run_bench(tmp_path, monkeypatch):
     """``fastlora bench``'s exit code where every case gives these lines."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(runner, "_measure_ceilings", lambda *_: Ceilings(1.0, {}))
@@ -249,44 +252,47 @@ RIGHT = FAST[len(WELL) :]
 
 
 @pytest.mark.parametrize("words", [(), BOUND])
-def test_what_is_wrong_fails_whatever_it_takes(said, words):
+def test_bench_fails_on_wrong_results_whatever_the_time(run_bench, words):
     def but(status, reason):
         ours = [ln["provider"] == "fastlora" for ln in RIGHT]
         pairs = zip(RIGHT, ours, strict=True)
-        return [untimed(ln, status, reason) if is_ours else ln for ln, is_ours in pairs]
+        return [without_times(ln, status, reason) if is_ours else ln for ln, is_ours in pairs]
 
-    assert said(RIGHT, *words) == 0
-    assert said(but("failed", "y: error 1 over 0.1"), *words) == 1
-    assert said(but("error", "ValueError: no"), *words) == 1
-    assert said([untimed({**RIGHT[0], "provider": None}, "crashed", "SIGSEGV")], *words) == 1
-    assert said(but("absent", "not here"), *words) == (1 if words else 0)
+    assert run_bench(RIGHT, *words) == 0
+    assert run_bench(but("failed", "y: error 1 over 0.1"), *words) == 1
+    assert run_bench(but("error", "ValueError: no"), *words) == 1
+    assert (
+        run_bench([without_times({**RIGHT[0], "provider": None}, "crashed", "SIGSEGV")], *words)
+        == 1
+    )
+    assert run_bench(but("absent", "not here"), *words) == (1 if words else 0)
 
 
-def test_a_slow_down_that_is_tolerated_is_shown(said, tmp_path, capsys):
+def test_tolerated_slowdown_is_shown_but_passes(run_bench, tmp_path, capsys):
     before = tmp_path / "before.jsonl"
-    for each in of(base=1, torch=1.2, fastlora=0.5, fastlora_pages=0.5):
+    for each in case_lines(base=1, torch=1.2, fastlora=0.5, fastlora_pages=0.5):
         lines.write(each, before)
     compared = ("--compare", str(before))
-    assert said(RIGHT, *compared) == 1
+    assert run_bench(RIGHT, *compared) == 1
     capsys.readouterr()
-    assert said(RIGHT, *compared, "--tolerate-slower", *BOUND) == 0
+    assert run_bench(RIGHT, *compared, "--tolerate-slower", *BOUND) == 0
     shown = capsys.readouterr().out
     assert "slower" in shown
     assert "again" not in shown
-    assert said(RIGHT, "--tolerate-slower") == 2
+    assert run_bench(RIGHT, "--tolerate-slower") == 2
     assert "--tolerate-slower: expected --compare" in capsys.readouterr().err
 
 
-def test_without_evidence_of_this_cpu_the_bound_still_holds(said, tmp_path, capsys):
+def test_bound_holds_without_evidence_of_this_cpu(run_bench, tmp_path, capsys):
     root = tmp_path / "kept"
     other = root / "cpu" / "another-avx2" / "1-thread"
     other.mkdir(parents=True)
-    written(other, *of(base=1, torch=1.2, fastlora=0.1), suite="multi")
+    write_lines(other, *case_lines(base=1, torch=1.2, fastlora=0.1), suite="multi")
     words = ("--compare", str(root), "--tolerate-slower", *BOUND)
-    assert said(RIGHT, *words) == 0
+    assert run_bench(RIGHT, *words) == 0
     shown = capsys.readouterr().out
     assert "no evidence of this CPU" in shown
     assert "cases in" in shown.splitlines()[-1]
     assert "slower by" not in shown
-    assert said(SLOW[len(WELL) :], *words) == 1
-    assert said(SLOW[len(WELL) :], *words[:2]) == 0
+    assert run_bench(SLOW[len(WELL) :], *words) == 1
+    assert run_bench(SLOW[len(WELL) :], *words[:2]) == 0

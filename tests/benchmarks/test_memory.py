@@ -1,11 +1,11 @@
-"""The peak of a call is what it holds at most beyond what was there."""
+"""measure_peak counts the most bytes that a call holds."""
 
 import torch
 
 from benchmarks.harness import memory
 
 
-def test_the_peak_is_what_is_held_at_most():
+def test_measure_peak_counts_most_bytes_held():
     def call():
         kept = [torch.empty(1000, 1000) for _ in range(3)]
         del kept[1:]

@@ -1,4 +1,4 @@
-"""The script behind the tables of docs/merging.md runs: small, its figures are not looked at."""
+"""The script behind the tables of docs/merging.md runs at a small size."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from benchmarks.tables import merging as merge_tables
 
 
 @pytest.mark.parametrize("table, rows", [("receipt", 3), ("fidelity", 6), ("combine", 5)])
-def test_a_table_is_printed(table, rows, capsys):
+def test_merge_tables_prints_each_table(table, rows, capsys):
     if table == "combine":
         pytest.importorskip("peft", reason="PEFT is not installed")
     merge_tables.main([table, "--size", "64"])

@@ -1,4 +1,4 @@
-"""Suite model: what is not the model that was asked for fails its gate, and is not timed."""
+"""Suite model fails the gate for wrong models and does not time them."""
 
 import dataclasses
 import sys
@@ -38,13 +38,13 @@ def statuses(case: Case, **providers) -> dict[str, str]:
     return {name: verdict.status for name, verdict in gate.check(case, seed=3).items()}
 
 
-def good(case: Case) -> dict[str, str]:
+def expected_statuses(case: Case) -> dict[str, str]:
     """All are ok, but for what the installed transformers loses of PEFT's."""
     lost = {f"peft-{kind}" for kind in ("prefix", "prompt") if virtual.explain_loss(kind)}
     return {name: "absent" if name in lost else "ok" for name in case.providers}
 
 
-def changed(build, name: str, change):
+def build_changed(build, name: str, change):
     """The builder's model of operands of which this one was changed in place."""
 
     def built(case, o):
@@ -64,20 +64,20 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_wrong_model_fails_in_a_step_and_in_generate(how):
+def test_gate_fails_wrong_model_in_train_and_generate(how):
     name, change = CHANGES[how]
-    wrong = partial(_prepare_step, changed(models.build_fastlora, name, change))
+    wrong = partial(_prepare_step, build_changed(models.build_fastlora, name, change))
     assert statuses(train(), wrong=wrong) == dict.fromkeys(train().providers, "ok") | {
         "wrong": "failed"
     }
-    wrong = _prepare_one(changed(models.build_lean, name, change))
+    wrong = _prepare_one(build_changed(models.build_lean, name, change))
     found = statuses(generate(1), wrong=wrong)
     assert found.pop("wrong") == "failed"
-    assert found == good(generate(1))
+    assert found == expected_statuses(generate(1))
 
 
 @pytest.mark.parametrize("name", ["dx", f"{SOME}A", f"{SOME}B", "loss"])
-def test_every_gradient_is_looked_at(name):
+def test_gate_checks_every_gradient(name):
     def wrong(case, o):
         call = case.work.providers["fastlora"](case, o)
         return lambda: {k: t * 1.001 if k == name else t for k, t in call().items()}
@@ -95,7 +95,7 @@ def with_wrong(case: Case, wrong) -> Case:
     return case
 
 
-def mixed(names: list[str]):
+def serve_rows(names: list[str]):
     """fastlora's server with these rows' adapters."""
 
     def build(case, o):
@@ -105,18 +105,21 @@ def mixed(names: list[str]):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_rows_have_their_own_adapters(dtype):
+def test_gate_checks_adapter_of_every_row(dtype):
     """Row i has adapter i modulo 3."""
     right, swapped, none = ["0", "1", "2", "0"], ["1", "0", "2", "0"], ["0", "1", "2", "__base__"]
     found = statuses(
-        generate(3, dtype), right=mixed(right), swapped=mixed(swapped), none=mixed(none)
+        generate(3, dtype),
+        right=serve_rows(right),
+        swapped=serve_rows(swapped),
+        none=serve_rows(none),
     )
     assert found.pop("swapped") == found.pop("none") == "failed"
     assert set(found.values()) == {"ok"}
 
 
-def test_prefix_and_prompt_have_truths_of_their_own(monkeypatch):
-    virtual_tuning.kept(monkeypatch)
+def test_prefix_and_prompt_tuning_have_separate_references(monkeypatch):
+    virtual_tuning.keep_virtual_tokens(monkeypatch)
 
     def ignored(case, o):
         return case.work.providers["base"](case, o)
@@ -138,7 +141,7 @@ def test_prefix_and_prompt_have_truths_of_their_own(monkeypatch):
     assert statuses(generate(1), merged=ignored)["merged"] == "failed"
 
 
-def test_a_step_s_logits_are_its_own():
+def test_gate_fails_logits_of_another_step():
     def late(case, o):
         call = case.work.providers["fastlora"](case, o)
         return lambda: {"logits": call()["logits"].roll(1, 1)}
@@ -146,9 +149,9 @@ def test_a_step_s_logits_are_its_own():
     assert statuses(generate(3), late=late)["late"] == "failed"
 
 
-def test_what_failed_is_not_timed():
+def test_failed_model_provider_is_not_timed():
     case = generate(3)
-    wrong = changed(
+    wrong = build_changed(
         lambda case, o: models.build_lean_many(case, o, [0, 1, 2, 0]),
         *CHANGES["an adapter is missing"],
     )
@@ -163,7 +166,7 @@ def test_what_failed_is_not_timed():
     assert lines["torch"]["peak_bytes"] > 0
 
 
-def test_with_dropout_the_case_without_it_is_compared():
+def test_gate_compares_dropout_case_without_dropout():
     case = train(dropout=0.5)
     assert set(statuses(case).values()) == {"ok"}
     # What is timed drops.
@@ -171,7 +174,7 @@ def test_with_dropout_the_case_without_it_is_compared():
     assert not torch.equal(call()["dx"], call()["dx"])
 
 
-def test_adapters_matter():
+def test_adapters_change_expected_results_of_models():
     for case in (train(), generate(3)):
         o = case.work.operands(case, 0)
         with_them, without = (case.work.expected(case, o, name) for name in ("peft", "base"))
@@ -180,7 +183,7 @@ def test_adapters_matter():
                 assert oracle.relative_error(with_them[name], value) > 0.3
 
 
-def test_operands_are_shared_by_the_model_and_by_nobody_else():
+def test_models_share_operands_of_one_provider_only():
     case = generate(1)
     o, again, other = (case.work.operands(case, seed) for seed in (0, 0, 1))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -192,9 +195,9 @@ def test_operands_are_shared_by_the_model_and_by_nobody_else():
     assert layer.lora_A["0"].weight.data_ptr() == o[f"{SOME}A"].data_ptr()
 
 
-def test_grouped_heads_are_llama_3_s(monkeypatch):
+def test_model_case_groups_heads_like_llama_3(monkeypatch):
     """From H = 1024 on: keys, values and the prefix are a quarter as wide."""
-    virtual_tuning.kept(monkeypatch)
+    virtual_tuning.keep_virtual_tokens(monkeypatch)
     shape = {"B": 2, "L": 4, "new": 2, "H": 1024, "I": 64, "layers": 1, "R": 4, "S": 1}
     case = Case(Generate(one=True), "cpu", "fp32", shape)
     assert llama.count_heads(case) == (8, 2, 128)
@@ -202,7 +205,7 @@ def test_grouped_heads_are_llama_3_s(monkeypatch):
 
 
 @pytest.mark.full  # tests/benchmarks/test_compiling.py compiles single layers
-def test_compiled_models_are_held_to_the_same(monkeypatch):
+def test_compiled_models_pass_the_same_gate(monkeypatch):
     # Which code the compiler writes is its own affair, and takes a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     found = statuses(train(compiled=True))
@@ -213,7 +216,7 @@ def test_compiled_models_are_held_to_the_same(monkeypatch):
     }
 
 
-def test_without_a_compiler_the_compiled_are_absent(monkeypatch):
+def test_compiled_models_are_absent_without_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     found = statuses(train(compiled=True))
@@ -222,7 +225,7 @@ def test_without_a_compiler_the_compiled_are_absent(monkeypatch):
 
 
 @pytest.mark.parametrize("case", [train(compiled=True), generate(1), generate(3)])
-def test_without_transformers_everyone_is_absent(monkeypatch, case):
+def test_model_providers_are_absent_without_transformers(monkeypatch, case):
     monkeypatch.setitem(sys.modules, "transformers", None)
     lines = list(measurement.measure(case, SEEN))
     assert [line["provider"] for line in lines] == list(case.providers)
@@ -230,14 +233,14 @@ def test_without_transformers_everyone_is_absent(monkeypatch, case):
     assert all(line["reason"].startswith("transformers cannot be imported") for line in lines)
 
 
-def test_without_peft_the_others_are_measured(monkeypatch):
+def test_other_model_providers_run_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    virtual_tuning.fresh(monkeypatch)
+    virtual_tuning.forget_explanations(monkeypatch)
     found = statuses(generate(1))
     assert found == {name: "absent" if "peft" in name else "ok" for name in found}
 
 
-def test_costs_are_the_formulas_():
+def test_model_cost_follows_its_formula():
     B, L, H, I, layers, R = 2, 12, 64, 96, 2, 4  # noqa: E741
     case = train()
     of_block = [(H, H)] * 4 + [(I, H)] * 2 + [(H, I)]

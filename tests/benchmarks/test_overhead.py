@@ -1,4 +1,4 @@
-"""Suite overhead: modules and their compiled twins are held to the oracle like all others."""
+"""Suite overhead holds modules and compiled modules to the oracle."""
 
 import time
 
@@ -32,7 +32,7 @@ def works() -> list[Case]:
 
 
 @pytest.mark.parametrize("case", works(), ids=lambda case: case.work.name)
-def test_everyone_is_right_and_what_is_wrong_is_seen(case, monkeypatch):
+def test_overhead_gate_passes_right_and_fails_wrong(case, monkeypatch):
     eager = torch.compile
     # Which code the compiler writes is its own affair, and takes its time.
     monkeypatch.setattr(torch, "compile", lambda module: eager(module, backend="aot_eager"))
@@ -51,7 +51,7 @@ def test_everyone_is_right_and_what_is_wrong_is_seen(case, monkeypatch):
     assert {"base-compiled", "peft-compiled", "fastlora-compiled"} < verdicts.keys()
 
 
-def test_the_compiler_s_own_code_is_right_too():
+def test_overhead_gate_passes_code_of_inductor():
     case, *_ = works()
     case.work.providers = {"torch": case.work.providers["torch"]}
     case.work.compiled_providers = {
@@ -62,7 +62,7 @@ def test_the_compiler_s_own_code_is_right_too():
     assert verdicts["torch"].status == "ok"
 
 
-def test_a_call_s_time_is_that_of_one_of_many():
+def test_overhead_divides_time_by_number_of_calls():
     case, *_ = works()
     o = case.work.operands(case, 0)
     y = case.work.providers["torch"](case, o)()
@@ -78,7 +78,7 @@ def test_a_call_s_time_is_that_of_one_of_many():
     assert lines["slow"]["copies"] == 3
 
 
-def test_nothing_requires_a_gradient_but_in_training():
+def test_overhead_requires_gradients_only_in_training():
     forward, training, many = works()
     assert (
         forward.providers["fastlora"](forward, forward.work.operands(forward, 0))()["y"].grad_fn
@@ -89,7 +89,7 @@ def test_nothing_requires_a_gradient_but_in_training():
     assert many.providers["fastlora"](many, many.work.operands(many, 0))()["y"].grad_fn is None
 
 
-def test_it_is_of_one_size_on_both_devices():
+def test_overhead_cases_have_same_shapes_on_devices():
     on_cpu, on_cuda = (cases.select(device, suite="overhead") for device in ("cpu", "cuda"))
     assert [case.shape for case in on_cpu] == [case.shape for case in on_cuda]
     assert all(case.work.host_only for case in (*on_cpu, *on_cuda))

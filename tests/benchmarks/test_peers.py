@@ -1,4 +1,4 @@
-"""Compilers and other libraries as providers: held to the gate, or absent with a reason."""
+"""Other libraries as providers pass the gate or are absent with a reason."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -28,7 +28,7 @@ LIBRARIES = {"unsloth": "linear", "vllm": "decode", "sglang": "decode"}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_that_is_not_there_is_absent(library, monkeypatch):
+def test_peer_is_absent_when_library_is_missing(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     work = Multi("decode") if LIBRARIES[library] == "decode" else Linear(backward=True)
     verdict = verdict_of(library, case_of(work, "bf16"))
@@ -38,7 +38,7 @@ def test_a_library_that_is_not_there_is_absent(library, monkeypatch):
 
 
 @pytest.mark.parametrize("library", ["vllm", "sglang"])
-def test_servers_take_half_precision(library):
+def test_server_peers_are_absent_in_fp32(library):
     verdict = verdict_of(library, case_of(Multi("decode"), "fp32"))
     assert (verdict.status, verdict.reason[-4:]) == ("absent", "fp32")
 
@@ -137,7 +137,7 @@ FAKES = [
 
 
 @pytest.mark.parametrize("fake, library, work", FAKES)
-def test_a_library_is_held_to_the_gate(fake, library, work, monkeypatch):
+def test_peer_library_is_held_to_the_gate(fake, library, work, monkeypatch):
     """Stand-ins in sys.modules: what is tested is what the providers hand over."""
     fake(monkeypatch)
     verdict = verdict_of(library, case_of(work(), "fp16"))
@@ -148,7 +148,7 @@ def test_a_library_is_held_to_the_gate(fake, library, work, monkeypatch):
 
 
 @pytest.mark.parametrize("fake, library", [(vllm_of, "vllm"), (sglang_of, "sglang")])
-def test_rows_without_an_adapter_and_ranks_of_their_own(fake, library, monkeypatch):
+def test_peers_handle_rows_without_adapter_and_mixed_ranks(fake, library, monkeypatch):
     fake(monkeypatch)
     sizes = {"T": 45, "K": 40, "N": 56, "R": 24, "S": 3}
     work = Multi("decode")
@@ -173,7 +173,7 @@ def test_rows_without_an_adapter_and_ranks_of_their_own(fake, library, monkeypat
         (unsloth_of, "unsloth", "is not as expected here: TypeError"),
     ],
 )
-def test_a_library_that_is_called_in_another_way_is_absent(fake, library, said, monkeypatch):
+def test_peer_is_absent_when_its_interface_differs(fake, library, said, monkeypatch):
     fake(monkeypatch, fits=False)
     monkeypatch.setattr("benchmarks.peers.calls.find_version", lambda name: f"of {name}")
     work = Linear(backward=False) if library == "unsloth" else Multi("decode")
@@ -182,7 +182,7 @@ def test_a_library_that_is_called_in_another_way_is_absent(fake, library, said, 
     assert verdict.reason.startswith(f"{library} of {library} {said}")
 
 
-def test_an_op_of_another_schema_is_absent_and_what_breaks_is_not(monkeypatch):
+def test_peer_op_of_other_schema_is_absent(monkeypatch):
     vllm_of(monkeypatch)
     kernels = sys.modules["vllm.lora.ops.triton_ops"]
     kernels.lora_shrink = torch.ops.aten.mm
@@ -200,7 +200,7 @@ def test_an_op_of_another_schema_is_absent_and_what_breaks_is_not(monkeypatch):
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_liger_changes_one_model_alone(fits, monkeypatch):
+def test_liger_patches_only_one_model(fits, monkeypatch):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     before = {name: getattr(llama, name) for name in peers_training._SHARED}
     seen = []

@@ -1,4 +1,4 @@
-"""Cases run in processes: what hangs or dies is a line, and costs itself."""
+"""A case that hangs or crashes in its process leaves a line and costs only itself."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ from benchmarks.harness import lines, runner, table
 from tests.benchmarks.small_case import linear_case
 
 
-def dying(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
+def run_script(script: str, file: Path, timeout: float = 60.0) -> list[dict]:
     command = [sys.executable, "-c", script, str(file)]
     ((_, found),) = runner.run_some([linear_case()], command, file, timeout)
     assert found == [json.loads(text) for text in file.read_text().splitlines()]
     return found
 
 
-def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
+def test_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
     half_way = {"case": linear_case().name, "provider": "base", "status": "ok"}
     script = (
         "import json, os, sys, time\n"
@@ -29,7 +29,7 @@ def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
         "time.sleep(600)"
     )
     started = time.monotonic()
-    first, last = dying(script, tmp_path / "linear.jsonl", timeout=3)
+    first, last = run_script(script, tmp_path / "linear.jsonl", timeout=3)
     assert time.monotonic() - started < 60
     assert first["provider"] == "base"
     assert (last["status"], last["reason"]) == ("timeout", "killed after 3 s")
@@ -46,16 +46,16 @@ def test_a_hanging_case_is_killed_and_keeps_its_lines(tmp_path):
         ("pass", "it ended without a result"),
     ],
 )
-def test_a_crash_is_a_line(tmp_path, script, reason):
+def test_crashed_process_leaves_a_line_with_reason(tmp_path, script, reason):
     file = tmp_path / "linear.jsonl"
     for _ in range(2):  # the second run replaces the first one's line
-        (line,) = dying(script, file)
+        (line,) = run_script(script, file)
     assert (line["status"], line["provider"]) == ("crashed", None)
     assert line["reason"].startswith(reason)
     assert any(reason in note for note in table.make_notes([line]))
 
 
-def test_a_crash_costs_one_case_of_its_process(tmp_path):
+def test_crash_costs_only_the_running_case(tmp_path):
     """What was finished before stays; what comes after is left for another process."""
     small = linear_case()
     batch = [dataclasses.replace(small, shape={**small.shape, "M": M}) for M in (1, 2, 3)]
@@ -72,7 +72,7 @@ def test_a_crash_costs_one_case_of_its_process(tmp_path):
     assert [[line["status"] for line in lines] for _, lines in tried] == [["ok"], ["crashed"]]
 
 
-def test_a_process_that_has_no_more_time_leaves_cases_unmeasured(tmp_path):
+def test_process_out_of_time_leaves_cases_unmeasured(tmp_path):
     batch = [dataclasses.replace(linear_case(), shape={"M": M}) for M in (1, 2)]
     file = tmp_path / "linear.jsonl"
     script = (

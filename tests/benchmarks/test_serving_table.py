@@ -1,4 +1,4 @@
-"""The tables of serving are printed, and only of servers that agree with PEFT."""
+"""The serving tables are printed only for servers that agree with PEFT."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SMALL = ["--hidden=64", "--layers=1", "--rows=8", "--tokens=3", "--rounds=1", "-
 SMALL += ["--device=cpu", "--cold-rows=2", "--cold-tokens=12", "--every=4", "--rank=4"]
 
 
-def test_they_are_printed(capsys):
+def test_serving_prints_speed_and_cost_tables(capsys):
     serving.main(SMALL)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     heads = [i for i, line in enumerate(lines) if " | tokens/s | " in line or "an adapter" in line]
@@ -23,7 +23,7 @@ def test_they_are_printed(capsys):
     assert [line.split(" | ")[0] for line in cost] == ["| the host's memory", "| disk"]
 
 
-def test_a_server_that_is_wrong_is_not_timed(monkeypatch):
+def test_serving_does_not_time_a_wrong_server(monkeypatch):
     made = serving.load_peft
 
     def spoilt(*args):

@@ -1,4 +1,4 @@
-"""PEFT's prefix and prompt tuning beside a transformers that keeps what they add, or loses it."""
+"""PEFT's prefix and prompt tuning are measured only where generate keeps their tokens."""
 
 import warnings
 
@@ -16,7 +16,11 @@ from benchmarks.harness import gate, measurement
 from benchmarks.harness.case import Absent, Case
 from benchmarks.peers import virtual
 from benchmarks.suites.generate import Generate
-from tests.benchmarks.virtual_tuning import fresh, kept, lost_from
+from tests.benchmarks.virtual_tuning import (
+    forget_explanations,
+    keep_virtual_tokens,
+    lose_virtual_tokens_from,
+)
 from tests.support.models import llama, tokens
 
 SHAPE = {"B": 2, "L": 4, "new": 2, "H": 64, "I": 64, "layers": 1, "R": 4, "S": 1}
@@ -34,12 +38,12 @@ class New(nn.Module):
 
 
 @pytest.mark.parametrize("kind, name", [(Old, "past_key_values"), (New, "cache")])
-def test_a_cache_is_called_as_the_model_calls_it(kind, name):
+def test_name_cache_argument_matches_the_forward_signature(kind, name):
     assert virtual.name_cache_argument(kind()) == name
     assert kind()(None, **{name: "earlier"}) == "earlier"
 
 
-def test_the_installed_transformers_takes_the_name_without_a_warning():
+def test_installed_transformers_accepts_the_cache_argument():
     model, ids = llama(), tokens(1, 5)
     past = transformers.DynamicCache()
     name = virtual.name_cache_argument(model)
@@ -51,16 +55,16 @@ def test_the_installed_transformers_takes_the_name_without_a_warning():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_that_keeps_it_is_measured(kind, monkeypatch):
-    kept(monkeypatch)
+def test_virtual_tokens_are_measured_when_generate_keeps_them(kind, monkeypatch):
+    keep_virtual_tokens(monkeypatch)
     assert virtual.explain_loss(kind) is None
     assert virtual.make_config(kind, 7).num_virtual_tokens == 7
 
 
 @pytest.mark.parametrize("token", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_that_loses_it_is_absent_and_says_why(kind, token, monkeypatch):
-    lost_from(token, monkeypatch)
+def test_virtual_tokens_are_absent_when_generate_loses_them(kind, token, monkeypatch):
+    lose_virtual_tokens_from(token, monkeypatch)
     reason = virtual.explain_loss(kind)
     assert f"PEFT {peft.__version__}'s {kind} tuning" in reason
     assert f"transformers {transformers.__version__}" in reason
@@ -76,8 +80,8 @@ def test_a_pair_that_loses_it_is_absent_and_says_why(kind, token, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_forward_that_ignores_it_is_no_measure(kind, monkeypatch):
-    fresh(monkeypatch)
+def test_explain_loss_finds_forward_that_ignores_virtual_tokens(kind, monkeypatch):
+    forget_explanations(monkeypatch)
     monkeypatch.setattr(
         peft.PeftModelForCausalLM,
         "forward",
@@ -87,17 +91,17 @@ def test_a_forward_that_ignores_it_is_no_measure(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_the_pair_raises_is_the_reason(kind, monkeypatch):
+def test_explain_loss_returns_errors_as_reason(kind, monkeypatch):
     def refuse(*_, **__):
         raise KeyError("cache_position")
 
-    fresh(monkeypatch)
+    forget_explanations(monkeypatch)
     monkeypatch.setattr(peft.PeftModelForCausalLM, "generate", refuse)
     assert "KeyError: 'cache_position'" in virtual.explain_loss(kind)
 
 
-def test_the_check_draws_nothing_of_the_caller_s(monkeypatch):
-    fresh(monkeypatch)
+def test_explain_loss_leaves_random_state_unchanged(monkeypatch):
+    forget_explanations(monkeypatch)
     before = torch.get_rng_state()
     virtual.explain_loss("prompt")
     assert torch.equal(torch.get_rng_state(), before)

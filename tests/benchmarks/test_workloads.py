@@ -8,7 +8,7 @@ from benchmarks.suites.workloads import PHASES, WORKLOADS, count_request_rows, d
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("phase", PHASES)
-def test_workloads_are_determined_by_their_arguments(workload, phase):
+def test_draw_adapter_ids_depends_only_on_arguments(workload, phase):
     def draw(seed=3, **how):
         return draw_adapter_ids(workload, 200, 16, phase=phase, sequences=7, seed=seed, **how)
 
@@ -24,7 +24,7 @@ def test_workloads_are_determined_by_their_arguments(workload, phase):
     assert all(len(set(request.tolist())) == 1 for request in ids.split(lengths))
 
 
-def test_workloads_are_what_their_names_say():
+def test_draw_adapter_ids_follows_the_named_distribution():
     counts = {w: torch.bincount(draw_adapter_ids(w, 4096, 32), minlength=32) for w in WORKLOADS}
     top = {w: int(count.max()) / 4096 for w, count in counts.items()}
     assert top["identical"] == 1.0

@@ -1,4 +1,4 @@
-"""A PEFT that keeps its virtual tokens in ``generate`` of any transformers, or that loses them."""
+"""Simulates PEFT that keeps its virtual tokens in generate, or loses them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.peers import virtual
 _OLD, _NEW = "past_key_values", "cache"
 
 
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the check found of the pair as it is counts neither now nor afterwards."""
     monkeypatch.setattr(virtual, "explain_loss", functools.cache(virtual.explain_loss.__wrapped__))
 
 
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_virtual_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT prepares a step's inputs under the name that it knows, whatever the model's is."""
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     of_peft = _preparing(prepare, monkeypatch)
 
 
-def lost_from(token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_virtual_tokens_from(token: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From that token on a step's inputs are the model's own, all of its tokens."""
 
     def prepare(self: Any, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def lost_from(token: int, monkeypatch: pytest.MonkeyPatch) -> None:
             return of_peft(self, input_ids, **kwargs)
         return {"input_ids": input_ids}
 
-    kept(monkeypatch)
+    keep_virtual_tokens(monkeypatch)
     of_peft = _preparing(prepare, monkeypatch)
 
 
 def _preparing(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts it in the place of PEFT's, which is returned."""
-    fresh(monkeypatch)
+    forget_explanations(monkeypatch)
     kind = peft.PeftModelForCausalLM
     before = kind.prepare_inputs_for_generation
     monkeypatch.setattr(kind, "prepare_inputs_for_generation", prepare)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, and the exit codes that scripts read."""
+"""The command line prints what it should and returns the documented exit codes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def section(text: str, title: str) -> list[str]:
     return [line for line in rest[: rest.index("") if "" in rest else None] if line[:2] == "  "]
 
 
-def test_info_says_what_runs_and_why_not():
+def test_info_lists_ops_and_reasons_they_cannot_run():
     text = info.describe_machine()
     lines = text.splitlines()
     assert lines[0].startswith(f"fastlora {fastlora.__version__} at ")
@@ -90,7 +90,7 @@ def gpu(monkeypatch):
     return install
 
 
-def test_info_says_what_is_verified(gpu):
+def test_info_lists_verified_paths_of_gpu(gpu):
     linear, backward = "lora_linear", "lora_linear_backward"
     both = ("one_pass", "library")
     rows = {(op, dtype): both for op in (linear, backward) for dtype in ("bf16", "bf16+fp32")}
@@ -101,14 +101,14 @@ def test_info_says_what_is_verified(gpu):
     ]
 
 
-def test_info_says_that_nothing_is_verified(gpu):
+def test_info_says_when_nothing_is_verified(gpu):
     first, second = gpu({})
     assert first.startswith("  cuda:0 runs lora_linear on torch (fp32, fp16, bf16")
     assert "plain torch runs" in second
     assert "`fastlora check`" in second
 
 
-def test_info_tells_an_absent_package(monkeypatch):
+def test_info_marks_absent_packages_not_installed(monkeypatch):
     absent = {"peft", "triton"}
     find = info.importlib.util.find_spec
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_info_tells_an_absent_package(monkeypatch):
     assert {line.split()[0] for line in lines if line.endswith("not installed")} == absent
 
 
-def test_a_backend_that_was_asked_for_shows():
+def test_info_shows_backend_of_environment_variable():
     """In a process of its own: the variable is read once."""
     asked = run("info", FASTLORA_BACKEND="triton", TRITON_INTERPRET="0")
     assert asked.returncode == 0
@@ -156,7 +156,7 @@ def test_a_backend_that_was_asked_for_shows():
         ("check --device cpu:3", 2, "expected cpu or cuda[:N], got cpu:3"),
     ],
 )
-def test_exit_codes(capsys, arguments, code, says):
+def test_main_returns_exit_code_and_message(capsys, arguments, code, says):
     try:
         found = cli.main(arguments.split())
     except SystemExit as stop:  # argparse's way out
@@ -167,7 +167,7 @@ def test_exit_codes(capsys, arguments, code, says):
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_demo_passes_its_options_and_its_code_on(monkeypatch, code):
+def test_demo_command_passes_options_and_exit_code(monkeypatch, code):
     seen = []
 
     class Demo:
@@ -181,7 +181,7 @@ def test_demo_passes_its_options_and_its_code_on(monkeypatch, code):
     assert seen == [(("m", "d"), {"quick": True, "seed": 3})]
 
 
-def test_the_module_runs_as_a_command():
+def test_module_runs_as_a_command():
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"fastlora {fastlora.__version__}\n")
     assert run("nonsense").returncode == 2

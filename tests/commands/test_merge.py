@@ -1,4 +1,4 @@
-"""``fastlora merge`` as a command: what it prints, its exit codes, and being killed for real."""
+"""`fastlora merge` prints progress, returns exit codes, and resumes after being killed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ pytestmark = quiet
 
 
 @pytest.fixture
-def merge(given, capsys, monkeypatch):
+def merge(merge_folders, capsys, monkeypatch):
     """Runs the command in the given folder: its exit code and what it printed on either stream."""
-    monkeypatch.chdir(given)
+    monkeypatch.chdir(merge_folders)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         code = cli.main(["merge", *map(str, arguments)])
@@ -38,7 +38,7 @@ def merge(given, capsys, monkeypatch):
     return call
 
 
-def test_what_it_prints(merge, given, tmp_path):
+def test_merge_command_prints_progress_and_fidelity(merge, merge_folders, tmp_path):
     report = tmp_path / "report.json"
     code, out, err = merge("base", "adapter", "--out", tmp_path / "out", "--report", report)
     assert (code, err) == (0, "")
@@ -56,22 +56,22 @@ def test_what_it_prints(merge, given, tmp_path):
     assert len(gains) == 14
     assert [row[0] for row in rows[:5]] == sorted(gains, key=gains.__getitem__)[:5]
     assert rows[5][:3] == ["median", "of", "14"]
-    assert contents(tmp_path / "out") == contents(given / "whole")
+    assert contents(tmp_path / "out") == contents(merge_folders / "whole")
 
 
-def test_low_fidelity_is_a_warning(merge, tmp_path):
+def test_merge_command_warns_of_low_fidelity(merge, tmp_path):
     code, out, _ = merge("base", "adapter=0.01", "--out", tmp_path / "out")
     assert code == 0
     assert out.splitlines()[-1].startswith("warning: 14 of 14 layers kept less than 90% of")
 
 
-def test_weights_dtype_and_partial(merge, given, tmp_path):
+def test_merge_command_takes_weights_dtype_and_partial(merge, merge_folders, tmp_path):
     out = tmp_path / "out"
     code, said, _ = merge("base", "adapter=-0.5", "lr=0.1=2", "--out", out, "--dtype", "fp32")
     assert code == 0
     assert {t.dtype for t in tensors(out).values()} == {torch.float32}
-    pairs = [(given / "adapter", -0.5), (given / "lr=0.1", 2.0)]
-    run.merge_folder(given / "base", pairs, tmp_path / "same", dtype=torch.float32)
+    pairs = [(merge_folders / "adapter", -0.5), (merge_folders / "lr=0.1", 2.0)]
+    run.merge_folder(merge_folders / "base", pairs, tmp_path / "same", dtype=torch.float32)
     assert contents(out) == contents(tmp_path / "same")
     save_adapter(tmp_path / "deep", llama(num_hidden_layers=3), target_modules=["q_proj"])
     code, _, said = merge("base", tmp_path / "deep", "--out", tmp_path / "deeper")
@@ -97,7 +97,7 @@ def test_weights_dtype_and_partial(merge, given, tmp_path):
         ("7", "7", 1.0),
     ],
 )
-def test_the_weight_is_the_number_after_the_last_sign(text, folder, weight):
+def test_parse_adapter_takes_weight_after_last_equals_sign(text, folder, weight):
     assert parse_adapter(text) == (folder, weight)
 
 
@@ -120,26 +120,28 @@ def test_the_weight_is_the_number_after_the_last_sign(text, folder, weight):
         ),
     ],
 )
-def test_what_cannot_be_done(merge, given, arguments, says):
-    before = contents(given)
+def test_merge_command_refuses_bad_input_in_one_line(merge, merge_folders, arguments, says):
+    before = contents(merge_folders)
     code, out, err = merge(*arguments.split())
     assert (code, out) == (2, "")
     assert err.startswith(f"fastlora merge: {says}")
     assert err.count("\n") == 1
-    assert contents(given) == before
-    assert not (given / "x").exists()
+    assert contents(merge_folders) == before
+    assert not (merge_folders / "x").exists()
 
 
 @pytest.mark.parametrize(
     "arguments", ["base adapter", "base --out x", "base a --out x --dtype int8"]
 )
-def test_what_argparse_refuses(given, arguments):
+def test_merge_command_refuses_bad_arguments(merge_folders, arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["merge", *arguments.split()])
     assert stopped.value.code == 2
 
 
-def test_interrupted(merge, given, tmp_path, monkeypatch):
+def test_interrupted_merge_command_exits_130_and_resumes(
+    merge, merge_folders, tmp_path, monkeypatch
+):
     """Ctrl-C in the seventh file: exit code 130, nothing half, and how to go on."""
     out, layout = tmp_path / "out", run._iterate_chunks
 
@@ -156,12 +158,18 @@ def test_interrupted(merge, given, tmp_path, monkeypatch):
     code, said, _ = merge("base", "adapter", "--out", out)
     assert code == 0
     assert "6 files were whole from before" in said
-    assert contents(out) == contents(given / "whole")
+    assert contents(out) == contents(merge_folders / "whole")
 
 
-def test_a_full_disk(given, tmp_path):
+def test_merge_command_exits_1_on_full_disk(merge_folders, tmp_path):
     """By a limit of the shell: a real error of a real process, exit code 1, no traceback."""
-    command = [*COMMAND, given / "base", given / "adapter", "--out", tmp_path / "out"]
+    command = [
+        *COMMAND,
+        merge_folders / "base",
+        merge_folders / "adapter",
+        "--out",
+        tmp_path / "out",
+    ]
     limited = ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -169,7 +177,7 @@ def test_a_full_disk(given, tmp_path):
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "out").glob("*.partial"))
     assert cli.main(["merge", *map(str, command[len(COMMAND) :])]) == 0
-    assert contents(tmp_path / "out") == contents(given / "whole")
+    assert contents(tmp_path / "out") == contents(merge_folders / "whole")
 
 
 # The command, every sync of which takes a while, as on a slow disk. Once so many files are whole it
@@ -193,9 +201,11 @@ sys.exit(main(["merge", *sys.argv[1:]]))
 """
 
 
-def slow(given: Path, out: Path, stops_at: int = 1000, later: int = 0) -> subprocess.Popen[str]:
+def start_slow_merge(
+    merge_folders: Path, out: Path, stops_at: int = 1000, later: int = 0
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SLOW, str(stops_at), str(later)]
-    arguments = [*command, given / "base", given / "adapter", "--out", out]
+    arguments = [*command, merge_folders / "base", merge_folders / "adapter", "--out", out]
     return subprocess.Popen(
         arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -204,10 +214,10 @@ def slow(given: Path, out: Path, stops_at: int = 1000, later: int = 0) -> subpro
 # The third sync after a file is whole is that of the folder, which by then has the note of it.
 @pytest.mark.parametrize("files, later", [(1, 0), (8, 0), (8, 2)])
 @pytest.mark.skipif(os.name != "posix", reason="kills as POSIX does")
-def test_killed_and_resumed(merge, given, tmp_path, files, later):
+def test_killed_merge_command_resumes_to_same_bytes(merge, merge_folders, tmp_path, files, later):
     """kill -9 once so many files are whole: then the same command, and the same bytes."""
     out = tmp_path / "out"
-    with slow(given, out, files, later) as process:
+    with start_slow_merge(merge_folders, out, files, later) as process:
         while process.poll() is None and not (tmp_path / "stopped").exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -220,23 +230,23 @@ def test_killed_and_resumed(merge, given, tmp_path, files, later):
     code, said, _ = merge("base", "adapter", "--out", out)
     assert code == 0
     assert (f"{kept} files were whole from before" in said) == bool(kept)
-    assert contents(out) == contents(given / "whole")
+    assert contents(out) == contents(merge_folders / "whole")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks as POSIX does")
-def test_two_processes_into_one_folder(given, tmp_path):
+def test_second_merge_command_into_folder_is_refused(merge_folders, tmp_path):
     """One merges, the other is told, whichever comes first."""
     out = tmp_path / "out"
-    first, second = (slow(given, out) for _ in range(2))
+    first, second = (start_slow_merge(merge_folders, out) for _ in range(2))
     said = [process.communicate()[1] for process in (first, second)]
     codes = [first.returncode, second.returncode]
     assert sorted(codes) == [0, 2]
     refused = said[codes.index(2)]
     assert "another process is merging into" in refused or "expected a new folder" in refused
-    assert contents(out) == contents(given / "whole")
+    assert contents(out) == contents(merge_folders / "whole")
 
 
-def test_a_damaged_config_has_no_traceback(merge, given, tmp_path):
+def test_merge_command_refuses_quantized_base_without_traceback(merge, merge_folders, tmp_path):
     save_base(tmp_path / "base")
     edit_json(tmp_path / "base" / CONFIG, quantization_config={"quant_method": "gptq"})
     code, _, err = merge(tmp_path / "base", "adapter", "--out", tmp_path / "out")
@@ -245,7 +255,7 @@ def test_a_damaged_config_has_no_traceback(merge, given, tmp_path):
     assert not journal.is_unfinished(tmp_path / "out")
 
 
-def test_a_large_model_is_said_in_gigabytes():
+def test_merge_summary_gives_large_sizes_in_gigabytes():
     merged = run.Merged({"l": run.Fidelity(1.0, 0.0, 1.0, 0.1)}, [], 14_500_000_000, [])
     first, _, row = merge_command.summarize(merged, Path("out")).splitlines()
     assert first == "merged 1 layers into out, 14.5 GB of weights"

@@ -1,11 +1,11 @@
-"""How far a command is: lines in a file, a bar on a terminal."""
+"""Progress prints lines into a file and draws a bar on a terminal."""
 
 import pytest
 
 from fastlora.commands import progress
 
 
-def test_progress_without_a_terminal(capsys):
+def test_progress_prints_lines_without_a_terminal(capsys):
     with progress.Progress("tuning", 2) as bar:
         bar.step("one")
         bar.advance_within(0.5)
@@ -14,7 +14,7 @@ def test_progress_without_a_terminal(capsys):
     assert capsys.readouterr().out == "tuning 1/2: one\n[bold]as it is\ntuning 2/2: two\n"
 
 
-def test_progress_on_a_terminal(monkeypatch, capsys):
+def test_progress_draws_bar_on_a_terminal(monkeypatch, capsys):
     pytest.importorskip("rich")
     monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: True, raising=False)
     with progress.Progress("tuning", 2) as bar:

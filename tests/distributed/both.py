@@ -20,7 +20,7 @@ from tests.distributed.nets import (
     net,
     optimizer_of,
     train,
-    trained,
+    trainable_parameters,
 )
 
 
@@ -43,6 +43,6 @@ def same_as_one_process(folder: Path) -> None:
     assert losses == pytest.approx(train(one, data, alone=True), rel=1e-5)
     fastlora.save_adapter(other, folder / "adapter")
     loaded = fastlora.load_adapter(net(), folder / "adapter", is_trainable=True)
-    assert_same(trained(loaded), trained(one))
+    assert_same(trainable_parameters(loaded), trainable_parameters(one))
     fastlora.load_adapter(other, folder / "adapter", is_trainable=True)
-    assert_same(trained(other), trained(one))
+    assert_same(trainable_parameters(other), trainable_parameters(one))

@@ -20,9 +20,9 @@ from tests.distributed.nets import (
     mean_over_processes,
     net,
     optimizer_of,
-    own,
+    rows_of_process,
     train,
-    trained,
+    trainable_parameters,
 )
 
 NAMES = ("anna", "ben", "dora")
@@ -35,7 +35,7 @@ def same_as_one_process(folder: Path) -> None:
         data = batches(3)
         # A mean of halves of a step's loss, rounded to seven digits.
         assert train(wrapped, data) == pytest.approx(train(one, data, alone=True), rel=1e-5)
-        assert_same(trained(other), trained(one))
+        assert_same(trainable_parameters(other), trainable_parameters(one))
     if distributed.get_rank() == 0:
         fastlora.save_adapter(wrapped, folder / "adapter")
         fastlora.load_adapter(one, folder / "adapter")
@@ -51,8 +51,8 @@ def accumulated(_: Path) -> None:
     loss_of(one, data).backward()
     first, second = zip(*(t.chunk(2) for t in data), strict=True)
     with wrapped.no_sync():
-        (loss_of(wrapped, own(first)) / 2).backward()
-    (loss_of(wrapped, own(second)) / 2).backward()
+        (loss_of(wrapped, rows_of_process(first)) / 2).backward()
+    (loss_of(wrapped, rows_of_process(second)) / 2).backward()
     assert_same(gradients(other), gradients(one))
 
 
@@ -65,7 +65,7 @@ def several_adapters(_: Path) -> None:
     optimizers = [optimizer_of(model) for model in (one, other)]
     for batch in batches(3):
         loss = _losses(one, [*rows[0], *rows[1]], batch)
-        mean = _losses(wrapped, mine, own(batch))
+        mean = _losses(wrapped, mine, rows_of_process(batch))
         assert mean_over_processes(mean) == pytest.approx(loss.item() / 2, rel=1e-5)
         assert_same(gradients(other), {n: g / 2 for n, g in gradients(one).items()})
         assert not any("dora" in name for name in gradients(other))

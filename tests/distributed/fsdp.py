@@ -32,9 +32,9 @@ from tests.distributed.nets import (
     mean_over_processes,
     net,
     optimizer_of,
-    own,
+    rows_of_process,
     train,
-    trained,
+    trainable_parameters,
 )
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -58,7 +58,7 @@ def same_as_one_process(_: Path) -> None:
         one, other = net(), sharded(net(), **options)
         assert all(isinstance(p, DTensor) for p in other.parameters())
         assert train(other, data) == pytest.approx(train(one, data, alone=True), rel=1e-5)
-        assert_same(trained(other), trained(one))
+        assert_same(trainable_parameters(other), trainable_parameters(one))
     one, other = net(), fully_shard(net())
     assert train(other, data) == pytest.approx(train(one, data, alone=True), rel=1e-5)
 
@@ -70,10 +70,10 @@ def float32_adapters_on_a_half_base(_: Path) -> None:
     assert {p.dtype for p in other.parameters()} == {torch.bfloat16, torch.float32}
     assert train(other, data) == pytest.approx(train(one, data, alone=True), rel=1e-3)
     # Activations are rounded alike; sums over rows are float32's, in another order.
-    assert_same(trained(other), trained(one), 1e-4)
+    assert_same(trainable_parameters(other), trainable_parameters(one), 1e-4)
     mixed = sharded(net(torch.bfloat16, bias="all"))
     with pytest.raises(AssertionError, match="uniform original parameter dtype"):
-        loss_of(mixed, own(data[0]))
+        loss_of(mixed, rows_of_process(data[0]))
 
 
 def mixed_precision(_: Path) -> None:
@@ -81,11 +81,11 @@ def mixed_precision(_: Path) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         one = net(dtype).to(torch.bfloat16)
         other, data = sharded(net(dtype), mp_policy=BF16), batches(1, dtype=torch.bfloat16)[0]
-        want, got = loss_of(one, data), loss_of(other, own(data))
+        want, got = loss_of(one, data), loss_of(other, rows_of_process(data))
         want.backward()
         got.backward()
         assert mean_over_processes(got) == pytest.approx(want.item(), rel=1e-3)
-        assert all(p.grad.dtype == torch.float32 for p in trained(other).values())
+        assert all(p.grad.dtype == torch.float32 for p in trainable_parameters(other).values())
         # Each process rounds its gradient to eight bits, then float32 sums them.
         assert_same(gradients(other), gradients(one), 2**-7)
 
@@ -98,8 +98,11 @@ def recomputed_activations(_: Path) -> None:
         fully_shard(other.blocks[i])
     fully_shard(other)
     assert train(other, data) == pytest.approx(train(one, data, alone=True), rel=1e-5)
-    want = {name: p.detach() for name, p in trained(one).items()}
-    got = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in trained(other).items()}
+    want = {name: p.detach() for name, p in trainable_parameters(one).items()}
+    got = {
+        n.replace("_checkpoint_wrapped_module.", ""): p
+        for n, p in trainable_parameters(other).items()
+    }
     assert_same(got, want)
 
 
@@ -109,7 +112,7 @@ def dropout(_: Path) -> None:
     for i, block in enumerate(again.blocks):
         again.blocks[i] = checkpoint_wrapper(block)
     sharded(model), sharded(again)
-    rank, batch = distributed.get_rank(), own(batches(1)[0])
+    rank, batch = distributed.get_rank(), rows_of_process(batches(1)[0])
     for one in (model, again):
         torch.manual_seed(rank)
         loss_of(one, batch).backward()
@@ -125,7 +128,7 @@ def accumulated(_: Path) -> None:
     halves = zip(*(t.chunk(2) for t in data), strict=True)
     for last, half in enumerate(halves):
         other.set_requires_gradient_sync(bool(last))
-        (loss_of(other, own(half)) / 2).backward()
+        (loss_of(other, rows_of_process(half)) / 2).backward()
     assert_same(gradients(other), gradients(one))
 
 
@@ -164,7 +167,7 @@ def checkpoints(folder: Path) -> None:
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Any]) -> None:
     for batch in data:
         optimizer.zero_grad()
-        loss_of(model, own(batch)).backward()
+        loss_of(model, rows_of_process(batch)).backward()
         optimizer.step()
 
 
@@ -199,12 +202,12 @@ def adapters_are_saved_whole(folder: Path) -> None:
         assert_same(fresh(x.to(dtype)), one(x.to(dtype)), 1e-5 if dtype == torch.float32 else 2**-7)
 
 
-def loads_into_what_a_forward_left_gathered(folder: Path) -> None:
+def loads_after_forward_left_gathered(folder: Path) -> None:
     """The root keeps its parameters gathered after a forward: copies, which it then drops."""
     x, _ = batches(1)[0]
     one, other = net(), fully_shard(net())
     with torch.no_grad():
-        for parameter in trained(one).values():
+        for parameter in trainable_parameters(one).values():
             parameter.mul_(-0.5)
         other(x)
     assert not any(isinstance(p, DTensor) for p in other.parameters())
@@ -226,7 +229,7 @@ def several_adapters(folder: Path) -> None:
     one, other = net(adapter_names=names), sharded(net(adapter_names=names))
     batch, rows = batches(1)[0], ["anna", None, "ben", "anna"]
     mine = list(rows[2 * distributed.get_rank() :][:2])
-    for model, whose, of in ((one, rows, batch), (other, mine, own(batch))):
+    for model, whose, of in ((one, rows, batch), (other, mine, rows_of_process(batch))):
         x, target = of
         with fastlora.use_adapters(model, whose):
             (model(x) - target).square().sum().backward()
@@ -235,7 +238,7 @@ def several_adapters(folder: Path) -> None:
     fastlora.save_adapter(other, folder / "ben", adapter_name="ben")
     fastlora.load_adapter(other, folder / "ben", adapter_name="anna", is_trainable=True)
     fastlora.load_adapter(one, folder / "ben", adapter_name="anna", is_trainable=True)
-    assert_same(trained(other), trained(one))
+    assert_same(trainable_parameters(other), trainable_parameters(one))
 
 
 def refusals(_: Path) -> None:
@@ -276,6 +279,6 @@ def fsdp1(folder: Path) -> None:
     distributed.barrier()
     loaded = net()
     fastlora.load_adapter(loaded, folder / "adapter", is_trainable=True)
-    assert_same(trained(loaded), trained(one))
+    assert_same(trainable_parameters(loaded), trainable_parameters(one))
     with pytest.raises(RuntimeError, match="spread over processes"):
         fastlora.load_adapter(other, folder / "adapter")

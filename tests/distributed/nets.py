@@ -60,7 +60,7 @@ def batches(count: int, rows: int = 4, dtype: torch.dtype = torch.float32) -> li
         return [(torch.randn(x).to(dtype), torch.randn(y).to(dtype)) for x, y in shapes]
 
 
-def own(batch: Any) -> Any:
+def rows_of_process(batch: Any) -> Any:
     """This process's rows."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     return tuple(t.chunk(world)[rank] for t in batch)
@@ -81,11 +81,11 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def whole(tensor: Any) -> Tensor:
+def gather(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -96,7 +96,7 @@ def assert_same(got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
         for name in want:
             assert_same(got[name], want[name], tolerance)
         return
-    got, want = whole(got).detach().double(), whole(want).detach().double()
+    got, want = gather(got).detach().double(), gather(want).detach().double()
     assert got.shape == want.shape
     assert want.norm() > 0
     error = ((got - want).norm() / want.norm()).item()
@@ -104,7 +104,7 @@ def assert_same(got: Any, want: Any, tolerance: float = TOLERANCE) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in trained(model).items() if p.grad is not None}
+    return {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
 
 def train(model: nn.Module, data: list[Any], alone: bool = False) -> list[float]:
@@ -112,7 +112,7 @@ def train(model: nn.Module, data: list[Any], alone: bool = False) -> list[float]
     optimizer, losses = optimizer_of(model), []
     for batch in data:
         optimizer.zero_grad()
-        loss = loss_of(model, batch if alone else own(batch))
+        loss = loss_of(model, batch if alone else rows_of_process(batch))
         loss.backward()
         optimizer.step()
         losses.append(loss.item() if alone else mean_over_processes(loss))

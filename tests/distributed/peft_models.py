@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora.integrations.peft import linear as peft_linear
-from tests.distributed.nets import Net, assert_same, batches, train, trained
+from tests.distributed.nets import Net, assert_same, batches, train, trainable_parameters
 from tests.support.patched import filled
 
 
@@ -50,7 +50,7 @@ def data_parallel(_: Path) -> None:
     with Counted() as layers:
         assert train(DistributedDataParallel(other), data) == pytest.approx(want, rel=1e-5)
     assert layers.count == 3 * _linears(one)
-    assert_same(trained(other), trained(one))
+    assert_same(trainable_parameters(other), trainable_parameters(one))
 
 
 def fully_sharded(_: Path) -> None:
@@ -63,7 +63,7 @@ def fully_sharded(_: Path) -> None:
     with Counted() as layers:
         assert train(other, data) == pytest.approx(want, rel=1e-5)
     assert layers.count == 3 * _linears(one)
-    assert_same(trained(other), trained(one))
+    assert_same(trainable_parameters(other), trainable_parameters(one))
 
 
 def patched_when_sharded(_: Path) -> None:

@@ -230,7 +230,7 @@ def two_dimensions(_: Path) -> None:
         assert_same(gradients(other.up), gradients(one.up))
 
 
-def dropout_of_whole_rows_is_one_process_s(_: Path) -> None:
+def dropout_of_whole_rows_matches_one_process(_: Path) -> None:
     one = pair(lora_dropout=0.5)
     one.down.lora_dropout = 0.0
     other, (x, dy) = parallelized(one, classic()), data()
@@ -247,7 +247,7 @@ def dropout_of_whole_rows_is_one_process_s(_: Path) -> None:
         other.zero_grad()
 
 
-def dropout_of_parts_is_each_one_s_own(_: Path) -> None:
+def dropout_of_parts_differs_by_process(_: Path) -> None:
     """A layer that returns dropout(x): y is the mask, and dx must be the same one."""
     layer = FastLoRALinear(64, 64, r=64, lora_alpha=64, lora_dropout=0.5, bias=False)
     with torch.no_grad():

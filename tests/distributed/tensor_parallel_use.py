@@ -70,7 +70,7 @@ def base_alone(_: Path) -> None:
         assert_same(other(x), one(x))
 
 
-def styles_leave_frozen_what_is(_: Path) -> None:
+def styles_keep_frozen_parameters_frozen(_: Path) -> None:
     other = parallel.parallelize_module(pair(), mesh(), classic())
     for name, parameter in other.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)

@@ -1,4 +1,4 @@
-"""Several processes train as one would: the checks of tests/distributed, two processes for all."""
+"""Several processes train as one process would."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def outcomes(
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_two_processes(check: str, outcomes: dict[str, str]) -> None:
+def test_check_passes_in_two_processes(check: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[check], outcomes[check]
 
 
 @pytest.mark.full  # two processes show the same
-def test_four_processes(tmp_path: Path) -> None:
+def test_mesh_check_passes_in_four_processes(tmp_path: Path) -> None:
     check = "both.same_as_one_process"
     why_not = launch.outcomes([check], tmp_path, SECONDS, world=4)[check]
     assert not why_not, why_not
 
 
-def test_what_fails_is_said_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_launch_reports_failed_check_and_runs_others(tmp_path: Path) -> None:
     said = launch.outcomes(["launch.fails", "launch.passes"], tmp_path, SECONDS, world=1)
     assert "process 0: Traceback" in said["launch.fails"]
     assert "on purpose" in said["launch.fails"]

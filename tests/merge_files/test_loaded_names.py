@@ -1,4 +1,4 @@
-"""What transformers' table makes of a checkpoint's names, beside what transformers itself loads."""
+"""look_up_names finds the same tensors as transformers does when it loads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def nomic_bert() -> nn.Module:
 
 
 @pytest.mark.parametrize("build", [llava, qwen2_5_vl, dinov3, nomic_bert])
-def test_every_tensor_is_found_where_transformers_puts_it(tmp_path, build: Callable[[], nn.Module]):
+def test_look_up_names_agrees_with_transformers(tmp_path, build: Callable[[], nn.Module]):
     """Of files as it saves them, and of files with the model's own names."""
     model = randomised(build())
     model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
@@ -65,7 +65,7 @@ def test_every_tensor_is_found_where_transformers_puts_it(tmp_path, build: Calla
     assert "nothing.of.it.weight" not in look_up_names(model, ["nothing.of.it.weight"]).names
 
 
-def test_a_transformers_without_the_table(monkeypatch):
+def test_look_up_names_raises_without_renaming_table(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     with pytest.raises(LookupError, match="renamings cannot be read"):
         look_up_names(nn.Linear(2, 2), ["weight"])

@@ -1,4 +1,4 @@
-"""What merging a model's files takes of memory: a process of its own is watched."""
+"""Merging a model's files takes the memory of a few tensors, measured in another process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ print(memory("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_that_of_a_tensor_or_two(tmp_path):
+def test_merge_memory_stays_below_three_tensors(tmp_path):
     """128 MiB in four files of four tensors of 8: less than three of them, where a file has 32."""
     base, config = tmp_path / "base", {"r": 2, "target_modules": ["l"], "peft_type": "LORA"}
     base.mkdir()

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights in its folder when it is merged."""
+"""Merging copies the other files of a model's folder, and says what it leaves out."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ LEFT = {
 
 
 @pytest.fixture
-def at(tmp_path) -> Path:
+def base_and_adapter(tmp_path) -> Path:
     """A base in one file amid all of that, and an adapter of a few layers."""
     base = save_base(tmp_path / "base", size="1GB")
     same = {f"{Q}.weight": tensors(base)[f"{Q}.weight"]}
@@ -77,13 +77,13 @@ def at(tmp_path) -> Path:
     return tmp_path
 
 
-def test_everything_else_goes_along(at):
+def test_merge_copies_all_other_files_unchanged(base_and_adapter):
     """To the byte, whatever it is; what would be loaded instead of the merged model does not."""
-    before = contents(at / "base")
+    before = contents(base_and_adapter / "base")
     with pytest.warns(UserWarning, match="of the base") as said:
-        merge(at)
-    after = contents(at / "out")
-    assert contents(at / "base") == before
+        merge(base_and_adapter)
+    after = contents(base_and_adapter / "out")
+    assert contents(base_and_adapter / "base") == before
     assert after.keys() == before.keys() - LEFT.keys() - {".cache/lock"}
     assert [name for name in after if after[name] != before[name]] == [SINGLE]
     left, copied = sorted(str(warning.message) for warning in said)
@@ -92,38 +92,38 @@ def test_everything_else_goes_along(at):
     assert copied.endswith(f"without the adapters: {', '.join(EXPORTS)}")
 
 
-def test_the_command_says_so(at, capsys, monkeypatch):
-    monkeypatch.chdir(at)
+def test_merge_command_lists_copied_and_omitted_files(base_and_adapter, capsys, monkeypatch):
+    monkeypatch.chdir(base_and_adapter)
     assert cli.main(["merge", "base", "adapter", "--out", "out", "--report", "said.json"]) == 0
     out = capsys.readouterr().out
     assert f"copied as they are: {', '.join(WEIGHTS)}" in out
     assert f"note: {len(LEFT)} files of the base were left out: adapter_config.json: an" in out
-    values = json.loads((at / "said.json").read_text())
+    values = json.loads((base_and_adapter / "said.json").read_text())
     assert values["files left out"].keys() == LEFT.keys()
     assert values["weights copied as they are"] == WEIGHTS + EXPORTS
 
 
-def test_links(at):
+def test_merge_copies_targets_of_links(base_and_adapter):
     """As Hugging Face's cache has them: files of blobs. Folders too; links to nothing are told."""
-    base, blobs = at / "base", at / "blobs"
+    base, blobs = base_and_adapter / "base", base_and_adapter / "blobs"
     blobs.mkdir()
     for name in (SINGLE, CONFIG, "2_Dense/model.safetensors"):
         (base / name).rename(blobs / name.replace("/", "_"))
         (base / name).symlink_to(
             os.path.relpath(blobs / name.replace("/", "_"), (base / name).parent)
         )
-    (at / "elsewhere").mkdir()
-    (at / "elsewhere" / "weights.bin").write_text("elsewhere")
-    (base / "linked").symlink_to(at / "elsewhere")
-    (base / "2_Dense" / "again").symlink_to(at / "elsewhere")
-    (base / "gone").symlink_to(at / "nowhere")
+    (base_and_adapter / "elsewhere").mkdir()
+    (base_and_adapter / "elsewhere" / "weights.bin").write_text("elsewhere")
+    (base / "linked").symlink_to(base_and_adapter / "elsewhere")
+    (base / "2_Dense" / "again").symlink_to(base_and_adapter / "elsewhere")
+    (base / "gone").symlink_to(base_and_adapter / "nowhere")
     os.mkfifo(base / "pipe")
     with pytest.warns(UserWarning, match="gone: a link to nothing; .*pipe: no file"):
-        merge(at)
-    out = contents(at / "out")
+        merge(base_and_adapter)
+    out = contents(base_and_adapter / "out")
     assert out["linked/weights.bin"] == out["2_Dense/again/weights.bin"] == b"elsewhere"
     assert out["2_Dense/model.safetensors"] == (blobs / "2_Dense_model.safetensors").read_bytes()
-    assert not any(path.is_symlink() for path in (at / "out").rglob("*"))
+    assert not any(path.is_symlink() for path in (base_and_adapter / "out").rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -135,21 +135,27 @@ def test_links(at):
         ("beside", "../results", "out: expected a folder outside of base, .*beside leads to"),
     ],
 )
-def test_links_that_have_no_end(at, link, to, says):
-    (at / "results").mkdir()
-    (at / "base" / link).symlink_to(to)
+def test_merge_refuses_circular_links_and_links_to_output(base_and_adapter, link, to, says):
+    (base_and_adapter / "results").mkdir()
+    (base_and_adapter / "base" / link).symlink_to(to)
     with pytest.raises(ValueError, match=says):
-        merge_folder(at / "base", at / "adapter", at / "results" / "out")
-    assert not (at / "results" / "out").exists()
+        merge_folder(
+            base_and_adapter / "base",
+            base_and_adapter / "adapter",
+            base_and_adapter / "results" / "out",
+        )
+    assert not (base_and_adapter / "results" / "out").exists()
 
 
-def test_stopped_anywhere_the_rest_is_copied_too(at, monkeypatch):
+def test_merge_stopped_anywhere_resumes_copying_other_files(base_and_adapter, monkeypatch):
     """By an error at every rename in turn; what was whole and is large is not written again."""
     monkeypatch.setattr(durable, "CHUNK", 64)
     for name in (*MODULES, *EXPORTS, *WEIGHTS[:-2], *LEFT):
-        (at / "base" / name).unlink()
-    (at / "base" / "vae" / "d.h5").write_bytes(os.urandom(1000))
-    merge_folder(at / "base", at / "adapter", at / "whole")
+        (base_and_adapter / "base" / name).unlink()
+    (base_and_adapter / "base" / "vae" / "d.h5").write_bytes(os.urandom(1000))
+    merge_folder(
+        base_and_adapter / "base", base_and_adapter / "adapter", base_and_adapter / "whole"
+    )
     replace, moments, kept = os.replace, 0, 0
 
     def stopping(after: int):
@@ -163,24 +169,27 @@ def test_stopped_anywhere_the_rest_is_copied_too(at, monkeypatch):
         return stop
 
     while True:
-        out = at / f"out{moments}"
+        out = base_and_adapter / f"out{moments}"
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", stopping(moments))
             try:
-                merge_folder(at / "base", at / "adapter", out)
+                merge_folder(base_and_adapter / "base", base_and_adapter / "adapter", out)
                 break
             except KeyboardInterrupt:
                 assert not (out / CONFIG).exists()
-        kept += "vae/d.h5" in merge_folder(at / "base", at / "adapter", out).kept
-        assert contents(out) == contents(at / "whole")
+        kept += (
+            "vae/d.h5"
+            in merge_folder(base_and_adapter / "base", base_and_adapter / "adapter", out).kept
+        )
+        assert contents(out) == contents(base_and_adapter / "whole")
         moments += 1
     assert moments > 8
     assert 0 < kept < moments
 
 
-def test_another_file_that_changes(at, monkeypatch):
+def test_merge_notices_other_file_that_changes(base_and_adapter, monkeypatch):
     """While it is copied, or before the merge is resumed."""
-    write, large = durable.write, at / "base" / "vae" / "d.h5"
+    write, large = durable.write, base_and_adapter / "base" / "vae" / "d.h5"
 
     def change(path: Path, chunks: object) -> durable.Written:
         written = write(path, chunks)  # pyright: ignore[reportArgumentType]
@@ -191,8 +200,8 @@ def test_another_file_that_changes(at, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(durable, "write", change)
         with pytest.raises(RuntimeError, match=r"d\.h5 was changed meanwhile"):
-            merge(at)
-    assert (at / "out" / JOURNAL).exists()
-    assert not (at / "out" / CONFIG).exists()
+            merge(base_and_adapter)
+    assert (base_and_adapter / "out" / JOURNAL).exists()
+    assert not (base_and_adapter / "out" / CONFIG).exists()
     with pytest.raises(FileExistsError, match=r"another kind .*base"):
-        merge(at)
+        merge(base_and_adapter)

@@ -1,4 +1,4 @@
-"""What is not merged into a model's files: refused by name, and nothing is left behind."""
+"""Merging refuses bad input by name and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -171,30 +171,34 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_refused_by_name(at, what):
+def test_merge_refuses_bad_input_by_name(base_and_adapter, what):
     spoil, says = BAD[what]
-    spoil(at)
-    before = contents(at)
+    spoil(base_and_adapter)
+    before = contents(base_and_adapter)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        merge(at)
-    assert contents(at) == before
-    assert not (at / "out").exists()
+        merge(base_and_adapter)
+    assert contents(base_and_adapter) == before
+    assert not (base_and_adapter / "out").exists()
 
 
-def test_bad_arguments(at):
+def test_merge_checkpoint_refuses_bad_arguments(base_and_adapter):
     with pytest.raises(
         ValueError, match=r"dtype: expected one of torch.float64, .* got torch\.int8"
     ):
-        merge(at, dtype=torch.int8)
+        merge(base_and_adapter, dtype=torch.int8)
     with pytest.raises(ValueError, match="adapters: expected one or more, got none"):
-        fastlora.merge_checkpoint(at / "base", [], at / "out")
+        fastlora.merge_checkpoint(base_and_adapter / "base", [], base_and_adapter / "out")
     with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
-        merge(at, ("adapter", float("nan")))
+        merge(base_and_adapter, ("adapter", float("nan")))
     with pytest.raises(ValueError, match="expected a finite scaling"):
-        merge(at, ("adapter", 1.5e308))
+        merge(base_and_adapter, ("adapter", 1.5e308))
     with pytest.raises(ValueError, match="out: expected a folder outside of base"):
-        fastlora.merge_checkpoint(at / "base", at / "adapter", at / "base" / "merged")
-    assert sorted(p.name for p in at.iterdir()) == ["adapter", "base"]
+        fastlora.merge_checkpoint(
+            base_and_adapter / "base",
+            base_and_adapter / "adapter",
+            base_and_adapter / "base" / "merged",
+        )
+    assert sorted(p.name for p in base_and_adapter.iterdir()) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize(
@@ -206,14 +210,14 @@ def test_bad_arguments(at):
         ([], ValueError, "adapters: expected one or more"),
     ],
 )
-def test_adapters_of_another_form(at, adapters, error, says):
+def test_merge_checkpoint_refuses_adapters_of_wrong_type(base_and_adapter, adapters, error, says):
     with pytest.raises(error, match=says):
-        fastlora.merge_checkpoint(at / "base", adapters, at / "out")
-    assert not (at / "out").exists()
+        fastlora.merge_checkpoint(base_and_adapter / "base", adapters, base_and_adapter / "out")
+    assert not (base_and_adapter / "out").exists()
 
 
 @pytest.mark.parametrize("weight, others", [(0.5, ()), (1.0, ("plain",))])
-def test_trained_biases_have_no_sum(tmp_path, weight, others):
+def test_merge_refuses_to_sum_trained_biases(tmp_path, weight, others):
     save_base(tmp_path / "base", bert())
     save_adapter(tmp_path / "adapter", bert(), target_modules=["query"], bias="all")
     save_adapter(tmp_path / "plain", bert(), target_modules=["query"])
@@ -224,7 +228,7 @@ def test_trained_biases_have_no_sum(tmp_path, weight, others):
 
 
 @pytest.mark.parametrize("what", ["merged", "converted", "bias"])
-def test_numbers_too_large_for_the_dtype(tmp_path, what):
+def test_merge_refuses_numbers_too_large_for_dtype(tmp_path, what):
     """Found when the tensor's turn comes; nothing that loads is left."""
     base = save_base(tmp_path / "base", llama(attention_bias=True), "1GB")
     save_adapter(tmp_path / "adapter", llama(attention_bias=True), target_modules=["q_proj"])
@@ -240,8 +244,8 @@ def test_numbers_too_large_for_the_dtype(tmp_path, what):
     assert not list((tmp_path / "out").glob("*.safetensors*"))
 
 
-def test_a_base_that_changes_meanwhile_is_noticed(at, monkeypatch):
-    merged, path = run._merge_tensor, one_file(at)
+def test_merge_notices_base_that_changes_meanwhile(base_and_adapter, monkeypatch):
+    merged, path = run._merge_tensor, one_file(base_and_adapter)
 
     def change(*args: Any) -> Tensor:
         os.utime(path, ns=(1, 1))
@@ -249,5 +253,5 @@ def test_a_base_that_changes_meanwhile_is_noticed(at, monkeypatch):
 
     monkeypatch.setattr(run, "_merge_tensor", change)
     with pytest.raises(RuntimeError, match="was changed meanwhile"):
-        merge(at)
-    assert not (at / "out" / path.name).exists()
+        merge(base_and_adapter)
+    assert not (base_and_adapter / "out" / path.name).exists()

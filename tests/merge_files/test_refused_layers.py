@@ -1,4 +1,4 @@
-"""Layers that are not merged into files: names that fit twice or nowhere, layers never called."""
+"""Merging refuses layers whose names fit twice or nowhere, and layers never called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.readers import wavlm
 pytestmark = quiet
 
 
-def test_names_that_fit_two_towers_are_refused(tmp_path):
+def test_merge_refuses_names_that_fit_two_towers(tmp_path):
     base = save_base(tmp_path / "base", size="1GB")
     edit_tensors(
         base / SINGLE, lambda t: {f"{p}.{n}": v.clone() for n, v in t.items() for p in "ab"}
@@ -39,7 +39,7 @@ def test_names_that_fit_two_towers_are_refused(tmp_path):
         merge(tmp_path)
 
 
-def test_layers_without_a_counterpart(at):
+def test_merge_refuses_layers_missing_in_the_base(base_and_adapter):
     """Named, and left out where that is asked for."""
 
     def change(t: dict[str, Tensor]) -> None:
@@ -48,21 +48,22 @@ def test_layers_without_a_counterpart(at):
             moved = t.pop(f"{PREFIX}{Q}.lora_{part}.weight")
             t[f"{PREFIX}model.layers.7.self_attn.q_proj.lora_{part}.weight"] = moved
 
-    edit_adapter(at, change)
-    edit_settings(at, target_modules=r".*\d\.\w+\.[a-z]+_proj")
+    edit_adapter(base_and_adapter, change)
+    edit_settings(base_and_adapter, target_modules=r".*\d\.\w+\.[a-z]+_proj")
     with pytest.raises(ValueError) as refused:
-        merge(at)
-    absent = f"1 of its 13 layers are not in {at / 'base'}: model.layers.7.self_attn.q_proj; "
+        merge(base_and_adapter)
+    base = base_and_adapter / "base"
+    absent = f"1 of its 13 layers are not in {base}: model.layers.7.self_attn.q_proj; "
     unfilled = f"2 layers that its file lacks: {Q}, model.layers.1.mlp.up_proj; "
     assert f"{absent}its config names {unfilled}the others" in str(refused.value)
     assert "--allow-partial" in str(refused.value)
-    assert not (at / "out").exists()
+    assert not (base_and_adapter / "out").exists()
     with pytest.warns(UserWarning, match="3 layers were left out: model.layers.7"):
-        found = merge(at, allow_partial=True)
+        found = merge(base_and_adapter, allow_partial=True)
     assert len(found) == 12
 
 
-def test_layers_that_the_model_s_code_never_calls(tmp_path):
+def test_merge_refuses_layers_the_model_never_calls(tmp_path):
     """Merged they would come to work for the first time."""
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     wavlm().save_pretrained(base)
@@ -82,7 +83,7 @@ def test_layers_that_the_model_s_code_never_calls(tmp_path):
     fastlora.merge_checkpoint(base, adapter, tmp_path / "third")
 
 
-def test_a_weight_that_the_model_has_at_several_places_and_the_files_once(tmp_path):
+def test_merge_refuses_weight_shared_by_several_layers(tmp_path):
     transformers = pytest.importorskip("transformers")
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     config = transformers.GroundingDinoConfig(architectures=["GroundingDinoForObjectDetection"])

@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors transformers renames while it loads them, merged by their own names."""
+"""Merging into checkpoints whose tensors transformers renames while loading."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ HUB: dict[Callable[[], nn.Module], tuple[str, str]] = {
 def save(at: Path, build: Callable[[], nn.Module], **options: Any) -> Any:
     """The base with the hub's names, an adapter of every linear; PEFT's model, unmerged."""
     save_base(at / "base", randomised(build()), "1GB")
-    edit_tensors(at / "base" / SINGLE, lambda t: {hub(name): t[name] for name in t})
+    edit_tensors(at / "base" / SINGLE, lambda t: {hub_name(name): t[name] for name in t})
     return save_adapter(at / "adapter", randomised(build()), 0.3, **options)
 
 
-def hub(name: str) -> str:
+def hub_name(name: str) -> str:
     """transformers 5 leaves a part of the tower's names out when it saves a model it has made."""
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
@@ -55,17 +55,17 @@ def load(folder: Path) -> Any:
     return transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
 
 
-def old(name: str) -> str:
+def old_name(name: str) -> str:
     """An adapter's name of before 4.52, when PEFT saw the modules as the hub's files have them."""
     name = name.removeprefix(PREFIX)
     name = name.replace("model.language_model.", "language_model.model.")
-    return PREFIX + hub(name.replace("model.vision_tower.", "vision_tower.")).replace(
+    return PREFIX + hub_name(name.replace("model.vision_tower.", "vision_tower.")).replace(
         "model.multi_modal_projector.", "multi_modal_projector."
     )
 
 
 @pytest.mark.parametrize("build", HUB, ids=lambda build: build.__name__)
-def test_the_model_sees_what_the_adapter_saw(tmp_path, build):
+def test_merged_renamed_checkpoint_matches_peft(tmp_path, build):
     """Both towers of it, whose names in files stay those that every reader of the base knows."""
     theirs = save(tmp_path, build)
     before = tensors(tmp_path / "base")
@@ -87,9 +87,9 @@ def test_the_model_sees_what_the_adapter_saw(tmp_path, build):
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["base of the hub", "base with new names"])
-def test_an_adapter_with_old_names(tmp_path, new):
+def test_merge_accepts_adapter_with_old_names(tmp_path, new):
     theirs = save(tmp_path, llava)
-    edit_adapter(tmp_path, lambda t: {old(name): t[name] for name in t})
+    edit_adapter(tmp_path, lambda t: {old_name(name): t[name] for name in t})
     if new:
         state = randomised(llava()).state_dict()
         save_file(state, tmp_path / "base" / SINGLE, metadata={"format": "pt"})
@@ -98,7 +98,7 @@ def test_an_adapter_with_old_names(tmp_path, new):
     assert_agree(seen(load(tmp_path / "out")), seen(theirs), base)
 
 
-def test_an_output_layer(tmp_path):
+def test_merge_renames_output_layer_of_adapter(tmp_path):
     """Its own name changes too, and PEFT saves a copy of its weight along."""
     theirs = save(tmp_path, llava, target_modules=["lm_head", "v_proj"])
     base = seen(load(tmp_path / "base"))
@@ -106,7 +106,7 @@ def test_an_output_layer(tmp_path):
     assert_agree(seen(load(tmp_path / "out")), seen(theirs), base)
 
 
-def test_what_a_renaming_does_not_explain(tmp_path):
+def test_merge_refuses_layers_no_renaming_explains(tmp_path):
     """Named by kind and number; what is asked for is left out and nothing else."""
     save(tmp_path, llava)
 
@@ -129,7 +129,7 @@ def test_what_a_renaming_does_not_explain(tmp_path):
         assert len(merge(tmp_path, allow_partial=True)) == 10
 
 
-def test_two_weights_for_one_layer(tmp_path):
+def test_merge_refuses_two_weights_for_one_layer(tmp_path):
     """Which of the two transformers takes depends on their order."""
     save(tmp_path, llava)
     name = "language_model.model.layers.1.mlp.up_proj.weight"
@@ -140,7 +140,7 @@ def test_two_weights_for_one_layer(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_name_that_fits_two_layers(tmp_path):
+def test_merge_refuses_name_that_fits_two_layers(tmp_path):
     """As it stands one of the files' tensors, as the model's another."""
     save(tmp_path, llava, target_modules=r".*language_model.layers.1.mlp.up_proj")
     name = "language_model.model.layers.1.mlp.up_proj"
@@ -155,7 +155,7 @@ def test_a_name_that_fits_two_layers(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_computed_while_loading(tmp_path):
+def test_merge_refuses_weights_computed_while_loading(tmp_path):
     """Files with q, k and v in one tensor, a model with three: refused, partly too."""
     config = transformers.NomicBertConfig(
         vocab_size=32,
@@ -175,7 +175,7 @@ def test_weights_that_are_computed_while_loading(tmp_path):
 
 
 @pytest.mark.parametrize("partial", [False, True])
-def test_without_transformers(tmp_path, monkeypatch, partial):
+def test_merge_refuses_renamed_layers_without_transformers(tmp_path, monkeypatch, partial):
     """What it would know is not guessed: half a model is not offered."""
     save(tmp_path, llava)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -194,14 +194,14 @@ def test_without_transformers(tmp_path, monkeypatch, partial):
         ({"model_type": "unheard-of"}, "cannot build LlavaForConditionalGeneration"),
     ],
 )
-def test_models_that_transformers_does_not_know(tmp_path, changes, says):
+def test_merge_refuses_renamed_layers_of_unknown_models(tmp_path, changes, says):
     save(tmp_path, llava)
     edit_json(tmp_path / "base" / CONFIG, **changes)
     with pytest.raises(ValueError, match=says):
         merge(tmp_path)
 
 
-def test_names_that_fit_need_no_transformers(tmp_path, monkeypatch):
+def test_merge_of_matching_names_needs_no_transformers(tmp_path, monkeypatch):
     save_base(tmp_path / "base")
     save_adapter(tmp_path / "adapter", llama())
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -210,10 +210,10 @@ def test_names_that_fit_need_no_transformers(tmp_path, monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_larger_vocabulary_under_names_that_transformers_changes(tmp_path):
+def test_merge_resizes_vocabulary_under_renamed_tensors(tmp_path):
     """Rows that PEFT saves along go to the files' own names, the size into the text's config."""
     save_base(tmp_path / "base", randomised(llava()), "1GB")
-    edit_tensors(tmp_path / "base" / SINGLE, lambda t: {hub(name): t[name] for name in t})
+    edit_tensors(tmp_path / "base" / SINGLE, lambda t: {hub_name(name): t[name] for name in t})
     model = load(tmp_path / "base")
     model.resize_token_embeddings(70)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

@@ -1,4 +1,4 @@
-"""A merge that is stopped, wherever: what is there is whole, the same call finishes the rest."""
+"""A merge stopped at any moment is finished by the same call, to the same bytes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ pytestmark = [
 FIRST, SECOND = "model-00001-of-00012.safetensors", "model-00002-of-00012.safetensors"
 
 
-def merge(given: Path, out: Path, *, adapter: str = "adapter", weight: float = 1.0, **options: Any):
-    return merge_folder(given / "base", [(given / adapter, weight)], out, **options)
+def merge(
+    merge_folders: Path, out: Path, *, adapter: str = "adapter", weight: float = 1.0, **options: Any
+):
+    return merge_folder(merge_folders / "base", [(merge_folders / adapter, weight)], out, **options)
 
 
 @contextmanager
-def counted(at: Callable[[int, str], None]) -> Iterator[None]:
+def count_moments(at: Callable[[int, str], None]) -> Iterator[None]:
     """Calls ``at`` with 0, 1, 2, … and what is next: a sync, rename, removal or merged weight."""
     count = iter(range(1 << 30))
 
@@ -53,7 +55,7 @@ def counted(at: Callable[[int, str], None]) -> Iterator[None]:
         yield
 
 
-def killed(moment: int, call: Callable[[], Any]) -> bool:
+def is_killed_at(moment: int, call: Callable[[], Any]) -> bool:
     """Whether a fork that makes the call came to the moment at which it was killed, as by -9."""
 
     def kill(n: int, _: str) -> None:
@@ -64,7 +66,7 @@ def killed(moment: int, call: Callable[[], Any]) -> bool:
     if not child:
         code = 1
         try:
-            with counted(kill):
+            with count_moments(kill):
                 call()
             code = 0
         finally:
@@ -74,19 +76,19 @@ def killed(moment: int, call: Callable[[], Any]) -> bool:
     return status == signal.SIGKILL
 
 
-def test_killed_anywhere_it_resumes_to_the_same_bytes(given, tmp_path):
+def test_merge_killed_anywhere_resumes_to_same_bytes(merge_folders, tmp_path):
     """At moments spread over the run, some within a file, and as the last ones are put in place."""
-    whole = contents(given / "whole")
+    whole = contents(merge_folders / "whole")
     moments: dict[int, str] = {}
-    with counted(moments.__setitem__):
-        merge(given, tmp_path / "counted")
+    with count_moments(moments.__setitem__):
+        merge(merge_folders, tmp_path / "counted")
     last = len(moments)
     assert last > 100
     within = [moment for moment, what in moments.items() if what == "apply"]
     assert len(within) == 14
     for moment in sorted({*range(0, last, 11), *within[::4], *range(last - 8, last)}):
         out = tmp_path / str(moment)
-        assert killed(moment, lambda out=out: merge(given, out))
+        assert is_killed_at(moment, lambda out=out: merge(merge_folders, out))
         found = contents(out)
         if CONFIG in found:
             assert found | whole == found
@@ -97,36 +99,36 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(given, tmp_path):
         if found.keys() - {LOCK} == whole.keys():
             # Killed as the notes were gone: all is done, and nothing may be done to it.
             continue
-        merged = merge(given, out)
+        merged = merge(merge_folders, out)
         assert merged.kept == sorted(noted)
         assert contents(out) == whole
         shutil.rmtree(out)
 
 
-def test_killed_again_and_again(given, tmp_path):
+def test_merge_killed_repeatedly_keeps_finished_files(merge_folders, tmp_path):
     """Each run comes a little further than the last; what it kept is not written again."""
     out, kept = tmp_path / "out", {}
     runs = 0
-    while killed(25, lambda: merge(given, out)):
+    while is_killed_at(25, lambda: merge(merge_folders, out)):
         runs += 1
         written = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
         noted = json.loads((out / JOURNAL).read_bytes())["finished"]
         assert all(written[path] == when for path, when in kept.items())
         kept = {path: when for path, when in written.items() if path.name in noted}
     assert runs > 3
-    assert contents(out) == contents(given / "whole")
+    assert contents(out) == contents(merge_folders / "whole")
 
 
-def test_the_fidelity_of_a_resumed_merge_is_whole(given, tmp_path):
-    uninterrupted = merge(given, tmp_path / "one").fidelity
-    assert killed(60, lambda: merge(given, tmp_path / "two"))
-    assert merge(given, tmp_path / "two").fidelity == uninterrupted
+def test_resumed_merge_reports_fidelity_of_all_layers(merge_folders, tmp_path):
+    uninterrupted = merge(merge_folders, tmp_path / "one").fidelity
+    assert is_killed_at(60, lambda: merge(merge_folders, tmp_path / "two"))
+    assert merge(merge_folders, tmp_path / "two").fidelity == uninterrupted
 
 
 @pytest.fixture
-def half(given, tmp_path) -> Path:
+def half_merge(merge_folders, tmp_path) -> Path:
     """Where a merge was killed that had finished a few files."""
-    assert killed(60, lambda: merge(given, tmp_path / "half"))
+    assert is_killed_at(60, lambda: merge(merge_folders, tmp_path / "half"))
     finished = json.loads((tmp_path / "half" / JOURNAL).read_bytes())["finished"]
     assert {FIRST, SECOND} <= finished.keys()
     return tmp_path / "half"
@@ -144,21 +146,21 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [truncate, flip, Path.unlink])
-def test_a_file_that_is_not_whole_is_written_again(given, half, spoil):
-    first, second = (next(half.glob(f"*{n}-of-*.safetensors")) for n in ("00001", "00002"))
+def test_resumed_merge_rewrites_damaged_file(merge_folders, half_merge, spoil):
+    first, second = (next(half_merge.glob(f"*{n}-of-*.safetensors")) for n in ("00001", "00002"))
     spoil(first)
-    merged = merge(given, half)
+    merged = merge(merge_folders, half_merge)
     assert first.name not in merged.kept
     assert second.name in merged.kept
-    assert contents(half) == contents(given / "whole")
+    assert contents(half_merge) == contents(merge_folders / "whole")
 
 
-def test_what_was_written_aside_is_not_taken(given, half):
+def test_resumed_merge_does_not_trust_partial_file(merge_folders, half_merge):
     """Though it be as long as the file is to be."""
-    last = max(given.glob("base/*.safetensors"))
-    (half / (last.name + durable.PARTIAL)).write_bytes(last.read_bytes())
-    merge(given, half)
-    assert contents(half) == contents(given / "whole")
+    last = max(merge_folders.glob("base/*.safetensors"))
+    (half_merge / (last.name + durable.PARTIAL)).write_bytes(last.read_bytes())
+    merge(merge_folders, half_merge)
+    assert contents(half_merge) == contents(merge_folders / "whole")
 
 
 @pytest.mark.parametrize(
@@ -169,18 +171,18 @@ def test_what_was_written_aside_is_not_taken(given, half):
         ({"dtype": torch.float32}, "not the same dtype"),
     ],
 )
-def test_another_merge_into_the_folder_is_refused(given, half, change, says):
-    before = contents(half)
+def test_resume_refuses_merge_with_other_settings(merge_folders, half_merge, change, says):
+    before = contents(half_merge)
     with pytest.raises(FileExistsError, match=f"unfinished merge of another kind .{says}"):
-        merge(given, half, **change)
-    assert contents(half) == before
-    merge(given, half)
+        merge(merge_folders, half_merge, **change)
+    assert contents(half_merge) == before
+    merge(merge_folders, half_merge)
 
 
 @pytest.mark.parametrize("file", [FIRST, CONFIG, INDEX, "tokenizer.json"])
-def test_another_base_is_refused(given, half, tmp_path, file):
-    shutil.copytree(given / "base", tmp_path / "base")
-    shutil.copytree(given / "adapter", tmp_path / "adapter")
+def test_resume_refuses_another_base(merge_folders, half_merge, tmp_path, file):
+    shutil.copytree(merge_folders / "base", tmp_path / "base")
+    shutil.copytree(merge_folders / "adapter", tmp_path / "adapter")
     file = (
         next((p.name for p in (tmp_path / "base").glob("*00001-of*")), file)
         if file == FIRST
@@ -188,38 +190,38 @@ def test_another_base_is_refused(given, half, tmp_path, file):
     )
     (tmp_path / "base" / file).touch()
     with pytest.raises(FileExistsError, match="not the same base"):
-        merge(tmp_path, half)
+        merge(tmp_path, half_merge)
 
 
-def test_base_and_adapter_may_have_moved(given, half, tmp_path):
+def test_resume_accepts_moved_base_and_adapter(merge_folders, half_merge, tmp_path):
     """What they are counts, not where."""
-    shutil.copytree(given / "base", tmp_path / "moved" / "base")
-    shutil.copytree(given / "adapter", tmp_path / "moved" / "adapter")
-    assert merge(tmp_path / "moved", half).kept
-    assert contents(half) == contents(given / "whole")
+    shutil.copytree(merge_folders / "base", tmp_path / "moved" / "base")
+    shutil.copytree(merge_folders / "adapter", tmp_path / "moved" / "adapter")
+    assert merge(tmp_path / "moved", half_merge).kept
+    assert contents(half_merge) == contents(merge_folders / "whole")
 
 
-def test_damaged_notes(given, half):
-    (half / JOURNAL).write_text("{")
+def test_resume_refuses_damaged_journal(merge_folders, half_merge):
+    (half_merge / JOURNAL).write_text("{")
     with pytest.raises(FileExistsError, match="is damaged: delete"):
-        merge(given, half)
+        merge(merge_folders, half_merge)
 
 
-def test_one_process_at_a_time(given, half):
-    before = contents(half)
-    with durable.hold_lock(half / LOCK):
+def test_merge_refuses_folder_locked_by_another_process(merge_folders, half_merge):
+    before = contents(half_merge)
+    with durable.hold_lock(half_merge / LOCK):
         with pytest.raises(BlockingIOError, match="another process is merging into"):
-            merge(given, half)
-        assert contents(half) == before
-    merge(given, half)
+            merge(merge_folders, half_merge)
+        assert contents(half_merge) == before
+    merge(merge_folders, half_merge)
 
 
-def test_what_is_written_needs_no_room(given, tmp_path, monkeypatch):
+def test_resume_needs_room_only_for_missing_files(merge_folders, tmp_path, monkeypatch):
     """Whole or aside: the rest must fit, no more."""
-    needed = sum(map(len, contents(given / "whole").values()))
-    assert killed(60, lambda: merge(given, tmp_path / "out"))
+    needed = sum(map(len, contents(merge_folders / "whole").values()))
+    assert is_killed_at(60, lambda: merge(merge_folders, tmp_path / "out"))
     weights = (tmp_path / "out").glob("*.safetensors*")
     left = needed - sum(path.stat().st_size for path in weights)
     assert left < needed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=left))
-    merge(given, tmp_path / "out")
+    merge(merge_folders, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Adapters merged into a model's files: what comes out."""
+"""Merging adapters into the files of a model gives the numbers of PEFT."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_loads_the_adapters_logits(tmp_path, name):
+def test_merged_checkpoint_has_logits_of_peft(tmp_path, name):
     base, ids = save_base(tmp_path / "base"), tokens(2, 7)
     theirs = save_adapter(tmp_path / "adapter", **CASES[name])
     assert load(base).lm_head.weight.dtype == torch.float32
@@ -63,7 +63,7 @@ def test_transformers_loads_the_adapters_logits(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_base(tmp_path, dtype):
+def test_merged_half_precision_base_matches_peft(tmp_path, dtype):
     save_base(tmp_path / "base", llama(dtype=dtype))
     theirs, ids = save_adapter(tmp_path / "adapter", llama(dtype=dtype), 0.2), tokens(2, 7)
     merge(tmp_path)
@@ -71,7 +71,7 @@ def test_a_half_base(tmp_path, dtype):
     assert_agree(logits(load(tmp_path / "out"), ids), logits(theirs, ids), base)
 
 
-def test_biases_of_lora_and_of_the_base(tmp_path):
+def test_merge_includes_lora_bias_and_trained_biases(tmp_path):
     """lora_B's bias onto the layer's; those that PEFT trained take the base's place."""
 
     def build():
@@ -87,7 +87,7 @@ def test_biases_of_lora_and_of_the_base(tmp_path):
     assert changed == {n for n in before if n.endswith(("q_proj.bias", "up_proj.bias"))}
 
 
-def test_all_biases_of_a_bert(tmp_path):
+def test_merge_includes_all_biases_of_bert(tmp_path):
     save_base(tmp_path / "base", bert())
     theirs = save_adapter(tmp_path / "adapter", bert(), target_modules=["query"], bias="all")
     merge(tmp_path)
@@ -97,7 +97,7 @@ def test_all_biases_of_a_bert(tmp_path):
 
 
 @pytest.mark.parametrize("bare", [False, True], ids=["with prefix", "without prefix"])
-def test_weights_stored_transposed(tmp_path, bare):
+def test_merge_handles_transposed_weights_of_gpt2(tmp_path, bare):
     """GPT-2's Conv1D, the square one too, in one file; older checkpoints lack the prefix."""
     base, ids = save_base(tmp_path / "base", gpt2(), "1GB"), tokens(2, 7)
     options = {"target_modules": ["c_attn", "c_proj", "c_fc"]}
@@ -112,14 +112,14 @@ def test_weights_stored_transposed(tmp_path, bare):
     assert not (tmp_path / "out" / INDEX).exists()
 
 
-def test_nothing_else_is_changed(at):
+def test_merge_changes_only_the_adapted_tensors(base_and_adapter):
     """Same files, same headers, same index and config; of the tensors the merged ones alone."""
-    base, out = at / "base", at / "out"
+    base, out = base_and_adapter / "base", base_and_adapter / "out"
     for name in ("pytorch_model.bin", "adapter_config.json", "model.onnx", ".gitattributes"):
         (base / name).write_text("{}")
-    save_adapter(at / "some", target_modules=["q_proj"])
+    save_adapter(base_and_adapter / "some", target_modules=["q_proj"])
     before = contents(base)
-    found = merge(at, "some")
+    found = merge(base_and_adapter, "some")
     assert contents(base) == before
     after = contents(out)
     left = {"pytorch_model.bin", "adapter_config.json", "model.onnx", ".gitattributes"}
@@ -138,7 +138,7 @@ def test_nothing_else_is_changed(at):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_numbers_are_those_of_merge_(tmp_path, dtype):
+def test_merge_sums_adapters_with_bits_of_merge_op(tmp_path, dtype):
     """Several adapters and weights in one sum, rounded once; the fidelity is the measured one."""
     save_base(tmp_path / "base", llama(dtype=dtype))
     save_adapter(tmp_path / "one", lora_alpha=6, r=3)
@@ -166,7 +166,7 @@ def test_the_numbers_are_those_of_merge_(tmp_path, dtype):
         (torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_another_dtype(tmp_path, stored, wanted):
+def test_merge_rounds_once_into_requested_dtype(tmp_path, stored, wanted):
     """One rounding, into the dtype asked for; what is no float stays as it is."""
     base, out = save_base(tmp_path / "base", llama(dtype=stored), "1GB"), tmp_path / "out"
     extra = {"a": torch.arange(3), "b": torch.tensor([True] * 5), "c": torch.zeros(0, 4)}
@@ -195,32 +195,36 @@ def test_another_dtype(tmp_path, stored, wanted):
     assert all(entry.offset % (entry.itemsize or 1) == 0 for entry in shard.tensors.values())
 
 
-def test_sizes_and_dtypes_of_another_dtype(at):
+def test_merge_to_another_dtype_updates_config_and_index(base_and_adapter):
     """transformers loads it so, and the index tells the new size."""
-    config = at / "base" / CONFIG
+    config = base_and_adapter / "base" / CONFIG
     values = json.loads(config.read_text())
     del values["dtype"]
     config.write_text(json.dumps(values))
-    merge(at, dtype=torch.bfloat16)
-    model = load(at / "out", dtype="auto")
+    merge(base_and_adapter, dtype=torch.bfloat16)
+    model = load(base_and_adapter / "out", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    before, after = (json.loads((at / name / INDEX).read_text()) for name in ("base", "out"))
+    before, after = (
+        json.loads((base_and_adapter / name / INDEX).read_text()) for name in ("base", "out")
+    )
     assert after["weight_map"] == before["weight_map"]
-    assert after["metadata"]["total_size"] == sum(t.nbytes for t in tensors(at / "out").values())
+    assert after["metadata"]["total_size"] == sum(
+        t.nbytes for t in tensors(base_and_adapter / "out").values()
+    )
     assert after["metadata"]["total_parameters"] == before["metadata"]["total_parameters"]
 
 
-def test_a_checkpoint_with_a_longer_prefix(at):
-    for path in (at / "base").glob("*.safetensors"):
+def test_merge_accepts_checkpoint_with_longer_prefix(base_and_adapter):
+    for path in (base_and_adapter / "base").glob("*.safetensors"):
         edit_tensors(path, lambda t: {f"language.{name}": t[name] for name in t})
-    index = json.loads((at / "base" / INDEX).read_text())
+    index = json.loads((base_and_adapter / "base" / INDEX).read_text())
     index["weight_map"] = {f"language.{n}": f for n, f in index["weight_map"].items()}
-    (at / "base" / INDEX).write_text(json.dumps(index))
-    assert len(merge(at)) == 14
-    assert f"language.{Q}.weight" in tensors(at / "out")
+    (base_and_adapter / "base" / INDEX).write_text(json.dumps(index))
+    assert len(merge(base_and_adapter)) == 14
+    assert f"language.{Q}.weight" in tensors(base_and_adapter / "out")
 
 
-def test_low_fidelity_is_said(tmp_path):
+def test_merge_warns_of_low_fidelity(tmp_path):
     save_base(tmp_path / "base", llama(dtype=torch.bfloat16))
     save_adapter(tmp_path / "adapter", std=0.001)
     with pytest.warns(
@@ -234,48 +238,49 @@ def test_low_fidelity_is_said(tmp_path):
     assert given.warning() is None
 
 
-def test_an_adapter_of_any_float_dtype(at):
+def test_merge_accepts_adapter_of_any_float_dtype(base_and_adapter):
     edit_tensors(
-        at / "adapter" / "adapter_model.safetensors", lambda t: {n: t[n].bfloat16() for n in t}
+        base_and_adapter / "adapter" / "adapter_model.safetensors",
+        lambda t: {n: t[n].bfloat16() for n in t},
     )
-    assert len(merge(at)) == 14
+    assert len(merge(base_and_adapter)) == 14
 
 
-def test_nan_of_the_base_stays(at):
-    file = json.loads((at / "base" / INDEX).read_text())["weight_map"][f"{Q}.weight"]
+def test_merge_keeps_nan_of_the_base(base_and_adapter):
+    file = json.loads((base_and_adapter / "base" / INDEX).read_text())["weight_map"][f"{Q}.weight"]
 
     def spoil(t: dict[str, Tensor]) -> None:
         t[f"{Q}.weight"][3, 5] = float("nan")
 
-    edit_tensors(at / "base" / file, spoil)
-    found = merge(at)
-    after = tensors(at / "out")[f"{Q}.weight"]
+    edit_tensors(base_and_adapter / "base" / file, spoil)
+    found = merge(base_and_adapter)
+    after = tensors(base_and_adapter / "out")[f"{Q}.weight"]
     assert after.isnan().nonzero().tolist() == [[3, 5]]
     assert found[Q].gain == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("said", [False, None])
-def test_an_output_layer_of_its_own_is_merged(at, said):
+def test_merge_changes_output_layer_that_is_not_tied(base_and_adapter, said):
     """Whether or not the config says so, if its numbers are not the embedding's."""
-    save_adapter(at / "head", target_modules=["lm_head"])
-    edit_json(at / "base" / CONFIG, tie_word_embeddings=said)
+    save_adapter(base_and_adapter / "head", target_modules=["lm_head"])
+    edit_json(base_and_adapter / "base" / CONFIG, tie_word_embeddings=said)
     if said is None:
-        values = json.loads((at / "base" / CONFIG).read_text())
+        values = json.loads((base_and_adapter / "base" / CONFIG).read_text())
         del values["tie_word_embeddings"]
-        (at / "base" / CONFIG).write_text(json.dumps(values))
-    assert list(merge(at, "head")) == ["lm_head"]
+        (base_and_adapter / "base" / CONFIG).write_text(json.dumps(values))
+    assert list(merge(base_and_adapter, "head")) == ["lm_head"]
 
 
-def test_a_base_that_cannot_be_written(at):
+def test_merge_reads_base_that_is_read_only(base_and_adapter):
     """It is only read: nothing is made beside it, nothing of it is touched."""
-    base = at / "base"
+    base = base_and_adapter / "base"
     for path in [*base.rglob("*"), base]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: path.stat().st_mtime_ns for path in [*base.rglob("*"), base]}
     try:
-        merge(at)
+        merge(base_and_adapter)
         assert {path: path.stat().st_mtime_ns for path in [*base.rglob("*"), base]} == before
-        assert all(os.access(path, os.W_OK) for path in (at / "out").rglob("*"))
+        assert all(os.access(path, os.W_OK) for path in (base_and_adapter / "out").rglob("*"))
     finally:
         for path in [base, *base.rglob("*")]:
             path.chmod(0o755)

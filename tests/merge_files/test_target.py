@@ -1,4 +1,4 @@
-"""Where a merge writes: folders that are there, other processes, full disks, limits."""
+"""Merging into existing folders, full disks and folders that other processes use."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ pytestmark = [
 ]
 
 
-def merge(given: Path, out: Path, *, adapter: str = "adapter", weight: float = 1.0, **options: Any):
-    return merge_folder(given / "base", [(given / adapter, weight)], out, **options)
+def merge(
+    merge_folders: Path, out: Path, *, adapter: str = "adapter", weight: float = 1.0, **options: Any
+):
+    return merge_folder(merge_folders / "base", [(merge_folders / adapter, weight)], out, **options)
 
 
 @pytest.mark.parametrize("what", ["merged", "strange", "file", "dangling"])
-def test_a_folder_that_exists_is_refused(given, tmp_path, what):
+def test_merge_refuses_output_path_that_exists(merge_folders, tmp_path, what):
     out = tmp_path / "out"
     if what == "merged":
-        merge(given, out)
+        merge(merge_folders, out)
     elif what == "strange":
         out.mkdir()
         (out / "thesis.tex").write_text("…")
@@ -41,44 +43,44 @@ def test_a_folder_that_exists_is_refused(given, tmp_path, what):
         out.symlink_to(tmp_path / "nowhere")
     before = contents(tmp_path)
     with pytest.raises(FileExistsError, match="out: expected a new folder"):
-        merge(given, out)
+        merge(merge_folders, out)
     assert contents(tmp_path) == before
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_an_empty_folder_will_do(given, tmp_path):
+def test_merge_accepts_empty_output_folder(merge_folders, tmp_path):
     """As a run leaves it that is killed at once."""
     (tmp_path / "out").mkdir()
-    merge(given, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(given / "whole")
+    merge(merge_folders, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(merge_folders / "whole")
 
 
-def test_a_folder_that_cannot_be_made(given, tmp_path):
+def test_merge_refuses_output_folder_it_cannot_make(merge_folders, tmp_path):
     (tmp_path / "file").write_text("…")
     with pytest.raises(OSError, match=r"out: .*file/out cannot be made: Not a directory"):
-        merge(given, tmp_path / "file" / "out")
+        merge(merge_folders, tmp_path / "file" / "out")
 
 
-def test_a_folder_that_was_finished_while_one_waited(given, tmp_path, monkeypatch):
+def test_merge_refuses_folder_finished_by_another_process(merge_folders, tmp_path, monkeypatch):
     """Seen unfinished, found finished: it is left as it is, without a lock file."""
-    merge(given, tmp_path / "out")
+    merge(merge_folders, tmp_path / "out")
     monkeypatch.setattr(journal.os.path, "lexists", lambda path: False)
     with pytest.raises(FileExistsError, match="holds a model already"):
-        merge(given, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(given / "whole")
+        merge(merge_folders, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(merge_folders / "whole")
 
 
-def test_no_room_is_said_before_anything_is_written(given, tmp_path, monkeypatch):
+def test_merge_refuses_full_disk_before_writing(merge_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
     with pytest.raises(
         OSError, match=r"out: .* needs \d+,\d+ bytes, 30,000 are free at"
     ) as refused:
-        merge(given, tmp_path / "some" / "out")
+        merge(merge_folders, tmp_path / "some" / "out")
     assert refused.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing_half(given, tmp_path, monkeypatch):
+def test_merge_resumes_after_the_disk_was_full(merge_folders, tmp_path, monkeypatch):
     """As the sixth file comes; with room again the same call goes on."""
     out, count, fsync = tmp_path / "out", iter(range(1 << 30)), os.fsync
 
@@ -90,28 +92,28 @@ def test_a_full_disk_leaves_nothing_half(given, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match=r"no room to write it \(No space left"):
-            merge(given, out)
+            merge(merge_folders, out)
     assert not list(out.glob("*" + durable.PARTIAL))
     assert not (out / CONFIG).exists()
-    assert merge(given, out).kept
-    assert contents(out) == contents(given / "whole")
+    assert merge(merge_folders, out).kept
+    assert contents(out) == contents(merge_folders / "whole")
 
 
-def test_a_limit_of_file_sizes(given, tmp_path):
+def test_merge_resumes_after_file_size_limit(merge_folders, tmp_path):
     """A real error of a real write: within a tensor, not between."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
         with pytest.raises(OSError, match=r"safetensors: no room to write it \(File too large\)"):
-            merge(given, tmp_path / "out")
+            merge(merge_folders, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "out").glob("*" + durable.PARTIAL))
-    merge(given, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(given / "whole")
+    merge(merge_folders, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(merge_folders / "whole")
 
 
-def test_another_error_while_writing_is_passed_on(tmp_path):
+def test_durable_write_passes_errors_on_unchanged(tmp_path):
     def chunks() -> Iterator[bytes]:
         yield b"half"
         raise KeyError("x")
@@ -122,7 +124,7 @@ def test_another_error_while_writing_is_passed_on(tmp_path):
     assert contents(tmp_path) == {"file": b"before"}
 
 
-def test_reading_past_the_end_is_noticed(tmp_path):
+def test_read_chunks_raises_past_end_of_file(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     assert b"".join(durable.read_chunks(tmp_path / "file", 1, 3)) == b"234"
     with pytest.raises(RuntimeError, match="it ends 2 bytes early"):

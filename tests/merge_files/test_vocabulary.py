@@ -1,4 +1,4 @@
-"""Embeddings that adapters bring along, merged into a checkpoint's files as PEFT merges them."""
+"""Merging embeddings saved along with adapters, as PEFT merges them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def merged_by_peft(at, base) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [LARGER, pytest.param(VOCABULARY - 7, marks=pytest.mark.full)])
-def test_a_resized_vocabulary_is_merged_as_peft_merges_it(tmp_path, tied, size):
+def test_merge_of_resized_vocabulary_matches_peft(tmp_path, tied, size):
     at = tmp_path
     theirs = save_resized(at, size, tied=tied)
     merged_by_peft(at, resized(at / "base", size, seed=1))
@@ -73,7 +73,7 @@ def test_a_resized_vocabulary_is_merged_as_peft_merges_it(tmp_path, tied, size):
     assert_agree(logits(load(at / "out"), ids(size)), logits(theirs, ids(size)))
 
 
-def test_in_another_dtype_and_on_the_command_line(tmp_path, capsys):
+def test_merge_command_converts_resized_vocabulary(tmp_path, capsys):
     at = tmp_path
     theirs = save_resized(at, LARGER)
     given = [str(at / "base"), str(at / "adapter"), "--out", str(at / "out"), "--dtype", "bf16"]
@@ -86,7 +86,7 @@ def test_in_another_dtype_and_on_the_command_line(tmp_path, capsys):
     assert load(at / "out").dtype == torch.bfloat16
 
 
-def test_a_base_that_was_saved_resized_gets_the_adapters_rows(tmp_path):
+def test_merge_takes_adapter_rows_for_resized_base(tmp_path):
     """Its last rows were drawn anew; an output layer with LoRA has its own merged on top."""
     at = tmp_path
     theirs = save_resized(at, LARGER, target_modules=["q_proj", "lm_head"])
@@ -100,7 +100,7 @@ def test_a_base_that_was_saved_resized_gets_the_adapters_rows(tmp_path):
     assert_agree(logits(load(at / "out"), ids(LARGER)), logits(theirs, ids(LARGER)))
 
 
-def test_an_output_layer_that_is_not_tied_though_the_config_says_so(tmp_path):
+def test_merge_unties_output_layer_against_the_config(tmp_path):
     """transformers 5 ties what is the same, and PEFT writes what the merged model is."""
     at = tmp_path
     save_base(at / "base", size="1GB")
@@ -119,7 +119,7 @@ def test_an_output_layer_that_is_not_tied_though_the_config_says_so(tmp_path):
     assert written["tie_word_embeddings"] is True  # T5 and its kind scale by it
 
 
-def test_other_names_and_biases(tmp_path):
+def test_merge_resizes_vocabulary_of_gpt2_and_bert(tmp_path):
     at, model = tmp_path, gpt2(tie_word_embeddings=False)
     save_base(at / "base", model)
     model.resize_token_embeddings(LARGER, mean_resizing=False)
@@ -137,7 +137,7 @@ def test_other_names_and_biases(tmp_path):
     assert tensors(at / "bert" / "out").keys() == tensors(at / "bert" / "base").keys()
 
 
-def along(at, *, tied: bool = False) -> None:
+def save_with_embeddings(at, *, tied: bool = False) -> None:
     """A base, and two adapters with both embeddings along."""
     save_base(at / "base", llama(tie_word_embeddings=tied))
     for name, target in (("adapter", "q_proj"), ("other", "v_proj")):
@@ -149,9 +149,9 @@ def move(name: str, rows: slice | int):
     return lambda t: t[f"{PREFIX}{name}"][rows].add_(1.0)
 
 
-def test_trained_rows_are_merged_and_told(tmp_path):
+def test_merge_takes_trained_rows_and_warns(tmp_path):
     at = tmp_path
-    along(at)
+    save_with_embeddings(at)
     edit_adapter(at, move(HEAD, 5))
     says = r"lm_head\.weight of .*adapter: 97 rows, 1 of them exchanged for what the base has"
     with pytest.warns(UserWarning, match=says):
@@ -160,10 +160,10 @@ def test_trained_rows_are_merged_and_told(tmp_path):
     assert moved.abs().sum(1).nonzero().flatten().tolist() == [5]
 
 
-def test_two_adapters(tmp_path):
+def test_merge_refuses_adapters_with_different_rows(tmp_path):
     """Copies of the base's, or of one another, are merged; of two others' rows there is no sum."""
     at = tmp_path
-    along(at)
+    save_with_embeddings(at)
     merge(at, "adapter", ("other", 0.5))
     assert same_bits(tensors(at / "out")[HEAD], tensors(at / "base")[HEAD])
     edit_adapter(at, move(HEAD, slice(90, None)))
@@ -177,12 +177,12 @@ def test_two_adapters(tmp_path):
 
 
 def another_base(at) -> None:
-    along(at)
+    save_with_embeddings(at)
     save_adapter(at / "adapter", llama(seed=1), target_modules=["lm_head"])
 
 
 def without_a_head(at) -> None:
-    along(at)
+    save_with_embeddings(at)
     model = load(at / "base")
     for path in [*(at / "base").glob("*.safetensors"), at / "base" / INDEX]:
         path.unlink()
@@ -197,17 +197,17 @@ REFUSED = {
         r"101 rows of lm_head\.weight, and none of model\.embed_tokens\.weight, which has 97",
     ),
     "tied, apart": (
-        lambda at: along(at, tied=True) or edit_adapter(at, move(HEAD, 3)),
+        lambda at: save_with_embeddings(at, tied=True) or edit_adapter(at, move(HEAD, 3)),
         r"lm_head\.weight and model\.embed_tokens\.weight differ.* one tied weight",
     ),
     "no head": (without_a_head, r"it has lm_head\.weight along, which is not in"),
     "another width": (
-        lambda at: along(at)
+        lambda at: save_with_embeddings(at)
         or edit_adapter(at, lambda t: t.update({f"{PREFIX}{HEAD}": torch.ones(97, 31)})),
         r"lm_head\.weight: expected floats of shape \(97, 32\)",
     ),
     "no embedding": (
-        lambda at: along(at)
+        lambda at: save_with_embeddings(at)
         or edit_adapter(
             at,
             lambda t: t.update({f"{PREFIX}model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}),
@@ -215,14 +215,15 @@ REFUSED = {
         r"48 of 48 rows of model\.layers\.0\.mlp\.up_proj\.weight .*, which is no embedding",
     ),
     "not finite": (
-        lambda at: along(at) or edit_adapter(at, lambda t: t[f"{PREFIX}{HEAD}"].fill_(torch.inf)),
+        lambda at: save_with_embeddings(at)
+        or edit_adapter(at, lambda t: t[f"{PREFIX}{HEAD}"].fill_(torch.inf)),
         r"lm_head\.weight: expected finite numbers",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_has_no_place_is_refused(tmp_path, what):
+def test_merge_refuses_embeddings_without_a_place(tmp_path, what):
     spoil, says = REFUSED[what]
     spoil(tmp_path)
     with pytest.raises(ValueError, match=says):
@@ -230,7 +231,7 @@ def test_what_has_no_place_is_refused(tmp_path, what):
     assert not (tmp_path / "out").exists()
 
 
-def test_left_out_on_request(tmp_path):
+def test_allow_partial_leaves_out_unplaced_embeddings(tmp_path):
     without_a_head(tmp_path)
     with pytest.warns(UserWarning, match=r"lm_head\.weight of .*adapter: not in the base"):
         merge(tmp_path, allow_partial=True)

@@ -1,4 +1,4 @@
-"""Saving and loading a model's adapter: what is written, what is taken over, what is refused."""
+"""Saving and loading the adapter of a model: files, settings and refusals."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ QV = LoRAConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-def adapted(config: LoRAConfig = QV, build: Callable[[], nn.Module] = llama) -> nn.Module:
+def adapted_model(config: LoRAConfig = QV, build: Callable[[], nn.Module] = llama) -> nn.Module:
     return randomise_lora(fastlora.replace_linear(build(), config))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good adapter."""
-    fastlora.save_adapter(adapted(), tmp_path)
+    fastlora.save_adapter(adapted_model(), tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("bad", ["merged", "bare", "layer"])
-def test_what_cannot_be_saved(tmp_path, bad):
-    model = {"merged": adapted, "bare": llama, "layer": lambda: FastLoRALinear(4, 4)}[bad]()
+def test_save_adapter_refuses_merged_or_bare_models(tmp_path, bad):
+    model = {"merged": adapted_model, "bare": llama, "layer": lambda: FastLoRALinear(4, 4)}[bad]()
     if bad == "merged":
         fastlora.merge_adapter(model)
     for save in (fastlora.adapter_state_dict, lambda m: fastlora.save_adapter(m, tmp_path)):
@@ -53,23 +53,23 @@ def test_what_cannot_be_saved(tmp_path, bad):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_merged_model_loads_nothing(folder):
-    model = fastlora.merge_adapter(adapted())
+def test_load_adapter_refuses_a_merged_model(folder):
+    model = fastlora.merge_adapter(adapted_model())
     with untouched(model), pytest.raises(RuntimeError, match="merged"):
         fastlora.load_adapter(model, folder)
 
 
-def test_saving_where_a_file_is(tmp_path):
+def test_save_adapter_refuses_path_of_a_file(tmp_path):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(ValueError, match="got the file"):
-        fastlora.save_adapter(adapted(), tmp_path / "taken")
+        fastlora.save_adapter(adapted_model(), tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "mine"
-    fastlora.save_adapter(adapted(), tmp_path / "new" / "folder")
+    fastlora.save_adapter(adapted_model(), tmp_path / "new" / "folder")
     assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {CONFIG, WEIGHTS}
 
 
 @pytest.mark.parametrize("step", ["save_file", "Path.write_text", "Path.replace"])
-def test_a_failed_save_leaves_the_old_files(folder, monkeypatch, step):
+def test_failed_save_leaves_old_files_unchanged(folder, monkeypatch, step):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def fail(*args: object, **kwargs: object) -> None:
@@ -80,11 +80,11 @@ def test_a_failed_save_leaves_the_old_files(folder, monkeypatch, step):
     target = Path if "." in step else adapter_files
     monkeypatch.setattr(target, step.split(".")[-1], fail)
     with pytest.raises(OSError, match="disk full"):
-        fastlora.save_adapter(adapted(), folder)
+        fastlora.save_adapter(adapted_model(), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_state_dict_names_are_the_files(folder):
+def test_adapter_state_dict_has_names_of_the_file(folder):
     model = fastlora.load_adapter(llama(), folder)
     state, saved = fastlora.adapter_state_dict(model), load_file(folder / WEIGHTS)
     assert state.keys() == saved.keys()
@@ -94,25 +94,25 @@ def test_state_dict_names_are_the_files(folder):
 
 @pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize("into", ["fresh", "adapted"])
-def test_loading_freezes_unless_asked(tmp_path, into, is_trainable):
+def test_load_adapter_freezes_unless_is_trainable(tmp_path, into, is_trainable):
     config = LoRAConfig(target_modules=["query"], bias="all")
-    fastlora.save_adapter(adapted(config, bert), tmp_path)
+    fastlora.save_adapter(adapted_model(config, bert), tmp_path)
     plain = LoRAConfig(target_modules=["query"])
-    model = bert() if into == "fresh" else adapted(plain, bert)
+    model = bert() if into == "fresh" else adapted_model(plain, bert)
     fastlora.load_adapter(model, tmp_path, is_trainable=is_trainable)
     wanted = {n for n, _ in model.named_parameters() if "lora_" in n or n.endswith(".bias")}
     found = {n for n, p in model.named_parameters() if p.requires_grad}
     assert found == (wanted if is_trainable else set())
 
 
-def test_loading_into_lora_layers_takes_the_files_settings(tmp_path):
+def test_load_adapter_takes_settings_of_the_file(tmp_path):
     """Or saving again would write a scaling that the adapter was not trained with."""
     config = LoRAConfig(
         r=4, lora_alpha=9, use_rslora=True, lora_dropout=0.2, target_modules=["q_proj"]
     )
-    source, x = adapted(config), tokens(2, 5)
+    source, x = adapted_model(config), tokens(2, 5)
     fastlora.save_adapter(source, tmp_path / "a")
-    model = adapted(LoRAConfig(r=4, target_modules=["q_proj"]))
+    model = adapted_model(LoRAConfig(r=4, target_modules=["q_proj"]))
     fastlora.load_adapter(model, tmp_path / "a")
     assert same_bits(logits(model, x), logits(source, x))
     fastlora.save_adapter(model, tmp_path / "b")
@@ -121,9 +121,9 @@ def test_loading_into_lora_layers_takes_the_files_settings(tmp_path):
     assert {layer.lora_dropout for _, layer in find_lora_layers(model)} == {0.2}
 
 
-def test_all_linear_is_saved_by_name(tmp_path):
+def test_save_adapter_lists_layers_of_all_linear(tmp_path):
     """The file names the layers, so that it means the same where all-linear would not."""
-    source = adapted(LoRAConfig(r=2, target_modules="all-linear"))
+    source = adapted_model(LoRAConfig(r=2, target_modules="all-linear"))
     fastlora.save_adapter(source, tmp_path)
     targets = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
     assert targets == [name for name, _ in find_lora_layers(source)]
@@ -132,9 +132,9 @@ def test_all_linear_is_saved_by_name(tmp_path):
     assert error(logits(llama(), x), logits(source, x)) > 0.1
 
 
-def test_tensors_are_written_apart_from_the_model(tmp_path):
+def test_save_adapter_writes_shared_tensors_separately(tmp_path):
     """Also where they share memory, which safetensors would refuse."""
-    model = adapted()
+    model = adapted_model()
     layers = dict(find_lora_layers(model))
     first, second = list(layers.values())[:2]
     second.lora_A = first.lora_A

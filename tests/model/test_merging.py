@@ -1,4 +1,4 @@
-"""A model's adapter into its weights and out again: exactly, and every layer or none."""
+"""merge_adapter and unmerge_adapter change every layer exactly, or none."""
 
 from __future__ import annotations
 
@@ -29,40 +29,42 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAST = "model.layers.1.mlp.down_proj"
 
 
-def adapted(dtype: torch.dtype = torch.float32, targets: object = "all-linear", **options):
+def adapted_model(dtype: torch.dtype = torch.float32, targets: object = "all-linear", **options):
     config = LoRAConfig(r=4, target_modules=targets, **options)
     return randomise_lora(fastlora.replace_linear(llama(dtype=dtype), config))
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+def changed_names(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
     return {n for n, p in model.named_parameters() if not same_bits(p.detach(), before[n])}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_and_out_again_to_the_bit(dtype):
-    model, x = adapted(dtype), tokens(2, 6)
-    before, want = weights(model), logits(model, x)
+def test_unmerge_adapter_restores_every_bit(dtype):
+    model, x = adapted_model(dtype), tokens(2, 6)
+    before, want = copy_parameters(model), logits(model, x)
     pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
     for _ in range(2):
         assert fastlora.merge_adapter(model) is model
-        assert changed(model, before) == {f"{name}.weight" for name, _ in find_lora_layers(model)}
+        assert changed_names(model, before) == {
+            f"{name}.weight" for name, _ in find_lora_layers(model)
+        }
         with fastlora.disable_adapter(model):
             base = logits(model, x)
         assert_agree(logits(model, x), want, base)
         assert fastlora.unmerge_adapter(model) is model
-        assert changed(model, before) == set()
+        assert changed_names(model, before) == set()
         assert same_bits(logits(model, x), want)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
 
 
 @pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
-def test_one_layer_that_cannot_merge_stops_all(act, value):
-    model = adapted()
+def test_merge_changes_nothing_when_one_layer_fails(act, value):
+    model = adapted_model()
     dict(find_lora_layers(model))[LAST].lora_B.data[3, 1] = value
     model.get_submodule(LAST).lora_A.data[1] *= 1e3
     with untouched(model), pytest.raises(ValueError, match=f"{LAST}: .*not finite"):
@@ -73,10 +75,10 @@ def test_one_layer_that_cannot_merge_stops_all(act, value):
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("step", [fastlora.merge_adapter, fastlora.unmerge_adapter])
 @pytest.mark.parametrize("layer", [0, 5, 13])
-def test_an_interruption_stops_all(step, kind, layer):
+def test_interrupted_merge_changes_no_layer(step, kind, layer):
     """While the first layer is written, one in the middle, and the last of fourteen."""
     with fastlora.use_backend("torch"):
-        model = adapted()
+        model = adapted_model()
         if step is fastlora.unmerge_adapter:
             fastlora.merge_adapter(model)
         merged = fastlora.report(model).merged
@@ -91,9 +93,9 @@ def test_an_interruption_stops_all(step, kind, layer):
 
 
 @pytest.mark.parametrize("layer", [0, 5, 13])
-def test_an_interruption_between_the_layers_stops_all(layer, monkeypatch):
+def test_merge_interrupted_after_writing_changes_no_layer(layer, monkeypatch):
     """After the weights were written, while what became of them is noted."""
-    model, calls = adapted(), []
+    model, calls = adapted_model(), []
 
     def measured(*_):
         calls.append(1)
@@ -106,9 +108,9 @@ def test_an_interruption_between_the_layers_stops_all(layer, monkeypatch):
     assert fastlora.report(model).merged == ()
 
 
-def test_a_refused_unmerge_merges_again_what_was_merged():
+def test_refused_unmerge_leaves_all_layers_merged():
     """Also where the adapter has changed since, so that merging it anew would be another weight."""
-    model = fastlora.merge_adapter(adapted())
+    model = fastlora.merge_adapter(adapted_model())
     layers = dict(find_lora_layers(model))
     next(iter(layers.values())).lora_A.data.mul_(3)
     layers[LAST].weight.data.add_(1)
@@ -117,8 +119,8 @@ def test_a_refused_unmerge_merges_again_what_was_merged():
     assert len(fastlora.report(model).merged) == len(layers)
 
 
-def test_twice_or_never_is_refused():
-    model = adapted()
+def test_merging_twice_or_unmerging_unmerged_is_refused():
+    model = adapted_model()
     for action in (fastlora.unmerge_adapter, lambda m: m.get_submodule(LAST).unmerge()):
         with untouched(model), pytest.raises(RuntimeError, match="not merged"):
             action(model)
@@ -132,7 +134,7 @@ def test_twice_or_never_is_refused():
 
 
 @pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
-def test_tied_weights_are_not_merged(act):
+def test_merge_refuses_tied_weights(act):
     """Merging lm_head would change the embedding that shares its weight."""
     model = llama(tie_word_embeddings=True)
     fastlora.replace_linear(model, LoRAConfig(target_modules=["q_proj", "lm_head"]))
@@ -146,7 +148,7 @@ def test_tied_weights_are_not_merged(act):
         act(sliced)
 
 
-def test_a_module_of_two_names_is_merged_once():
+def test_module_with_two_names_is_merged_once():
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6))})
     model["b"] = model["a"]
     fastlora.replace_linear(model, LoRAConfig(target_modules=["a.0"]))
@@ -162,8 +164,8 @@ def test_a_module_of_two_names_is_merged_once():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("before", ["plain", "merged", "half merged"])
-def test_merged_for_good(dtype, before):
-    model, x = adapted(dtype), tokens(2, 6)
+def test_merge_and_unload_gives_plain_model(dtype, before):
+    model, x = adapted_model(dtype), tokens(2, 6)
     want = logits(model, x)
     if before == "merged":
         fastlora.merge_adapter(model)
@@ -188,18 +190,18 @@ def test_merged_for_good(dtype, before):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bias_of_the_adapter_is_merged_too(dtype, bias):
+def test_merge_adapter_includes_lora_bias(dtype, bias):
     """Also where the base has none, which PEFT cannot merge."""
     model = nn.Sequential(nn.Linear(8, 6, bias=bias, dtype=dtype))
     x = torch.randn(3, 8, dtype=dtype)
     base = model(x).detach()
     fastlora.replace_linear(model, LoRAConfig(target_modules=["0"], lora_bias=True))
     randomise_lora(model).eval()
-    before, want = weights(model), model(x).detach()
+    before, want = copy_parameters(model), model(x).detach()
     fastlora.merge_adapter(model)
     assert_agree(model(x), want, base)
     fastlora.unmerge_adapter(model)
-    assert changed(model, before) == set()
+    assert changed_names(model, before) == set()
     fastlora.merge_and_unload(model)
     assert type(model[0]) is nn.Linear
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
@@ -208,12 +210,12 @@ def test_a_bias_of_the_adapter_is_merged_too(dtype, bias):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_disabled_is_the_base(merged):
+def test_disable_adapter_gives_numbers_of_the_base(merged):
     x = tokens(2, 6)
-    base, model = logits(llama(), x), adapted()
+    base, model = logits(llama(), x), adapted_model()
     if merged:
         fastlora.merge_adapter(model)
-    before, want = weights(model), logits(model, x)
+    before, want = copy_parameters(model), logits(model, x)
     assert error(base, want) > 0.1
     with fastlora.disable_adapter(model) as disabled:
         assert disabled is model
@@ -223,14 +225,14 @@ def test_disabled_is_the_base(merged):
         assert same_bits(logits(model, x), base)
         with untouched(model), pytest.raises(RuntimeError, match="disabled"):
             fastlora.merge_adapter(model)
-    assert changed(model, before) == set()
+    assert changed_names(model, before) == set()
     assert bool(fastlora.report(model).merged) == merged
     assert same_bits(logits(model, x), want)
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_an_error_inside_restores_too(merged):
-    model, x = adapted(), tokens(2, 6)
+def test_disable_adapter_restores_after_an_error(merged):
+    model, x = adapted_model(), tokens(2, 6)
     if merged:
         fastlora.merge_adapter(model)
     want = logits(model, x)
@@ -243,26 +245,26 @@ def test_an_error_inside_restores_too(merged):
         pass
 
 
-def test_no_gradient_reaches_a_disabled_adapter():
-    model = adapted().train()
+def test_disabled_adapter_gets_no_gradient():
+    model = adapted_model().train()
     with fastlora.disable_adapter(model):
         assert not model(input_ids=tokens(1, 4)).logits.requires_grad
     model(input_ids=tokens(1, 4)).logits.sum().backward()
     assert all(layer.lora_B.grad is not None for _, layer in find_lora_layers(model))
 
 
-def test_training_a_merged_model_is_refused_and_running_it_is_not():
-    model, x = fastlora.merge_adapter(adapted()).train(), tokens(1, 4)
+def test_merged_model_refuses_training_but_runs():
+    model, x = fastlora.merge_adapter(adapted_model()).train(), tokens(1, 4)
     with untouched(model), pytest.raises(RuntimeError, match="eval"):
         model(input_ids=x)
     assert logits(model, x).shape == (1, 4, 97)  # without gradients
     assert model.eval()(input_ids=x).logits.shape == (1, 4, 97)
 
 
-def test_another_architecture():
+def test_bert_merges_unmerges_and_unloads():
     config = LoRAConfig(target_modules="all-linear", lora_bias=True, use_rslora=True)
     model, x = randomise_lora(fastlora.replace_linear(bert(), config)), tokens(2, 6)
-    before, want = weights(model), logits(model, x)
+    before, want = copy_parameters(model), logits(model, x)
     assert_agree(logits(fastlora.merge_adapter(model), x), want, logits(bert(), x))
-    assert changed(fastlora.unmerge_adapter(model), before) == set()
+    assert changed_names(fastlora.unmerge_adapter(model), before) == set()
     assert_agree(logits(fastlora.merge_and_unload(model), x), want)

@@ -1,5 +1,4 @@
-"""What a whole model's merge can be asked for: ties cut, copies kept, adapters swapped; and what it
-says of itself."""
+"""merge_adapter with untied weights, snapshots, swaps and fidelity reports, and when steps fail."""
 
 from __future__ import annotations
 
@@ -20,14 +19,14 @@ from tests.support.models import assert_agree, llama, logits, randomise_lora, to
 LAST = "model.layers.1.mlp.down_proj"
 
 
-def adapted(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+def adapted_model(dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     return randomise_lora(
         fastlora.replace_linear(llama(dtype=dtype), LoRAConfig(r=4, target_modules="all-linear")),
         **options,
     )
 
 
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.weight.detach().clone() for name, layer in find_lora_layers(model)}
 
 
@@ -37,7 +36,7 @@ def tied_model() -> nn.Module:
     return randomise_lora(model)
 
 
-def test_untied_on_request():
+def test_untie_merges_head_and_keeps_embedding():
     model, x = tied_model(), tokens(2, 6)
     want, embedding = logits(model, x), model.model.embed_tokens.weight
     before = embedding.detach().clone()
@@ -52,7 +51,7 @@ def test_untied_on_request():
 
 
 @pytest.mark.parametrize("act", [fastlora.merge_adapter, fastlora.merge_and_unload])
-def test_tied_again_when_the_merge_fails(act):
+def test_failed_merge_with_untie_ties_again(act):
     model = tied_model()
     model.lm_head.lora_B.data[3, 1] = float("nan")
     with untouched(model), pytest.raises(ValueError, match=r"lm_head: .*not finite"):
@@ -61,7 +60,7 @@ def test_tied_again_when_the_merge_fails(act):
     assert fastlora.report(model).untied == {}
 
 
-def test_slices_of_one_tensor_are_not_tied():
+def test_slices_of_one_tensor_merge_separately():
     """As a packed projection that was split: only what shares elements is refused."""
     packed = torch.randn(12, 8)
     model = nn.ModuleDict({name: nn.Linear(8, 4, bias=False) for name in "qkv"})
@@ -76,48 +75,48 @@ def test_slices_of_one_tensor_are_not_tied():
     assert same_bits(packed, before)
 
 
-def test_snapshots_instead_of_receipts():
-    model, x = adapted(torch.bfloat16), tokens(2, 6)
-    before, want = weights(model), logits(model, x)
+def test_merge_with_snapshot_restores_every_bit():
+    model, x = adapted_model(torch.bfloat16), tokens(2, 6)
+    before, want = copy_weights(model), logits(model, x)
     fastlora.merge_adapter(model, snapshot=True)
     assert all(layer.receipt.snapshot is not None for _, layer in find_lora_layers(model))
-    merged = weights(model)
+    merged = copy_weights(model)
     with fastlora.disable_adapter(model):
-        assert all(same_bits(w, before[name]) for name, w in weights(model).items())
-    assert all(same_bits(w, merged[name]) for name, w in weights(model).items())
+        assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())
+    assert all(same_bits(w, merged[name]) for name, w in copy_weights(model).items())
     assert all(layer.receipt.snapshot is not None for _, layer in find_lora_layers(model))
     fastlora.unmerge_adapter(model)
-    assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())
     assert same_bits(logits(model, x), want)
 
 
-def saved(directory, model: nn.Module) -> nn.Module:
+def save_model_adapter(directory, model: nn.Module) -> nn.Module:
     fastlora.save_adapter(model, directory)
     return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_adapter_for_another(tmp_path, dtype):
+def test_swap_adapter_equals_unmerge_load_and_merge(tmp_path, dtype):
     """The bits of unmerging, loading and merging; the layers hold the new one afterwards."""
-    other, x = saved(tmp_path, adapted(dtype, std=0.2)), tokens(2, 6)
-    model = fastlora.merge_adapter(adapted(dtype))
-    before, base = weights(model), weights(adapted(dtype))
+    other, x = save_model_adapter(tmp_path, adapted_model(dtype, std=0.2)), tokens(2, 6)
+    model = fastlora.merge_adapter(adapted_model(dtype))
+    before, base = copy_weights(model), copy_weights(adapted_model(dtype))
     assert fastlora.swap_adapter(model, tmp_path) is model
     fastlora.merge_adapter(other)
-    assert all(same_bits(w, weights(model)[name]) for name, w in weights(other).items())
-    assert not any(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, copy_weights(model)[name]) for name, w in copy_weights(other).items())
+    assert not any(same_bits(w, before[name]) for name, w in copy_weights(model).items())
     fastlora.unmerge_adapter(fastlora.unmerge_adapter(other) and model)
-    assert all(same_bits(w, base[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, base[name]) for name, w in copy_weights(model).items())
     assert same_bits(logits(model, x), logits(other, x))
 
 
-def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
-    other = adapted(std=0.2)
-    saved(tmp_path / "good", other)
+def test_failed_swap_leaves_old_adapter_merged(tmp_path, monkeypatch):
+    other = adapted_model(std=0.2)
+    save_model_adapter(tmp_path / "good", other)
     dict(find_lora_layers(other))[LAST].lora_B.data[0, 0] = 3e38
     dict(find_lora_layers(other))[LAST].lora_A.data[0] = 10
-    saved(tmp_path / "bad", other)
-    model = adapted()
+    save_model_adapter(tmp_path / "bad", other)
+    model = adapted_model()
     with untouched(model), pytest.raises(RuntimeError, match="not merged"):
         fastlora.swap_adapter(model, tmp_path / "good")
     fastlora.merge_adapter(model)
@@ -134,12 +133,12 @@ def test_a_swap_that_fails_leaves_the_adapter_too(tmp_path, monkeypatch):
             fastlora.swap_adapter(model, tmp_path / "good")
     scalings = {layer.scaling for _, layer in find_lora_layers(model)}
     fastlora.unmerge_adapter(model)
-    assert scalings == {layer.scaling for _, layer in find_lora_layers(adapted())}
+    assert scalings == {layer.scaling for _, layer in find_lora_layers(adapted_model())}
 
 
-def test_what_rounding_lost_is_reported_and_warned_of():
+def test_merge_warns_and_reports_lost_fidelity():
     """In bfloat16 a delta a thousandth of the weight's size loses half of itself."""
-    model = adapted(torch.bfloat16)
+    model = adapted_model(torch.bfloat16)
     for _, layer in find_lora_layers(model):
         change = layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
         layer.lora_B.data *= 1e-3 * layer.weight.detach().float().norm() / change.norm()
@@ -154,10 +153,10 @@ def test_what_rounding_lost_is_reported_and_warned_of():
     assert fastlora.report(model).fidelity == {}
 
 
-def test_nothing_is_said_where_nothing_is_lost():
+def test_merge_does_not_warn_when_nothing_is_lost():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = fastlora.merge_adapter(adapted())
+        model = fastlora.merge_adapter(adapted_model())
     assert all(each.gain > 0.999 for each in fastlora.report(model).fidelity.values())
 
 
@@ -183,7 +182,7 @@ class DTensor(torch.Tensor):
     ],
     ids=["sharded", "subclass", "float8", "int8"],
 )
-def test_sharded_and_quantized_weights_are_refused_by_name(make, message):
+def test_merge_refuses_sharded_and_quantized_weights_by_name(make, message):
     layers = [FastLoRALinear(8, 6, r=2), FastLoRALinear(6, 4, r=2)]
     model = randomise_lora(nn.Sequential(*layers))
     model[1]._parameters["weight"] = make(model[1].weight.detach())
@@ -194,7 +193,7 @@ def test_sharded_and_quantized_weights_are_refused_by_name(make, message):
     assert fastlora.report(model).merged == ()
 
 
-def test_untied_for_transformers_too():
+def test_untie_updates_tie_word_embeddings_of_config():
     """Or tie_weights, and whoever reads the saved config, would lose the merged layer."""
     model, x = tied_model(), tokens(2, 6)
     want = logits(model, x)
@@ -209,7 +208,7 @@ def test_untied_for_transformers_too():
     assert failing.config.tie_word_embeddings is True
 
 
-def test_a_buffer_that_shares_a_weight_is_tied_to_it():
+def test_merge_refuses_weight_shared_with_a_buffer():
     layer = FastLoRALinear(8, 6, r=2)
     model = randomise_lora(nn.Sequential(layer, nn.Identity()))
     model[1].register_buffer("table", layer.weight.detach())
@@ -220,8 +219,8 @@ def test_a_buffer_that_shares_a_weight_is_tied_to_it():
         fastlora.merge_adapter(model)
 
 
-def test_a_warning_that_is_an_error_takes_the_merge_back():
-    model = adapted(torch.bfloat16)
+def test_merge_is_undone_when_warning_raises():
+    model = adapted_model(torch.bfloat16)
     for _, layer in find_lora_layers(model):
         layer.lora_B.data *= 1e-4
     for act in (fastlora.merge_adapter, fastlora.merge_and_unload):
@@ -236,8 +235,8 @@ def test_a_warning_that_is_an_error_takes_the_merge_back():
 
 
 @pytest.mark.parametrize("name", ["measure", "to_linear"])
-def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
-    model, calls = adapted(), []
+def test_merge_is_undone_when_later_step_fails(monkeypatch, name):
+    model, calls = adapted_model(), []
     original = getattr(FastLoRALinear, name)
 
     def failing(self, *args):
@@ -258,31 +257,31 @@ def test_what_comes_after_the_merge_may_fail_too(monkeypatch, name):
         assert not layer.merged
 
 
-def test_an_edited_weight_is_not_merged_for_good():
-    model = fastlora.merge_adapter(adapted())
+def test_merge_and_unload_refuses_an_edited_weight():
+    model = fastlora.merge_adapter(adapted_model())
     dict(find_lora_layers(model))[LAST].weight.data.zero_()
     with untouched(model), pytest.raises(RuntimeError, match=f"{LAST}: weight: it is not the one"):
         fastlora.merge_and_unload(model)
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
-def test_disabled_for_a_while_the_merged_is_merged_again(snapshot):
+def test_disable_adapter_restores_merged_bits(snapshot):
     """With the bits of then, whatever became of the adapter and of the backend asked for."""
-    model = adapted(torch.bfloat16)
+    model = adapted_model(torch.bfloat16)
     with fastlora.use_backend("torch"):
         fastlora.merge_adapter(model, snapshot=snapshot)
-    before = weights(model)
+    before = copy_weights(model)
     with fastlora.disable_adapter(model):
         for _, layer in find_lora_layers(model):
             layer.lora_B.data.mul_(3)
     if not snapshot:
-        assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+        assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())
     fastlora.unmerge_adapter(model)
-    base = weights(adapted(torch.bfloat16))
-    assert all(same_bits(w, base[name]) for name, w in weights(model).items())
+    base = copy_weights(adapted_model(torch.bfloat16))
+    assert all(same_bits(w, base[name]) for name, w in copy_weights(model).items())
 
 
-def test_fidelity_sees_wide_and_tall_layers():
+def test_fidelity_detects_loss_in_wide_and_tall_layers():
     """Rows and columns of which only a few have lost their adapter do not hide the others."""
     for N, K in ((64, 9000), (9000, 64)):
         layer = FastLoRALinear(K, N, r=2, bias=False, dtype=torch.bfloat16)
@@ -296,12 +295,12 @@ def test_fidelity_sees_wide_and_tall_layers():
         assert layer.fidelity.gain < 0.5
 
 
-def test_an_interrupt_while_it_is_merged_again_leaves_it_merged():
+def test_interrupted_remerge_leaves_model_merged():
     """At the end of disable_adapter, and while a merged model is looked at for good."""
     with fastlora.use_backend("torch"):
-        model = fastlora.merge_adapter(adapted())
+        model = fastlora.merge_adapter(adapted_model())
         weight = list(dict(find_lora_layers(model)).values())[5].weight
-        before = weights(model)
+        before = copy_weights(model)
         mode = Interrupt("copy_", 1, weight)
 
         def disabled():
@@ -312,4 +311,4 @@ def test_an_interrupt_while_it_is_merged_again_leaves_it_merged():
             disabled()
         mode.__exit__(None, None, None)
     assert all(layer.merged for _, layer in find_lora_layers(model))
-    assert all(same_bits(w, before[name]) for name, w in weights(model).items())
+    assert all(same_bits(w, before[name]) for name, w in copy_weights(model).items())

@@ -1,4 +1,4 @@
-"""replace_linear: the layers that were asked for, all of them, or an error and no change."""
+"""replace_linear replaces all requested layers, or raises and changes nothing."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ QV = ["q_proj", "v_proj"]
 pytestmark = quiet
 
 
-def replaced(model: nn.Module) -> set[str]:
+def replaced_names(model: nn.Module) -> set[str]:
     return {name for name, _ in find_lora_layers(model)}
 
 
-def trainable(model: nn.Module) -> set[str]:
+def trainable_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_it_replaces_in_place_and_says_what_it_did():
+def test_replace_linear_works_in_place_and_reports():
     model = llama()
     weights = {name: p.data_ptr() for name, p in model.named_parameters()}
     assert fastlora.replace_linear(model, LoRAConfig(r=4, target_modules=QV)) is model
@@ -53,20 +53,20 @@ def test_it_replaces_in_place_and_says_what_it_did():
     assert found.trainable == sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
     assert found.total == sum(p.numel() for p in model.parameters())
     assert "4 layers replaced (r=4)" in str(found)
-    assert trainable(model) == {f"{n}.{k}" for n in names for k in ("lora_A", "lora_B")}
+    assert trainable_names(model) == {f"{n}.{k}" for n in names for k in ("lora_A", "lora_B")}
     fastlora.merge_adapter(model)
     assert fastlora.report(model).merged == tuple(names)
 
 
 @fastlora.use_backend("torch")  # whose base product is nn.Linear's, bit for bit
-def test_nothing_changes_until_something_is_trained():
+def test_replace_linear_keeps_outputs_until_trained():
     model, x = llama(), tokens(2, 6)
     want = logits(model, x)
     assert same_bits(logits(fastlora.replace_linear(model, ALL), x), want)
     assert error(logits(randomise_lora(model), x), want) > 0.1
 
 
-def test_a_model_without_lora_reports_so():
+def test_report_of_model_without_lora_is_empty():
     found = fastlora.report(nn.Linear(4, 4))  # a layer is a model too
     assert (found.replaced, found.skipped, found.trainable, found.total) == ({}, {}, 20, 20)
 
@@ -74,26 +74,26 @@ def test_a_model_without_lora_reports_so():
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_linear_leaves_the_head_out(tied):
     model = fastlora.replace_linear(llama(tie_word_embeddings=tied), ALL)
-    assert replaced(model) == set(fastlora.report(model).replaced)
-    assert len(replaced(model)) == 14
+    assert replaced_names(model) == set(fastlora.report(model).replaced)
+    assert len(replaced_names(model)) == 14
     assert type(model.lm_head) is nn.Linear
     assert set(fastlora.report(model).skipped) == {"lm_head"}
     assert "lm_head" in str(fastlora.report(model))
     named, config = llama(tie_word_embeddings=tied), LoRAConfig(target_modules=["lm_head"])
-    assert replaced(fastlora.replace_linear(named, config)) == {"lm_head"}
+    assert replaced_names(fastlora.replace_linear(named, config)) == {"lm_head"}
 
 
 @pytest.mark.parametrize("build", [llama, bert, t5, gpt2])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out=False holds for none")
-def test_all_linear_is_pefts(build):
+def test_all_linear_chooses_the_layers_of_peft(build):
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear"), build())
     wanted = {n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    assert replaced(fastlora.replace_linear(build(), ALL)) == wanted
+    assert replaced_names(fastlora.replace_linear(build(), ALL)) == wanted
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @pytest.mark.parametrize("lora_bias", [False, True])
-def test_what_trains_is_what_trains_in_peft(bias, lora_bias):
+def test_trainable_parameters_are_those_of_peft(bias, lora_bias):
     config = peft.LoraConfig(target_modules=["query", "dense"], bias=bias, lora_bias=lora_bias)
     ours = fastlora.replace_linear(bert(), config)
     theirs = peft.get_peft_model(bert(), config)
@@ -102,25 +102,25 @@ def test_what_trains_is_what_trains_in_peft(bias, lora_bias):
         .replace("lora_B.default.bias", "lora_bias")
         .replace(".default.weight", "")
         .replace(".base_layer", "")
-        for n in trainable(theirs)
+        for n in trainable_names(theirs)
     }
-    assert trainable(ours) == renamed
+    assert trainable_names(ours) == renamed
     assert any(n.endswith(".bias") for n in renamed) == (bias != "none")
 
 
-def test_the_base_trains_too_when_asked():
+def test_freeze_base_false_trains_the_base_too():
     model = llama()
     model.model.embed_tokens.requires_grad_(False)
-    before = trainable(model)
+    before = trainable_names(model)
     fastlora.replace_linear(model, ALL, freeze_base=False)
-    assert {n for n in trainable(model) if "lora" not in n} == before
+    assert {n for n in trainable_names(model) if "lora" not in n} == before
     model(input_ids=tokens(2, 5)).logits.sum().backward()
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.grad is not None
     assert layer.lora_B.grad is not None
 
 
-def test_training_a_model_follows_peft():
+def test_training_losses_match_those_of_peft():
     """Ten AdamW steps from the same start: losses agree, and the loss has moved."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     theirs = peft.get_peft_model(llama(), config)
@@ -144,7 +144,7 @@ def test_training_a_model_follows_peft():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
-def test_gradient_checkpointing_of_a_whole_model():
+def test_gradient_checkpointing_gives_the_same_gradients():
     model = fastlora.replace_linear(
         llama(), LoRAConfig(target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False)
     ).train()
@@ -159,14 +159,14 @@ def test_gradient_checkpointing_of_a_whole_model():
     assert all(same_bits(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_a_compiled_model_is_replaced_inside():
+def test_replace_linear_reaches_inside_compiled_model():
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(3, 6)
     before = compiled(x).detach()
     assert fastlora.replace_linear(compiled, ALL) is compiled
     randomise_lora(model)
-    assert replaced(model) == replaced(compiled) == {"0", "2"}
+    assert replaced_names(model) == replaced_names(compiled) == {"0", "2"}
     assert_agree(compiled(x), model(x), before)
 
 
@@ -181,7 +181,7 @@ class Shared(nn.Module):
         return self.other(self.again(self.first(x)))
 
 
-def test_a_layer_at_two_places_has_its_adapter_at_the_first_as_in_peft(tmp_path):
+def test_shared_layer_gets_adapter_at_first_place(tmp_path):
     settings = {"r": 2, "target_modules": ["first", "other"], "init_lora_weights": False}
     base, x = Shared(), torch.randn(3, 6)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings))
@@ -209,7 +209,7 @@ def test_a_layer_at_two_places_has_its_adapter_at_the_first_as_in_peft(tmp_path)
         fastlora.replace_linear(base, LoRAConfig(**settings | {"init_lora_weights": "pissa"}))
 
 
-def test_a_layer_goes_by_its_first_name_as_in_peft():
+def test_shared_layer_is_matched_by_first_name():
     model, config = Shared(), LoRAConfig(target_modules=["again"])
     with untouched(model), pytest.raises(ValueError, match="again: it is the same layer as first"):
         fastlora.replace_linear(model, config)
@@ -246,7 +246,7 @@ def test_a_layer_goes_by_its_first_name_as_in_peft():
         ),
     ],
 )
-def test_nothing_matched(options, hint):
+def test_replace_linear_refuses_targets_that_match_nothing(options, hint):
     model = llama()
     with untouched(model), pytest.raises(ValueError, match=hint):
         fastlora.replace_linear(model, LoRAConfig(**options))
@@ -254,7 +254,7 @@ def test_nothing_matched(options, hint):
 
 
 @pytest.mark.parametrize("again", ["all-linear", ["q_proj"], ["v_proj"], ["up_proj"]])
-def test_a_model_is_replaced_once(again):
+def test_replace_linear_refuses_model_with_lora(again):
     """Also where no layer is named twice: one adapter file has one config."""
     model = fastlora.replace_linear(llama(), LoRAConfig(target_modules=QV))
     with untouched(model), pytest.raises(ValueError, match="already"):

@@ -1,4 +1,4 @@
-"""replace_linear: layers that cannot have LoRA, and names that are no layers."""
+"""replace_linear refuses or skips layers that cannot have LoRA, and names without a layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = quiet
 ALL = LoRAConfig(r=4, target_modules="all-linear")
 
 
-def replaced(model: nn.Module) -> set[str]:
+def replaced_names(model: nn.Module) -> set[str]:
     return {name for name, _ in find_lora_layers(model)}
 
 
@@ -74,21 +74,21 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_what_cannot_have_lora_is_refused_when_named(name):
+def test_replace_linear_refuses_unsupported_layer_when_named(name):
     model = Zoo()
     with untouched(model), pytest.raises(ValueError, match=f"{name}: .*{CANNOT[name]}"):
         fastlora.replace_linear(model, LoRAConfig(target_modules=["good", name]))
 
 
-def test_what_cannot_have_lora_is_skipped_and_reported_by_all_linear():
+def test_all_linear_skips_and_reports_unsupported_layers():
     model = fastlora.replace_linear(Zoo(), ALL)
-    assert replaced(model) == {"good", "gpt"}
+    assert replaced_names(model) == {"good", "gpt"}
     skipped = fastlora.report(model).skipped
     assert set(skipped) == {n for n in CANNOT if n not in ("table", "conv", "mha")}
     assert all(CANNOT[name] in reason for name, reason in skipped.items())
 
 
-def test_the_encoder_fast_path_would_indeed_bypass():
+def test_encoder_fast_path_of_torch_bypasses_lora():
     """Why its linears are refused: the fast path computes as if they had no LoRA."""
     encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval().requires_grad_(False)
     bypassed, x = copy.deepcopy(encoder), torch.randn(2, 3, 8)
@@ -99,7 +99,7 @@ def test_the_encoder_fast_path_would_indeed_bypass():
 
 
 @pytest.mark.parametrize("failing", [1, 5, 14])
-def test_a_failing_construction_changes_nothing(monkeypatch, failing):
+def test_replace_linear_changes_nothing_when_construction_fails(monkeypatch, failing):
     model, calls = llama(), []
     build = FastLoRALinear._share.__func__
 
@@ -115,14 +115,14 @@ def test_a_failing_construction_changes_nothing(monkeypatch, failing):
 
 
 @pytest.mark.parametrize("model", [None, "llama", 3])
-def test_what_is_no_model(model):
+def test_replace_linear_refuses_what_is_no_model(model):
     with pytest.raises(TypeError, match="model: expected"):
         fastlora.replace_linear(model, ALL)
     with pytest.raises(ValueError, match="from_linear"):
         fastlora.replace_linear(nn.Linear(4, 4), ALL)
 
 
-def test_a_report_gives_each_reason_once():
+def test_report_prints_each_skip_reason_once():
     skipped = {"a": "too large", "b": "excluded", "c": "too large", "d": "too large"}
     said = str(fastlora.Report(skipped=skipped))
     assert said.splitlines()[3:] == ["skipped a and 2 more: too large", "skipped b: excluded"]
@@ -136,13 +136,13 @@ def test_a_report_gives_each_reason_once():
         ({"alpha_pattern": {r"layers\.9\..*": 2}}, "alpha_pattern: .* is called 'layers"),
     ],
 )
-def test_a_name_that_is_no_layer_s_is_said(options, says):
+def test_replace_linear_warns_of_names_without_layer(options, says):
     config = LoRAConfig(**{"target_modules": ["q_proj"], **options})
     with pytest.warns(UserWarning, match=says):
         fastlora.replace_linear(llama(), config)
 
 
-def test_names_that_are_layers_are_not_warned_of(recwarn):
+def test_replace_linear_does_not_warn_of_matching_names(recwarn):
     names = ["q_proj", "layers.1.mlp.up_proj", "k_proj"]
     pattern = {"q_proj": 2, r"layers\.1\..*": 3}
     fastlora.replace_linear(
@@ -153,14 +153,14 @@ def test_names_that_are_layers_are_not_warned_of(recwarn):
 
 
 @pytest.mark.parametrize("targets", [".*", [f"{n}.x" for n in range(500)], r".*(q|norm).*|lm_.*"])
-def test_an_error_about_many_modules_is_short(targets):
+def test_target_error_about_many_modules_is_short(targets):
     model = llama(num_hidden_layers=12)
     with untouched(model), pytest.raises(ValueError, match="target_modules: ") as caught:
         fastlora.replace_linear(model, LoRAConfig(target_modules=targets))
     assert len(str(caught.value)) < 1500
 
 
-def test_names_that_are_no_layer_s_are_listed_up_to_a_number():
+def test_warning_of_unmatched_names_is_cut_off():
     names = ["q_proj", *(f"none_{n}" for n in range(300))]
     with pytest.warns(UserWarning, match="'none_0', .* and 280 more$"):
         fastlora.replace_linear(llama(), LoRAConfig(target_modules=names))

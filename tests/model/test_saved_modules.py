@@ -44,7 +44,7 @@ def trained_names(theirs: nn.Module) -> set[str]:
     }
 
 
-def whole(theirs: nn.Module) -> set[str]:
+def saved_module_names(theirs: nn.Module) -> set[str]:
     wrappers = (n for n, m in theirs.named_modules() if isinstance(m, ModulesToSaveWrapper))
     return {name.removeprefix("base_model.model.") for name in wrappers}
 
@@ -95,16 +95,16 @@ def case(request: pytest.FixtureRequest):
     return CASES[request.param]
 
 
-def test_what_trains_is_what_trains_in_peft(case):
+def test_modules_to_save_train_as_in_peft(case):
     build, options = case
     ours = fastlora.replace_linear(build(), LoRAConfig(**options))
     theirs = peft.get_peft_model(build(), peft.LoraConfig(**options))
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == trained_names(theirs)
-    assert set(fastlora.report(ours).modules_to_save) == whole(theirs)
+    assert set(fastlora.report(ours).modules_to_save) == saved_module_names(theirs)
     assert {n for n in ours.state_dict() if "lora" not in n} == build().state_dict().keys()
 
 
-def test_from_fastlora_to_peft(tmp_path, case):
+def test_peft_loads_modules_saved_by_fastlora(tmp_path, case):
     build, options = case
     ours, ids = moved(fastlora.replace_linear(build(), LoRAConfig(**options))), tokens(2, 9)
     fastlora.save_adapter(ours, tmp_path)
@@ -112,7 +112,7 @@ def test_from_fastlora_to_peft(tmp_path, case):
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(build(), ids))
 
 
-def test_from_peft_to_fastlora_and_back(tmp_path, case):
+def test_fastlora_loads_and_resaves_modules_of_peft(tmp_path, case):
     build, options = case
     theirs, ids = moved(peft.get_peft_model(build(), peft.LoraConfig(**options))), tokens(2, 9)
     theirs.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
@@ -125,7 +125,7 @@ def test_from_peft_to_fastlora_and_back(tmp_path, case):
     assert all(same_bits(files[0][name], files[1][name]) for name in files[0])
 
 
-def test_disabled_the_base_answers(case):
+def test_disable_adapter_uses_original_modules(case):
     build, options = case
     ours, ids = moved(fastlora.replace_linear(build(), LoRAConfig(**options))), tokens(2, 9)
     if options.get("bias", "none") != "none":
@@ -138,7 +138,7 @@ def test_disabled_the_base_answers(case):
     assert all(same_bits(t, saved[key]) for key, t in fastlora.adapter_state_dict(ours).items())
 
 
-def test_merged_for_good_the_copies_stay(tmp_path, case):
+def test_merge_and_unload_keeps_trained_modules(tmp_path, case):
     build, options = case
     ours, ids = moved(fastlora.replace_linear(build(), LoRAConfig(**options))), tokens(2, 9)
     fastlora.save_adapter(ours, tmp_path)
@@ -158,7 +158,7 @@ def test_merged_for_good_the_copies_stay(tmp_path, case):
         assert ours.config.tie_word_embeddings == merged.config.tie_word_embeddings
 
 
-def test_gradients_are_pefts():
+def test_saved_modules_have_gradients_of_peft():
     options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "layers.1.mlp"]}
     ours = moved(fastlora.replace_linear(llama(), LoRAConfig(**options)))
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**options)).eval()
@@ -178,7 +178,7 @@ def test_gradients_are_pefts():
         assert error(got[name].grad, grad) <= 10 * TOLERANCE[torch.float32]
 
 
-def test_the_base_keeps_its_module():
+def test_modules_to_save_leave_original_module_unchanged():
     """The copy is the model's, the original trains no more and is as it was."""
     model = llama()
     head, before = model.lm_head, model.lm_head.weight.detach().clone()
@@ -194,7 +194,7 @@ def test_the_base_keeps_its_module():
         assert model.get_output_embeddings() is head
 
 
-def test_the_original_follows_its_copy():
+def test_original_module_follows_dtype_and_mode_of_copy():
     """It is not in the model while the model is moved, cast, or put into another mode."""
     model, ids = fastlora.replace_linear(llama(), HEAD), tokens(2, 5)
     moved(model).to(torch.bfloat16).train()
@@ -204,7 +204,7 @@ def test_the_original_follows_its_copy():
         assert same_bits(logits(model.eval(), ids), want)
 
 
-def test_a_copy_of_the_model_has_originals_of_its_own():
+def test_copied_model_has_separate_original_modules():
     model, ids = moved(fastlora.replace_linear(llama(), HEAD)), tokens(2, 5)
     twin = copy.deepcopy(model)
     want = logits(twin, ids)
@@ -216,7 +216,7 @@ def test_a_copy_of_the_model_has_originals_of_its_own():
         assert_agree(logits(twin, ids), logits(llama(), ids), want)
 
 
-def test_a_module_with_counts_in_its_state(tmp_path):
+def test_modules_to_save_load_integer_buffers(tmp_path):
     config = LoRAConfig(target_modules=["body"], modules_to_save=["head"], r=2)
     theirs = peft.get_peft_model(
         counting(), peft.LoraConfig(target_modules=["body"], modules_to_save=["head"], r=2)
@@ -248,18 +248,18 @@ class Aliased(nn.Module):
         return self.tower["top"](self.other_head(self.head(self.q(x))))
 
 
-def aliased() -> Aliased:
+def aliased_model() -> Aliased:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Aliased()
 
 
-def test_names_of_one_module_mean_what_they_mean_in_peft(tmp_path):
+def test_aliased_modules_are_saved_as_in_peft(tmp_path):
     options = {"target_modules": ["q"], "modules_to_save": ["head", "top"], "r": 2}
-    theirs = moved(peft.get_peft_model(aliased(), peft.LoraConfig(**options)))
+    theirs = moved(peft.get_peft_model(aliased_model(), peft.LoraConfig(**options)))
     theirs.save_pretrained(str(tmp_path))
-    ours, x = fastlora.load_adapter(aliased(), tmp_path), torch.randn(3, 6)
-    assert_agree(ours(x), theirs(x), aliased()(x))
+    ours, x = fastlora.load_adapter(aliased_model(), tmp_path), torch.randn(3, 6)
+    assert_agree(ours(x), theirs(x), aliased_model()(x))
     assert ours.head is not ours.other_head
     assert ours.again is ours.tower
     fastlora.save_adapter(ours, tmp_path / "back")
@@ -267,7 +267,7 @@ def test_names_of_one_module_mean_what_they_mean_in_peft(tmp_path):
     assert files[0].keys() == files[1].keys()
 
 
-def test_what_pefts_file_says_of_heads(tmp_path: Path):
+def test_repeated_head_names_of_peft_are_saved_once(tmp_path: Path):
     """PEFT names them twice after each loading; ours says once what it says first."""
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
     peft.get_peft_model(classifier(), config).save_pretrained(str(tmp_path))

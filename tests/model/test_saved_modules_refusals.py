@@ -1,4 +1,4 @@
-"""modules_to_save that cannot be, and where an adapter with any cannot go: by name, unchanged."""
+"""modules_to_save that are not supported are refused by name, and nothing changes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.support.whole_modules import HEAD, classifier, counting, distilbert
 pytestmark = quiet
 
 
-def hooked() -> nn.Module:
+def hooked_model() -> nn.Module:
     model = counting()
     model.head[0].forward = model.head[0].forward
     return model
 
 
-def nested() -> nn.Module:
+def nested_model() -> nn.Module:
     return nn.Sequential(OrderedDict(tower=counting()))
 
 
@@ -31,14 +31,14 @@ REFUSALS = {
     "one of two": (counting, ["head", "haed"], "no module's name ends in 'haed'"),
     "a container": (counting, ["aux"], "ModuleList is not called itself"),
     "one in another": (counting, ["head", "head.0"], r"head\.0 in it is named too"),
-    "hooks": (hooked, ["head"], r"forward of head\.0 was replaced"),
+    "hooks": (hooked_model, ["head"], r"forward of head\.0 was replaced"),
     "a lora layer": (counting, ["ody"], "puts LoRA into body"),
-    "what has one in it": (nested, ["ower"], r"puts LoRA into tower\.body"),
+    "what has one in it": (nested_model, ["ower"], r"puts LoRA into tower\.body"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_change_nothing(name):
+def test_refused_modules_to_save_change_nothing(name):
     build, modules, says = REFUSALS[name]
     model = build()
     config = LoRAConfig(target_modules=["body"], modules_to_save=modules)
@@ -46,7 +46,7 @@ def test_refusals_change_nothing(name):
         fastlora.replace_linear(model, config)
 
 
-def test_a_head_that_all_linear_would_take_is_refused():
+def test_all_linear_refuses_head_in_modules_to_save():
     """DistilBERT's pre_classifier: PEFT fails there too, after it has changed the model."""
     model = distilbert()
     config = LoRAConfig(target_modules="all-linear", task_type="SEQ_CLS")
@@ -58,7 +58,7 @@ def test_a_head_that_all_linear_would_take_is_refused():
     assert len(fastlora.report(fastlora.replace_linear(model, excluding)).modules_to_save) == 2
 
 
-def test_only_what_the_model_trains_whole_is_loaded_into_it(tmp_path):
+def test_load_adapter_refuses_different_modules_to_save(tmp_path):
     fastlora.save_adapter(fastlora.replace_linear(llama(), HEAD), tmp_path / "whole")
     plain = LoRAConfig(r=4, target_modules=["q_proj"])
     fastlora.save_adapter(fastlora.replace_linear(llama(), plain), tmp_path / "plain")
@@ -69,7 +69,7 @@ def test_only_what_the_model_trains_whole_is_loaded_into_it(tmp_path):
 
 
 @pytest.mark.parametrize("without", ["lm_head.weight", "q_proj.lora_A.weight"])
-def test_a_file_that_lacks_something_is_refused(tmp_path, without):
+def test_load_adapter_refuses_file_without_saved_module(tmp_path, without):
     fastlora.save_adapter(fastlora.replace_linear(llama(), HEAD), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if not k.endswith(without)}, path)
@@ -78,7 +78,7 @@ def test_a_file_that_lacks_something_is_refused(tmp_path, without):
         fastlora.load_adapter(model, tmp_path)
 
 
-def test_where_an_adapter_is_one_of_many_it_is_refused_by_name(tmp_path):
+def test_multi_adapter_uses_refuse_modules_to_save(tmp_path):
     fastlora.save_adapter(fastlora.replace_linear(llama(), HEAD), tmp_path)
     server = fastlora.MultiLoRAModel(llama())
     with pytest.raises(ValueError, match="modules_to_save"):

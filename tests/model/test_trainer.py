@@ -1,4 +1,4 @@
-"""transformers' Trainer: killed and resumed, in small batches, recomputing; what it saves."""
+"""transformers' Trainer trains, saves, resumes and recomputes models with adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.model.trainer_runs import (
     STEPS,
     arguments,
     data,
-    finished,
+    finished_trainer,
     losses,
     model,
     trainer,
@@ -39,16 +39,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of runs of every kind, each killed with SIGKILL after its fifth step."""
     folder = tmp_path_factory.mktemp("killed")
-    said = _run("-m", "tests.model.trainer_runs", str(folder))
+    said = _run_python("-m", "tests.model.trainer_runs", str(folder))
     for kind in KINDS:
         assert f"{kind} {int(signal.SIGKILL)}" in said
     return folder
 
 
-def _run(*arguments: str) -> list[str]:
+def _run_python(*arguments: str) -> list[str]:
     """The lines that python prints with these arguments."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -59,12 +59,12 @@ def _run(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed(kind, killed, tmp_path):
+def test_killed_trainer_resumes_with_the_same_losses(kind, killed_runs, tmp_path):
     unbroken = trainer(tmp_path, kind)
     unbroken.train()
-    assert (killed / kind / "checkpoint-4").is_dir()
-    assert not (killed / kind / "checkpoint-6").exists()
-    resumed = trainer(killed / kind, kind)
+    assert (killed_runs / kind / "checkpoint-4").is_dir()
+    assert not (killed_runs / kind / "checkpoint-6").exists()
+    resumed = trainer(killed_runs / kind, kind)
     resumed.train(resume_from_checkpoint=True)
     want = losses(unbroken)
     assert len(want) == STEPS > KILLED_AFTER
@@ -76,15 +76,15 @@ def test_killed_and_resumed(kind, killed, tmp_path):
         assert torch.equal(got, expected), name
 
 
-def test_losses_are_peft_s(tmp_path):
+def test_trainer_losses_match_those_of_peft(tmp_path):
     models = {kind: model(kind, lora_dropout=0.0) for kind in ("whole", "peft")}
     peft.set_peft_model_state_dict(models["peft"], fastlora.adapter_state_dict(models["whole"]))
-    ours, theirs = (finished(tmp_path / kind, kind, model=m) for kind, m in models.items())
+    ours, theirs = (finished_trainer(tmp_path / kind, kind, model=m) for kind, m in models.items())
     # Adam divides by what may be tiny, so that differences of rounding grow from step to step.
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
 
 
-def test_checkpoints_hold_the_adapter_in_peft_s_files(tmp_path):
+def test_trainer_checkpoints_load_in_peft(tmp_path):
     for kind in ("whole", "adapter"):
         run = trainer(tmp_path / kind, kind)
         run.train()
@@ -104,7 +104,7 @@ def test_checkpoints_hold_the_adapter_in_peft_s_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
-def test_the_best_checkpoint_is_loaded_at_the_end(kind, tmp_path):
+def test_trainer_loads_best_checkpoint_at_end(kind, tmp_path):
     run = trainer(
         tmp_path, kind, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=True, eval_dataset=data(8),
@@ -119,7 +119,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(kind, tmp_path):
         assert got.requires_grad
 
 
-def test_adapter_checkpoints_refuse_what_they_would_lose(tmp_path):
+def test_adapter_checkpoints_refuse_parameters_they_would_lose(tmp_path):
     thawed = model()
     thawed.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters are trained .* \(lm_head.weight, …\)"):
@@ -128,7 +128,7 @@ def test_adapter_checkpoints_refuse_what_they_would_lose(tmp_path):
         trainer(tmp_path, "adapter", model=llama())
 
 
-def test_small_batches_are_one_big_one(tmp_path):
+def test_accumulated_small_batches_match_one_big_batch(tmp_path):
     runs = [
         trainer(
             tmp_path, model=model(lora_dropout=0.0), per_device_train_batch_size=size,
@@ -142,11 +142,11 @@ def test_small_batches_are_one_big_one(tmp_path):
 
 
 @pytest.mark.full  # tests/distributed/test_distributed.py trains in two processes
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_train_as_one_process(tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    said = _run("-m", *torchrun, "-m", "tests.model.trainer_runs", str(tmp_path))
+    said = _run_python("-m", *torchrun, "-m", "tests.model.trainer_runs", str(tmp_path))
     runs = [json.loads(line) for line in said if line.startswith('["')]
-    one = finished(tmp_path / "one", model=model(lora_dropout=0.0))
+    one = finished_trainer(tmp_path / "one", model=model(lora_dropout=0.0))
     want = list(losses(one).values())
     assert [kind for kind, *_ in runs] == ["whole", "whole", "adapter", "adapter"]
     for _, *got in runs:
@@ -161,10 +161,10 @@ def test_two_processes_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activations_recomputed_in_backward(reentrant, tmp_path):
+def test_trainer_recomputes_activations_with_same_losses(reentrant, tmp_path):
     """Embeddings are frozen, so that what enters the first block must be made to need gradients."""
     runs = [
-        finished(tmp_path, save_strategy="no", **options)
+        finished_trainer(tmp_path, save_strategy="no", **options)
         for options in (
             {},
             {
@@ -177,7 +177,7 @@ def test_activations_recomputed_in_backward(reentrant, tmp_path):
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
 
 
-def test_biases_are_trained_and_resumed(tmp_path):
+def test_trainer_trains_and_resumes_biases(tmp_path):
     config = LoRAConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all")
     base = llama(attention_bias=True)
     run = trainer(tmp_path, "adapter", model=fastlora.replace_linear(base, config))
@@ -189,7 +189,7 @@ def test_biases_are_trained_and_resumed(tmp_path):
         assert torch.equal(got, want), name
 
 
-def test_trainer_takes_a_model_as_it_is(tmp_path):
+def test_trainer_takes_model_but_refuses_merged_one(tmp_path):
     """Labels by name, no columns lost, nothing that a merged model could be trained by."""
     run = Trainer(model=model(), args=arguments(tmp_path), train_dataset=data())
     assert run.label_names == ["labels"]

@@ -1,4 +1,4 @@
-"""Several adapters trained on one base in one batch: each as if it were alone."""
+"""Several adapters trained in one batch match each adapter trained alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_gets_the_gradients_that_it_would_get_alone(dtype):
+def test_joint_training_gives_each_adapter_its_gradients(dtype):
     rows = ["ben", "anna", None, "c.d-e", "anna", "ben", "anna"]
     ids = tokens(len(rows), 9)
     model = together(llama(dtype=dtype)).train()
@@ -41,7 +41,7 @@ def test_each_gets_the_gradients_that_it_would_get_alone(dtype):
     assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
 
 
-def test_four_at_once_reach_the_losses_of_four_runs():
+def test_four_joint_adapters_match_four_single_runs():
     model = together().train()
     singles = {name: alone(model, name).train() for name in NAMES}
     data = {name: tokens(2, 12) for name in NAMES}
@@ -72,7 +72,7 @@ def test_four_at_once_reach_the_losses_of_four_runs():
     assert all(mine[name].item() < 0.9 * first[name] for name in NAMES)
 
 
-def test_rows_of_none_are_the_base_s():
+def test_rows_without_adapter_match_the_base():
     model, ids = together(), tokens(3, 6)
     base = logits(llama(), ids)
     with fastlora.use_adapters(model, [None, "ben", None]):
@@ -85,7 +85,7 @@ def test_rows_of_none_are_the_base_s():
     assert_agree(mixed[1:2], logits(alone(model, "ben"), ids[1:2]), base[1:2])
 
 
-def test_saved_adapters_are_peft_s_and_load_again(tmp_path):
+def test_jointly_trained_adapters_load_in_peft(tmp_path):
     model, ids = together(), tokens(2, 6)
     base = logits(llama(), ids)
     for name in NAMES:
@@ -107,7 +107,7 @@ def test_saved_adapters_are_peft_s_and_load_again(tmp_path):
         assert_agree(server(ids, adapter_names=["anna", None]).logits, logits(model, ids), base)
 
 
-def test_dropout_is_the_branch_s_alone():
+def test_dropout_affects_only_rows_with_adapters():
     config = LoRAConfig(r=4, lora_dropout=0.5, target_modules="all-linear")
     model, ids = together(config=config), tokens(4, 8)
     base, rows = logits(llama(), ids), ["anna", None, "ben", "anna"]
@@ -125,7 +125,7 @@ def test_dropout_is_the_branch_s_alone():
         torch.testing.assert_close(layer(x), nnf.linear(x, layer.weight, layer.bias))
 
 
-def test_the_report_counts_them():
+def test_report_counts_jointly_trained_adapters():
     model = together()
     report = fastlora.report(model)
     assert set(report.replaced.values()) == {4}
@@ -136,7 +136,7 @@ def test_the_report_counts_them():
         fastlora.replace_linear(model, CONFIG)
 
 
-def test_a_state_dict_goes_by_names():
+def test_state_dict_matches_adapters_by_name():
     model, other, ids = together(), llama(), tokens(2, 5)
     fastlora.replace_linear(other, CONFIG, adapter_names=[*reversed(NAMES)])
     other.load_state_dict(model.state_dict())
@@ -149,7 +149,7 @@ def test_a_state_dict_goes_by_names():
         strangers.load_state_dict(model.state_dict())
 
 
-def test_another_architecture():
+def test_bert_trains_several_adapters_in_one_batch():
     model, ids = together(bert()), tokens(3, 7)
     rows = ["dora", "ben", "dora"]
     with fastlora.use_adapters(model, rows):

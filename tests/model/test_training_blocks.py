@@ -1,4 +1,4 @@
-"""Several adapters in training: what is refused, and whose rows a layer believes it sees."""
+"""use_adapters blocks: what joint training refuses, and which rows a layer sees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def test_a_loaded_adapter_must_fit(tmp_path):
+def test_load_adapter_refuses_adapter_of_other_settings(tmp_path):
     for name, config in {
         "rank": LoRAConfig(r=2, target_modules="all-linear"),
         "scaling": LoRAConfig(r=4, lora_alpha=4, target_modules="all-linear"),
@@ -60,13 +60,13 @@ def test_a_loaded_adapter_must_fit(tmp_path):
         (["a"], LoRAConfig(target_modules=["q_pro"]), ValueError, "no linear layer matches"),
     ],
 )
-def test_what_cannot_be_trained_together_is_refused(names, config, error, message):
+def test_replace_linear_refuses_configs_unfit_for_joint_training(names, config, error, message):
     model = llama()
     with untouched(model), pytest.raises(error, match=message):
         fastlora.replace_linear(model, config, adapter_names=names)
 
 
-def test_rows_must_be_named():
+def test_forward_refuses_rows_without_names():
     model, ids = together(), tokens(3, 5)
     with pytest.raises(RuntimeError, match=r"within fastlora\.use_adapters"):
         model(input_ids=ids)
@@ -89,7 +89,7 @@ def test_rows_must_be_named():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations(reentrant):
+def test_checkpointed_joint_training_has_same_gradients(reentrant):
     rows, ids = ["ben", "anna", "ben"], tokens(3, 7)
 
     def gradients(checkpointed: bool) -> list[Tensor]:
@@ -114,7 +114,7 @@ def test_checkpointed_activations(reentrant):
         loss.backward()
 
 
-def test_copies_have_rows_of_their_own():
+def test_copied_models_have_separate_training_rows():
     model, ids = together(), tokens(2, 5)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -129,7 +129,7 @@ def test_copies_have_rows_of_their_own():
             assert same_bits(logits(other, ids), want)
 
 
-def test_every_layer_must_see_the_batch_even_of_the_base():
+def test_layer_refuses_wrong_batch_even_without_adapters():
     model, ids = together(), tokens(4, 5)
     for rows in ([], [None] * 3):
         with (
@@ -140,7 +140,7 @@ def test_every_layer_must_see_the_batch_even_of_the_base():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_backward_in_another_block_is_refused(reentrant):
+def test_backward_in_another_use_adapters_block_is_refused(reentrant):
     model, x = together().train(), tokens(3, 7)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -153,7 +153,7 @@ def test_a_backward_in_another_block_is_refused(reentrant):
         loss.backward()
 
 
-def test_blocks_are_one_thread_s_and_end_in_order():
+def test_use_adapters_blocks_belong_to_one_thread():
     model, ids = together(), tokens(2, 5)
     failed: list[str] = []
 
@@ -179,7 +179,7 @@ def test_blocks_are_one_thread_s_and_end_in_order():
         one.__exit__(None, None, None)
 
 
-def test_inference_first_and_training_after_in_one_block():
+def test_use_adapters_block_trains_after_inference_mode():
     model, ids = together(), tokens(2, 5)
     with torch.inference_mode():
         block = fastlora.use_adapters(model, ["ben", "anna"])
@@ -190,7 +190,7 @@ def test_inference_first_and_training_after_in_one_block():
     assert all(p.grad is not None for p in fastlora.adapter_parameters(model, "ben"))
 
 
-def test_what_such_a_model_refuses():
+def test_jointly_trained_model_refuses_merge_and_replace():
     model = together()
     for step in (fastlora.merge_adapter, fastlora.merge_and_unload):
         with untouched(model), pytest.raises(RuntimeError, match="several adapters in training"):

@@ -86,7 +86,7 @@ def trainer(folder: Path, kind: str = "whole", **options: Any) -> Trainer:
     return run
 
 
-def finished(*args: Any, **options: Any) -> Trainer:
+def finished_trainer(*args: Any, **options: Any) -> Trainer:
     """A trainer that has trained, at once: its order of rows comes from the seed that it set."""
     run = trainer(*args, **options)
     run.train()
@@ -101,7 +101,7 @@ def losses(run: Trainer) -> dict[int, float]:
 KINDS = ("whole", "adapter", "peft")
 
 
-def together(folder: Path) -> None:
+def train_in_processes(folder: Path) -> None:
     """Each process takes its rows of a batch; prints the losses of a run and of one resumed."""
     each = arguments(folder).per_device_train_batch_size // int(os.environ["WORLD_SIZE"])
     for kind in ("whole", "adapter"):
@@ -124,7 +124,7 @@ def together(folder: Path) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
-        return together(folder)
+        return train_in_processes(folder)
     for kind in KINDS:
         child = os.fork()
         if child == 0:

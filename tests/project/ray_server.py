@@ -1,4 +1,4 @@
-"""What tests of examples/serve_ray.py share: a model with adapters, and a server of them."""
+"""A small model with adapters and a running examples/serve_ray.py, for its tests."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Server(NamedTuple):
             return Answer(response.status, replica, json.loads(response.read()))
 
     def greedy(self, adapter: str | None, **more: Any) -> Answer:
-        return self.post(asked(adapter) | more)
+        return self.post(completion_request(adapter) | more)
 
     def expected(
         self, adapter: str | None, prompt: list[int] = PROMPT, new: int = NEW
@@ -88,7 +88,7 @@ class Server(NamedTuple):
         return (tokens[:-1], "stop") if tokens[-1] == END else (tokens, "length")
 
 
-def asked(adapter: str | None) -> dict[str, Any]:
+def completion_request(adapter: str | None) -> dict[str, Any]:
     model = "small" if adapter is None else f"small:{adapter}"
     return {"model": model, "prompt": PROMPT, "max_tokens": NEW, "temperature": 0}
 
@@ -150,7 +150,7 @@ def wait_for(ready: Callable[[], Any], log: Path) -> Any:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Server]:
+def running_server(folder: Path) -> Iterator[Server]:
     """examples/serve_ray.py with two replicas, on a free port, its log in ``folder``."""
     local, log, mark = save_all(folder), folder / "log", uuid.uuid4().hex
     command = [sys.executable, str(ROOT / "examples" / "serve_ray.py"), "--port=0"]

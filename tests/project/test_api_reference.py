@@ -1,4 +1,4 @@
-"""The API reference has every public name, and the site builds of what the repository holds."""
+"""The API reference lists every public name, and the site builds from the repository."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def directives() -> list[str]:
     return [name for text in texts for name in re.findall(r"(?m)^::: (\S+)$", text)]
 
 
-def test_every_public_name_is_in_the_reference_once():
+def test_api_reference_lists_every_public_name_once():
     public = {f"fastlora.{name}" for name in fastlora.__all__}
     public |= {f"fastlora.functional.{name}" for name in functional.__all__}
     found = Counter(directives())
@@ -33,12 +33,12 @@ def test_every_public_name_is_in_the_reference_once():
     assert [name for name, times in found.items() if times > 1] == []
 
 
-def test_every_name_in_the_reference_exists_and_says_what_it_is():
+def test_api_reference_names_exist_and_have_docstrings():
     for name in directives():
         assert pkgutil.resolve_name(name).__doc__, name
 
 
-def test_the_site_builds_without_a_warning_and_without_other_hosts(tmp_path):
+def test_site_builds_without_warnings_or_other_hosts(tmp_path):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]

@@ -1,4 +1,4 @@
-"""The native library: compiled and packed where it can be, left out or refused where it cannot."""
+"""The native library is built where it can be, and omitted or refused elsewhere."""
 
 import email
 import os
@@ -64,7 +64,7 @@ def wheel_from(tree: Path, **environment: str) -> tuple[subprocess.CompletedProc
     return done, tree / "dist"
 
 
-def of_wheel(path: Path) -> email.message.Message:
+def read_wheel_metadata(path: Path) -> email.message.Message:
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in contents(path) if name.endswith(".dist-info/WHEEL"))
         return email.message_from_bytes(archive.read(name))
@@ -76,7 +76,7 @@ def works_natively(site: Site, library: Path) -> None:
 
 @needs_compiler
 @pytest.mark.full  # compiles everything, as an editable installation does
-def test_wheel_with_the_library(tree: Path, site: Site, tmp_path: Path) -> None:
+def test_wheel_from_sdist_contains_native_library(tree: Path, site: Site, tmp_path: Path) -> None:
     """By way of an sdist, where there is no torch; for any Python, on this platform alone."""
     command = (sys.executable, "-m", "build", "--outdir", tmp_path / "dist")
     said = run(*command, cwd=tree, **QUICKLY)
@@ -84,8 +84,8 @@ def test_wheel_with_the_library(tree: Path, site: Site, tmp_path: Path) -> None:
     wheel = next((tmp_path / "dist").glob("*.whl"))
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-py3-none-{platform}.whl")
-    assert of_wheel(wheel)["Root-Is-Purelib"] == "false"
-    assert of_wheel(wheel).get_all("Tag") == [f"py3-none-{platform}"]
+    assert read_wheel_metadata(wheel)["Root-Is-Purelib"] == "false"
+    assert read_wheel_metadata(wheel).get_all("Tag") == [f"py3-none-{platform}"]
     names = contents(wheel)
     assert [n for n in names if n.endswith((".so", ".dylib"))] == [f"fastlora/{LIBRARY}"]
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".o"))]
@@ -98,7 +98,7 @@ def test_wheel_with_the_library(tree: Path, site: Site, tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("mode", ["default", pytest.param("strict", marks=pytest.mark.full)])
-def test_editable_with_the_library(mode: str, tree: Path, site: Site) -> None:
+def test_editable_install_builds_native_library(mode: str, tree: Path, site: Site) -> None:
     strict = ["--config-settings", "editable_mode=strict"] if mode == "strict" else []
     site.install(*strict, "-e", tree, **QUICKLY)
     fastlora, _ = site.probe(backend="cpu")
@@ -106,7 +106,7 @@ def test_editable_with_the_library(mode: str, tree: Path, site: Site) -> None:
     works_natively(site, fastlora.parent / LIBRARY)
 
 
-def test_without_compilers_the_libraries_are_left_out(tree: Path, site: Site) -> None:
+def test_wheel_omits_libraries_without_compilers(tree: Path, site: Site) -> None:
     for _ in range(2):
         done, folder = wheel_from(tree, FASTLORA_BUILD="auto", **NOWHERE)
         assert done.returncode == 0, done.stderr
@@ -125,20 +125,20 @@ def test_without_compilers_the_libraries_are_left_out(tree: Path, site: Site) ->
 
 
 @pytest.mark.parametrize("mode", ["default", pytest.param("strict", marks=pytest.mark.full)])
-def test_editable_without_compilers(mode: str, tree: Path, site: Site) -> None:
+def test_editable_install_works_without_compilers(mode: str, tree: Path, site: Site) -> None:
     strict = ["--config-settings", "editable_mode=strict"] if mode == "strict" else []
     site.install(*strict, "-e", tree, FASTLORA_BUILD="auto", **NOWHERE)
     fastlora, _ = site.probe(backend="torch")
     assert fastlora.is_relative_to(tree)
 
 
-def test_nothing_is_compiled_when_not_asked_for(tree: Path) -> None:
+def test_wheel_is_pure_when_build_is_none(tree: Path) -> None:
     done, folder = wheel_from(tree, FASTLORA_BUILD="none")
     assert done.returncode == 0, done.stderr
     assert "no library is built: FASTLORA_BUILD=none" in done.stderr
     wheel = next(folder.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert of_wheel(wheel)["Root-Is-Purelib"] == "true"
+    assert read_wheel_metadata(wheel)["Root-Is-Purelib"] == "true"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,9 @@ def test_nothing_is_compiled_when_not_asked_for(tree: Path) -> None:
     ],
     ids=["missing", "none", "failing"],
 )
-def test_a_library_asked_for_must_be_built(environment, why: str, tree: Path) -> None:
+def test_build_fails_when_requested_library_cannot_compile(
+    environment, why: str, tree: Path
+) -> None:
     done, folder = wheel_from(tree, FASTLORA_BUILD="cpu", **environment)
     assert done.returncode != 0
     assert f"fastlora: {LIBRARY} cannot be built: " in done.stderr
@@ -158,7 +160,7 @@ def test_a_library_asked_for_must_be_built(environment, why: str, tree: Path) ->
     assert not list(folder.glob("*.whl"))
 
 
-def test_an_unknown_choice_is_refused(tree: Path) -> None:
+def test_build_refuses_unknown_library_choice(tree: Path) -> None:
     done, _ = wheel_from(tree, FASTLORA_BUILD="gpu")
     assert done.returncode != 0
     assert "FASTLORA_BUILD: expected one of auto, cpu, cuda, none, got 'gpu'" in done.stderr

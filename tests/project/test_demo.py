@@ -1,4 +1,4 @@
-"""The demo at toy sizes, from the command to its exit code; its text; its errors."""
+"""The demo runs at toy sizes, with its exit codes, texts and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own_data(tmp_path):
     return path
 
 
-def test_quick_run_holds_its_claims(capsys):
+def test_quick_demo_run_passes_its_claims(capsys):
     assert cli.main(["demo", "--quick"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("✓") >= 5
@@ -53,7 +53,7 @@ def test_quick_run_holds_its_claims(capsys):
         assert name in shown
 
 
-def test_own_model_and_data(own_model, own_data, capsys):
+def test_demo_accepts_given_model_and_data(own_model, own_data, capsys):
     assert run(str(own_model), str(own_data), quick=True) == 0
     shown = capsys.readouterr().out
     assert "verse" in shown
@@ -61,13 +61,13 @@ def test_own_model_and_data(own_model, own_data, capsys):
     assert "calendar" not in shown
 
 
-def test_a_claim_that_fails_makes_the_exit_code_1(own_model, own_data, capsys, monkeypatch):
+def test_demo_exits_1_when_a_claim_fails(own_model, own_data, capsys, monkeypatch):
     monkeypatch.setattr(fastlora, "unmerge_adapter", lambda model: model)
     assert run(str(own_model), str(own_data), quick=True) == 1
     assert capsys.readouterr().out.count("✗") == 1
 
 
-def test_exit_code_of_claims():
+def test_claims_exit_code_counts_failed_claims():
     claims = Claims()
     assert claims.exit_code == 1, "nothing was shown"
     claims.check("one", True, "")
@@ -79,7 +79,7 @@ def test_exit_code_of_claims():
 
 
 @pytest.mark.parametrize("name", corpora.DOMAINS)
-def test_domains_are_deterministic_and_told_apart_at_a_glance(name):
+def test_domain_texts_are_deterministic_and_distinguishable(name):
     text = corpora.make_domain_text(name, 0, 20_000)
     assert text == corpora.make_domain_text(name, 0, 20_000)
     assert text != corpora.make_domain_text(name, 1, 20_000)
@@ -89,7 +89,7 @@ def test_domains_are_deterministic_and_told_apart_at_a_glance(name):
 
 
 @pytest.mark.parametrize("name", ["calendar", "unicode"])
-def test_what_is_held_out_is_not_learnt_from(name):
+def test_held_out_text_is_not_in_training_text(name):
     text = corpora.make_domain_text(name, 0, 50_000)
     pattern = {"calendar": r"\w+ \d{4}\n\w\w ", "unicode": r"U\+\w+"}[name]
     seen, unseen = (set(re.findall(pattern, part)) for part in (text.train, text.held_out))
@@ -105,7 +105,7 @@ def test_pretraining_text_is_deterministic():
     assert "def " in text
 
 
-def test_bytes_survive_the_tokenizer():
+def test_byte_tokenizer_gives_back_every_byte():
     tokenizer = make_byte_tokenizer()
     text = "  naïve ♥\n\tx"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -122,7 +122,7 @@ def test_bytes_survive_the_tokenizer():
         (b"\xff\xfe\x00 latin", "UTF-8"),
     ],
 )
-def test_unusable_data_is_explained(content, message, tmp_path, capsys):
+def test_demo_explains_unusable_data_in_one_line(content, message, tmp_path, capsys):
     path = tmp_path / "data.txt"
     if content is not None:
         path.write_bytes(content)
@@ -133,14 +133,14 @@ def test_unusable_data_is_explained(content, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_unusable_model_is_explained(tmp_path, capsys):
+def test_demo_explains_unusable_model(tmp_path, capsys):
     assert run(str(tmp_path / "none"), quick=True) == 2
     assert "expected a directory" in capsys.readouterr().err
     assert run(str(tmp_path), quick=True) == 2
     assert "cannot load" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_in_one_line():
+def test_demo_names_missing_package_in_one_line():
     code = "import sys; sys.modules['rich'] = None; from fastlora.demo import run; sys.exit(run())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 2

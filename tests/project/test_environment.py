@@ -1,4 +1,4 @@
-"""What the Makefile installs: packages of a lock that covers pyproject.toml, else a clear line."""
+"""`make setup` installs the locked packages or explains in one line why not."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def refusal(*arguments: object) -> str:
     return " ".join(lines[-1:]) if len(lines) == 1 else pytest.fail(done.stderr)
 
 
-def half_made(folder: Path) -> Path:
+def half_made_environment(folder: Path) -> Path:
     """As if its making had been interrupted before pip came."""
     venv.create(folder, with_pip=False, symlinks=True)
     return folder
@@ -50,19 +50,19 @@ def stamp(folder: Path, torch: str = TORCH) -> None:
 
 
 @pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch):
+def import_tool(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     return import_module
 
 
-def test_the_lock_covers_every_extra(tools) -> None:
+def test_lock_covers_every_extra_of_pyproject(import_tool) -> None:
     tomllib = pytest.importorskip("tomllib")
     requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     locked: dict[str, list[str]] = {}
-    for name, line in tools("environment").read_lock(LOCK):
+    for name, line in import_tool("environment").read_lock(LOCK):
         locked.setdefault(name, []).append(line.split("==")[1].split()[0])
     for text in [*wanted, *(line for extra in extras for line in extra)]:
         requirement = requirements.Requirement(text)
@@ -70,7 +70,7 @@ def test_the_lock_covers_every_extra(tools) -> None:
             assert requirement.specifier.contains(version), f"{text}: locked is {version}"
 
 
-def test_the_lock_is_for_any_machine() -> None:
+def test_lock_holds_nothing_specific_to_a_machine() -> None:
     text = LOCK.read_text()
     assert f"\n{TORCH} " in text
     assert f"TORCH  ?= {TORCH}\n" in (ROOT / "Makefile").read_text()
@@ -88,7 +88,7 @@ def test_the_lock_is_for_any_machine() -> None:
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
-def test_a_wrong_lock(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_make_setup_refuses_a_wrong_lock(tmp_path: Path, content: bytes | None, said: str) -> None:
     lock = tmp_path / "wrong.lock"
     if content is not None:
         lock.write_bytes(content)
@@ -101,7 +101,7 @@ def test_a_wrong_lock(tmp_path: Path, content: bytes | None, said: str) -> None:
 
 @needs_make
 @pytest.mark.parametrize("target", ["setup", "lock", "test-latest"])
-def test_an_older_python(tmp_path: Path, target: str) -> None:
+def test_make_refuses_an_older_python(tmp_path: Path, target: str) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
@@ -110,8 +110,8 @@ def test_an_older_python(tmp_path: Path, target: str) -> None:
 
 
 @needs_make
-def test_a_half_made_environment(tmp_path: Path) -> None:
-    folder = half_made(tmp_path / "venv")
+def test_make_setup_refuses_half_made_environment(tmp_path: Path) -> None:
+    folder = half_made_environment(tmp_path / "venv")
     stamp(folder)
     arguments = ("setup", f"PYTHON={sys.executable}", f"VENV={folder}")
     assert f"{folder} is half made, it has no pip: `rm -r {folder}`" in refusal(*arguments)
@@ -124,7 +124,7 @@ def test_a_half_made_environment(tmp_path: Path) -> None:
 
 
 @needs_make
-def test_a_folder_of_something_else(tmp_path: Path) -> None:
+def test_make_setup_refuses_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     line = refusal("setup", f"PYTHON={sys.executable}", f"VENV={tmp_path}")
     assert line.startswith(f"setup: VENV={tmp_path} is there and no environment of Python's")
@@ -132,9 +132,9 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 
 @needs_make
-def test_no_network(tmp_path: Path) -> None:
+def test_make_setup_says_when_network_is_missing(tmp_path: Path) -> None:
     """What is half made is completed until something is to be fetched."""
-    folder = half_made(tmp_path / "venv")
+    folder = half_made_environment(tmp_path / "venv")
     line = refusal("setup", f"PYTHON={sys.executable}", f"VENV={folder}")
     assert line.startswith("setup: pip reaches no package index: with a network")
     assert list(folder.glob("lib/python3*/site-packages/pip"))
@@ -142,7 +142,7 @@ def test_no_network(tmp_path: Path) -> None:
 
 
 @needs_make
-def test_another_lock_or_torch_makes_it_anew(tmp_path: Path) -> None:
+def test_make_setup_reinstalls_for_new_lock_or_torch(tmp_path: Path) -> None:
     lock = Path(shutil.copy(LOCK, tmp_path / "copy.lock"))
     stamp(tmp_path)
     arguments = ("-n", "setup", f"VENV={tmp_path}", f"LOCK={lock}")
@@ -152,8 +152,8 @@ def test_another_lock_or_torch_makes_it_anew(tmp_path: Path) -> None:
     assert f'--lock "{lock}"' in make(*arguments).stdout
 
 
-def test_changes_of_a_lock(tools, tmp_path: Path) -> None:
-    lock = tools("lock")
+def test_list_changes_compares_two_locks(import_tool, tmp_path: Path) -> None:
+    lock = import_tool("lock")
     versions = []
     for text in ("torch==1\na==1 ; x == 'y'\na==2\nb==1\n", "torch==1\na==2\nc==3 # via a\n"):
         (tmp_path / "lock").write_text(text)
@@ -162,7 +162,7 @@ def test_changes_of_a_lock(tools, tmp_path: Path) -> None:
     assert list(lock.list_changes(*versions)) == said
 
 
-def test_what_the_newest_packages_break_is_printed(tmp_path: Path) -> None:
+def test_newest_prints_tests_that_newer_packages_break(tmp_path: Path) -> None:
     here = pytest.__version__
     lock = tmp_path / "some.lock"
     lock.write_text(f"torch==0.1\npytest=={here}\nabsent==3\nelsewhere==1 ; sys_platform == 'x'\n")

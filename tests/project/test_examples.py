@@ -1,4 +1,4 @@
-"""The examples run, small, and say what they promise."""
+"""The examples run at small sizes and detect wrong results."""
 
 import os
 import runpy
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def test_train_adapters(capsys):
+def test_train_adapters_example_runs_small(capsys):
     for package in ("peft", "transformers", "tokenizers"):
         pytest.importorskip(package)
     main = runpy.run_path(str(EXAMPLES / "train_adapters.py"))["main"]
@@ -24,7 +24,7 @@ def test_train_adapters(capsys):
         assert f"\n{name} " in said
 
 
-def test_train_adapters_sees_losses_that_drift(monkeypatch):
+def test_train_adapters_example_detects_drifting_losses(monkeypatch):
     """By more than rounding does: the adapters together learn at ten times the others' rate."""
     for package in ("peft", "transformers", "tokenizers"):
         pytest.importorskip(package)
@@ -40,7 +40,7 @@ def test_train_adapters_sees_losses_that_drift(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generate_mixed(dtype, capsys):
+def test_generate_mixed_example_runs_small(dtype, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     main = runpy.run_path(str(EXAMPLES / "generate_mixed.py"))["main"]
@@ -59,7 +59,7 @@ MANY = [
 ]  # fmt: skip
 
 
-def test_serve_many_adapters(capsys):
+def test_serve_many_adapters_example_runs_small(capsys):
     for package in ("peft", "transformers", "tokenizers"):
         pytest.importorskip(package)
     main = runpy.run_path(str(EXAMPLES / "serve_many_adapters.py"))["main"]
@@ -74,7 +74,7 @@ def test_serve_many_adapters(capsys):
     assert "PEFT wrote the same tokens for 5 of 5 requests" in said
 
 
-def test_serve_many_adapters_sees_another_s_tokens(monkeypatch):
+def test_serve_many_adapters_example_detects_wrong_tokens(monkeypatch):
     for package in ("peft", "transformers", "tokenizers"):
         pytest.importorskip(package)
     scope = runpy.run_path(str(EXAMPLES / "serve_many_adapters.py"))
@@ -100,7 +100,7 @@ TRAINER = [
 ]
 
 
-def test_finetune_trainer(capsys, tmp_path):
+def test_finetune_trainer_example_runs_small(capsys, tmp_path):
     for package in ("peft", "transformers", "tokenizers", "accelerate"):
         pytest.importorskip(package)
     main = runpy.run_path(str(EXAMPLES / "finetune_trainer.py"))["main"]
@@ -114,7 +114,7 @@ def test_finetune_trainer(capsys, tmp_path):
     assert not list(tmp_path.glob("stopped/*/model*"))
 
 
-def test_finetune_trainer_sees_losses_that_differ(monkeypatch):
+def test_finetune_trainer_example_detects_differing_losses(monkeypatch):
     for package in ("peft", "transformers", "tokenizers", "accelerate"):
         pytest.importorskip(package)
     scope = runpy.run_path(str(EXAMPLES / "finetune_trainer.py"))
@@ -126,7 +126,7 @@ def test_finetune_trainer_sees_losses_that_differ(monkeypatch):
 
 
 @pytest.mark.full  # tests/distributed/test_distributed.py shards the same way
-def test_finetune_fsdp2(tmp_path):
+def test_finetune_fsdp2_example_runs_small(tmp_path):
     for package in ("transformers", "tokenizers"):
         pytest.importorskip(package)
     sizes = {"steps": 2, "hidden": 32, "layers": 1, "length": 16, "rows": 1}

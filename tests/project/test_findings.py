@@ -1,4 +1,4 @@
-"""The scripts of findings/ have their form; what they show is for who runs them by hand."""
+"""The scripts of findings/ are pinned, clean up, and are listed."""
 
 import re
 import subprocess
@@ -10,13 +10,13 @@ FOLDER = Path(__file__).parents[2] / "findings"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
 
 
-def test_the_table_lists_every_script():
+def test_findings_table_lists_every_script():
     listed = re.findall(r"^\| `([^`]+\.sh)` \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == [script.name for script in SCRIPTS]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_script_is_pinned_and_leaves_nothing(script):
+def test_findings_script_pins_versions_and_cleans_up(script):
     text = script.read_text()
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert re.match(r"#!(/bin/sh|/usr/bin/env bash)\n# \S", text), (

@@ -1,4 +1,4 @@
-"""The floor plan: folders import downwards only, and optional packages stay optional."""
+"""Folders import only lower folders, and optional packages stay optional."""
 
 import ast
 import subprocess
@@ -27,7 +27,7 @@ FLOORS = """
     kernels/linear kernels/merge kernels/choose
     kernels/tile
 """
-FLOOR = {room: n for n, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+FLOOR = {folder_of: n for n, line in enumerate(FLOORS.split("\n")) for folder_of in line.split()}
 # What a folder's files may import besides the standard library and fastlora. Inside functions
 # anything goes, except in kernels/: that is how optional packages are used.
 PACKAGES = {
@@ -49,12 +49,12 @@ FILES = [*ROOT.glob("fastlora/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 MODULES = {name_of(path): path.read_text() for path in sorted(FILES)}
 
 
-def room(module: str) -> str:
+def folder_of(module: str) -> str:
     parts = module.split(".")[1:] or ["__init__"]
     return "/".join(parts[:2]) if parts[0] == "kernels" else parts[0]
 
 
-def imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
+def list_imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
     """(module, whether inside a function) of every import; typing: those for type checkers too."""
 
     def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
@@ -72,15 +72,15 @@ def imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
     yield from walk(ast.parse(source), False)
 
 
-def faults(module: str, source: str) -> list[str]:
+def list_faults(module: str, source: str) -> list[str]:
     """What a file imports against the rules."""
-    own, found = room(module), []
+    own, found = folder_of(module), []
     top = own.split("/")[0]
     allowed = PACKAGES.get(top, {"torch", "numpy", "safetensors"}) | set(sys.stdlib_module_names)
-    for target, lazy in imports(source):
+    for target, lazy in list_imports(source):
         package = target.split(".")[0]
         if package == "fastlora":
-            if room(target) != own and FLOOR[room(target)] <= FLOOR[own]:
+            if folder_of(target) != own and FLOOR[folder_of(target)] <= FLOOR[own]:
                 found.append(f"{module} imports {target}, which is not below it")
         elif (top == "kernels" or not lazy) and package not in allowed:
             found.append(f"{module} imports {package}, allowed here: {sorted(allowed)}")
@@ -88,8 +88,8 @@ def faults(module: str, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
-    assert not faults(module, MODULES[module])
+def test_module_imports_only_lower_folders(module: str) -> None:
+    assert not list_faults(module, MODULES[module])
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_imports_point_down(module: str) -> None:
         ("fastlora.kernels.linear.gemm", "from fastlora.ops import invariance"),
     ],
 )
-def test_a_fault_is_found(module: str, source: str) -> None:
-    assert faults(module, source)
+def test_faults_finds_forbidden_imports(module: str, source: str) -> None:
+    assert list_faults(module, source)
 
 
 def test_imports_form_no_circle() -> None:
     """Nor do those in functions and those only for type checkers."""
-    needs = {m: {t for t, _ in imports(s, typing=True) if t in MODULES} - {m}
+    needs = {m: {t for t, _ in list_imports(s, typing=True) if t in MODULES} - {m}
              for m, s in MODULES.items()}  # fmt: skip
     while free := [m for m, others in needs.items() if not others & needs.keys()]:
         for module in free:
@@ -118,7 +118,7 @@ def test_imports_form_no_circle() -> None:
     assert not needs
 
 
-def test_a_package_binds_no_name_of_a_submodule() -> None:
+def test_package_binds_no_name_of_a_submodule() -> None:
     """``from package import file`` would give whichever of the two was bound last."""
     for path in (p for p in FILES if p.name == "__init__.py"):
         files = {p.stem for p in path.parent.glob("*.py")}
@@ -131,7 +131,7 @@ def test_a_package_binds_no_name_of_a_submodule() -> None:
 
 
 @pytest.mark.parametrize("module", ["fastlora", "fastlora.commands.main"])
-def test_optional_packages_are_not_imported(module: str) -> None:
+def test_import_of_fastlora_loads_no_optional_packages(module: str) -> None:
     code = f"import sys, {module}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -140,6 +140,6 @@ def test_optional_packages_are_not_imported(module: str) -> None:
     assert not loaded & {"triton", "peft", "transformers", "accelerate", "rich", "matplotlib"}
 
 
-def test_kernels_is_no_package() -> None:
+def test_kernels_folder_is_no_package() -> None:
     """A kernels/__init__.py would shadow Hugging Face's `kernels` for transformers."""
     assert not list(ROOT.glob("kernels/**/__init__.py"))

@@ -15,17 +15,17 @@ ROWS = re.findall(r"(?m)^\| (`[^|]+`) \| (yes|refused) \|", PAGE.read_text("utf-
 TABLE = {field: answer for names, answer in ROWS for field in re.findall(r"`(\w+)`", names)}
 
 
-def test_every_field_of_peft_is_there():
+def test_migration_table_lists_every_peft_field():
     peft = pytest.importorskip("peft")
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} - TABLE.keys() == set()
 
 
-def test_every_field_of_ours_is_there():
+def test_migration_table_lists_every_fastlora_field():
     assert {f.name for f in dataclasses.fields(LoRAConfig)} <= TABLE.keys()
 
 
 @pytest.mark.parametrize("field", TABLE)
-def test_the_answer_is_true(field):
+def test_migration_table_tells_which_fields_are_refused(field):
     refusal = f"config: fastlora does not support {field}=True"
     try:
         LoRAConfig.from_dict({field: True})
@@ -35,7 +35,7 @@ def test_the_answer_is_true(field):
     assert said.startswith(refusal) == (TABLE[field] == "refused"), said
 
 
-def test_the_inits_are_sorted_rightly():
+def test_migration_page_sorts_init_methods_correctly():
     (row,) = re.findall(r"(?m)^\| `init_lora_weights` \| yes \| (.*) \|$", PAGE.read_text("utf-8"))
     taken, refused = (re.findall(r'`"([\w[\]]+)"`', part) for part in row.split("; "))
     assert taken

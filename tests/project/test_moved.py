@@ -1,4 +1,4 @@
-"""Models pickled by 0.1.0, which name its modules, load with the classes of today."""
+"""Models pickled by version 0.1.0 load with the classes of today."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ OLD = {
 } | {"fastlora.modules.linear FastLoRALinear": "fastlora.modules FastLoRALinear"}
 
 
-def as_old(value: object) -> tuple[bytes, set[str]]:
+def pickle_as_old(value: object) -> tuple[bytes, set[str]]:
     """A pickle of value that names 0.1.0's classes, and which ones."""
     data, used = pickle.dumps(value, protocol=2), set()
     for op, argument, _ in pickletools.genops(data):
@@ -35,32 +35,32 @@ def as_old(value: object) -> tuple[bytes, set[str]]:
     return data, used
 
 
-def trained(**options):
+def trained_model(**options):
     net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     config = fastlora.LoRAConfig(r=2, target_modules=["0"], **options)
     return randomise_lora(fastlora.replace_linear(net, config))
 
 
-def test_a_trained_model_loads_with_its_numbers():
-    model, x = trained(modules_to_save=["2"]), torch.randn(4, 8)
+def test_old_pickle_of_trained_model_loads():
+    model, x = trained_model(modules_to_save=["2"]), torch.randn(4, 8)
     y = model(x)
-    data, used = as_old(model)
+    data, used = pickle_as_old(model)
     assert {"fastlora.modules FastLoRALinear", "fastlora.injection Injection"} <= used
     assert "fastlora.saved_modules Saved" in used
     assert torch.equal(pickle.loads(data)(x), y)
 
 
-def test_a_merged_model_unmerges_every_bit():
-    model = trained().eval()
+def test_old_pickle_of_merged_model_unmerges():
+    model = trained_model().eval()
     before = model[0].weight.clone()
-    data, used = as_old(fastlora.merge_adapter(model) or model)
+    data, used = pickle_as_old(fastlora.merge_adapter(model) or model)
     assert "fastlora.receipt MergeReceipt" in used
     loaded = pickle.loads(data)
     fastlora.unmerge_adapter(loaded)
     assert torch.equal(loaded[0].weight, before)
 
 
-def test_several_adapters_load_with_their_rows():
+def test_old_pickle_of_several_adapters_loads():
     net, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(4, 8)
     config = fastlora.LoRAConfig(r=2, target_modules=["0"])
     model = randomise_lora(fastlora.replace_linear(net, config, adapter_names=["a", "b"]))
@@ -69,13 +69,13 @@ def test_several_adapters_load_with_their_rows():
         with fastlora.use_adapters(model, ["a", "b", None, "a"]):
             return model(x)
 
-    data, used = as_old(model)
+    data, used = pickle_as_old(model)
     assert {"fastlora.multi_modules TrainingRows", "fastlora.rows.entry Watch"} <= used
     loaded = pickle.loads(data)
     assert torch.equal(run(loaded), run(model))
 
 
-def test_watch_takes_the_state_that_0_1_0_gave_it():
+def test_watch_accepts_state_of_version_0_1_0():
     watch = pickle.loads(pickle.dumps(fastlora.rows.watch.Watch(nn.Linear(2, 2), None)))
     state = vars(watch) | {"verdicts": {}, "lengths": {}, "_trusted": None, "_settled": True}
     watch.__setstate__(state)
@@ -83,24 +83,24 @@ def test_watch_takes_the_state_that_0_1_0_gave_it():
 
 
 @pytest.mark.parametrize("value", ["groups", "receipt"])
-def test_values_of_functions_load(value):
+def test_old_pickles_of_function_values_load(value):
     made = group_rows(torch.tensor([1, 0, 1]), 2)
     if value == "receipt":
         made = merge_(torch.randn(8, 8), [(torch.randn(2, 8), torch.randn(8, 2), 1.0)])
-    data, used = as_old(made)
+    data, used = pickle_as_old(made)
     assert used
     assert type(pickle.loads(data)) is type(made)
 
 
-def test_every_old_name_is_found():
+def test_every_old_module_name_can_be_imported():
     lines = [f"from {m} import {', '.join(names)}" for m, names in MOVED.items()]
     pytest.importorskip("peft")
     done = subprocess.run([sys.executable, "-c", "import fastlora\n" + "\n".join(lines)])
     assert done.returncode == 0
 
 
-def test_what_is_loaded_is_saved_under_the_paths_of_today():
-    data, _ = as_old(trained())
+def test_loaded_old_pickle_is_saved_under_new_paths():
+    data, _ = pickle_as_old(trained_model())
     buffer = io.BytesIO()
     torch.save(pickle.loads(data), buffer)
     assert b"fastlora.injection" not in buffer.getvalue()

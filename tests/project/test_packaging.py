@@ -1,4 +1,4 @@
-"""However it is installed, fastlora is found, works, and brings nothing of the checkout along."""
+"""fastlora works however it is installed, and installs nothing else of the checkout."""
 
 import email
 import json
@@ -140,7 +140,7 @@ def contents(path: Path) -> list[str]:
         return archive.namelist()
 
 
-def test_wheel_files(wheel: Path) -> None:
+def test_wheel_contains_exactly_the_package_files(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = contents(wheel)
     info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
@@ -155,7 +155,7 @@ def test_wheel_files(wheel: Path) -> None:
     assert expected == {name for name in names if name.endswith((".py", ".json"))}
 
 
-def test_wheel_metadata(wheel: Path) -> None:
+def test_wheel_metadata_matches_the_project(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = {Path(n).name: archive.read(n).decode() for n in contents(wheel) if "-info/" in n}
     meta = email.message_from_string(text["METADATA"])
@@ -171,7 +171,7 @@ def test_wheel_metadata(wheel: Path) -> None:
 
 
 @pytest.mark.full  # an isolated build fetches setuptools
-def test_sdist_files(isolated: Path, wheel: Path) -> None:
+def test_sdist_contains_sources_and_tests(isolated: Path, wheel: Path) -> None:
     with tarfile.open(next(isolated.glob("*.tar.gz"))) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert {"README.md", "LICENSE", "pyproject.toml", "setup.py", "Makefile"} < names
@@ -186,7 +186,9 @@ def test_sdist_files(isolated: Path, wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("origin", ["wheel", pytest.param("isolated", marks=pytest.mark.full)])
-def test_installed_wheel(origin: str, site: Site, request: pytest.FixtureRequest) -> None:
+def test_installed_wheel_works_outside_the_checkout(
+    origin: str, site: Site, request: pytest.FixtureRequest
+) -> None:
     built = request.getfixturevalue(origin)
     site.install(built if origin == "wheel" else next(built.glob("*.whl")))
     fastlora, philox = site.probe()
@@ -198,7 +200,7 @@ def test_installed_wheel(origin: str, site: Site, request: pytest.FixtureRequest
 
 @pytest.mark.full  # tests/project/test_build.py has a quick one
 @pytest.mark.parametrize("mode", ["default", "strict"])
-def test_editable(mode: str, site: Site, tmp_path: Path) -> None:
+def test_editable_install_uses_the_checkout(mode: str, site: Site, tmp_path: Path) -> None:
     tree = copy_of_checkout(tmp_path / "tree")
     strict = ["--config-settings", "editable_mode=strict"] if mode == "strict" else []
     site.install(*strict, "-e", tree)
@@ -219,7 +221,7 @@ def test_editable(mode: str, site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "triton", [True, pytest.param(False, marks=pytest.mark.full)], ids=["triton", "no triton"]
 )
-def test_bare_checkout(triton: bool, site: Site, tmp_path: Path) -> None:
+def test_bare_checkout_works_without_install(triton: bool, site: Site, tmp_path: Path) -> None:
     tree = copy_of_checkout(tmp_path / "tree")
     hide = "" if triton else "import sys; sys.modules['triton'] = None"
     fastlora, philox = site.probe(tree, before=hide)
@@ -229,7 +231,9 @@ def test_bare_checkout(triton: bool, site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("installed", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_kernels_is_not_hugging_faces(installed: bool, site: Site, tmp_path: Path) -> None:
+def test_kernels_folder_is_not_taken_for_hugging_face(
+    installed: bool, site: Site, tmp_path: Path
+) -> None:
     """transformers asks for a package called `kernels`: a checkout's folder must not pass as it."""
     pytest.importorskip("transformers")
     code = """

@@ -1,4 +1,4 @@
-"""Pages for users: their code runs as it stands, from top to bottom, and their links lead on."""
+"""The Python code of the user pages runs in order, and their links exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = {
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_python_blocks_run_in_order(name, tmp_path, monkeypatch):
+def test_python_blocks_of_page_run_in_order(name, tmp_path, monkeypatch):
     packages, left_behind = RUN[name]
     for package in packages:
         pytest.importorskip(package)
@@ -46,12 +46,12 @@ def test_every_linked_file_exists(page):
     assert [link for link in here if not (page.parent / link).exists()] == []
 
 
-def test_links_are_found():
+def test_link_pattern_finds_links_between_pages():
     found = {page.name for page in PAGES if re.search(r"\]\([^)]+\.md", page.read_text("utf-8"))}
     assert {"README.md", "merging.md", "index.md"} <= found
 
 
-def test_support_has_no_table_cell_over_120_characters():
+def test_support_page_has_no_long_table_cells():
     lines = (ROOT / "docs" / "support.md").read_text("utf-8").splitlines()
     cells = [cell.strip() for line in lines if line.startswith("|") for cell in line.split("|")]
     assert cells

@@ -1,4 +1,4 @@
-"""examples/serve_ray.py over HTTP: two replicas, whose tokens are those of ``generate``."""
+"""examples/serve_ray.py with two replicas answers with the tokens of generate."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from tests.project.ray_server import (
     SPARE,
     TOKENIZER,
     Server,
-    asked,
+    completion_request,
     processes_with,
-    running,
+    running_server,
     send,
     stop,
     wait_for,
@@ -40,12 +40,12 @@ from tests.project.ray_server import (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("served")) as server:
+    with running_server(tmp_path_factory.mktemp("served")) as server:
         yield server
 
 
 @pytest.mark.parametrize("adapter", [*NAMES, None])
-def test_tokens_are_those_of_generate(server, adapter):
+def test_completion_tokens_equal_those_of_generate(server, adapter):
     """One adapter after another, more of them than there are slots, and each of them again."""
     tokens, ended = server.expected(adapter)
     for _ in range(2):
@@ -56,7 +56,7 @@ def test_tokens_are_those_of_generate(server, adapter):
         assert answer.body["choices"][0]["text"] == TOKENIZER.decode(tokens)
 
 
-def test_adapters_differ_and_one_ends_early(server):
+def test_adapters_answer_differently_and_one_ends_early(server):
     """Or the other tests would say little."""
     answers = {name: server.expected(name) for name in [*NAMES, None]}
     assert len({tuple(tokens[:3]) for tokens, _ in answers.values()}) == len(answers)
@@ -64,7 +64,7 @@ def test_adapters_differ_and_one_ends_early(server):
     assert ends == dict.fromkeys(ends, (NEW, "length")) | {"carol": (SHORT, "stop")}
 
 
-def test_mixed_at_the_same_time(server):
+def test_concurrent_requests_get_tokens_of_their_adapter(server):
     """More requests than rows and adapters than slots, all under way together."""
     names = [*NAMES, None] * 3
     expected = {name: server.expected(name) for name in [*NAMES, None]}
@@ -73,7 +73,7 @@ def test_mixed_at_the_same_time(server):
     assert [(a.tokens, a.ended) for a in answers] == [expected[name] for name in names]
 
 
-def test_adapters_come_and_go(server):
+def test_server_evicts_adapters_under_short_requests(server):
     """Short requests by turns: adapters are evicted all the time, and never are there too many."""
     names = NAMES * 24
     expected = {name: server.expected(name, new=1)[0] for name in NAMES}
@@ -89,7 +89,7 @@ def test_adapters_come_and_go(server):
     assert max(map(int, wait_for(kept, server.log))) == SLOTS
 
 
-def test_prompts_are_text_or_tokens(server):
+def test_completion_accepts_text_or_token_prompts(server):
     prompt = "Süßes, oder …"
     ids = TOKENIZER(prompt)["input_ids"]
     tokens, _ = server.expected("bob", ids)
@@ -98,10 +98,10 @@ def test_prompts_are_text_or_tokens(server):
 
 
 @pytest.mark.parametrize("adapter", ["carol", "bob", None])
-def test_streams(server, adapter):
+def test_streamed_completion_has_tokens_of_generate(server, adapter):
     tokens, ended = server.expected(adapter)
     with closing(server.connect()) as connection:
-        send(connection, asked(adapter) | {"stream": True})
+        send(connection, completion_request(adapter) | {"stream": True})
         response = connection.getresponse()
         assert response.status == 200
         assert response.getheader("Content-Type").startswith("text/event-stream")
@@ -109,7 +109,7 @@ def test_streams(server, adapter):
     assert (done, nothing) == ("data: [DONE]", "")
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     assert {(c["id"], c["object"], c["model"]) for c in chunks} == {
-        (chunks[0]["id"], "text_completion", asked(adapter)["model"])
+        (chunks[0]["id"], "text_completion", completion_request(adapter)["model"])
     }
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [c["token_ids"] for c in choices] == [*([token] for token in tokens), []]
@@ -117,7 +117,7 @@ def test_streams(server, adapter):
     assert "".join(c["text"] for c in choices) == TOKENIZER.decode(tokens)
 
 
-def test_samples(server):
+def test_sampled_completion_follows_its_seed(server):
     def tokens(seed: int) -> list[int]:
         return server.greedy("bob", temperature=1.5, top_p=0.95, seed=seed).tokens
 
@@ -125,7 +125,7 @@ def test_samples(server):
     assert len({tuple(tokens(seed)) for seed in range(4)}) > 1
 
 
-def test_models(server):
+def test_models_endpoint_lists_base_and_adapters(server):
     with closing(server.connect()) as connection:
         connection.request("GET", "/v1/models")
         listed = json.loads(connection.getresponse().read())
@@ -139,7 +139,7 @@ def test_models(server):
     [f"small:{name}" for name in ("mallory", "", "..", "../adapters/bob", "bob/", "bob\0", "notes")]
     + ["large", "large:bob", "smallbob", "bob", "", ":bob", "small:" + "b" * 200],
 )
-def test_unknown_models(server, model):
+def test_unknown_model_is_answered_with_404(server, model):
     answer = server.greedy(None, model=model)
     error = answer.body["error"]
     assert (answer.status, error["param"], error["code"]) == (404, "model", "model_not_found")
@@ -161,7 +161,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("field", BAD)
-def test_bad_fields(server, field):
+def test_bad_field_is_answered_with_400(server, field):
     for value in BAD[field]:
         answer = server.greedy("bob", **{field: value})
         error = answer.body["error"]
@@ -170,13 +170,13 @@ def test_bad_fields(server, field):
     assert server.greedy("bob").tokens == server.expected("bob")[0]
 
 
-def test_no_json(server):
+def test_body_without_json_is_answered_with_400(server):
     answer = server.post("{")
     assert answer.status == 400
     assert "JSON" in answer.body["error"]["message"]
 
 
-def test_an_adapter_that_cannot_be_loaded(server):
+def test_unloadable_adapter_is_answered_with_500(server):
     answer = server.greedy("broken")
     assert (answer.status, answer.body["error"]["type"]) == (500, "server_error")
     assert str(ROOT) not in json.dumps(answer.body)
@@ -187,25 +187,27 @@ LONG = ROOM - 100  # tokens that take minutes
 
 
 @contextmanager
-def replicas(server: Server, adapter: str | None, pauses: list[float]) -> Iterator[list[str]]:
+def answering_replicas(
+    server: Server, adapter: str | None, pauses: list[float]
+) -> Iterator[list[str]]:
     """Where long answers come from: one more after each pause, all under way together."""
     with ExitStack() as stack:
         found = []
         for pause in pauses:
             time.sleep(pause)
             connection = stack.enter_context(closing(server.connect()))
-            send(connection, asked(adapter) | {"max_tokens": LONG, "stream": True})
+            send(connection, completion_request(adapter) | {"max_tokens": LONG, "stream": True})
             found.append(connection.getresponse().getheader("X-Replica"))
         yield found
 
 
-def test_both_replicas_answer(server):
+def test_both_replicas_answer_when_one_is_full(server):
     """One more request than a replica takes."""
-    with replicas(server, None, [0] * (2 * ROWS + 1)) as found:
+    with answering_replicas(server, None, [0] * (2 * ROWS + 1)) as found:
         assert len(set(found)) == 2
 
 
-def test_an_adapter_stays_where_it_is(server):
+def test_requests_of_adapter_stay_on_its_replica(server):
     """Though the other replica is idle.
 
     Serve learns a moment later who has loaded what: each try, with an adapter that nobody has
@@ -213,42 +215,42 @@ def test_an_adapter_stays_where_it_is(server):
     """
     tries = []
     for name, pause in zip(SPARE[:4], (0.5, 2, 8, 32), strict=True):
-        with replicas(server, name, [0, pause, 0, 0, 0, 0]) as found:
+        with answering_replicas(server, name, [0, pause, 0, 0, 0, 0]) as found:
             tries.append(found)
         if len(set(found)) == 1:
             return
     raise AssertionError(f"adapters wander: {tries}")
 
 
-def cancelled(server: Server, name: str) -> int:
+def count_cancelled_tokens(server: Server, name: str) -> int:
     """How many tokens a cancelled request had got, which its replica logs; 0 before it has."""
     found = re.findall(rf"{name}: (\d+) tokens, cancelled", server.log.read_text())
     return max(map(int, found), default=0)
 
 
-def test_leaving_a_stream_cancels_it(server):
+def test_closed_stream_cancels_its_request(server):
     with closing(server.connect()) as connection:
-        send(connection, asked(SPARE[4]) | {"max_tokens": LONG, "stream": True})
+        send(connection, completion_request(SPARE[4]) | {"max_tokens": LONG, "stream": True})
         response = connection.getresponse()
         assert response.readline().startswith(b"data: ")
         response.close()
-    assert wait_for(lambda: cancelled(server, SPARE[4]), server.log) < LONG
+    assert wait_for(lambda: count_cancelled_tokens(server, SPARE[4]), server.log) < LONG
 
 
-def test_leaving_before_the_answer_cancels_it(server):
+def test_closed_connection_cancels_request_before_answer(server):
     """It may not have begun yet, and then leaves no trace: each try stays longer."""
     pauses = iter(range(1, PATIENCE))
 
     def leave() -> int:
         with closing(server.connect()) as connection:
-            send(connection, asked(SPARE[5]) | {"max_tokens": LONG})
+            send(connection, completion_request(SPARE[5]) | {"max_tokens": LONG})
             time.sleep(next(pauses))
-        return cancelled(server, SPARE[5])
+        return count_cancelled_tokens(server, SPARE[5])
 
     assert wait_for(leave, server.log) < LONG
 
 
-def test_stops_and_leaves_nothing(server):
+def test_stopped_server_leaves_no_processes_or_files(server):
     """Last, since it ends the server."""
     assert processes_with(server.mark) or sys.platform != "linux"
     assert stop(server.process) == 0

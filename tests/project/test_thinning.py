@@ -1,4 +1,4 @@
-"""What is left out of the quick run is stood for, and never by what skips."""
+"""Thinning the quick run keeps every pair of parameter values that can run."""
 
 import random
 from itertools import combinations, product
@@ -17,7 +17,7 @@ def pairs(row) -> set:
 
 
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (13, 6, 2, 3), (5, 1, 4), (2,) * 8, (7,), (4, 9)])
-def test_every_pair_of_values_stays(sizes):
+def test_cover_keeps_every_pair_of_values(sizes):
     rows = list(product(*map(range, sizes)))
     kept = [rows[i] for i in cover(rows)]
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, rows))
@@ -29,7 +29,7 @@ def test_every_pair_of_values_stays(sizes):
     assert least <= len(kept) <= 1.5 * least + len(sizes)
 
 
-def test_of_an_incomplete_grid_what_there_is_stays():
+def test_cover_keeps_all_pairs_of_incomplete_grid():
     draw = random.Random(0)
     rows = [row for row in product(range(6), THREE, range(4)) if draw.random() < 0.4]
     kept = [rows[i] for i in cover(rows)]
@@ -37,14 +37,14 @@ def test_of_an_incomplete_grid_what_there_is_stays():
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, rows))
 
 
-def test_the_core_stays_whole():
+def test_cover_keeps_all_core_combinations():
     rows = list(product(range(13), THREE, range(6), range(2)))
     kept = [rows[i] for i in cover(rows, core=[1, 2, 3])]
     assert {row[1:] for row in kept} == {row[1:] for row in rows}
     assert len(kept) == 13 * 6
 
 
-def test_the_choice_is_always_the_same():
+def test_cover_is_deterministic_whatever_the_values():
     rows = list(product("abcde", "xyz", "pq", "uvw"))
     numbers = {letter: i for i, letter in enumerate("vqxzaycpwudbe")}
     again = [tuple(numbers[letter] for letter in row) for row in rows]
@@ -52,7 +52,7 @@ def test_the_choice_is_always_the_same():
 
 
 @pytest.fixture
-def thinned(pytester):
+def thin_source(pytester):
     """Of tests in a file of their own, those kept, those left out, and why which skip."""
 
     def of(source: str) -> tuple[list, list, dict]:
@@ -74,25 +74,25 @@ def thinned(pytester):
 CUBE = "@GIVEN('c', range(3))\n@GIVEN('b', range(3))\n@GIVEN('a', range(3))\n"
 
 
-def test_a_grid_is_thinned(thinned):
-    kept, rest, why = thinned(CUBE + "def test(a, b, c): ...")
+def test_thin_marks_part_of_grid_full(thin_source):
+    kept, rest, why = thin_source(CUBE + "def test(a, b, c): ...")
     assert len(kept) + len(rest) == 27
     assert len(kept) < 14
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, product(THREE, repeat=3)))
     assert not why
 
 
-def test_few_combinations_stay(thinned):
-    kept, rest, _ = thinned(
+def test_thin_keeps_all_of_few_combinations(thin_source):
+    kept, rest, _ = thin_source(
         "@GIVEN('c', range(2))\n@GIVEN('b', range(2))\n@GIVEN('a', range(2))\n"
         "def test(a, b, c): ..."
     )
     assert (len(kept), rest) == (FEW, [])
 
 
-def test_what_skips_stands_for_nothing(thinned):
+def test_thin_does_not_count_skipped_combinations(thin_source):
     """Of pairs that two combinations have, the one that runs is kept."""
-    kept, rest, why = thinned(
+    kept, rest, why = thin_source(
         "def odd(a, c): return 'odd' if (a + c) % 2 else None\n"
         "@skip_where(odd)\n" + CUBE + "def test(a, b, c): ..."
     )
@@ -103,16 +103,16 @@ def test_what_skips_stands_for_nothing(thinned):
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, runs))
 
 
-def test_where_all_skip_one_says_why(thinned):
-    kept, rest, why = thinned(
+def test_thin_keeps_one_when_all_skip(thin_source):
+    kept, rest, why = thin_source(
         "def never(): return 'never'\n@skip_where(never)\n" + CUBE + "def test(a, b, c): ..."
     )
     assert (len(kept), len(rest), len(why)) == (1, 26, 27)
     assert kept[0] in why
 
 
-def test_what_is_marked_full_by_hand_stands_for_nothing(thinned):
-    kept, _, _ = thinned(
+def test_thin_does_not_count_combinations_marked_full(thin_source):
+    kept, _, _ = thin_source(
         "long = pytest.param(2, marks=pytest.mark.full)\n"
         "@GIVEN('a', [0, 1, long])\n@GIVEN('b', range(3))\n@GIVEN('c', range(3))\n"
         "def test(a, b, c): ..."
@@ -122,8 +122,8 @@ def test_what_is_marked_full_by_hand_stands_for_nothing(thinned):
     assert set().union(*map(pairs, kept)) == set().union(*map(pairs, short))
 
 
-def test_every_device_has_a_choice_of_its_own(thinned):
-    kept, _, _ = thinned(
+def test_thin_chooses_separately_for_each_device(thin_source):
+    kept, _, _ = thin_source(
         "@GIVEN('device', ['cpu', 'cuda'])\n" + CUBE + "def test(device, a, b, c): ..."
     )
     for device in ("cpu", "cuda"):
@@ -131,9 +131,9 @@ def test_every_device_has_a_choice_of_its_own(thinned):
         assert set().union(*map(pairs, mine)) == set().union(*map(pairs, product(THREE, repeat=3)))
 
 
-def test_names_given_together_are_one_parameter(thinned):
+def test_thin_treats_joint_names_as_one_parameter(thin_source):
     """And every op on every backend in every dtype stays."""
-    kept, rest, _ = thinned(
+    kept, rest, _ = thin_source(
         "dtypes = [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)]\n"
         "@GIVEN('dtype, lora_dtype', dtypes)\n@GIVEN('through', [1, 2])\n"
         "@GIVEN('backend', ['torch', 'cpu'])\n@GIVEN(('M', 'N'), [(1, 2), (3, 4), (5, 6)])\n"
@@ -145,9 +145,9 @@ def test_names_given_together_are_one_parameter(thinned):
     assert len(rest) == 24
 
 
-def test_values_are_told_apart_by_what_they_are(thinned):
+def test_thin_distinguishes_values_by_type(thin_source):
     """Lists have no hash; 1, True and 1.0 are equal, and no test of one is a test of another."""
-    kept, _, _ = thinned(
+    kept, _, _ = thin_source(
         "@GIVEN('c', range(2))\n@GIVEN('b', [[], {}, [1]])\n@GIVEN('a', [1, True, 1.0])\n"
         "def test(a, b, c): ..."
     )
@@ -161,6 +161,6 @@ OWN = list(product(THREE, THREE, "pqr"))
 @pytest.mark.parametrize("c", "pqr")
 @pytest.mark.parametrize("b", THREE)
 @pytest.mark.parametrize("a", THREE)
-def test_this_very_suite_is_thinned(a, b, c, request):
+def test_suite_itself_is_thinned_as_computed(a, b, c, request):
     chosen = OWN.index((a, b, c)) in cover(OWN)
     assert chosen == (request.node.get_closest_marker("full") is None)

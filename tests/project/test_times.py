@@ -1,4 +1,4 @@
-"""What a run took is said in one line, with a word of warning where it was too much."""
+"""The line about the duration of a test run warns when it took too long."""
 
 import pytest
 
@@ -21,17 +21,17 @@ REPORTS = [
 ]
 
 
-def test_a_run_says_what_it_took_and_where():
+def test_times_line_gives_duration_and_slowest_files():
     assert line(REPORTS, 21.4, 60) == (
         "2 tests took 21 s of 60 s allowed (33 s of tests, 2 at a time). "
         "The slowest files: tests/test_b.py 30 s, tests/test_a.py 3 s"
     )
 
 
-def test_one_that_took_too_long_says_so_first():
+def test_times_line_warns_first_when_too_long():
     assert line(REPORTS, 60.0, 60).startswith("2 tests")
     assert line(REPORTS, 61.0, 60).startswith("TOO LONG: 2 tests took 61 s of 60 s allowed")
 
 
-def test_a_run_without_tests():
+def test_times_line_accepts_run_without_tests():
     assert line([], 0.0, 60).startswith("0 tests took 0 s of 60 s allowed (0 s of tests")

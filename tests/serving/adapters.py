@@ -1,4 +1,4 @@
-"""Adapters in folders and servers of them, for the tests of serving."""
+"""Adapters in folders and servers of them, for the serving tests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def serve(
     return server
 
 
-def alone(folder: Path, name: str | None, dtype: torch.dtype = torch.float32) -> nn.Module:
+def model_with_adapter(
+    folder: Path, name: str | None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A model with this one adapter, by another path through the code."""
     model = llama(dtype=dtype)
     return model if name in (None, "__base__") else fastlora.load_adapter(model, folder / name)

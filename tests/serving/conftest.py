@@ -1,4 +1,4 @@
-"""Fixtures of these tests."""
+"""Fixtures of the serving tests."""
 
 from __future__ import annotations
 

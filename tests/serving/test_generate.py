@@ -1,4 +1,4 @@
-"""Generating with an adapter a row: every row writes what it writes with its adapter alone."""
+"""MultiLoRAModel.generate gives every row the text of its own adapter."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_row_writes_what_it_writes_alone(request, kind, way, padded):
+def test_generate_gives_every_row_its_own_text(request, kind, way, padded):
     fixture: Fixture = request.getfixturevalue(kind)
     ids, mask = prompt(padded)
     options = WAYS[way] | {"max_new_tokens": 7, "min_new_tokens": 7, "pad_token_id": 0}
@@ -118,7 +118,7 @@ def test_every_row_writes_what_it_writes_alone(request, kind, way, padded):
         assert torch.equal(rows[0], rows[3])  # the same adapter, the same text
 
 
-def test_samples_of_one_prompt_share_its_adapter(decoder):
+def test_generate_samples_of_prompt_share_its_adapter(decoder):
     """With the top token only, sampling is greedy: every copy must be its row's greedy text."""
     ids, mask = prompt(False)
     options = {"do_sample": True, "top_k": 1, "num_return_sequences": 3, "max_new_tokens": 5}
@@ -128,7 +128,7 @@ def test_samples_of_one_prompt_share_its_adapter(decoder):
 
 
 @pytest.mark.parametrize("name", ["one", "two", None])
-def test_samples_under_a_seed_are_the_models_own(decoder, name):
+def test_seeded_samples_equal_model_with_one_adapter(decoder, name):
     """A batch of one adapter draws as the model with that adapter draws."""
     ids, mask = prompt(False)
     options = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 6}
@@ -139,7 +139,7 @@ def test_samples_under_a_seed_are_the_models_own(decoder, name):
     assert len(torch.unique(got, dim=0)) > 1
 
 
-def test_defaults_that_the_model_brings(decoder):
+def test_generate_uses_num_beams_of_generation_config(decoder):
     """num_beams may come from the model's own generation_config."""
     ids, mask = prompt(False)
     models = [decoder.server.model, *decoder.alone.values()]
@@ -155,7 +155,7 @@ def test_defaults_that_the_model_brings(decoder):
             model.generation_config.num_beams = 1
 
 
-def test_names_are_forgotten_after_generating(decoder):
+def test_generate_forgets_adapter_names_afterwards(decoder):
     ids, mask = prompt(False)
     decoder.server.generate(ids, adapter_names=NAMES, attention_mask=mask, max_new_tokens=2)
     with pytest.raises(RuntimeError, match="no adapters were named"):
@@ -163,7 +163,7 @@ def test_names_are_forgotten_after_generating(decoder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_scale_a_row(request, kind):
+def test_adapter_scales_apply_row_by_row(request, kind):
     """Half an adapter, none of it and all of it, beside each other, beams and prompts alike."""
     fixture: Fixture = request.getfixturevalue(kind)
     ids, mask = prompt(True)
@@ -204,13 +204,13 @@ def test_a_scale_a_row(request, kind):
         ([1.0, 1.0, 1.0, "x"], TypeError, "adapter_scales: expected a number"),
     ],
 )
-def test_bad_scales_are_refused(decoder, scales, kind, says):
+def test_server_refuses_bad_adapter_scales(decoder, scales, kind, says):
     ids, _ = prompt(False)
     with pytest.raises(kind, match=says):
         decoder.server(input_ids=ids, adapter_names=NAMES, adapter_scales=scales)
 
 
-def test_what_is_generating_keeps_its_adapter(tmp_path):
+def test_running_generate_keeps_adapter_that_others_replace(tmp_path):
     """While others load another content under its name, unload and load it again."""
     fixture = Fixture(llama, tmp_path)
     server, (ids, mask) = fixture.server, prompt(False)

@@ -1,4 +1,4 @@
-"""MultiLoRAModel: nothing of one adapter reaches another, whatever fills the pages."""
+"""MultiLoRAModel lets nothing of one adapter reach another, whatever the pages hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fastlora
 from fastlora import MultiLoRALinear, MultiLoRAModel
 from fastlora.modules.routing import Routing
 from fastlora.ops import availability
-from tests.serving.adapters import ADAPTERS, adapt, alone, serve
+from tests.serving.adapters import ADAPTERS, adapt, model_with_adapter, serve
 from tests.support.helpers import same_bits, unchanged
 from tests.support.models import (
     TOLERANCE,
@@ -38,7 +38,7 @@ def arena_of(server: MultiLoRAModel) -> Tensor:
     return arena.buffer
 
 
-def test_pages_keep_nothing_of_who_was_there(folder):
+def test_unloaded_adapter_leaves_pages_empty(folder):
     server = serve(folder, "alice", max_adapters=1)
     assert bool(arena_of(server).any())
     server.unload_adapter("alice")
@@ -49,7 +49,7 @@ def test_pages_keep_nothing_of_who_was_there(folder):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_what_free_pages_hold_reaches_nobody(folder, name):
+def test_nan_in_free_pages_reaches_no_row(folder, name):
     """Nor does what lies past an adapter's rank, or beside it in its pages."""
     server = serve(folder, "alice", max_adapters=3)
     taken = arena_of(server) != 0
@@ -62,11 +62,14 @@ def test_what_free_pages_hold_reaches_nobody(folder, name):
     arena_of(server)[~taken] = NAN
     got = [got, logits(server, ids, adapter_names=["new", None, "new"])]
     for logits_of, who in zip(got, ("alice", name), strict=True):
-        for rows, wanted in ((logits_of[::2], alone(folder, who)), (logits_of[1:2], llama())):
+        for rows, wanted in (
+            (logits_of[::2], model_with_adapter(folder, who)),
+            (logits_of[1:2], llama()),
+        ):
             assert_agree(rows, logits(wanted, ids[::2] if len(rows) == 2 else ids[1:2]))
 
 
-def test_poison_in_one_adapter_stays_there(folder):
+def test_nan_in_one_adapter_stays_in_its_rows(folder):
     server = serve(folder, "alice", "bob", max_adapters=4)
     ids, names = tokens(4, 5), ["alice", "bob", None, "alice"]
     want = logits(server, ids, adapter_names=names)
@@ -95,7 +98,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("what", SAVED)
-def test_what_cannot_be_served_is_refused_at_loading(folder, tmp_path, what):
+def test_load_adapter_refuses_unservable_adapters(folder, tmp_path, what):
     options, says = SAVED[what]
     fastlora.save_adapter(adapt(llama(), options), tmp_path)
     server = serve(folder, "alice")
@@ -107,7 +110,7 @@ def test_what_cannot_be_served_is_refused_at_loading(folder, tmp_path, what):
         server.load_adapter(folder / "alice", "__base__")
 
 
-def test_two_threads_do_not_mix(folder):
+def test_server_threads_never_mix_adapters(folder):
     server, ids = serve(folder, *ADAPTERS), tokens(2, 6)
     mixes = [["alice", "bob"], ["carol", None], ["dave", "dave"]]
     want = [logits(server, ids, adapter_names=mix) for mix in mixes]
@@ -128,7 +131,7 @@ def test_two_threads_do_not_mix(folder):
     assert not wrong
 
 
-def test_copies_and_casts_serve_too(folder):
+def test_copied_and_cast_servers_serve_adapters(folder):
     server, ids = serve(folder, "alice", "bob"), tokens(2, 5)
     names = ["bob", "alice"]
     want = logits(server, ids, adapter_names=names)
@@ -141,7 +144,7 @@ def test_copies_and_casts_serve_too(folder):
     assert same_bits(logits(pickle.loads(pickle.dumps(twin)), ids, adapter_names=names), half)
 
 
-def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
+def test_batch_without_adapters_launches_no_lora_kernel(monkeypatch):
     """LoRA that is on and not used costs nothing: no kernel for adapters is launched."""
     if availability.cannot("triton", torch.device("cpu")) is not None:
         pytest.skip("Triton kernels are not interpreted here")
@@ -187,7 +190,7 @@ def test_a_batch_of_nobody_is_the_base_s_own_product(monkeypatch):
         ({"slot": 2}, ValueError, "slot: expected one of 0 to 1, got 2"),
     ],
 )
-def test_what_does_not_fit_a_slot_leaves_it_as_it_was(change, error, message):
+def test_set_adapter_error_leaves_slot_unchanged(change, error, message):
     layer = MultiLoRALinear.from_linear(nn.Linear(8, 6), 2, 3)
     layer.set_adapter(1, torch.randn(3, 8), torch.randn(6, 3), 1.0)
     given = {"slot": 1, "lora_A": torch.zeros(2, 8), "lora_B": torch.zeros(6, 2), "scaling": 0.5}
@@ -195,7 +198,7 @@ def test_what_does_not_fit_a_slot_leaves_it_as_it_was(change, error, message):
         layer.set_adapter(**{**given, **change})
 
 
-def test_a_slot_s_own_factors_may_be_given_back():
+def test_set_adapter_accepts_views_of_its_own_slot():
     layer = MultiLoRALinear.from_linear(nn.Linear(8, 6), 2, 3)
     A, B = torch.randn(3, 8), torch.randn(6, 3)
     layer.set_adapter(1, A, B, 1.0)

@@ -1,4 +1,4 @@
-"""MultiLoRAModel: a row gets its adapter, whole, and nothing of any other."""
+"""MultiLoRAModel computes every row with its own adapter and no other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from tests.serving.adapters import ADAPTERS, alone, serve
+from tests.serving.adapters import ADAPTERS, model_with_adapter, serve
 from tests.support.models import (
     TOLERANCE,
     assert_agree,
@@ -26,7 +26,7 @@ pytestmark = quiet
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_rows_are_each_rows_own(folder, dtype):
+def test_mixed_batch_gives_each_row_its_adapter(folder, dtype):
     server = serve(folder, *ADAPTERS, model=llama(dtype=dtype))
     ids = tokens(1, 6).repeat(len(MIX), 1)  # the same text, so that only adapters differ
     mixed = logits(server, ids, adapter_names=MIX)
@@ -35,7 +35,7 @@ def test_mixed_rows_are_each_rows_own(folder, dtype):
         got = mixed[row : row + 1]
         by_itself = logits(server, ids[:1], adapter_names=[name])
         is_base = name in (None, "__base__")
-        for want in (by_itself, logits(alone(folder, name, dtype), ids[:1])):
+        for want in (by_itself, logits(model_with_adapter(folder, name, dtype), ids[:1])):
             assert_agree(got, want, None if is_base else base)
     distinct = {name: mixed[row] for row, name in enumerate(MIX)}
     for one, other in itertools.combinations(set(MIX) - {None}, 2):
@@ -43,7 +43,7 @@ def test_mixed_rows_are_each_rows_own(folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_as_pefts_adapter_names(folder, dtype):
+def test_server_matches_peft_adapter_names(folder, dtype):
     theirs: Any = peft.PeftModel.from_pretrained(llama(dtype=dtype), str(folder / "alice"), "alice")
     for name in ("bob", "carol", "dave"):
         theirs.load_adapter(str(folder / name), name)
@@ -54,13 +54,15 @@ def test_the_same_as_pefts_adapter_names(folder, dtype):
     assert_agree(got, want, logits(llama(dtype=dtype), ids))
 
 
-def test_rows_keep_their_padding(folder):
+def test_padded_rows_match_single_row_calls(folder):
     server, ids = serve(folder, "alice", "bob"), tokens(2, 6)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     got = logits(server, ids, attention_mask=mask, adapter_names=["bob", "alice"])
     for row, name in enumerate(("bob", "alice")):
-        want = logits(alone(folder, name), ids[row : row + 1], attention_mask=mask[row : row + 1])
+        want = logits(
+            model_with_adapter(folder, name), ids[row : row + 1], attention_mask=mask[row : row + 1]
+        )
         seen = mask[row].bool()
         assert error(got[row, seen], want[0, seen]) <= TOLERANCE[torch.float32]
 
@@ -80,7 +82,7 @@ def test_rows_keep_their_padding(folder):
     ],
 )
 @pytest.mark.parametrize("call", ["forward", "generate"])
-def test_bad_names_are_refused(folder, call, names, kind, says):
+def test_server_refuses_bad_adapter_names(folder, call, names, kind, says):
     server = serve(folder, "alice", "bob")
     with untouched(server), pytest.raises(kind, match=f"adapter_names: .*{says}"):
         getattr(server, call)(input_ids=tokens(2, 4), adapter_names=names)
@@ -88,7 +90,7 @@ def test_bad_names_are_refused(folder, call, names, kind, says):
         getattr(server, call)(input_ids=tokens(2, 4))
 
 
-def test_the_inner_model_does_not_answer_alone(folder):
+def test_inner_model_refuses_calls_without_adapter_names(folder):
     server = serve(folder, "alice")
     for _ in range(2):  # nor after a call, nor after one that failed
         with pytest.raises(RuntimeError, match="no adapters were named"):
@@ -98,18 +100,21 @@ def test_the_inner_model_does_not_answer_alone(folder):
             server(adapter_names=["alice"], input_ids=None, inputs_embeds=None, x=tokens(1, 4))
 
 
-def test_replacing_unloading_and_making_room(folder):
+def test_server_replaces_unloads_and_evicts_adapters(folder):
     server = serve(folder, "alice", "bob", max_adapters=2)
     ids = tokens(1, 5)
     server.load_adapter(folder / "carol", "carol")  # known, though all places are taken
     for name in ("carol", "alice", "bob", "carol"):
         got = logits(server, ids, adapter_names=[name])
-        assert_agree(got, logits(alone(folder, name), ids))
+        assert_agree(got, logits(model_with_adapter(folder, name), ids))
     with untouched(server), pytest.raises(ValueError, match="max_adapters=2 different ones, got 3"):
         server(input_ids=ids.repeat(3, 1), adapter_names=["alice", "bob", "carol"])
     server.load_adapter(folder / "carol", "alice")  # a name of its own decides, not the file's
     assert server.adapters == ("alice", "bob", "carol")
-    assert_agree(logits(server, ids, adapter_names=["alice"]), logits(alone(folder, "carol"), ids))
+    assert_agree(
+        logits(server, ids, adapter_names=["alice"]),
+        logits(model_with_adapter(folder, "carol"), ids),
+    )
     server.unload_adapter("alice")
     server.unload_adapter("carol")
     assert server.adapters == ("bob",)
@@ -122,5 +127,9 @@ def test_replacing_unloading_and_making_room(folder):
     with pytest.raises(ValueError, match="no adapter 'alice'"):
         server(input_ids=ids, adapter_names=["alice"])
     server.load_adapter(folder / "dave", "dave")
-    assert_agree(logits(server, ids, adapter_names=["dave"]), logits(alone(folder, "dave"), ids))
-    assert_agree(logits(server, ids, adapter_names=["bob"]), logits(alone(folder, "bob"), ids))
+    assert_agree(
+        logits(server, ids, adapter_names=["dave"]), logits(model_with_adapter(folder, "dave"), ids)
+    )
+    assert_agree(
+        logits(server, ids, adapter_names=["bob"]), logits(model_with_adapter(folder, "bob"), ids)
+    )

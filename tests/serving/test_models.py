@@ -1,4 +1,4 @@
-"""MultiLoRAModel around models that it can serve, and around models that it cannot."""
+"""MultiLoRAModel serves the models it can and refuses the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
 
 
-def test_experts_are_refused_or_left_out():
+def test_server_refuses_experts_unless_excluded():
     model = Experts()
     with untouched(model), pytest.raises(ValueError, match=r"experts\.0 is an expert"):
         MultiLoRAModel(model)
@@ -46,7 +46,7 @@ def test_experts_are_refused_or_left_out():
         ({"target_modules": ["embed_tokens"]}, ValueError, "not an nn.Linear"),
     ],
 )
-def test_a_server_that_cannot_be(options, kind, says):
+def test_server_refuses_invalid_options_and_models(options, kind, says):
     model = llama()
     with untouched(model), pytest.raises(kind, match=says):
         MultiLoRAModel(model, **options)
@@ -65,7 +65,7 @@ class Flat(nn.Module):
         return self.proj(self.mine if mine else x.flatten(0, 1))
 
 
-def test_a_layer_that_does_not_see_the_batch_says_so(tmp_path):
+def test_layer_raises_when_it_does_not_see_batch(tmp_path):
     source = randomise_lora(fastlora.replace_linear(Flat(), LoRAConfig(target_modules=["proj"])))
     fastlora.save_adapter(source, tmp_path)
     server = MultiLoRAModel(Flat(), target_modules=["proj"])
@@ -79,7 +79,7 @@ def test_a_layer_that_does_not_see_the_batch_says_so(tmp_path):
         server(x, True, adapter_names=names)
 
 
-def test_an_encoder_serves(tmp_path):
+def test_server_serves_adapters_of_an_encoder(tmp_path):
     """BERT: biases in the base, a head that is served where it is named."""
     options = {"r": 4, "target_modules": ["query", "dense", "decoder"]}
     source = randomise_lora(fastlora.replace_linear(bert(), LoRAConfig(**options)), 0.5)

@@ -1,4 +1,4 @@
-"""Adapters that come as tensors, from a training loop that sends them while batches run."""
+"""Adapters loaded from tensors, as a training loop sends them while batches run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def version(v: int) -> tuple[dict[str, torch.Tensor], LoRAConfig, float]:
     return tensors, config, alpha * r * a * b * K
 
 
-def test_a_name_that_is_replaced_a_thousand_times_is_never_half_replaced():
+def test_batches_see_whole_versions_of_replaced_adapter():
     """Every batch sees one version, whole, that was current while it ran; the neighbour its own."""
     server = MultiLoRAModel(One(), max_adapters=2, max_rank=8, target_modules=["proj"])
     fixed, config, of_fixed = version(4321)
@@ -101,7 +101,7 @@ def test_a_name_that_is_replaced_a_thousand_times_is_never_half_replaced():
 
 
 @pytest.mark.parametrize("whose", ["fastlora", "peft"])
-def test_a_policy_in_training_its_reference_and_its_server(whose):
+def test_policy_is_trained_and_served_in_one_process(whose):
     """Trained, sent and served in one process; without its adapter it is the base, bit for bit."""
     options = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
     ids = tokens(2, 6)
@@ -161,7 +161,7 @@ def test_a_policy_in_training_its_reference_and_its_server(whose):
         ({"adapter_name": "__base__"}, ValueError, "means the base model"),
     ],
 )
-def test_tensors_that_do_not_fit_change_nothing(change, kind, says):
+def test_load_from_tensors_error_changes_nothing(change, kind, says):
     server = MultiLoRAModel(One(), max_rank=8, target_modules=["proj"])
     tensors, config, want = version(1)
     server.load_adapter_from_tensors(tensors, config, "policy")
@@ -175,7 +175,7 @@ def test_tensors_that_do_not_fit_change_nothing(change, kind, says):
     assert server.adapters == ("policy",)
 
 
-def test_a_head_whose_weight_peft_sends_along():
+def test_load_from_tensors_accepts_base_head_from_peft():
     """As get_peft_model_state_dict gives it: the base's is passed over, another is refused."""
     settings = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
     model: Any = peft.get_peft_model(llama(tie_word_embeddings=False), settings)

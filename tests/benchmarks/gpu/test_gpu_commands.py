@@ -1,4 +1,4 @@
-"""What `make gpu` runs: parts, checks, benchmarks and commands that there are."""
+"""Every command that `make gpu` runs exists and covers what it should."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def commands(module: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_every_check_is_one_that_there_is(monkeypatch):
+def test_gpu_checks_cover_all_ops_and_dtypes(monkeypatch):
     asked = []
     monkeypatch.setattr(fastlora_cli, "run_check", lambda options: asked.append(options) or 0)
     for name, words in commands("fastlora"):
@@ -56,7 +56,7 @@ def test_every_check_is_one_that_there_is(monkeypatch):
     assert sorted(native) == sorted(fastlora_cli.DTYPES)
 
 
-def test_every_benchmark_has_cases(monkeypatch, capsys):
+def test_every_gpu_benchmark_has_cases(monkeypatch, capsys):
     ours = commands("benchmarks")
     assert {"bench-forward", "bench-rest", "bench-quick"} <= {name for name, _ in ours}
     for name, words in ours:
@@ -70,7 +70,7 @@ def test_every_benchmark_has_cases(monkeypatch, capsys):
     assert all(args.resume and args.deadline == 50 and args.device == "cuda" for args in seen)
 
 
-def test_every_other_command_is_one_that_there_is():
+def test_every_other_gpu_command_exists():
     from benchmarks.gpu import warm
 
     for _, words in commands("benchmarks.gpu.warm"):
@@ -85,7 +85,7 @@ def test_every_other_command_is_one_that_there_is():
     assert (done.returncode, words[-1]) == (0, "tests"), done.stdout + done.stderr
 
 
-def test_names_of_parts_are_unique_and_what_they_wait_for_comes_before():
+def test_parts_have_unique_names_and_follow_their_dependencies():
     for chosen in (gpu.list_full(), gpu.list_quick()):
         names = [part.name for part in chosen]
         assert len(set(names)) == len(names)
@@ -94,7 +94,7 @@ def test_names_of_parts_are_unique_and_what_they_wait_for_comes_before():
             assert part.least <= part.seconds + part.grace
 
 
-def test_a_stale_cuda_library_is_built_where_there_is_a_compiler(tmp_path, monkeypatch):
+def test_cuda_library_is_built_when_stale(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LIBRARY", tmp_path / "libfastlora_cuda.so")
     monkeypatch.setenv("NVCC", "no-such-nvcc")
     if not Path("/usr/local/cuda/bin/nvcc").exists():
@@ -111,7 +111,7 @@ def test_a_stale_cuda_library_is_built_where_there_is_a_compiler(tmp_path, monke
     assert gpu.explain_no_build() == "setuptools 77 or newer is needed, this is 68.2"
 
 
-def test_without_a_gpu_parts_are_listed_and_not_run(capsys, monkeypatch):
+def test_gpu_command_lists_but_refuses_without_gpu(capsys, monkeypatch):
     assert gpu.main(["--list"]) == 0
     assert capsys.readouterr().out.count("\n") == len(gpu.list_full())
     if torch.cuda.is_available():
@@ -127,7 +127,7 @@ def test_without_a_gpu_parts_are_listed_and_not_run(capsys, monkeypatch):
     assert capsys.readouterr().err == "benchmarks.gpu: torch found no GPU within 1 s\n"
 
 
-def test_the_probe_says_where_and_with_what(monkeypatch):
+def test_probe_returns_result_folder_and_versions(monkeypatch):
     """As on a GPU, with the CPU's names."""
     as_gpu = (
         "import torch; from benchmarks.harness import machine\n"
@@ -141,7 +141,7 @@ def test_the_probe_says_where_and_with_what(monkeypatch):
     assert set(found["about"]) == {"gpu", "torch", "triton", "python", "commit", "tests"}
 
 
-def test_the_first_cases_are_those_that_targets_are_decided_by():
+def test_first_gpu_benchmark_runs_target_cases():
     first = next(part for part in gpu.list_full() if part.name.startswith("bench-"))
     chosen = cases.select("cuda", name=first.command[first.command.index("--case") + 1])
     assert {case.name for case in chosen} == {

@@ -1,4 +1,4 @@
-"""`make gpu`: parts are watched, noted as they end, resumed; their commands are ones that exist."""
+"""`make gpu` watches its parts, records each as it ends, and resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(folder: Path, *chosen: Part, **options) -> dict[str, str]:
     return {name: line["state"] for name, line in states.items()}
 
 
-def noted(folder: Path) -> dict[str, dict]:
+def read_states(folder: Path) -> dict[str, dict]:
     return {line["part"]: line for line in parts.read(folder / "run" / "parts.jsonl")}
 
 
@@ -51,7 +51,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def until(condition, seconds: float = 30.0) -> None:
+def wait_until(condition, seconds: float = 30.0) -> None:
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds
@@ -77,7 +77,7 @@ DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 @pytest.mark.parametrize("ignores", ["", DEAF], ids=["", "deaf"])
 @pytest.mark.parametrize("then", [HANGS, "pass"], ids=["hangs", "ends"])
-def test_a_part_is_ended_with_all_that_it_started_and_costs_only_itself(tmp_path, ignores, then):
+def test_hanging_part_is_ended_with_its_child_processes(tmp_path, ignores, then):
     file = tmp_path / "pids"
     # In its group one is found that has left the mark behind, while the group's first one is there.
     near = "{}" if then == HANGS else "None"
@@ -90,11 +90,13 @@ def test_a_part_is_ended_with_all_that_it_started_and_costs_only_itself(tmp_path
     assert states == {"hangs": "timeout" if then == HANGS else "ok", "other": "ok"}
     pids = [int(pid) for pid in file.read_text().split()]
     assert len(pids) == 3
-    until(lambda: not any(map(is_alive, pids)))
-    assert noted(tmp_path)["hangs"].get("reason") == ("killed after 2 s" if then == HANGS else None)
+    wait_until(lambda: not any(map(is_alive, pids)))
+    assert read_states(tmp_path)["hangs"].get("reason") == (
+        "killed after 2 s" if then == HANGS else None
+    )
 
 
-def test_a_failing_part_stops_nobody_and_its_output_is_shown(tmp_path, capsys):
+def test_failing_part_shows_output_and_stops_no_other(tmp_path, capsys):
     states = run(
         tmp_path,
         script("fails", "import sys; print('so far'); sys.exit('no kernel image')"),
@@ -103,7 +105,7 @@ def test_a_failing_part_stops_nobody_and_its_output_is_shown(tmp_path, capsys):
         script("well", "pass"),
     )
     assert states == {"fails": "failed", "dies": "failed", "absent": "failed", "well": "ok"}
-    reasons = {name: line["reason"] for name, line in noted(tmp_path).items()}
+    reasons = {name: line["reason"] for name, line in read_states(tmp_path).items()}
     assert (reasons["fails"], reasons["dies"]) == ("exit code 1", "signal SIGABRT")
     assert reasons["absent"].startswith("no-such-program: ")
     log = (tmp_path / "run" / "fails.log").read_text()
@@ -111,7 +113,7 @@ def test_a_failing_part_stops_nobody_and_its_output_is_shown(tmp_path, capsys):
     assert "    no kernel image\n" in capsys.readouterr().out
 
 
-def test_states_are_in_the_file_while_others_still_run(tmp_path):
+def test_run_writes_state_as_each_part_ends(tmp_path):
     file = tmp_path / "run" / "parts.jsonl"
     waits = (
         "import pathlib, sys, time\n"
@@ -131,7 +133,7 @@ def counting(tmp_path: Path, name: str, then: str = "", **options) -> tuple[Part
     return script(name, f"open({str(file)!r}, 'a').write('x')\n{then}", **options), file
 
 
-def test_a_second_run_skips_what_was_ok_and_goes_on_with_the_rest(tmp_path):
+def test_second_run_skips_parts_that_succeeded(tmp_path):
     well, of_well = counting(tmp_path, "well")
     fails, of_fails = counting(tmp_path, "fails", "raise SystemExit(1)")
     always, of_always = counting(tmp_path, "always", again=True)
@@ -157,7 +159,7 @@ def test_a_second_run_skips_what_was_ok_and_goes_on_with_the_rest(tmp_path):
     assert of_well.read_text() == "xxx"
 
 
-def test_the_deadline_bounds_what_runs_and_what_is_begun(tmp_path):
+def test_deadline_limits_running_and_new_parts(tmp_path):
     tells = "import sys; print(sys.argv[1])"
     told = Part("told", (sys.executable, "-c", tells, "{deadline}"), 500.0, grace=40.0)
     small = Part("small", (sys.executable, "-c", tells, "{deadline}"), 20.0)
@@ -169,11 +171,11 @@ def test_the_deadline_bounds_what_runs_and_what_is_begun(tmp_path):
     hangs = script("hangs", "import time; time.sleep(600)", 500.0, least=1.0, cores=None)
     states = run(tmp_path, hangs, script("later", "pass", least=1.0, cores=None), seconds=2.0)
     assert states == {"hangs": "timeout", "later": "not begun"}
-    assert noted(tmp_path)["later"]["reason"] == "out of time"
+    assert read_states(tmp_path)["later"]["reason"] == "out of time"
     assert time.monotonic() - started < 20
 
 
-def test_what_does_not_apply_says_why_when_its_turn_comes(tmp_path):
+def test_inapplicable_part_reports_reason_at_its_turn(tmp_path):
     made = tmp_path / "library.so"
 
     def missing() -> str | None:
@@ -184,7 +186,7 @@ def test_what_does_not_apply_says_why_when_its_turn_comes(tmp_path):
     before = script("before", "pass", missing=missing)
     states = run(tmp_path, before, makes, after)
     assert states == {"before": "not applicable", "makes": "ok", "after": "ok"}
-    assert noted(tmp_path)["before"]["reason"] == "there is no library"
+    assert read_states(tmp_path)["before"]["reason"] == "there is no library"
     assert gpu.need_modules("torch", "no_such_module", "nor_this")() == (
         "no_such_module, nor_this not installed"
     )
@@ -205,7 +207,7 @@ open({file!r}, "a").write(f"{name} {{began}} {{time.monotonic()}}\\n")
 """
 
 
-def test_parts_share_the_cores_and_one_that_takes_times_is_alone(tmp_path):
+def test_timed_part_runs_alone_while_others_share_cores(tmp_path):
     file = tmp_path / "spans"
     names = {"a": 1, "b": 1, "c": 1, "alone": None, "wide": 64, "after": 1}
     awaits = {"a": "b", "b": "a"}
@@ -231,7 +233,7 @@ def test_parts_share_the_cores_and_one_that_takes_times_is_alone(tmp_path):
     assert spans["after"][0] > spans["alone"][1] > spans["c"][1]
 
 
-def test_a_document_is_kept_only_when_its_part_was_ok(tmp_path):
+def test_document_is_kept_only_when_part_succeeds(tmp_path):
     good = "import sys; print('| a table |'); print('a warning', file=sys.stderr)"
     run(
         tmp_path,
@@ -261,7 +263,7 @@ sys.exit(gpu.run(chosen, folder, {of!r}, 60.0, again=False))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_ends_what_runs_and_keeps_what_was_written(tmp_path, number):
+def test_interrupt_ends_parts_and_keeps_results(tmp_path, number):
     file = tmp_path / "pids"
     code = STARTS_ANOTHER.format(file=str(file), ignores="", near="None", then=HANGS)
     process = subprocess.Popen(
@@ -270,17 +272,17 @@ def test_an_interrupt_ends_what_runs_and_keeps_what_was_written(tmp_path, number
         # A shell's background job ignores it, and so do the job's children.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    until(lambda: file.exists() and len(file.read_text().split()) == 3)
+    wait_until(lambda: file.exists() and len(file.read_text().split()) == 3)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    until(lambda: not any(is_alive(int(pid)) for pid in file.read_text().split()))
-    states = {name: line["state"] for name, line in noted(tmp_path).items()}
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in file.read_text().split()))
+    states = {name: line["state"] for name, line in read_states(tmp_path).items()}
     assert states == {"first": "ok", "hangs": "interrupted", "last": "not begun"}
     assert "ok: first\ninterrupted: hangs\nnot begun: last\n" in said
 
 
-def test_the_exit_code_and_the_last_words(tmp_path, monkeypatch, capfd):
+def test_gpu_run_returns_exit_code_and_summary(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     sample = {"suite": "linear", "case": "a case", "device": "cuda", "provider": "base"}
     (tmp_path / "linear.jsonl").write_text(parts.json.dumps(sample) + "\n")

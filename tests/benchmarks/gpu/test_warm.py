@@ -1,4 +1,4 @@
-"""Compiling beforehand: who shares kernels is in one process, and everybody is called once."""
+"""Warming up compiles the kernels of each family in one process before benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("full", [False, True])
-def test_every_case_is_in_one_family_with_those_that_share_its_kernels(device, full):
+def test_group_by_family_puts_shared_kernels_together(device, full):
     chosen = cases.select(device, full=full)
     shares = warm.group_by_family(chosen)
     assert sorted(c.name for share in shares.values() for c in share) == sorted(
@@ -57,7 +57,7 @@ LAYER = {"K": 40, "N": 56, "R": 4}
     ],
     ids=lambda case: case.name,
 )
-def test_every_provider_is_called_once(case):
+def test_call_all_calls_every_provider_once(case):
     called = []
 
     def counted(name, build):
@@ -75,7 +75,7 @@ def test_every_provider_is_called_once(case):
     assert called[:2] == ["base", "torch"]
 
 
-def test_what_raises_or_is_absent_is_counted_and_stops_nobody():
+def test_call_all_counts_raising_and_absent_providers():
     def raises(case, o):
         raise RuntimeError("no kernel image")
 
@@ -89,7 +89,7 @@ def test_what_raises_or_is_absent_is_counted_and_stops_nobody():
     assert counts == {"called": 1, "absent": 1, "raised": reasons, "left": 0}
 
 
-def test_the_smaller_case_that_is_compared_first_is_called_too():
+def test_call_all_calls_the_gated_case_too():
     seen = []
 
     class Gated(Linear):
@@ -102,14 +102,14 @@ def test_the_smaller_case_that_is_compared_first_is_called_too():
     assert seen == [(3, 40), (9, 40)]
 
 
-def test_no_case_is_begun_after_the_deadline():
+def test_call_all_begins_no_case_after_deadline():
     case = tiny(Linear(backward=False), {"M": 9, **LAYER})
     assert warm.call_all([case, case], 0.0) == {
         "called": 0, "absent": 0, "raised": {}, "left": 2,
     }  # fmt: skip
 
 
-def test_processes_have_a_family_each_and_a_dead_one_costs_its_own(monkeypatch, capsys):
+def test_warm_runs_each_family_in_separate_process(monkeypatch, capsys):
     begun = []
 
     def run(command, **options):
@@ -129,7 +129,7 @@ def test_processes_have_a_family_each_and_a_dead_one_costs_its_own(monkeypatch, 
     assert "multi-bf16-R16-bf16 (1 cases): exit code -11: Segmentation fault\n" in said
 
 
-def test_a_case_that_hangs_is_ended_soon_after_the_deadline(monkeypatch, capsys):
+def test_warm_ends_hanging_case_after_deadline(monkeypatch, capsys):
     sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
     run = subprocess.run
     monkeypatch.setattr(warm.subprocess, "run", lambda command, **options: run(sleeps, **options))
@@ -141,7 +141,7 @@ def test_a_case_that_hangs_is_ended_soon_after_the_deadline(monkeypatch, capsys)
 
 
 @pytest.mark.full  # the same without a process is quick
-def test_a_process_says_what_it_called():
+def test_warm_process_reports_what_it_called():
     command = [sys.executable, "-m", "benchmarks.gpu.warm", "--device", "cpu", "--jobs", "1"]
     command += ["--case", "linear-forward-bf16-M1-K2048-N2048-R16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -150,7 +150,7 @@ def test_a_process_says_what_it_called():
     assert ", 0 raised" in done.stdout
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_warm_exits_2_without_gpu(monkeypatch, capsys):
     monkeypatch.setattr(warm.torch.cuda, "is_available", lambda: False)
     assert warm.main(["--device", "cuda"]) == 2
     assert "finds no usable CUDA GPU here" in capsys.readouterr().err

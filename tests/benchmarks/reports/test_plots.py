@@ -1,4 +1,4 @@
-"""Pictures of results: drawn where there is something to draw, and the same every time."""
+"""Plots are drawn where there are timings, always in the same style."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.reports import comparison, report
 from benchmarks.reports.plots import style as plot_style
-from tests.benchmarks.result_lines import CASE, line, not_timed, written
+from tests.benchmarks.result_lines import CASE, line, not_timed, write_lines
 
 
 def suites():
@@ -28,11 +28,11 @@ def suites():
     return {"linear": linear, "multi": multi, "merge": merge}
 
 
-def test_pictures_are_drawn_and_shown_in_the_report(tmp_path):
+def test_report_shows_pictures_of_all_suites(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
     image = pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
     for suite, lines in suites().items():
-        written(tmp_path, *lines, suite=suite)
+        write_lines(tmp_path, *lines, suite=suite)
     markdown, *pictures = report.write(tmp_path)
     names = ["linear.png", "multi.png", "merge-bandwidth.png", "roofline.png"]
     assert sorted(path.name for path in pictures) == sorted(names)
@@ -52,22 +52,22 @@ def test_pictures_are_drawn_and_shown_in_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("suite, expected", [("linear", 2), ("multi", 2), ("merge", 2)])
-def test_one_suite_alone_has_its_pictures(tmp_path, suite, expected):
+def test_report_of_one_suite_has_its_pictures(tmp_path, suite, expected):
     pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
-    pictures = report.write(written(tmp_path, *suites()[suite], suite=suite))[1:]
+    pictures = report.write(write_lines(tmp_path, *suites()[suite], suite=suite))[1:]
     assert len(pictures) == expected
 
 
-def test_nothing_timed_is_nothing_drawn(tmp_path):
+def test_report_has_no_pictures_without_timings(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
     lines = [not_timed(None, "crashed", "signal SIGSEGV"), not_timed("peft", "absent", "-")]
-    assert report.write(written(tmp_path, *lines)) == [tmp_path / "report.md"]
+    assert report.write(write_lines(tmp_path, *lines)) == [tmp_path / "report.md"]
     without_base = [line("fastlora", ratio=None, limit=None, ceilings=None)]
-    names = [path.name for path in report.write(written(tmp_path, *without_base))]
+    names = [path.name for path in report.write(write_lines(tmp_path, *without_base))]
     assert names == ["report.md", "roofline.png"]
 
 
-def test_a_provider_looks_the_same_everywhere_and_like_no_other():
+def test_every_provider_has_a_unique_fixed_style():
     known = plot_style.sort_providers([*comparison.PATHS, *plot_style._KNOWN])
     looks = {(plot_style.choose_style(n).colour, plot_style.choose_style(n).marker) for n in known}
     assert len(looks) == len(known)

@@ -1,4 +1,4 @@
-"""The report says what the lines say: who is ahead, who is missing, and of which run."""
+"""The report states wins, losses, missing providers and runs as the lines have them."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.reports import comparison, plots, provenance, report
-from tests.benchmarks.result_lines import CASE, line, not_timed, written
+from tests.benchmarks.result_lines import CASE, line, not_timed, write_lines
 
 
 def section(text: str, heading: str) -> str:
@@ -29,13 +29,13 @@ def no_matplotlib(monkeypatch):
         ((1.21, 1.3, 1.40), comparison.WINS),
     ],
 )
-def test_two_are_told_apart_where_their_intervals_do_not_touch(torch, outcome):
+def test_compare_all_decides_only_where_intervals_are_disjoint(torch, outcome):
     ours = line("fastlora", 1.0, 1.1, 1.2)
     (found,) = comparison.compare_all([line("base"), line("torch", *torch), ours])
     assert found.outcome == outcome
 
 
-def test_a_case_is_won_beside_everyone_or_not_at_all():
+def test_case_is_won_only_against_every_peer():
     lines = [line("fastlora"), line("torch", 1.0, 1.1, 1.2), line("peft", 2.0, 2.0, 2.0)]
     (found,) = comparison.compare_all(lines)
     assert {pair.outcome for pair in found.pairs} == {comparison.WINS, comparison.EVEN}
@@ -43,7 +43,7 @@ def test_a_case_is_won_beside_everyone_or_not_at_all():
     assert CASE in section(report.write_text(lines), "Too close to call")
 
 
-def test_losses_say_to_whom_and_by_how_much_the_greatest_first():
+def test_report_sorts_losses_by_factor():
     near, far = CASE.replace("M1", "M16"), CASE.replace("M1", "M512")
     text = report.write_text(
         [
@@ -64,7 +64,7 @@ def test_losses_say_to_whom_and_by_how_much_the_greatest_first():
     assert "| peft | 1 | 0 | 0 | 1 | 0.77 |" in text
 
 
-def test_a_win_is_over_everyone_and_shown_beside_the_fastest():
+def test_report_shows_win_beside_the_fastest_peer():
     text = report.write_text(
         [
             *(line("base"), line("fastlora", 1.0, 1.0, 1.0)),
@@ -77,7 +77,7 @@ def test_a_win_is_over_everyone_and_shown_beside_the_fastest():
     assert "Nowhere" in section(text, "Where fastlora loses")
 
 
-def test_who_is_no_rival_is_no_loss():
+def test_compare_all_ignores_providers_that_are_no_rivals():
     """The base does less, a merged weight was prepared, a prompt is no LoRA, the rest is ours."""
     others = ("base-compiled", "peft-prefix", "peft-prompt", "peft-patched", "torch-product")
     faster = [line(name, 0.1, 0.1, 0.1) for name in (*others, "merged", "two_pass")]
@@ -97,7 +97,7 @@ def test_who_is_no_rival_is_no_loss():
     )
 
 
-def test_compiled_stands_beside_compiled():
+def test_compare_all_pairs_compiled_with_compiled():
     names = ("fastlora", "fastlora-compiled", "torch", "torch-compiled")
     medians = (1.0, 0.5, 1.2, 0.8)
     lines = [line(n, m, m, m) for n, m in zip(names, medians, strict=True)]
@@ -121,14 +121,14 @@ def test_compiled_stands_beside_compiled():
         ([line("torch"), line("fastlora", ratio={"p50": 1.0})], "its ratio has no interval"),
     ],
 )
-def test_what_cannot_be_compared_is_said(lines, why):
+def test_report_gives_reason_for_cases_not_compared(lines, why):
     text = report.write_text(lines)
     assert f"- `{CASE}`: {why}" in section(text, "Not compared")
     assert "In none of 1 case could fastlora be compared" in text
     assert "Nothing can be said" in section(text, "Where fastlora loses")
 
 
-def test_the_table_has_times_ratios_limit_share_and_memory():
+def test_report_table_has_times_ratios_limits_and_memory():
     lines = [line("base"), line("torch", 1.1, 1.2, 12.34), line("fastlora", 1.0, 1.25, 1.5)]
     lines += [line("peft", peak_bytes=None), line("two_pass", 1.3, 1.3, 1.3)]
     text = section(report.write_text(lines), "Suite linear")
@@ -138,13 +138,13 @@ def test_the_table_has_times_ratios_limit_share_and_memory():
     assert f"| {CASE} | {cells[0]} | 1.300 (1.300 to 1.300) |" in text
 
 
-def test_without_a_base_times_stand_in_for_ratios():
+def test_report_table_shows_times_without_a_base():
     lines = [not_timed("base", "failed", "y: error 1"), line("fastlora", ratio=None, limit=None)]
     text = section(report.write_text(lines), "Suite linear")
     assert f"| {CASE} | failed | 2.5 ms | - | 50 % |" in text
 
 
-def test_who_has_no_figures_is_named_with_the_reason():
+def test_report_names_providers_without_figures_and_reasons():
     other = CASE.replace("M1", "M2")
     text = report.write_text(
         [
@@ -160,7 +160,7 @@ def test_who_has_no_figures_is_named_with_the_reason():
     assert f"- `{other}`: timeout: killed after 9 s" in section(text, "Not compared")
 
 
-def test_every_run_is_told_apart_with_its_commit_and_its_ceilings():
+def test_report_lists_every_run_with_commit_and_ceilings():
     later = {
         "commit": "b" * 40 + "+changes",
         "timestamp": "2026-02-02T00:00:00+00:00",
@@ -184,7 +184,7 @@ def test_every_run_is_told_apart_with_its_commit_and_its_ceilings():
     assert "runs" not in one_run
 
 
-def test_lines_of_dead_processes_alone_make_a_report():
+def test_report_accepts_only_lines_of_crashed_processes():
     text = report.write_text([not_timed(None, "crashed", "signal SIGSEGV: it said nothing")])
     assert text.startswith("# Benchmarks: unknown device")
     assert "no process lived to say so" in text
@@ -192,23 +192,23 @@ def test_lines_of_dead_processes_alone_make_a_report():
 
 
 @pytest.mark.parametrize("device, said", [("cpu", "2 threads"), ("cuda", "2 host threads")])
-def test_the_device_is_named_with_its_threads(device, said):
+def test_report_names_device_with_its_threads(device, said):
     assert provenance.name_devices([line("base", device=device)]) == f"Some CPU, {said}"
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
+def test_report_refuses_folder_without_results(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder of results, found none at .*x"):
         report.write(tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="expected results such as"):
         report.write(tmp_path)
-    written(tmp_path)
+    write_lines(tmp_path)
     with pytest.raises(ValueError, match="found empty files in"):
         report.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["linear.jsonl"]
 
 
-def test_without_matplotlib_the_report_says_so(tmp_path, no_matplotlib):
-    paths = report.write(written(tmp_path, line("base"), line("fastlora"), line("torch")))
+def test_report_says_when_matplotlib_is_missing(tmp_path, no_matplotlib):
+    paths = report.write(write_lines(tmp_path, line("base"), line("fastlora"), line("torch")))
     assert paths == [tmp_path / "report.md"]
     text = paths[0].read_text()
     assert "**No pictures:** matplotlib cannot be imported" in text

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md are those of the evidence in the repository."""
+"""The tables of README.md and docs/results.md match the stored results."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ evidence = pytest.mark.skipif(
 
 @evidence
 @pytest.mark.parametrize("options", [["--headlines"], []], ids=["headlines", "all"])
-def test_a_page_shows_what_was_measured(options, capsys):
+def test_results_page_shows_tables_of_the_evidence(options, capsys):
     assert summary.main([*map(str, FOLDERS), *options]) == 0
     table = capsys.readouterr().out
     assert table.count("\n") > 10
@@ -25,7 +25,7 @@ def test_a_page_shows_what_was_measured(options, capsys):
 
 
 @evidence
-def test_the_readme_shows_five_of_the_headlines():
+def test_readme_shows_five_of_the_headlines():
     lines = (ROOT / "README.md").read_text().splitlines()
     first = lines.index("| fastlora's time over | the base's | torch's | PEFT's |")
     rows = lines[first : lines.index("", first)]
@@ -35,7 +35,7 @@ def test_the_readme_shows_five_of_the_headlines():
 
 
 @evidence
-def test_every_headline_was_measured():
+def test_every_headline_has_a_measurement():
     found = [summary.read(folder) for folder in FOLDERS]
     rows = summary.make_headlines(found).splitlines()[2:]
     assert not any("-" in row.split() for row in rows)
@@ -45,12 +45,12 @@ def test_every_headline_was_measured():
             assert f"{line['ratio']['p50']:.2f}" in row
 
 
-def test_a_folder_without_results_is_refused(tmp_path: Path, capsys):
+def test_summary_refuses_folder_without_results(tmp_path: Path, capsys):
     assert summary.main([str(tmp_path)]) == 2
     assert "expected results in" in capsys.readouterr().err
 
 
-def test_a_headline_is_bold_where_intervals_do_not_touch_and_torch_is_at_its_fastest():
+def test_headline_is_bold_where_intervals_are_disjoint():
     def line(low: float, p50: float, high: float) -> dict:
         return {"ratio": {"low": low, "p50": p50, "high": high}}
 
@@ -62,7 +62,7 @@ def test_a_headline_is_bold_where_intervals_do_not_touch_and_torch_is_at_its_fas
     assert row.split(" | ")[1:] == ["**0.90**", "**0.75**", "0.90 |"]
 
 
-def test_each_limit_stands_at_its_folder_s_place():
+def test_summary_lists_limits_in_order_of_folders():
     def found(limit: float) -> dict:
         ratio = {"low": 1, "p50": 1, "high": 1}
         return {

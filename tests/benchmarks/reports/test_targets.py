@@ -1,4 +1,4 @@
-"""Targets beside what was measured: met, missed, within noise, not measured."""
+"""Targets are met, missed, within noise or not measured, by the measured lines."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def result(wanted: Target, *found: dict) -> tuple[str, str]:
     return measured, verdict
 
 
-def test_an_upper_bound_is_met_missed_or_within_noise():
+def test_upper_bound_is_met_missed_or_within_noise():
     assert result(target(1.1), line("ours", 1.05, 1.04, 1.1)) == ("1.050 (1.040 to 1.100)", "met")
     assert result(target(1.1), line("ours", 1.15, 1.11, 1.2))[1] == "missed by 0.050"
     assert result(target(1.1), line("ours", 1.05, 1.04, 1.11))[1] == "within noise"
     assert result(target(1.1), line("ours", 1.12, 1.1, 1.13))[1] == "within noise"
 
 
-def test_the_best_of_our_providers_counts():
+def test_target_counts_the_best_of_our_providers():
     both = line("ours", 1.3, 1.29, 1.31), line("other", 1.05, 1.04, 1.06)
     assert result(target(1.1, ours=("ours", "other")), *both) == (
         "1.050 (1.040 to 1.060) by other",
@@ -53,7 +53,7 @@ def test_the_best_of_our_providers_counts():
     )
 
 
-def test_a_ratio_to_another_provider_is_as_wide_as_both():
+def test_ratio_interval_includes_noise_of_both_providers():
     ours, torch = line("ours", 1.2, 1.1, 1.3), line("torch", 1.5, 1.4, 1.6)
     assert result(target(1.0, over="torch"), ours, torch) == ("0.800 (0.688 to 0.929)", "met")
     measured, verdict = result(target(1.4, "times", "torch"), ours, torch)
@@ -62,7 +62,7 @@ def test_a_ratio_to_another_provider_is_as_wide_as_both():
     assert result(target(1.05, "times", "torch"), ours, torch)[1] == "met"
 
 
-def test_a_bound_over_the_limit_knows_the_case_s_own():
+def test_limit_target_uses_the_limit_of_its_case():
     assert result(target(1.1, "limit"), line("ours", 1.35, 1.3, 1.37))[1] == "met"
     assert result(target(1.1, "limit"), line("ours", 1.5, 1.4, 1.6)) == (
         "1.200 (1.120 to 1.280)",
@@ -70,14 +70,14 @@ def test_a_bound_over_the_limit_knows_the_case_s_own():
     )
 
 
-def test_a_share_of_the_bandwidth_is_a_lower_bound():
+def test_bandwidth_target_is_a_lower_bound():
     assert result(target(0.85, "bandwidth"), line("ours", 1.1, 1.0, 1.15))[1] == "met"
     measured, verdict = result(target(0.85, "bandwidth"), line("ours", 1.25, 1.2, 1.4))
     assert measured == "0.800 (0.714 to 0.833)"
     assert verdict == "missed by 0.050"
 
 
-def test_of_several_cases_the_worst_is_shown():
+def test_target_shows_the_worst_of_several_cases():
     one, two, three = (f"linear-{name}" for name in "xyz")
     found = [
         line(provider, *values, case=case)
@@ -94,7 +94,7 @@ def test_of_several_cases_the_worst_is_shown():
     assert result(target(1.3, cases=("linear-?",)), *found)[1] == "within noise"
 
 
-def test_what_was_not_measured_says_why():
+def test_target_gives_reason_when_not_measured():
     failed = line("ours", 1, 1, 1, status="failed", reason="y: error 1 over 0.1")
     del failed["ratio"]
     assert result(target(1.1), failed) == (
@@ -108,7 +108,7 @@ def test_what_was_not_measured_says_why():
     assert result(target(1.1), died, well)[1] == "met, 1 without"
 
 
-def test_every_target_is_about_cases_and_providers_that_there_are():
+def test_every_target_names_existing_cases_and_providers():
     listed = {"cuda": cases.CUDA, "cpu": cases.CPU}
     for wanted in TARGETS:
         if wanted.cases == ("model-generate-*",) and "model" not in {c.suite for c in cases.CPU}:
@@ -124,7 +124,7 @@ def test_every_target_is_about_cases_and_providers_that_there_are():
     assert len({wanted.work for wanted in TARGETS}) == len(TARGETS)
 
 
-def test_a_folder_becomes_a_table(tmp_path, capsys):
+def test_targets_command_prints_table_of_folder(tmp_path, capsys):
     lines = [BASE, line("fastlora", 1.0, 0.99, 1.01), line("torch", 1.2, 1.19, 1.21)]
     (tmp_path / "linear.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     assert targets.main([str(tmp_path)]) == 0
@@ -144,7 +144,7 @@ def test_a_folder_becomes_a_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("threads", ["1-thread", "2-threads"])
-def test_the_stored_cpu_results_can_be_compared(threads, capsys):
+def test_stored_cpu_results_match_the_targets_table(threads, capsys):
     folder = ROOT / "benchmarks" / "results" / "cpu" / "amd-epyc-avx512_bf16" / threads
     assert targets.main([str(folder)]) == 0
     rows = capsys.readouterr().out.splitlines()

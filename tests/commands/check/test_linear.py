@@ -1,4 +1,4 @@
-"""What `fastlora check` judges by: its formula is the oracle's, and it sees what is not written."""
+"""`fastlora check` judges linear ops by a formula that agrees with the oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("case", formula.list_cases(quick=True, gpu=False), ids=str)
-def test_the_formula_is_the_oracles(case):
+def test_check_formula_agrees_with_the_oracle(case):
     subject = formula.Subject(case, "fp32", CPU, torch.Generator().manual_seed(0))
     t, want = subject.tensors, subject.want
     keep, scale = None, 1.0
@@ -39,7 +39,7 @@ def test_the_formula_is_the_oracles(case):
     assert {"x", "lora_A", "lora_B"} <= set(grads)
 
 
-def test_tf32_is_measured_against_operands_cut_to_tf32():
+def test_error_ratio_of_tf32_uses_rounded_operands():
     a, b = torch.randn(64, 64), torch.randn(64, 64)
     want = a.double() @ b.double()
     cut = judging.choose_product("tf32")(a, b)
@@ -48,7 +48,7 @@ def test_tf32_is_measured_against_operands_cut_to_tf32():
     assert judging.compute_error_ratio(cut, want, a @ b, "fp32") > 10
 
 
-def test_errors_are_measured_against_unfused_torch():
+def test_error_ratio_compares_with_unfused_torch():
     want = torch.randn(40, 40, dtype=torch.float64)
     unfused = want * 1.01
     assert judging.compute_error_ratio(want * 1.019, want, unfused, "fp32") < 1
@@ -63,14 +63,14 @@ def test_errors_are_measured_against_unfused_torch():
     assert judging.compute_error_ratio(slack["bf16"], want, want, "fp16+fp32") > 1
 
 
-def test_what_is_allocated_is_nan():
+def test_fill_empty_with_nan_fills_allocated_tensors():
     with judging.fill_empty_with_nan():
         assert torch.empty(3).isnan().all()
         assert torch.ones(2, dtype=torch.bfloat16).new_empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_cases_cover_what_they_should():
+def test_list_cases_covers_layouts_dropout_and_biases():
     full, quick = (
         formula.list_cases(quick=False, gpu=True),
         formula.list_cases(quick=True, gpu=False),

@@ -1,4 +1,4 @@
-"""What `fastlora check` judges merging by finds every kind of fault."""
+"""`fastlora check` finds every kind of fault in the merge ops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def subject(dtype: str = "bf16") -> MergeSubject:
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "bf16+fp32"])
 @pytest.mark.parametrize("op", MERGES)
-def test_the_reference_passes(op, dtype):
+def test_merge_subject_passes_the_reference(op, dtype):
     assert 0 <= subject(dtype).judge(op, RIGHT) <= 1
 
 
@@ -91,7 +91,7 @@ def no_swap(weights, *args):
         ("swap_", no_swap, "a swap is not"),
     ],
 )
-def test_what_is_wrong_is_found(op, wrong, says):
+def test_merge_subject_finds_every_kind_of_fault(op, wrong, says):
     functions = RIGHT | {op: wrong}
     with pytest.raises(WrongResult, match=says):
         subject().judge(op, functions)

@@ -1,4 +1,4 @@
-"""`fastlora check`: what is right passes, what is wrong fails, and rows say only what passed."""
+"""`fastlora check` passes right paths, fails wrong ones, and stamps only what passed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cache(monkeypatch, tmp_path):
     choice.forget()
 
 
-def stamped(folder):
+def passed_rows(folder):
     return [row for row in rows(folder) if row.get("passed", True)]
 
 
@@ -83,7 +83,7 @@ def check(names=("bf16",), backends=("triton",), **options) -> tuple[bool, list[
     return passed, said
 
 
-def test_torch_passes_on_the_cpu():
+def test_check_passes_torch_on_the_cpu():
     passed, said = check(names=None, backends=["torch"], quick=True)
     assert passed
     table = [line.split() for line in said if line.startswith("torch")]
@@ -93,7 +93,7 @@ def test_torch_passes_on_the_cpu():
 
 
 @pytest.mark.full  # every path's own tests are quick; tests above run the command
-def test_the_kernels_pass_under_the_interpreter(tmp_path):
+def test_check_passes_interpreted_triton_kernels(tmp_path):
     """In a process of its own: kernels are interpreted or compiled for good."""
     pytest.importorskip("triton")
     arguments = "check --device cpu --backend triton --dtype bf16+fp32 --quick"
@@ -119,7 +119,7 @@ def test_the_kernels_pass_under_the_interpreter(tmp_path):
     assert not rows(tmp_path)
 
 
-def test_an_op_alone_is_checked_on_the_data_that_it_has_beside_others(backend, cache):
+def test_check_of_one_op_uses_same_data(backend, cache):
     seen: dict[str, list] = {}
 
     def remember(op, path, results):
@@ -139,7 +139,7 @@ def test_an_op_alone_is_checked_on_the_data_that_it_has_beside_others(backend, c
         assert all(map(torch.equal, seen[op], together[op]))
 
 
-def test_what_passes_is_stamped(backend, cache):
+def test_check_stamps_paths_that_pass(backend, cache):
     backend()
     passed, said = check()
     assert passed
@@ -201,7 +201,7 @@ def never_the_same(op, path, results):
         (never_the_same, "other bits"),
     ],
 )
-def test_a_broken_path_fails_and_is_not_stamped(backend, cache, wrong, says):
+def test_check_fails_broken_path_without_stamp(backend, cache, wrong, says):
     """The other paths are checked, and stamped, all the same."""
 
     def spoil(op, path, results):
@@ -218,25 +218,25 @@ def test_a_broken_path_fails_and_is_not_stamped(backend, cache, wrong, says):
     results = {line.split()[1]: line.split()[-1] for line in said if line.startswith("triton")}
     assert results["two_pass"] == "FAILED"
     assert results["one_pass"] == "passed"
-    assert "one_pass" in {row["path"] for row in stamped(cache)}
+    assert "one_pass" in {row["path"] for row in passed_rows(cache)}
     # What had passed once, and on another architecture still does. That a kernel cannot be had, for
     # lack of memory or a compiler's whim, is not held against it.
     kept = broken if wrong is raising else broken[1:]
-    found = [row for row in stamped(cache) if row["path"] == "two_pass"]
+    found = [row for row in passed_rows(cache) if row["path"] == "two_pass"]
     assert sorted(found, key=str) == sorted(kept, key=str)
     assert any("of paths that failed" in line for line in said) == (wrong is not raising)
 
 
-def test_one_op_of_a_path_may_fail_alone(backend, cache):
+def test_check_fails_only_the_broken_op(backend, cache):
     backend(lambda op, path, results: scaled(op, path, results) if op == "lora_add_" else None)
     passed, said = check()
     assert not passed
     every = {*LINEAR, *MULTI, *selftest.MERGES}
-    assert {row["op"] for row in stamped(cache)} == every - {"lora_add_"}
+    assert {row["op"] for row in passed_rows(cache)} == every - {"lora_add_"}
     assert all("lora_add_" in line for line in said if line.startswith("    "))
 
 
-def test_a_quick_check_writes_nothing(backend, cache):
+def test_quick_check_writes_no_stamps(backend, cache):
     stamps.write(ROW, None)
     backend(lambda op, path, results: scaled(op, path, results) if path == "one_pass" else None)
     passed, said = check(quick=True)
@@ -245,7 +245,7 @@ def test_a_quick_check_writes_nothing(backend, cache):
     assert any("nothing is stamped by a quick check" in line for line in said)
 
 
-def test_a_lost_device_stops_the_check(backend, cache, monkeypatch):
+def test_check_stops_when_device_is_lost(backend, cache, monkeypatch):
     def spoil(op, path, results):
         if path == "two_pass":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -255,12 +255,12 @@ def test_a_lost_device_stops_the_check(backend, cache, monkeypatch):
     passed, said = check(names=["bf16", "fp16"])
     assert not passed
     assert "does not recover" in said[-1]
-    assert {row["path"] for row in stamped(cache)} == {"one_pass"}
+    assert {row["path"] for row in passed_rows(cache)} == {"one_pass"}
     assert not any("fp16" in line for line in said)
     assert sum(line.startswith("    ") for line in said) == 1
 
 
-def test_rows_go_where_they_should(backend, cache, tmp_path):
+def test_check_writes_rows_into_given_folder(backend, cache, tmp_path):
     backend()
     folder = tmp_path / "tuning"
     assert check(folder=folder)[0]
@@ -273,7 +273,7 @@ def command(arguments: str) -> int:
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_the_command(monkeypatch, tmp_path, passed):
+def test_check_command_passes_options_and_exit_code(monkeypatch, tmp_path, passed):
     seen = {}
 
     def fake(device, backends, **options):
@@ -295,7 +295,7 @@ def test_the_command(monkeypatch, tmp_path, passed):
     }
 
 
-def test_the_command_says_what_cannot_run(monkeypatch, capsys):
+def test_check_command_reports_backends_that_cannot_run(monkeypatch, capsys):
     monkeypatch.setattr(availability, "_TRITON", False)
     assert command("--device cpu --backend triton --quick") == 2
     assert "triton is not installed" in capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_the_command_says_what_cannot_run(monkeypatch, capsys):
     assert "no CUDA GPU" in capsys.readouterr().err
 
 
-def test_the_precision_is_restored():
+def test_set_fp32_precision_restores_previous_precision():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for name, expected in {"tf32": "tf32", "fp32": "ieee", "bf16": "ieee"}.items():

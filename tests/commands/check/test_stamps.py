@@ -1,4 +1,4 @@
-"""The rows that `fastlora check` leaves, and those that it takes back."""
+"""Stamps record the paths that `fastlora check` passed, and take failed ones back."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def test_nothing_is_stamped_on_a_cpu(cache):
+def test_stamps_writes_nothing_on_a_cpu(cache):
     made = stamps.Stamps(torch.device("cpu"), None, quick=False)
     made.note("lora_linear", "bf16", "one_pass", passed=True)
     assert rows(cache) == []
     assert "nothing is stamped" in made.summarize()
 
 
-def test_a_failure_takes_the_place_of_a_pass(cache):
+def test_stamp_of_failure_replaces_stamp_of_pass(cache):
     from fastlora.kernels.choose import choice
 
     row = ROW | choice.versions() | {"passed": True}
@@ -53,7 +53,7 @@ def test_a_failure_takes_the_place_of_a_pass(cache):
     assert "one_pass" not in choice.verified("lora_linear", "bf16", 90)
 
 
-def test_the_user_s_own_failure_outweighs_a_row_that_ships(cache, monkeypatch, tmp_path):
+def test_local_failure_outweighs_shipped_stamp(cache, monkeypatch, tmp_path):
     from fastlora.kernels.choose import choice, records
 
     row = ROW | choice.versions()
@@ -67,7 +67,7 @@ def test_the_user_s_own_failure_outweighs_a_row_that_ships(cache, monkeypatch, t
     assert choice.verified("lora_linear", "bf16", 90) == ("one_pass",)
 
 
-def test_the_commit_of_a_checkout(monkeypatch):
+def test_find_commit_falls_back_to_version_without_git(monkeypatch):
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(git, capture_output=True, text=True)

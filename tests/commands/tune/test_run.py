@@ -1,4 +1,4 @@
-"""`fastlora tune`, the whole loop with a clock that lies: the fastest that is right is kept."""
+"""`fastlora tune`, run with a simulated clock, keeps the fastest correct candidate."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return json.loads((folder / records.file_of(choice.gpu_name(DEVICE))).read_text())
 
 
-def chosen(call) -> object:
+def candidate_of(call) -> object:
     """The candidate that a timed call runs; None for the product that all are compared with."""
     keywords = getattr(call, "keywords", {})
     return keywords.get("config") or keywords.get("path")
 
 
-def prefers(*favourites):
+def clock_preferring(*favourites):
     """A clock for which these take 1 µs, and everything else a little more."""
-    return lambda call: 1.0 if chosen(call) in favourites else 1.2
+    return lambda call: 1.0 if candidate_of(call) in favourites else 1.2
 
 
 def tune(clock, shapes=(SHAPE,), kernels=None, **options) -> bool:
@@ -63,10 +63,10 @@ def config(kernel: str, shape=SHAPE, dtype=torch.bfloat16):
     "kernel", ["one_pass", "shrink", "shrink_beside", "gemm", "expand", "gradient"]
 )
 @pytest.mark.parametrize("last", [0, -1])
-def test_the_fastest_config_is_what_a_launch_takes(kernel, last):
+def test_tune_makes_launches_take_fastest_config(kernel, last):
     """By the shape that a launch asks with: ``gradient`` with (M, M, C, R), for lora_A C is K."""
     favourite = configs.CANDIDATES[kernel][last]
-    assert tune(prefers(favourite), kernels=[kernel])
+    assert tune(clock_preferring(favourite), kernels=[kernel])
     M, K, N, R = SHAPE
     asked = [(M, M, K, R), (M, M, N, R)] if kernel == "gradient" else [SHAPE, (M, N, K, R)]
     for shape in asked:
@@ -81,8 +81,8 @@ def test_the_fastest_config_is_what_a_launch_takes(kernel, last):
 
 
 @pytest.mark.parametrize("path", ["one_pass", "two_pass", "library"])
-def test_the_fastest_path_is_what_an_op_takes(path):
-    assert tune(prefers(path))
+def test_tune_makes_ops_take_fastest_path(path):
+    assert tune(clock_preferring(path))
     M, K, N, R = SHAPE
     for op, shape in {"lora_linear": SHAPE, "lora_linear_backward": (M, N, K, R)}.items():
         problem = Problem(*shape, SIZE)
@@ -96,8 +96,8 @@ def test_the_fastest_path_is_what_an_op_takes(path):
         assert got == path
 
 
-def test_rows_say_what_was_measured_and_with_what(cache):
-    assert tune(lambda call: 3.0 if chosen(call) else 2.5)
+def test_tune_rows_record_measurement_and_versions(cache):
+    assert tune(lambda call: 3.0 if candidate_of(call) else 2.5)
     found = rows(cache)
     stamp = {"gpu": choice.gpu_name(DEVICE), **choice.versions()}
     for row in found:
@@ -117,7 +117,7 @@ def test_rows_say_what_was_measured_and_with_what(cache):
     assert paths == dict(zip([f"path of {op}" for op in ops], shapes, strict=True))
 
 
-def test_a_wrong_candidate_is_never_timed(monkeypatch, capsys):
+def test_tune_never_times_a_wrong_candidate(monkeypatch, capsys):
     favourite, other = configs.CANDIDATES["gemm"][:2]
     right, timed = gemm.gemm, []
 
@@ -127,8 +127,8 @@ def test_a_wrong_candidate_is_never_timed(monkeypatch, capsys):
             y[-1, -1] = 100
 
     def clock(call):
-        timed.append(chosen(call))
-        return {favourite: 1.0, other: 2.0}.get(chosen(call), 3.0)
+        timed.append(candidate_of(call))
+        return {favourite: 1.0, other: 2.0}.get(candidate_of(call), 3.0)
 
     # ``launch`` hands config on as a keyword.
     monkeypatch.setattr(gemm, "gemm", wrong)
@@ -139,7 +139,7 @@ def test_a_wrong_candidate_is_never_timed(monkeypatch, capsys):
     assert f"WRONG gemm {favourite}: y errs by" in said
 
 
-def test_what_is_not_written_is_wrong(monkeypatch):
+def test_tune_rejects_candidate_that_writes_nothing(monkeypatch):
     """Even if the candidate before left the right numbers there."""
     favourite, right = configs.CANDIDATES["gemm"][-1], gemm.gemm
 
@@ -148,11 +148,11 @@ def test_what_is_not_written_is_wrong(monkeypatch):
             right(x, w, y, h, b, scaling, config, **options)
 
     monkeypatch.setattr(gemm, "gemm", lazy)
-    assert not tune(prefers(favourite), kernels=["gemm"])
+    assert not tune(clock_preferring(favourite), kernels=["gemm"])
     assert config("gemm") != favourite
 
 
-def test_a_wrong_path_is_never_timed(monkeypatch, capsys):
+def test_tune_never_times_a_wrong_path(monkeypatch, capsys):
     right = lora.lora_linear
 
     def wrong(*args, path):
@@ -160,14 +160,14 @@ def test_a_wrong_path_is_never_timed(monkeypatch, capsys):
         return (y * 1.1 if path == "library" else y), h
 
     monkeypatch.setattr(lora, "lora_linear", wrong)
-    assert not tune(prefers("library"))
+    assert not tune(clock_preferring("library"))
     assert "WRONG path of lora_linear library: y errs by" in capsys.readouterr().out
     problem = Problem(*SHAPE, SIZE)
     args = (torch.bfloat16, torch.bfloat16, False, DEVICE)
     assert choice.path_of("lora_linear", problem, *args) != "library"
 
 
-def test_a_candidate_that_does_not_run_is_skipped(monkeypatch, capsys):
+def test_tune_skips_candidate_that_does_not_run(monkeypatch, capsys):
     favourite, other = configs.CANDIDATES["gemm"][:2]
     right = gemm.gemm
 
@@ -177,30 +177,30 @@ def test_a_candidate_that_does_not_run_is_skipped(monkeypatch, capsys):
         right(*args, config, **options)
 
     monkeypatch.setattr(gemm, "gemm", failing)
-    clock = prefers(favourite, other)
+    clock = clock_preferring(favourite, other)
     assert tune(clock, kernels=["gemm"])
     assert config("gemm") == other
     said = capsys.readouterr().out
     assert f"skipped gemm {favourite}: RuntimeError: out of resource: shared memory\n" in said
 
 
-def test_no_row_where_nothing_runs(monkeypatch, cache):
+def test_tune_writes_no_row_when_nothing_runs(monkeypatch, cache):
     def failing(*args, **options):
         raise RuntimeError
 
     monkeypatch.setattr(gemm, "gemm", failing)
-    assert tune(prefers(), kernels=["gemm", "shrink"])
+    assert tune(clock_preferring(), kernels=["gemm", "shrink"])
     assert {row["kernel"] for row in rows(cache)} == {"shrink"}
 
 
-def test_rounds_are_interleaved_and_medians_decide(cache):
+def test_tune_interleaves_rounds_and_compares_medians(cache):
     """Three candidates; the one with a lucky round loses, and the hopeless one is dropped."""
     times = {64: [1.0, 9.0, 9.0], 128: [1.4, 1.4, 2.0], None: [4.0, 6.0, 5.0]}
     seen = []
 
     def clock(call):
-        key = getattr(chosen(call), "BN", None)
-        if chosen(call) is not None and chosen(call).BM == 128:
+        key = getattr(candidate_of(call), "BN", None)
+        if candidate_of(call) is not None and candidate_of(call).BM == 128:
             seen.append("hopeless")
             return 100.0
         seen.append(key)
@@ -213,7 +213,7 @@ def test_rounds_are_interleaved_and_medians_decide(cache):
     assert (row["config"]["BN"], row["us"], row["base_us"]) == (128, 1.4, 5.0)
 
 
-def test_what_was_timed_survives_an_interruption(cache, monkeypatch):
+def test_interrupted_tune_keeps_finished_rows(cache, monkeypatch):
     step = progress.Progress.step
 
     def interrupted(self, what):
@@ -223,24 +223,24 @@ def test_what_was_timed_survives_an_interruption(cache, monkeypatch):
 
     monkeypatch.setattr(progress.Progress, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(prefers(), shapes=[SHAPE, (33, 64, 64, 8)], kernels=["shrink"])
+        tune(clock_preferring(), shapes=[SHAPE, (33, 64, 64, 8)], kernels=["shrink"])
     assert {row["M"] for row in rows(cache)} == {17}
 
 
-def test_a_second_run_replaces_the_first(cache):
+def test_second_tune_replaces_rows_of_first(cache):
     for favourite in configs.CANDIDATES["expand"][:2]:
-        assert tune(prefers(favourite), kernels=["expand"])
+        assert tune(clock_preferring(favourite), kernels=["expand"])
         assert [row["config"] for row in rows(cache)] == [vars(favourite)] * 2
         assert config("expand") == favourite
 
 
-def test_paths_are_timed_with_the_new_configs_wherever_these_are_saved(cache, tmp_path):
+def test_tune_times_paths_with_new_configs(cache, tmp_path):
     favourite, seen = configs.CANDIDATES["shrink"][-1], []
 
     def clock(call):
-        if isinstance(chosen(call), str):
+        if isinstance(candidate_of(call), str):
             seen.append(config("shrink"))
-        return 1.0 if chosen(call) == favourite else 2.0
+        return 1.0 if candidate_of(call) == favourite else 2.0
 
     folder = tmp_path / "elsewhere"
     before = config("shrink")
@@ -252,26 +252,26 @@ def test_paths_are_timed_with_the_new_configs_wherever_these_are_saved(cache, tm
     assert config("shrink") == before
 
 
-def test_float32_candidates_are_fitted_and_written_as_they_ship(cache):
+def test_tune_writes_float32_candidates_unfitted(cache):
     """So that what is read is fitted once: by the call that it is for."""
     assert tune(lambda call: 1.0, kernels=["gemm"], dtypes=("fp32",))
     assert all(row["dtype"] == "fp32" for row in rows(cache))
     assert rows(cache)[0]["config"] == vars(configs.CANDIDATES["gemm"][0])
 
 
-def test_every_default_shape_is_tuned_both_ways():
+def test_default_shapes_include_their_transposes():
     assert len(set(tuning.SHAPES)) == len(tuning.SHAPES) == 36
     assert {(M, N, K, R) for M, K, N, R in tuning.SHAPES} == set(tuning.SHAPES)
 
 
-def test_the_command_without_a_gpu(monkeypatch, capsys):
+def test_tune_command_exits_2_without_gpu(monkeypatch, capsys):
     monkeypatch.setattr(availability, "no_gpu", lambda: "no CUDA GPU was found")
     assert cli.main(["tune"]) == 2
     assert capsys.readouterr().err == "fastlora tune: no CUDA GPU was found\n"
 
 
 @pytest.mark.parametrize("outcome, code", [(True, 0), (False, 1), (KeyboardInterrupt, 130)])
-def test_the_command(monkeypatch, tmp_path, outcome, code):
+def test_tune_command_passes_options_and_exit_code(monkeypatch, tmp_path, outcome, code):
     seen = {}
 
     def fake(device, shapes, **options):

@@ -1,4 +1,4 @@
-"""Patched layers around bases, and given inputs, that are no plain product."""
+"""Patched layers around unusual bases and inputs match PEFT."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ BASES = {"kept": Kept, "squashed": Squashed, "doubling": Doubling}
     [(base, None) for base in [*BASES, "parametrized"]]
     + [(base, ROWS) for base in ["squashed", "doubling", "parametrized"]],
 )
-def test_added_onto_a_base_of_its_own(base, names, monkeypatch):
+def test_patched_layer_adds_onto_output_of_custom_base(base, names, monkeypatch):
     odd = subclassed(BASES[base]) if base in BASES else parametrized
     plain, patched = pair("mlp", lora_bias=names is None)
     for model in (plain, patched):
@@ -94,7 +94,7 @@ def test_added_onto_a_base_of_its_own(base, names, monkeypatch):
     assert counts["one" if names is None else "many"] == 4
 
 
-def test_a_base_of_another_dtype():
+def test_patched_layer_matches_peft_when_base_changes_dtype():
     """Its input's, that is: as a quantized layer that computes in half precision has it."""
 
     class Narrow(nn.Linear):
@@ -108,7 +108,7 @@ def test_a_base_of_another_dtype():
     assert_agree(got, want)
 
 
-def test_a_shard_read_outside_of_its_module_is_no_matrix():
+def test_report_names_weights_that_are_shards():
     """As ZeRO-3 leaves parameters: the report says so, torch refuses the product."""
     patched = pair("mlp")[1]
     patched.base_model.model.lin0.base_layer.weight.data = torch.empty(0)
@@ -137,7 +137,7 @@ def replica(module):
 
 
 @pytest.mark.parametrize("names", [None, ["other", "__base__", "default"]])
-def test_replicas_of_data_parallel(names, monkeypatch):
+def test_data_parallel_replicas_match_peft(names, monkeypatch):
     plain, patched = pair("mlp")
     x, more = inputs("mlp", rows=3), {} if names is None else {"adapter_names": names}
     for model in (plain, patched):
@@ -185,7 +185,7 @@ def factors_of_two_dtypes(layer):
 @pytest.mark.parametrize(
     "odd", [complex_numbers, sparse_base, sparse_input, nested_input, factors_of_two_dtypes]
 )
-def test_numbers_that_only_peft_computes(odd):
+def test_patched_layer_leaves_odd_tensors_to_peft(odd):
     found = []
     for model in pair("mlp"):
         torch.manual_seed(4)

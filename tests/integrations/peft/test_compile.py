@@ -27,7 +27,7 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(model, backend="aot_eager", **options):
+def compile_whole(model, backend="aot_eager", **options):
     return torch.compile(model, backend=backend, fullgraph=True, **options)
 
 
@@ -35,10 +35,10 @@ def compiled(model, backend="aot_eager", **options):
     "kind, backend",
     [(kind, "aot_eager") for kind in ("mlp", "llama", "gpt2", "bert")] + [("mlp", "inductor")],
 )
-def test_one_graph(kind, backend):
+def test_patched_model_compiles_to_one_graph(kind, backend):
     plain, patched = pair(kind)
     given = inputs(kind)
-    found, wanted = run(compiled(patched, backend), given), run(plain, given)
+    found, wanted = run(compile_whole(patched, backend), given), run(plain, given)
     assert_agree(found, wanted)
     for out in (found, wanted):
         out.square().mean().backward()
@@ -48,10 +48,10 @@ def test_one_graph(kind, backend):
             assert_agree(p.grad, q.grad)
 
 
-def test_another_batch_is_no_new_graph():
+def test_compiled_model_takes_other_batches_without_recompiling():
     patched = pair("llama")[1]
     with torch.no_grad():
-        one = compiled(patched, dynamic=True)
+        one = compile_whole(patched, dynamic=True)
         run(one, inputs("llama", rows=3))
         with torch._dynamo.config.patch(error_on_recompile=True):
             for rows in (2, 5, 9):
@@ -59,10 +59,10 @@ def test_another_batch_is_no_new_graph():
                 assert_agree(run(one, given), run(patched, given))
 
 
-def test_whatever_is_done_shows():
+def test_compiled_model_follows_changes_of_adapters():
     given = inputs("mlp")
     plain, patched = pair("mlp")
-    one = compiled(patched)
+    one = compile_whole(patched)
 
     def assert_alike():
         with torch.no_grad():
@@ -92,14 +92,14 @@ def test_whatever_is_done_shows():
     assert_alike()
 
 
-def test_hot_swapped_without_recompiling(tmp_path):
+def test_compiled_model_is_hot_swapped_without_recompiling(tmp_path):
     given = inputs("mlp")
     for name, r in (("smaller", 3), ("larger", 8)):
         peft_model("mlp", r=r, lora_alpha=r * 3).save_pretrained(tmp_path / name)
     plain, patched = pair("mlp")
     for model in (plain, patched):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
-    one = compiled(patched)
+    one = compile_whole(patched)
     with torch.no_grad():
         before = run(one, given)
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -110,7 +110,7 @@ def test_hot_swapped_without_recompiling(tmp_path):
                 assert_agree(after, run(plain, given), before)
 
 
-def test_an_adapter_a_row():
+def test_compiled_layer_matches_peft_with_adapter_per_row():
     """PEFT passes the names on by hooks that it sets around the call: compile what is inside."""
     given = inputs("mlp", rows=3)
     plain, patched = pair("mlp")
@@ -120,12 +120,12 @@ def test_an_adapter_a_row():
     layer, own = patched.base_model.model.lin0, plain.base_model.model.lin0
     rows = ["other", "__base__", "default"]
     with torch.no_grad():
-        one = compiled(layer)
+        one = compile_whole(layer)
         assert_agree(one(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
         assert_agree(layer(given["x"], adapter_names=rows), own(given["x"], adapter_names=rows))
 
 
-def test_exported():
+def test_patched_model_exports_with_dynamic_batch():
     given = inputs("mlp", rows=3)
     patched = pair("mlp")[1]
     batch = torch.export.Dim("batch", min=2)
@@ -137,7 +137,7 @@ def test_exported():
         assert_agree(program.module()(x), patched.base_model.model(x))
 
 
-def test_per_sample_gradients():
+def test_patched_model_per_sample_gradients_match_loop():
     """vmap of grad through functional_call, against a loop."""
     plain, patched = pair("mlp")
     x = inputs("mlp", rows=4)["x"]

@@ -1,4 +1,4 @@
-"""Which layers are patched, which are left alone and why; all give PEFT's numbers."""
+"""patch_peft patches plain layers, leaves others with a reason, and matches PEFT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = quiet
 LIN0, LIN1 = "base_model.model.lin0", "base_model.model.lin1"
 
 
-def test_the_report_says_what_was_done():
+def test_patch_peft_reports_replaced_and_merged_layers():
     model = peft_model("mlp", rank_pattern={"lin1": 3})
     found = fastlora.patch_peft(model)
     assert found == fastlora.report(model)
@@ -129,7 +129,7 @@ OBSTACLES = [
 
 
 @pytest.mark.parametrize("odd", OBSTACLES)
-def test_left_alone(odd):
+def test_patch_peft_leaves_unusual_layers_to_peft(odd):
     plain, patched = peft_model("mlp"), peft_model("mlp")
     for model in (plain, patched):
         reason = odd(model.base_model.model)
@@ -145,7 +145,7 @@ def test_left_alone(odd):
 
 
 @pytest.mark.parametrize("odd", [hooked, hooked_before, other_part, offloaded, dora])
-def test_what_changes_after_patching_is_seen(odd, monkeypatch):
+def test_patched_layer_falls_back_when_changed_later(odd, monkeypatch):
     plain, patched = pair("mlp")
     for model in (plain, patched):
         reason = odd(model.base_model.model)
@@ -158,7 +158,7 @@ def test_what_changes_after_patching_is_seen(odd, monkeypatch):
     assert fastlora.report(patched).skipped == {LIN0: reason}
 
 
-def test_a_variant_that_is_not_active_is_in_nobodys_way(monkeypatch):
+def test_inactive_dora_adapter_does_not_prevent_patching(monkeypatch):
     plain, patched = peft_model("mlp"), peft_model("mlp")
     for model in (plain, patched):
         model.add_adapter("dora", config("mlp", use_dora=True))
@@ -175,7 +175,7 @@ def test_a_variant_that_is_not_active_is_in_nobodys_way(monkeypatch):
     assert fastlora.report(patched).skipped == {LIN0: reason, LIN1: reason}
 
 
-def test_hooks_are_called():
+def test_hooks_of_layer_parts_are_called():
     called = []
     for where in ("base_layer", "lora_A", "lora_B", "lora_dropout"):
         patched = pair("mlp")[1]
@@ -186,7 +186,7 @@ def test_hooks_are_called():
     assert called == ["base_layer", "lora_A", "lora_B", "lora_dropout"]
 
 
-def test_hooks_of_every_module_are_called(monkeypatch):
+def test_global_module_hooks_are_called(monkeypatch):
     patched = pair("mlp")[1]
     called = []
     with counted(monkeypatch) as counts:
@@ -199,7 +199,7 @@ def test_hooks_of_every_module_are_called(monkeypatch):
     assert counts["one"] == 0
 
 
-def test_hooks_of_the_layer_itself_do_not_matter(monkeypatch):
+def test_hooks_of_patched_layer_keep_fast_path(monkeypatch):
     patched = pair("mlp")[1]
     called = []
     patched.base_model.model.lin0.register_forward_hook(lambda *_: called.append(1))
@@ -212,7 +212,7 @@ def in_peft(model, *targets):
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(targets)))
 
 
-def test_layers_that_are_read_and_never_called_are_left_and_warned_of():
+def test_patch_peft_warns_of_layers_never_called():
     model = in_peft(wavlm(), "q_proj", "v_proj", "intermediate_dense")
     says = r"PEFT's adapters of these layers are not what .*q_proj and 3 more: WavLMAttention\."
     with untouched(model), pytest.raises(ValueError, match="4 of 6 LoRA layers cannot be patched"):
@@ -225,7 +225,7 @@ def test_layers_that_are_read_and_never_called_are_left_and_warned_of():
         fastlora.patch_peft(in_peft(wavlm(), "q_proj", "v_proj"))
 
 
-def test_such_layers_are_merged_only_where_they_add_nothing():
+def test_never_called_layers_merge_only_without_effect():
     model = in_peft(wavlm(), "q_proj", "intermediate_dense")
     with pytest.warns(UserWarning, match="not what the model computes with"):
         fastlora.patch_peft(model)
@@ -239,7 +239,7 @@ def test_such_layers_are_merged_only_where_they_add_nothing():
     model.unload()
 
 
-def test_what_the_source_does_not_say_the_first_forward_does():
+def test_first_forward_warns_of_bypassed_layers():
     torch.compiler.reset()  # beside graphs hooks stay
     model, x = in_peft(Handing(), "inner", "called", "unused"), torch.randn(2, 4)
     fastlora.patch_peft(model)
@@ -255,7 +255,7 @@ def test_what_the_source_does_not_say_the_first_forward_does():
     assert watched(model) == 0
 
 
-def test_generating_goes_past_peft_s_own_forward(recwarn):
+def test_generate_stops_watching_for_bypassed_layers(recwarn):
     torch.compiler.reset()
     model = in_peft(llama(), "q_proj", "up_proj")
     fastlora.patch_peft(model)

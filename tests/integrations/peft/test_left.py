@@ -1,4 +1,4 @@
-"""Bases that patch_peft leaves to PEFT, by name: quantized by other libraries, fused experts.
+"""patch_peft leaves bases quantized by other libraries and fused experts to PEFT, by name.
 
 `make test-bases` installs the libraries, which the lock leaves out: they are large, or old.
 """
@@ -35,13 +35,13 @@ class Pair(nn.Module):
         return self.plain(self.odd(x).relu())
 
 
-def needed(name: str):
+def import_or_skip(name: str):
     return pytest.importorskip(name, reason=f"{name} is not in the lock: see `make test-bases`")
 
 
 def torchao(config: str):
     def quantize(linear):
-        ao = needed("torchao.quantization")
+        ao = import_or_skip("torchao.quantization")
         ao.quantize_(linear, getattr(ao, config)())
         return linear
 
@@ -49,13 +49,13 @@ def torchao(config: str):
 
 
 def hqq(linear):
-    core = needed("hqq.core.quantize")
+    core = import_or_skip("hqq.core.quantize")
     config = core.BaseQuantizeConfig(nbits=4, group_size=64)
     return core.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
 
 
 def quanto(linear):
-    library = needed("optimum.quanto")
+    library = import_or_skip("optimum.quanto")
     whole = nn.Sequential(linear)
     library.quantize(whole, weights=library.qint8)
     library.freeze(whole)
@@ -64,7 +64,7 @@ def quanto(linear):
 
 def gguf(linear):
     """As diffusers has it: transformers turns a GGUF file into plain weights."""
-    numbers, library = needed("gguf"), needed("diffusers.quantizers.gguf.utils")
+    numbers, library = import_or_skip("gguf"), import_or_skip("diffusers.quantizers.gguf.utils")
     kind = numbers.GGMLQuantizationType.Q8_0
     made = library.GGUFLinear(64, 64, bias=True, compute_dtype=torch.float32)
     packed = torch.from_numpy(numbers.quants.quantize(linear.weight.detach().numpy(), kind))
@@ -82,7 +82,7 @@ BASES = {
 }
 
 
-def base(quantize):
+def quantized_base(quantize):
     torch.manual_seed(1)
     made = Pair()
     made.odd = quantize(made.odd)
@@ -115,14 +115,16 @@ def assert_left(plain, patched, x, reasons):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", BASES)
-def test_quantized_by_others(kind):
+def test_patch_peft_leaves_other_quantized_bases(kind):
     quantize, reason = BASES[kind]
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    made = [base(quantize) for _ in range(3)]
+    made = [quantized_base(quantize) for _ in range(3)]
     plain, patched = (filled(peft.get_peft_model(each, settings)) for each in made[:2])
     x = torch.randn(3, 64)
     assert_left(plain, patched, x, {"base_model.model.odd": reason})
-    alone = peft.get_peft_model(base(quantize), peft.LoraConfig(r=4, target_modules=["odd"]))
+    alone = peft.get_peft_model(
+        quantized_base(quantize), peft.LoraConfig(r=4, target_modules=["odd"])
+    )
     with pytest.raises(ValueError, match=f"1 of 1 LoRA layers .*{re.escape(reason)}"):
         fastlora.patch_peft(alone)
     # What replaces layers refuses these where it takes them.
@@ -140,16 +142,18 @@ def bitnet(linear):
 
 
 def fake_quantized(linear):
-    qat = needed("torchao.quantization.qat")
+    qat = import_or_skip("torchao.quantization.qat")
     config = qat.IntxFakeQuantizeConfig(torch.int4, group_size=32)
     library = importlib.import_module("torchao.quantization.qat.linear")
     return library.FakeQuantizedLinear.from_linear(linear, weight_config=config)
 
 
 @pytest.mark.parametrize("quantize", [bitnet, fake_quantized])
-def test_a_plain_weight_that_its_layer_reads_otherwise(quantize):
+def test_patch_peft_adds_onto_fake_quantized_bases(quantize):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    plain, patched = (filled(peft.get_peft_model(base(quantize), settings)) for _ in range(2))
+    plain, patched = (
+        filled(peft.get_peft_model(quantized_base(quantize), settings)) for _ in range(2)
+    )
     found = fastlora.patch_peft(patched, strict=True)
     assert list(found.around) == ["base_model.model.odd"]
     x = torch.randn(3, 64)
@@ -158,7 +162,7 @@ def test_a_plain_weight_that_its_layer_reads_otherwise(quantize):
             assert_agree(got, want)
 
 
-def test_fused_experts():
+def test_patch_peft_leaves_fused_experts_to_peft():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 97}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     torch.manual_seed(1)
@@ -193,7 +197,7 @@ def act_merged(model):
     return [merged, model(torch.arange(1, 13).view(2, 6))]
 
 
-def test_quantized_once_it_is_patched():
+def test_merge_refuses_base_quantized_after_patching():
     """PEFT adds to ``weight.data``, of which such classes may give out a copy: then it is lost."""
     model = peft_model("mlp")
     fastlora.patch_peft(model, strict=True)
@@ -216,9 +220,9 @@ class Quantos(Wrapped):
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "unload"])
-def test_merging_that_would_lose_an_adapter_is_warned_of(how):
+def test_merge_warns_when_adapter_would_be_lost(how):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    model = filled(peft.get_peft_model(base(lambda linear: linear), settings))
+    model = filled(peft.get_peft_model(quantized_base(lambda linear: linear), settings))
     fastlora.patch_peft(model)
     for name in ("odd", "plain"):
         layer = model.base_model.model.get_submodule(name)

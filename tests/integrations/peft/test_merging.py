@@ -20,7 +20,7 @@ from tests.support.patched import config, filled, inputs, inputs_of_ones, pair, 
 pytestmark = quiet
 
 
-def widened(given):
+def to_double(given):
     return {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
 
 
@@ -36,7 +36,7 @@ def assert_bits(model, before):
 
 @pytest.mark.parametrize("kind", ["mlp", "gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_bit_comes_back(kind, dtype):
+def test_unmerge_restores_every_bit(kind, dtype):
     plain, patched = pair(kind, dtype)
     for model in (plain, patched):
         model.add_adapter("other", config(kind, r=3, lora_alpha=40))
@@ -46,7 +46,7 @@ def test_every_bit_comes_back(kind, dtype):
     where = {name: p.data_ptr() for name, p in patched.named_parameters()}
     given = inputs(kind, dtype=dtype)
     with torch.no_grad():
-        exact = run(copy.deepcopy(patched).double(), widened(given))
+        exact = run(copy.deepcopy(patched).double(), to_double(given))
     for cycle in range(3):
         for model in (plain, patched):
             model.merge_adapter(safe_merge=True)
@@ -61,7 +61,7 @@ def test_every_bit_comes_back(kind, dtype):
     assert any(drifted)  # PEFT's, by which this test would see a merge that is not exact
 
 
-def test_biases_come_back_too():
+def test_unmerge_restores_biases_of_the_base():
     plain, patched = pair("mlp", lora_bias=True, target_modules=["lin0", "head"])
     before = base_state(patched)
     for model in (plain, patched):
@@ -75,13 +75,13 @@ def test_biases_come_back_too():
     assert_bits(patched, before)
 
 
-def test_a_lora_bias_without_a_bias_is_refused_as_by_peft():
+def test_merge_refuses_lora_bias_without_base_bias():
     for model in pair("mlp", lora_bias=True, target_modules=["lin1"]):
         with pytest.raises(RuntimeError, match="base layer has no bias"):
             model.merge_adapter()
 
 
-def test_what_is_not_finite_is_refused():
+def test_merge_refuses_adapters_that_are_not_finite():
     patched = pair("mlp")[1]
     with torch.no_grad():
         patched.base_model.model.lin0.lora_B["default"].weight[0, 0] = torch.nan
@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_refused():
     assert_bits(patched, before)
 
 
-def test_hooks_do_not_matter():
+def test_merge_restores_bits_of_layers_with_hooks():
     """PEFT reads the matrices too when it merges."""
     patched = pair("mlp", torch.bfloat16)[1]
     before = base_state(patched)
@@ -108,7 +108,7 @@ def test_hooks_do_not_matter():
     assert_bits(patched, before)
 
 
-def test_merged_for_good_leaves_no_receipt():
+def test_merge_and_unload_leaves_no_receipts():
     patched = pair("mlp")[1]
     layers = [m for m in patched.modules() if isinstance(m, Merging)]
     patched.merge_and_unload()
@@ -116,7 +116,7 @@ def test_merged_for_good_leaves_no_receipt():
     assert all(layer.merged and not vars(layer).get("_receipts") for layer in layers)
 
 
-def test_edited_while_merged():
+def test_unmerge_of_edited_weight_subtracts_and_warns():
     """PEFT subtracts what it can; so does a patched layer, and says so."""
     plain, patched = pair("mlp", lora_bias=True, target_modules=["lin0"])
     for edit in ("weight", "bias"):
@@ -131,7 +131,7 @@ def test_edited_while_merged():
             assert_agree(base_state(patched)[name], value)
 
 
-def test_adapters_that_change_while_merged():
+def test_unmerge_restores_base_when_adapter_has_changed():
     """The base comes back all the same: the receipt knows what was merged."""
     patched = pair("mlp")[1]
     before = base_state(patched)
@@ -144,7 +144,7 @@ def test_adapters_that_change_while_merged():
     assert_bits(patched, before)
 
 
-def test_what_peft_fails_to_subtract_leaves_the_others_merged():
+def test_failed_unmerge_leaves_other_adapters_merged():
     found = []
     for model in pair("mlp"):
         model.add_adapter("other", config("mlp", r=3))
@@ -162,7 +162,7 @@ def test_what_peft_fails_to_subtract_leaves_the_others_merged():
     assert found == [["default"], ["default"]]
 
 
-def test_copied_while_merged():
+def test_copy_of_merged_model_unmerges_every_bit():
     patched = pair("mlp")[1]
     before = base_state(patched)
     patched.merge_adapter()
@@ -172,7 +172,7 @@ def test_copied_while_merged():
     assert patched.base_model.model.lin0.merged
 
 
-def test_patched_or_unpatched_while_merged():
+def test_model_patched_or_unpatched_while_merged_unmerges():
     plain, patched = pair("mlp")
     before = base_state(patched)
     plain.merge_adapter()
@@ -190,7 +190,7 @@ def test_patched_or_unpatched_while_merged():
             model.base_model.model.lin0.unmerge()
 
 
-def test_merged_twice_is_merged_once():
+def test_merging_twice_warns_and_merges_once():
     patched = pair("mlp")[1]
     patched.merge_adapter()
     with pytest.warns(UserWarning, match="All adapters are already merged"):
@@ -198,7 +198,7 @@ def test_merged_twice_is_merged_once():
     assert patched.base_model.model.lin0.merged_adapters == ["default"]
 
 
-def test_dora_is_merged_by_peft():
+def test_dora_adapter_is_merged_by_peft():
     plain, patched = pair("mlp")
     for model in (plain, patched):
         model.add_adapter("dora", config("mlp", use_dora=True))

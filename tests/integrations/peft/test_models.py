@@ -1,4 +1,4 @@
-"""What is patched in models of every kind, and what fastlora's own functions make of PEFT's."""
+"""patch_peft on models of every kind, and fastlora's functions called with PEFT models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = quiet
 LIN0, LIN1 = "base_model.model.lin0", "base_model.model.lin1"
 
 
-def test_what_is_not_a_linear_is_left():
+def test_patch_peft_leaves_embeddings_to_peft():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -48,7 +48,7 @@ def test_what_is_not_a_linear_is_left():
     assert_agree(model(x), want)
 
 
-def test_layers_that_torch_passes_by_are_left():
+def test_patch_peft_leaves_multihead_attention_to_peft():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -68,7 +68,7 @@ def test_layers_that_torch_passes_by_are_left():
     assert_agree(model(x), want)
 
 
-def test_nothing_to_patch():
+def test_patch_peft_refuses_models_without_patchable_layers():
     with pytest.raises(ValueError, match=r"found none in Mlp: patch what .*get_peft_model"):
         fastlora.patch_peft(Mlp())
     with pytest.raises(TypeError, match=r"peft_model: expected a torch\.nn\.Module, got str"):
@@ -93,7 +93,7 @@ TAKES_A_BASE = {
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("call", TAKES_A_BASE)
-def test_pefts_layers_are_not_taken_apart(call, patched, tmp_path):
+def test_functions_for_plain_models_refuse_peft_models(call, patched, tmp_path):
     """lora_A and lora_B are linears too, which "all-linear" would mean."""
     model = peft_model("mlp")
     model.save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ ASKS_FOR_OURS = {
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("call", ASKS_FOR_OURS)
-def test_a_peft_model_is_sent_to_its_own_methods(call, patched):
+def test_functions_for_fastlora_models_refuse_peft_models(call, patched):
     model = peft_model("mlp")
     if patched:
         fastlora.patch_peft(model)
@@ -128,7 +128,7 @@ def test_a_peft_model_is_sent_to_its_own_methods(call, patched):
 
 
 @pytest.mark.parametrize("add", [injected, added_by_transformers])
-def test_no_peft_model_around_it(add):
+def test_patch_peft_accepts_transformers_add_adapter(add):
     """As transformers' own integration has it, ``model.add_adapter``."""
     model, plain = llama(), llama()
     for each in (model, plain):
@@ -147,7 +147,7 @@ def test_no_peft_model_around_it(add):
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_virtual_tokens_that_generate_may_get_wrong_are_warned_of(refuses, monkeypatch, recwarn):
+def test_patch_peft_warns_of_unsupported_virtual_tokens(refuses, monkeypatch, recwarn):
     """LoRA is patched in either case, and only a transformers that wants a newer PEFT is named."""
     wanted = "99.0.0" if refuses else "0.1.0"
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", wanted)
@@ -167,7 +167,7 @@ def test_virtual_tokens_that_generate_may_get_wrong_are_warned_of(refuses, monke
         assert warning.filename == __file__
 
 
-def test_in_a_model_of_several_methods():
+def test_patch_peft_accepts_mixed_lora_and_loha():
     loha = peft.LoHaConfig(r=2, target_modules=["lin0", "head"])
     models = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Whatever is done to a PEFT model, it gives the same numbers patched as unpatched."""
+"""A patched PEFT model gives the numbers of the unpatched one after any change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = quiet
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_forward_and_training(kind, monkeypatch):
+def test_patched_model_matches_peft_in_forward_and_training(kind, monkeypatch):
     given = inputs(kind)
     plain, patched = pair(kind)
     with counted(monkeypatch) as counts:
@@ -57,7 +57,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_option(options, monkeypatch):
+def test_patched_model_matches_peft_with_every_option(options, monkeypatch):
     given = inputs("mlp")
     plain, patched = pair("mlp", **OPTIONS[options])
     with counted(monkeypatch) as counts:
@@ -67,7 +67,7 @@ def test_every_option(options, monkeypatch):
 
 @pytest.mark.parametrize("adapters", [torch.float32, None], ids=["float32 adapters", "the base's"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(dtype, adapters, monkeypatch):
+def test_patched_model_matches_peft_in_every_dtype(dtype, adapters, monkeypatch):
     given = inputs("mlp", dtype=dtype)
     plain, patched = pair("mlp", dtype, get={"autocast_adapter_dtype": adapters is not None})
     with counted(monkeypatch) as counts, torch.no_grad():
@@ -80,7 +80,7 @@ def test_dtypes(dtype, adapters, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_autocast(dtype, base, monkeypatch):
+def test_patched_model_matches_peft_under_autocast(dtype, base, monkeypatch):
     given = inputs("mlp", dtype=base)
     plain, patched = pair("mlp", base)
     with counted(monkeypatch) as counts, torch.autocast("cpu", dtype):
@@ -96,7 +96,7 @@ def test_autocast(dtype, base, monkeypatch):
             assert_agree(p.grad.to(dtype), q.grad.to(dtype))
 
 
-def test_the_input_gets_its_gradient_and_backward_may_be_repeated():
+def test_input_gradient_matches_peft_when_backward_repeats():
     plain, patched = pair("mlp")
     x = torch.randn(4, 11)
 
@@ -112,7 +112,7 @@ def test_the_input_gets_its_gradient_and_backward_may_be_repeated():
     assert_same(plain, patched, act)
 
 
-def test_checkpointed_activations():
+def test_gradient_checkpointing_matches_peft():
     given = inputs("llama")
     plain, patched = pair("llama")
     without = trained(copy.deepcopy(patched), given)
@@ -126,7 +126,7 @@ def test_checkpointed_activations():
     assert len(without) == 3
 
 
-def test_adapters_added_chosen_deleted():
+def test_adding_choosing_and_deleting_adapters_matches_peft():
     given = inputs("mlp")
 
     def act(model):
@@ -147,7 +147,7 @@ def test_adapters_added_chosen_deleted():
     }
 
 
-def test_a_layer_without_the_active_adapter_is_the_base():
+def test_layer_without_active_adapter_matches_peft():
     plain, patched = pair("mlp", target_modules=["lin0"])
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", target_modules=["lin1"]))
@@ -155,7 +155,7 @@ def test_a_layer_without_the_active_adapter_is_the_base():
     assert_same(plain, patched, lambda m: [run(m, {"x": torch.ones(3, 11)})])
 
 
-def test_disabled():
+def test_disable_adapter_matches_peft():
     given = inputs("llama")
 
     def act(model):
@@ -167,7 +167,7 @@ def test_disabled():
     assert_same(*pair("llama"), act)
 
 
-def test_merged_and_unmerged():
+def test_merging_and_unmerging_matches_peft():
     given = inputs("mlp")
 
     def act(model):
@@ -185,7 +185,7 @@ def test_merged_and_unmerged():
     assert_same(*pair("mlp"), act)
 
 
-def test_scales():
+def test_changed_adapter_scales_match_peft():
     given = inputs("mlp")
 
     def act(model):
@@ -203,7 +203,7 @@ def test_scales():
 
 
 @pytest.mark.parametrize("kind", ["mlp", "gpt2"])
-def test_hot_swapped(kind, tmp_path):
+def test_hot_swapped_adapters_match_peft(kind, tmp_path):
     """In place, into scalings that are tensors and ranks that are padded."""
     given = inputs(kind)
     for name, r in (("same", 5), ("smaller", 3), ("larger", 8)):
@@ -231,7 +231,7 @@ def test_hot_swapped(kind, tmp_path):
     assert_same(plain, patched, lambda m: [run(m, given)])
 
 
-def test_a_scaling_tensor_trains_what_it_scales():
+def test_training_with_scaling_tensors_matches_peft():
     given = inputs("mlp")
     plain, patched = pair("mlp", lora_bias=True)
     for model in (plain, patched):
@@ -239,7 +239,7 @@ def test_a_scaling_tensor_trains_what_it_scales():
     assert_same(plain, patched, lambda m: trained(m, given))
 
 
-def test_adapters_that_cancel_are_rounded_once():
+def test_adapters_that_cancel_are_summed_in_float32():
     """As PEFT, which sums in float32: rounded one by one, large parts would leave much behind."""
     plain, patched = pair("mlp", torch.bfloat16)
     exact = peft_model("mlp", torch.float64)
@@ -263,7 +263,7 @@ def test_adapters_that_cancel_are_rounded_once():
 
 
 @pytest.mark.parametrize("how", ["linear", "cat", "svd"])
-def test_weighted(how):
+def test_weighted_adapters_match_peft(how):
     given = inputs("mlp")
 
     def act(model):
@@ -276,7 +276,7 @@ def test_weighted(how):
     assert_same(*pair("mlp"), act)
 
 
-def test_casting_of_inputs_disabled(monkeypatch):
+def test_disabled_input_casting_matches_peft(monkeypatch):
     given = inputs("mlp")
     plain, patched = pair("mlp")
     with counted(monkeypatch) as counts, disable_input_dtype_casting(patched):
@@ -288,7 +288,7 @@ def test_casting_of_inputs_disabled(monkeypatch):
             run(model, inputs("mlp", dtype=torch.bfloat16))
 
 
-def test_dropout_drops_where_peft_drops(monkeypatch):
+def test_dropout_has_rate_and_mean_of_peft(monkeypatch):
     """Masks are drawn otherwise: as many zeros, as large a mean, none in eval mode."""
     plain, patched = pair("mlp", lora_dropout=0.4, target_modules=["lin0"])
     x = torch.randn(1, 11).expand(4000, 11).contiguous()
@@ -307,7 +307,7 @@ def test_dropout_drops_where_peft_drops(monkeypatch):
     assert bool(((ratio - 1).abs() < 0.1).all())
 
 
-def test_dropout_that_somebody_changes():
+def test_changed_dropout_rate_takes_effect():
     plain, patched = pair("mlp", lora_dropout=0.1)
     given = inputs("mlp")
     for model in (plain, patched):

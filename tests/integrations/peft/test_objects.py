@@ -1,4 +1,4 @@
-"""A patched PEFT model as an object: saved, copied, unloaded, unpatched, and PEFT's by name."""
+"""A patched PEFT model is saved, copied, unloaded and unpatched like the unpatched one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = quiet
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unloaded(kind):
+def test_unloaded_model_matches_that_of_peft(kind):
     given = inputs(kind)
     plain, patched = pair(kind)
     before = run(patched, given)
@@ -50,7 +50,7 @@ def test_unloaded(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded(kind, tmp_path):
+def test_saved_files_equal_those_of_peft(kind, tmp_path):
     given = inputs(kind)
     plain, patched = pair(kind)
     for name, model in (("plain", plain), ("patched", patched)):
@@ -73,7 +73,7 @@ def test_saved_and_loaded(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "llama"])
-def test_what_a_hot_swap_leaves_in_the_configs_is_said(kind, tmp_path):
+def test_report_states_configs_outdated_by_hot_swap(kind, tmp_path):
     """The report tells ranks and scalings that run; PEFT's save_pretrained, that they are lost."""
     given = inputs(kind)
     other = peft_model(kind, r=8, lora_alpha=32)
@@ -101,7 +101,7 @@ def test_what_a_hot_swap_leaves_in_the_configs_is_said(kind, tmp_path):
     assert_agree(run(again, given), run(other, given))
 
 
-def test_only_what_differs_from_its_config_is_said():
+def test_report_states_only_differences_from_config():
     """By layer and adapter, patterns and tensors of scalings counted; padded ranks are ranks."""
     options = {"rank_pattern": {"^lin0": 3}, "alpha_pattern": {"lin1": 20}, "use_rslora": True}
     _, patched = pair("mlp", **options)
@@ -123,7 +123,7 @@ def test_only_what_differs_from_its_config_is_said():
     assert "runs with r=6" in fastlora.report(patched).misstated["base_model.model.lin0"]
 
 
-def test_copied_and_pickled():
+def test_copied_and_pickled_models_stay_patched():
     given = inputs("mlp")
     plain, patched = pair("mlp")
     written = io.BytesIO()
@@ -139,7 +139,7 @@ def test_copied_and_pickled():
         assert_same(copy.deepcopy(plain), other, lambda m: [run(m, given), *trained(m, given)])
 
 
-def test_unpatched():
+def test_unpatch_peft_restores_classes_of_peft():
     given = inputs("mlp")
     plain, patched = pair("mlp")
     want = run(plain, given)
@@ -151,7 +151,7 @@ def test_unpatched():
         fastlora.unpatch_peft(patched)
 
 
-def test_unpatched_under_a_hook_that_holds_the_forward():
+def test_unpatch_peft_works_under_replaced_forward():
     """As accelerate's hooks do: what they call stays good."""
     given = inputs("mlp")
     plain, patched = pair("mlp")
@@ -164,7 +164,7 @@ def test_unpatched_under_a_hook_that_holds_the_forward():
     assert_same(plain, patched, lambda m: [run(m, given)])
 
 
-def test_repr_and_class_are_pefts():
+def test_patched_model_keeps_repr_and_classes():
     plain, patched = pair("llama")
     assert repr(patched) == repr(plain)
     layer = patched.base_model.model.model.layers[0].self_attn.q_proj
@@ -173,7 +173,7 @@ def test_repr_and_class_are_pefts():
     assert str(peft.get_layer_status(patched)) == str(peft.get_layer_status(plain))
 
 
-def test_another_process_reads_the_pickle_and_reports(tmp_path):
+def test_another_process_loads_pickled_patched_model(tmp_path):
     model = llama()
     injected(model, config("llama"))
     fastlora.patch_peft(model)

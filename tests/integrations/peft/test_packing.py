@@ -1,4 +1,4 @@
-"""bitsandbytes packs 4-bit weights in eval forwards on some CPUs: beneath a patched model never."""
+"""bitsandbytes never packs 4-bit weights beneath a patched model."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ class Quantized(nn.Module):
         return self.head(self.mid(self.four(self.below(x).relu())))
 
 
-def made(**options):
+def models_with_and_without_packing(**options):
     """A PEFT model, and one that is never packed."""
     torch.manual_seed(1)
     settings = peft.LoraConfig(r=4, target_modules=["below", "four"])
     model = filled(peft.get_peft_model(Quantized(**options).to("cpu"), settings))
     never = copy.deepcopy(model)
-    for layer in fours(never):
+    for layer in four_bit_layers(never):
         layer.support_avx512bf16_for_cpu = False
     return model, never
 
 
-def fours(model):
+def four_bit_layers(model):
     return [each for each in model.modules() if isinstance(each, bnb.nn.Linear4bit)]
 
 
-def packed(model):
+def packed_flags(model):
     return [
-        bool(getattr(e.weight.quant_state, "packing_format_for_cpu", False)) for e in fours(model)
+        bool(getattr(e.weight.quant_state, "packing_format_for_cpu", False))
+        for e in four_bit_layers(model)
     ]
 
 
@@ -71,7 +72,7 @@ def pack(model):
     if PACKS:
         with torch.no_grad():
             model(torch.randn(2, 16))
-    for layer in fours(model):
+    for layer in four_bit_layers(model):
         weight = layer.weight
         if not getattr(weight.quant_state, "packing_format_for_cpu", False):
             assert not PACKS
@@ -81,7 +82,7 @@ def pack(model):
 
 def round_absmax(model):
     """What packing loses."""
-    for layer in fours(model):
+    for layer in four_bit_layers(model):
         state = layer.weight.quant_state
         if state.nested:
             state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2)
@@ -103,7 +104,7 @@ def step(model):
     model.train(random.random() < 0.7)
     model.zero_grad()
     model(torch.randn(5, 16)).square().sum().backward()
-    assert not any(packed(model))
+    assert not any(packed_flags(model))
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -158,9 +159,9 @@ BASES = [
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", BASES, ids=str)
-def test_any_order(options, seed):
+def test_actions_in_any_order_match_unpacked_model(options, seed):
     """Eval, training, merging, saving, copying, patching, unpatching: as if never packed."""
-    model, never = made(**options)
+    model, never = models_with_and_without_packing(**options)
     fastlora.patch_peft(model, strict=True)
     draw, dtype = random.Random(f"{seed} {options}"), options.get("dtype", torch.float32)
     acts = [*ACTS, "copy", "unpatch", "packed"]
@@ -171,14 +172,14 @@ def test_any_order(options, seed):
             model, never = copy.deepcopy(model), copy.deepcopy(never)
         elif act == "unpatch":
             fastlora.unpatch_peft(model)
-            assert all(each.support_avx512bf16_for_cpu == PACKS for each in fours(model))
+            assert all(each.support_avx512bf16_for_cpu == PACKS for each in four_bit_layers(model))
             with warnings.catch_warnings(action="error", category=UserWarning):
                 fastlora.patch_peft(model)
         elif act == "packed":
             model = repacked(model, never, draw)
         else:
             found = act_alike(act, model, never, draw.randrange(1 << 30))
-            assert not any(packed(model))
+            assert not any(packed_flags(model))
             for got, want in zip(*found, strict=True):
                 assert got.dtype == want.dtype
                 if act in (step, forward, merging, moved):
@@ -191,24 +192,24 @@ def repacked(model, never, draw):
     """Unpatched, packed, copied perhaps; and patched again, which warns once."""
     fastlora.unpatch_peft(model)
     pack(model)
-    assert all(packed(model))
+    assert all(packed_flags(model))
     if draw.random() < 0.5:
         model = copy.deepcopy(model) if draw.random() < 0.5 else model.to("cpu")
     with pytest.warns(UserWarning, match="base_model.model.four.base_layer and 1 more") as said:
         fastlora.patch_peft(model)
     assert len(said) == 1
-    assert all(each.quant_state is each.weight.quant_state for each in fours(model))
+    assert all(each.quant_state is each.weight.quant_state for each in four_bit_layers(model))
     round_absmax(never)
     return model
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_saved_while_packed(nested):
+def test_patch_peft_accepts_model_saved_while_packed(nested):
     """bitsandbytes unpacks for a state_dict, and leaves absmax transposed, or quantized anew."""
-    model, never = made(compress_statistics=nested)
+    model, never = models_with_and_without_packing(compress_statistics=nested)
     pack(model)
     model.state_dict()
-    assert not any(packed(model))
+    assert not any(packed_flags(model))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
         fastlora.patch_peft(model)
@@ -225,27 +226,27 @@ def test_saved_while_packed(nested):
 
 
 @pytest.mark.parametrize("sizes", [(33, 32, 16), (64, 33, 16), (96, 64, 33)])
-def test_shapes_that_cannot_be_packed(sizes):
+def test_patched_model_runs_shapes_that_cannot_be_packed(sizes):
     """bitsandbytes alone raises in an eval forward of these, where it packs."""
     # A compiler of its own decodes odd rows, for twenty seconds.
     with torch.compiler.set_stance("force_eager"):
-        model, never = made(sizes=sizes)
+        model, never = models_with_and_without_packing(sizes=sizes)
         fastlora.patch_peft(model)
         for act in (forward, step, merging):
             for got, want in zip(*act_alike(act, model, never), strict=True):
                 assert_agree(got, want)
 
 
-def test_unloaded_it_packs_again():
-    model, _ = made()
+def test_unloaded_base_may_pack_again():
+    model, _ = models_with_and_without_packing()
     fastlora.patch_peft(model)
-    assert not any(each.support_avx512bf16_for_cpu for each in fours(model))
+    assert not any(each.support_avx512bf16_for_cpu for each in four_bit_layers(model))
     base = model.merge_and_unload()
-    assert [each.support_avx512bf16_for_cpu for each in fours(base)] == [PACKS, PACKS]
+    assert [each.support_avx512bf16_for_cpu for each in four_bit_layers(base)] == [PACKS, PACKS]
 
 
-def test_a_layer_that_was_told_not_to_pack_stays_so():
-    _, never = made()
+def test_unpatch_peft_keeps_packing_off_where_disabled():
+    _, never = models_with_and_without_packing()
     fastlora.patch_peft(never)
     fastlora.unpatch_peft(never)
-    assert not any(each.support_avx512bf16_for_cpu for each in fours(never))
+    assert not any(each.support_avx512bf16_for_cpu for each in four_bit_layers(never))

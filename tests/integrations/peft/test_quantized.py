@@ -1,4 +1,4 @@
-"""PEFT models on a base that bitsandbytes has quantized: their adapters run on fastlora."""
+"""Adapters on a base quantized by bitsandbytes run on fastlora."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pair():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_and_gradients(dtype, monkeypatch):
+def test_quantized_base_matches_peft_in_forward_and_backward(dtype, monkeypatch):
     plain, patched = pair()
     x = torch.randn(5, 64, dtype=dtype)
 
@@ -73,7 +73,7 @@ def test_forward_and_gradients(dtype, monkeypatch):
             assert_agree(p.grad.to(dtype), q.grad.to(dtype))
 
 
-def test_an_adapter_a_row(monkeypatch):
+def test_quantized_base_matches_peft_with_adapter_per_row(monkeypatch):
     plain, patched = pair()
     rows = ["default", "__base__", "other"]
     for model in (plain, patched):
@@ -85,7 +85,7 @@ def test_an_adapter_a_row(monkeypatch):
     assert counts["many"] == 3
 
 
-def test_merging_is_pefts():
+def test_quantized_base_merges_as_in_peft():
     plain, patched = pair()
     x = torch.randn(3, 64)
 
@@ -98,7 +98,7 @@ def test_merging_is_pefts():
     assert_same(plain.eval(), patched.eval(), act)
 
 
-def test_unpatched_and_by_name():
+def test_quantized_base_keeps_repr_and_unpatches():
     plain, patched = pair()
     assert repr(plain) == repr(patched)
     fastlora.unpatch_peft(patched)

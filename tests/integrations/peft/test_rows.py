@@ -1,4 +1,4 @@
-"""A patched PEFT model whose rows have an adapter each: the numbers of the unpatched one."""
+"""A patched PEFT model with an adapter per row gives the numbers of the unpatched one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = quiet
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_adapter_a_row(kind, monkeypatch):
+def test_adapter_per_row_matches_peft(kind, monkeypatch):
     given = inputs(kind, rows=6)
     rows = ["other", "default", "__base__", "third", "other", "default"]
     plain, patched = pair(kind)
@@ -53,7 +53,7 @@ def test_one_adapter_a_row(kind, monkeypatch):
             assert_agree(got[mine], alone[mine])
 
 
-def test_base_is_no_adapter_even_if_one_is_called_so():
+def test_base_name_is_never_taken_for_an_adapter():
     plain, patched = pair("mlp")
     for model in (plain, patched):
         model.add_adapter("__base__", config("mlp"))
@@ -64,7 +64,7 @@ def test_base_is_no_adapter_even_if_one_is_called_so():
         assert_agree(*(run(m, given, adapter_names=rows) for m in (patched, plain)))
 
 
-def test_on_triton(on_triton, device):
+def test_adapter_per_row_matches_peft_on_triton(on_triton, device):
     plain, patched = pair("mlp", lora_dropout=0.1)
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", r=3))
@@ -77,7 +77,7 @@ def test_on_triton(on_triton, device):
             assert_agree(got, want)
 
 
-def test_one_adapter_a_row_has_gradients_and_refusals():
+def test_adapter_per_row_matches_gradients_of_peft():
     plain, patched = pair("mlp")
     x = torch.randn(3, 11)
     rows = ["default", "__base__", "other"]
@@ -99,7 +99,7 @@ def test_one_adapter_a_row_has_gradients_and_refusals():
         run(patched, {"x": x}, adapter_names=rows)
 
 
-def test_what_a_transform_made_is_not_met_outside_of_it():
+def test_tensors_of_a_transform_do_not_leak():
     """torch.func wraps tensors; kept, they would be met by every later batch of these rows."""
     found, rows, x = [], ["default", "__base__"], torch.randn(2, 11)
     for model in pair("mlp"):
@@ -115,7 +115,7 @@ def test_what_a_transform_made_is_not_met_outside_of_it():
     assert_agree(found[1], found[0])
 
 
-def test_a_tower_s_rows_are_not_taken_for_the_batch_s():
+def test_vision_tower_rows_are_no_batch_rows():
     """PEFT itself goes by their number: two images of the first text, beside another's text."""
     model = peft.get_peft_model(
         ready(llava), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])
@@ -140,7 +140,7 @@ def test_a_tower_s_rows_are_not_taken_for_the_batch_s():
         assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in plain.modules()] == hooks
 
 
-def test_generate_with_an_adapter_a_row():
+def test_generate_with_adapter_per_row_matches_peft():
     plain, patched = pair("llama")
     given = {"input_ids": inputs("llama", rows=3)["input_ids"]}
     more = {"max_new_tokens": 5, "num_beams": 2, "pad_token_id": 0, "do_sample": False}
@@ -156,7 +156,7 @@ def test_generate_with_an_adapter_a_row():
 
 
 @pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
-def test_an_error_leaves_no_names_to_later_batches(error):
+def test_failed_batch_leaves_no_adapter_names(error):
     """As it does in PEFT, where the active adapter then has no say."""
     plain, patched = pair("mlp")
     found = []
@@ -178,7 +178,7 @@ def test_an_error_leaves_no_names_to_later_batches(error):
     assert found == [False, True]
 
 
-def test_two_threads_have_names_of_their_own():
+def test_adapter_names_are_separate_for_each_thread():
     """PEFT hangs each batch's names on the layers, where all threads find them."""
     _, patched = pair("mlp")
     patched.add_adapter("other", config("mlp"))

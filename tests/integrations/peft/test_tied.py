@@ -1,4 +1,4 @@
-"""A patched PEFT model merges into no weight that another module reads too."""
+"""A patched PEFT model refuses to merge into a weight that another module reads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tied_model(*targets: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_a_tied_weight_is_refused_and_the_model_is_as_it_was(target):
+def test_merge_refuses_tied_weight_and_changes_nothing(target):
     model, ids = tied_model(target, "v_proj"), tokens(2, 7)
     plain = copy.deepcopy(model)
     before = logits(plain, ids)
@@ -61,7 +61,7 @@ def test_a_tied_weight_is_refused_and_the_model_is_as_it_was(target):
     model.merge_adapter()
 
 
-def test_untied_as_the_error_says_it_merges():
+def test_merge_works_once_weights_are_untied():
     model, ids = tied_model("lm_head", "v_proj"), tokens(2, 7)
     fastlora.patch_peft(model)
     before = logits(model, ids)
@@ -84,7 +84,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
-def test_a_layer_at_two_places_is_not_merged_into_both(how):
+def test_merge_refuses_layer_at_two_places(how):
     """PEFT adapts the first of them alone."""
     settings = peft.LoraConfig(target_modules=["first", "again"], init_lora_weights=False)
     model = peft.get_peft_model(Twice(), settings)

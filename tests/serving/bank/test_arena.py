@@ -1,4 +1,4 @@
-"""Blocks of one buffer: never two in one place, none lost, what is free is one again."""
+"""The arena gives out blocks of one buffer that never overlap, and joins free ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def arena(size: int) -> Arena:
     return Arena(size, torch.float32, torch.device("cpu"))
 
 
-def test_granules_hold_what_they_must():
+def test_count_granules_rounds_up_to_whole_granules():
     assert [count_granules(n) for n in (0, 1, GRANULE, GRANULE + 1)] == [0, 1, 1, 2]
 
 
-def test_blocks_lie_together_where_they_can():
+def test_arena_places_blocks_side_by_side_where_possible():
     of = arena(20)
     first, second, third = (of.take([2, 3]) for _ in range(3))
     assert (first, second, third) == ([(0, 2), (2, 3)], [(5, 2), (7, 3)], [(10, 2), (12, 3)])
@@ -30,7 +30,7 @@ def test_blocks_lie_together_where_they_can():
     assert of.free == 0
 
 
-def test_blocks_are_spread_where_no_run_is_long_enough():
+def test_arena_spreads_blocks_when_runs_are_short():
     of = arena(12)
     taken = [of.take([2]) for _ in range(6)]
     for i in (0, 2, 3):
@@ -42,7 +42,7 @@ def test_blocks_are_spread_where_no_run_is_long_enough():
     assert of.free == 0
 
 
-def test_an_arena_of_nothing():
+def test_arena_of_size_zero_takes_nothing():
     of = arena(0)
     assert of.take([]) == []
     assert of.take([1]) is None
@@ -50,19 +50,19 @@ def test_an_arena_of_nothing():
     assert (of.free, of.size) == (0, 0)
 
 
-def test_more_than_a_table_can_name_is_refused():
+def test_arena_refuses_more_granules_than_tables_address():
     with pytest.raises(ValueError, match="device_bytes: expected less than"):
         arena(2**31)
 
 
-def test_neighbours_are_copied_at_once():
+def test_join_neighbours_merges_adjacent_blocks():
     blocks = [(0, 2), (2, 1), (5, 1), (6, 4), (3, 1)]
     assert list(join_neighbours(blocks)) == [(0, 3), (5, 5), (3, 1)]
     assert list(join_neighbours([])) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_blocks_never_meet(seed):
+def test_arena_random_blocks_never_overlap(seed):
     """Each holds a number of its own until it is cleared; what is free is zero."""
     draw, of, held = random.Random(seed), arena(97), {}
     for step in range(1, 800):

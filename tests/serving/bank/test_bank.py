@@ -1,4 +1,4 @@
-"""AdapterBank: who is on the device, who makes room, and what is lent stays as it is."""
+"""AdapterBank lends adapters, evicts the least recently used, and never takes a lent one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, ban
 RANKS = (0, 1, 3, 8, 9, 16)
 
 
-def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
+def bank_with_adapters(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
     """A bank that knows a, b, c, ..."""
     of, adapters = bank(**options), {chr(97 + i): Adapter(i) for i in range(count)}
     for name, adapter in adapters.items():
@@ -20,7 +20,7 @@ def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapte
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_images_hold_every_number(dtype):
+def test_layout_image_gives_back_all_factors(dtype):
     of = layout(16, dtype)
     for r in RANKS:
         factors = Adapter(r, {"one": r, "three": 16 - r}).factors
@@ -33,7 +33,7 @@ def test_images_hold_every_number(dtype):
 
 
 @pytest.mark.parametrize("r", RANKS)
-def test_ranks_take_what_they_need(r):
+def test_adapter_takes_pages_according_to_its_rank(r):
     of = bank(max_adapters=1)
     adapter = Adapter(1, r)
     of.add("a", adapter)
@@ -48,8 +48,8 @@ def test_ranks_take_what_they_need(r):
     assert wide.stats().device_bytes_used == small
 
 
-def test_the_least_recently_used_makes_room():
-    of, adapters = filled(3)
+def test_bank_evicts_least_recently_used_adapter():
+    of, adapters = bank_with_adapters(3)
     assert_lends(of, {"a": adapters["a"]})  # b is the oldest now
     assert_lends(of, {"c": adapters["c"]})
     assert [entry.name for entry in of._shelf.resident] == ["a", "c"]
@@ -63,8 +63,8 @@ def test_the_least_recently_used_makes_room():
     assert_empty(of)
 
 
-def test_what_is_pinned_stays():
-    of, adapters = filled(3)
+def test_pinned_adapter_is_never_evicted():
+    of, adapters = bank_with_adapters(3)
     of.pin("a")
     for name in ("b", "c", "b"):
         assert_lends(of, {name: adapters[name]})
@@ -92,8 +92,8 @@ def test_what_is_pinned_stays():
     assert_empty(of)
 
 
-def test_what_is_lent_is_not_taken():
-    of, adapters = filled(4)
+def test_lent_adapter_keeps_its_slot_until_released():
+    of, adapters = bank_with_adapters(4)
     first, second = (of.lease([name]).result(60) for name in ("a", "b"))
     third = of.lease(["c"])
     settled(of)
@@ -113,7 +113,7 @@ def test_what_is_lent_is_not_taken():
     assert of.stats().leases == 0
 
 
-def test_who_does_not_fit_beside_what_he_asked_for():
+def test_request_larger_than_device_bytes_is_refused():
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
     of, adapters = bank(max_adapters=3, device_bytes=2 * one), {}
     for name, r in (("small", 8), ("large", 16), ("medium", 9)):
@@ -126,7 +126,7 @@ def test_who_does_not_fit_beside_what_he_asked_for():
         assert_lends(of, {name: adapters[name]})
 
 
-def test_as_many_leave_as_it_takes():
+def test_bank_evicts_only_enough_adapters_to_fit():
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
     of, adapters = bank(max_adapters=8, device_bytes=3 * one), {}
     for name, r in (("a", 8), ("b", 8), ("c", 8), ("large", 16)):
@@ -148,8 +148,8 @@ def test_as_many_leave_as_it_takes():
         again[name].result(60).release()
 
 
-def test_a_load_holds_up_nobody_else():
-    of, adapters = filled(3, host_bytes=0)
+def test_slow_load_does_not_block_other_leases():
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     adapters["c"].may_read.clear()
     slow = of.lease(["c"])
     for _ in range(3):
@@ -160,9 +160,9 @@ def test_a_load_holds_up_nobody_else():
         assert_lends(of, {"c": adapters["c"]})
 
 
-def test_no_room_in_the_host_s_memory():
+def test_bank_rereads_files_when_host_bytes_is_zero():
     """Files are then read again, and are what they were, or nothing is lent."""
-    of, adapters = filled(3, host_bytes=0)
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     assert of.stats().host_bytes_used == 0
     for _ in range(2):
         for name, adapter in adapters.items():
@@ -179,9 +179,9 @@ def test_no_room_in_the_host_s_memory():
     assert of.stats().leases == 0
 
 
-def test_some_room_in_the_host_s_memory():
+def test_host_copies_are_evicted_beyond_host_bytes():
     size = layout().image(Adapter(0).factors).nbytes
-    of, adapters = filled(4, host_bytes=2 * size)
+    of, adapters = bank_with_adapters(4, host_bytes=2 * size)
     assert of.stats().host_bytes_used == 2 * size
     assert_lends(of, {"c": adapters["c"]})
     assert_lends(of, {"a": adapters["a"]})  # read again, in d's place: c was used since

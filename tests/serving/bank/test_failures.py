@@ -1,4 +1,4 @@
-"""AdapterBank when something fails, moves or gives up in between: nobody waits, nothing is lost."""
+"""AdapterBank stays usable when a load, a move or a waiting request fails."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastlora.serving.bank import shelf
 from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
 
 
-def filled(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]:
+def bank_with_adapters(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]:
     of, adapters = bank(**options), {chr(97 + i): Adapter(i) for i in range(count)}
     for name, adapter in adapters.items():
         of.add(name, adapter)
     return of, adapters
 
 
-def test_nobody_is_lent_to_while_the_device_is_exchanged(monkeypatch):
-    of, adapters = filled(3)
+def test_lease_waits_while_bank_is_rebuilt(monkeypatch):
+    of, adapters = bank_with_adapters(3)
     begun, go, real = threading.Event(), threading.Event(), shelf.Device
 
     def slow(*args: Any) -> Any:
@@ -51,8 +51,8 @@ def test_nobody_is_lent_to_while_the_device_is_exchanged(monkeypatch):
         assert_lends(of, {name: adapter})
 
 
-def test_a_move_that_fails_has_changed_nothing(monkeypatch):
-    of, adapters = filled(3)
+def test_failed_rebuild_leaves_bank_unchanged(monkeypatch):
+    of, adapters = bank_with_adapters(3)
     of.pin("b")
     made, real = [], Layout.image
 
@@ -68,7 +68,7 @@ def test_a_move_that_fails_has_changed_nothing(monkeypatch):
     for name, adapter in adapters.items():
         assert_lends(of, {name: adapter})
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
-    small, adapters = filled(1, device_bytes=one)
+    small, adapters = bank_with_adapters(1, device_bytes=one)
     small.pin("a")
     with pytest.raises(RuntimeError, match=r"pinned adapters need more than .* unpin some"):
         small.rebuild(layout(dtype=torch.float64))
@@ -79,7 +79,7 @@ def test_a_move_that_fails_has_changed_nothing(monkeypatch):
         small.borrow(["a"])
 
 
-def test_pages_wait_for_every_stream_that_has_read_them(monkeypatch):
+def test_page_reuse_waits_for_every_reading_stream(monkeypatch):
     """Of each stream for the last event, and for no more of them than there are streams."""
     of, waited, events = bank(max_adapters=1), [], Counter()
     for name, seed in (("a", 0), ("b", 1)):
@@ -108,11 +108,11 @@ def test_pages_wait_for_every_stream_that_has_read_them(monkeypatch):
     threading.Thread(target=lent.release, name="2").start()
 
 
-def test_a_fault_of_any_kind_fails_who_asked_alone():
+def test_reader_error_fails_only_leases_of_its_adapter():
     class Panic(BaseException):
         pass
 
-    of, adapters = filled(3, host_bytes=0)
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     adapters["c"].error = Panic("reader")
     bad, good = of.lease(["c"]), of.lease(["b"])
     with pytest.raises(Panic):
@@ -121,8 +121,8 @@ def test_a_fault_of_any_kind_fails_who_asked_alone():
     assert_lends(of, {"a": adapters["a"]})
 
 
-def test_who_gives_up_in_the_middle_of_the_queue():
-    of, _ = filled(4)
+def test_cancelled_lease_inside_queue_blocks_nothing():
+    of, _ = bank_with_adapters(4)
     held = of.borrow(["a", "b"])
     first, second = of.lease(["c"]), of.lease(["d"])
     settled(of)
@@ -136,8 +136,8 @@ def test_who_gives_up_in_the_middle_of_the_queue():
     assert_empty(of)
 
 
-def test_an_interrupted_wait_gives_back_what_it_gets():
-    of, adapters = filled(3)
+def test_interrupted_borrow_releases_its_lease():
+    of, adapters = bank_with_adapters(3)
     held = of.borrow(["a", "b"])
     real, of.lease = of.lease, lambda names: _Interrupted(real(names))  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -162,8 +162,8 @@ class _Interrupted:
         raise KeyboardInterrupt
 
 
-def test_a_pin_follows_its_name():
-    of, _ = filled(4)
+def test_pin_applies_to_adapter_that_replaces_its_name():
+    of, _ = bank_with_adapters(4)
     held = of.borrow(["a", "b"])
     other = Adapter(9)
     pinning = threading.Thread(target=of.pin, args=("c",))
@@ -181,7 +181,7 @@ def test_a_pin_follows_its_name():
     assert_lends(of, {"c": other})
     assert of.stats().leases == 1
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
-    small, adapters = filled(2, device_bytes=2 * one)
+    small, adapters = bank_with_adapters(2, device_bytes=2 * one)
     for name in adapters:
         small.pin(name)
     with pytest.raises(ValueError, match="'a' is pinned, and would not fit beside others"):
@@ -189,8 +189,8 @@ def test_a_pin_follows_its_name():
     assert_lends(small, adapters)
 
 
-def test_the_loader_may_call_back():
-    of, _ = filled(3)
+def test_lease_callback_may_call_the_bank():
+    of, _ = bank_with_adapters(3)
     held, done = of.borrow(["a", "b"]), threading.Event()
     of.lease(["c"]).add_done_callback(
         lambda future: (future.result().release(), of.remove("c"), done.set())
@@ -200,7 +200,7 @@ def test_the_loader_may_call_back():
     assert of.names == ("a", "b")
 
 
-def test_room_in_pieces():
+def test_bank_evicts_until_free_pages_are_contiguous():
     """A page wants one piece: as many leave as it takes to make it."""
     cpu = torch.device("cpu")
     shapes = {"small": (8, 8), "large": (80, 80)}
@@ -234,12 +234,12 @@ def test_room_in_pieces():
     assert held  # and not all of them had to
 
 
-def test_a_name_is_no_list():
+def test_lease_refuses_string_instead_of_list():
     with pytest.raises(TypeError, match="adapter_names: expected a list of names, got 'ab'"):
-        filled(2)[0].lease("ab")
+        bank_with_adapters(2)[0].lease("ab")
 
 
-def test_numbers_beyond_float16():
+def test_add_refuses_numbers_too_large_for_float16():
     of, big = AdapterBank(layout(dtype=torch.float16), 1), Adapter(1)
     big.factors["one"].lora_B[3, 2] = 7e4
     with pytest.raises(ValueError, match="one: lora_B holds numbers that"):
@@ -248,8 +248,8 @@ def test_numbers_beyond_float16():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_loads_by_itself():
-    of, _ = filled(3)
+def test_forked_process_loads_adapters_by_itself():
+    of, _ = bank_with_adapters(3)
     child = os.fork()
     if not child:
         of.lease(["c"]).result(30).release()

@@ -1,4 +1,4 @@
-"""AdapterBank: budgets, names that come again, and requests that are cancelled or too large."""
+"""AdapterBank keeps its budgets, replaces names, and handles cancelled or too large requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.serving import AdapterBank
 from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
 
 
-def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
+def bank_with_adapters(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
     """A bank that knows a, b, c, ..."""
     of, adapters = bank(**options), {chr(97 + i): Adapter(i) for i in range(count)}
     for name, adapter in adapters.items():
@@ -21,8 +21,8 @@ def filled(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapte
     return of, adapters
 
 
-def test_the_same_name_again():
-    of = filled(1)[0]
+def test_add_of_known_name_replaces_changed_content():
+    of = bank_with_adapters(1)[0]
     before = of.digest("a")
     of.add("a", Adapter(0))  # the same content is the same adapter
     assert (of.digest("a"), of.stats().loads) == (before, 1)
@@ -42,8 +42,8 @@ def test_the_same_name_again():
     assert_lends(of, {"a": Adapter(5, scaling=0.25)})
 
 
-def test_unloading_what_is_in_use():
-    of = filled(2)[0]
+def test_remove_refuses_or_waits_for_adapter_in_use():
+    of = bank_with_adapters(2)[0]
     lease = of.lease(["a"]).result(60)
     with pytest.raises(RuntimeError, match="'a' is in use; unload it with wait=True"):
         of.remove("a")
@@ -68,8 +68,8 @@ def test_unloading_what_is_in_use():
     assert_empty(of)
 
 
-def test_a_cancelled_wait_borrows_nothing():
-    of, adapters = filled(3)
+def test_cancelled_lease_borrows_nothing():
+    of, adapters = bank_with_adapters(3)
     lease = of.lease(["a", "b"]).result(60)
     futures = [of.lease(["c"]) for _ in range(3)]
     assert futures[0].cancel()
@@ -83,8 +83,8 @@ def test_a_cancelled_wait_borrows_nothing():
     assert_lends(of, {"a": adapters["a"], "c": adapters["c"]})
 
 
-def test_nothing_is_kept_of_who_gave_up():
-    of, adapters = filled(3, host_bytes=0)
+def test_cancelled_request_frees_everything():
+    of, adapters = bank_with_adapters(3, host_bytes=0)
     lease = of.lease(["a", "b"]).result(60)
     waits = of.lease(["c"])
     settled(of)
@@ -96,7 +96,7 @@ def test_nothing_is_kept_of_who_gave_up():
     assert adapters["c"].reads == 2
 
 
-def test_a_budget_in_bytes():
+def test_bank_stays_within_device_bytes():
     one = layout().nbytes(dict.fromkeys(SHAPES, 8))
     of = bank(max_adapters=8, device_bytes=3 * one)
     assert of.stats().device_bytes <= 3 * one
@@ -127,8 +127,8 @@ def test_a_budget_in_bytes():
         ({"one": Adapter(0, scaling=1e39).factors["one"]}, "one: expected a finite scaling"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(change, says):
-    of, adapters = filled(1)
+def test_add_of_wrong_factors_changes_nothing(change, says):
+    of, adapters = bank_with_adapters(1)
     bad = Adapter(3)
     bad.factors |= change
     before = of.stats()
@@ -139,8 +139,8 @@ def test_what_does_not_fit_changes_nothing(change, says):
     assert_lends(of, {"a": adapters["a"]})
 
 
-def test_more_than_fit_at_a_time():
-    of = filled(3)[0]
+def test_lease_refuses_more_than_max_adapters():
+    of = bank_with_adapters(3)[0]
     with pytest.raises(ValueError, match="at most max_adapters=2 different ones, got 3"):
         of.lease(["a", "b", "c"])
     with of.lease(["a", "b", "a", "a"]).result(60) as lease:
@@ -150,8 +150,8 @@ def test_more_than_fit_at_a_time():
         assert lease.slots == ()
 
 
-def test_copies_know_what_the_bank_knew():
-    of, adapters = filled(3, host_bytes=1 << 20)
+def test_copied_bank_lends_the_same_adapters():
+    of, adapters = bank_with_adapters(3, host_bytes=1 << 20)
     lease = of.lease(["a"]).result(60)
     twin = copy.deepcopy(of)
     assert twin.stats().leases == 0
@@ -161,8 +161,8 @@ def test_copies_know_what_the_bank_knew():
     lease.release()
 
 
-def test_another_dtype():
-    of, adapters = filled(3)
+def test_rebuild_changes_dtype_when_nothing_is_lent():
+    of, adapters = bank_with_adapters(3)
     of.pin("b")
     lease = of.lease(["a"]).result(60)
     with pytest.raises(RuntimeError, match="adapters are in use"):

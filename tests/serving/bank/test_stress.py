@@ -1,4 +1,4 @@
-"""Thousands of random steps from several threads: every row is some adapter's that its name had."""
+"""Random steps from several threads: every row is computed with an adapter of its name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Content:
         return scale * self.scaling * (x @ A.T) @ B.T
 
 
-def wanted(model: nn.Module, content: Content | None, x: Tensor, scale: float) -> Tensor:
+def oracle(model: nn.Module, content: Content | None, x: Tensor, scale: float) -> Tensor:
     """The oracle: row x through the base and an adapter, or none."""
     y = x.double()
     for name, layer in model.named_children():
@@ -122,7 +122,7 @@ class Tenants:
             ), f"{name}: rows {mine} are nobody's that it was"
 
     def same(self, got: Tensor, x: Tensor, content: Content | None, scale: float) -> bool:
-        want = wanted(self.plain, content, x, scale)
+        want = oracle(self.plain, content, x, scale)
         return float((got.double() - want).norm() / want.norm()) <= 1e-5
 
     def load(self, draw: random.Random) -> None:
@@ -164,17 +164,17 @@ class Tenants:
             only(error, "leaves no room")
 
 
-def living(*kinds: type) -> int:
+def count_living(*kinds: type) -> int:
     gc.collect()
     return sum(type(found) in kinds for found in gc.get_objects())
 
 
-def bytes_of_tensors() -> int:
+def count_tensor_bytes() -> int:
     gc.collect()
-    return sum(storage(t) for t in gc.get_objects() if type(t) is Tensor)
+    return sum(count_storage_bytes(t) for t in gc.get_objects() if type(t) is Tensor)
 
 
-def storage(tensor: Tensor) -> int:
+def count_storage_bytes(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().nbytes()
     except RuntimeError:  # of other tests, one that has none: sparse, a transform's
@@ -182,12 +182,12 @@ def storage(tensor: Tensor) -> int:
 
 
 @pytest.mark.parametrize("host_bytes", [20_000, 4 << 30])
-def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes, device):
+def test_concurrent_tenants_never_get_foreign_adapters(tmp_path, host_bytes, device):
     pool = [Content(tmp_path, seed) for seed in range(CONTENTS)]
     server = MultiLoRAModel(
         base().to(device), 6, 16, ["0", "2"], host_bytes=host_bytes, device_bytes=32_000
     )
-    before, bytes_before = living(Entry, Lease, Image), bytes_of_tensors()
+    before, bytes_before = count_living(Entry, Lease, Image), count_tensor_bytes()
     past: History[Content] = History(NAMES)
     with ThreadPoolExecutor(THREADS) as threads:
         runs = [Tenants(server, pool, past, device).run for _ in range(THREADS)]
@@ -204,5 +204,5 @@ def test_no_tenant_ever_gets_another_s(tmp_path, host_bytes, device):
         server.unload_adapter(name)
     assert_empty(server.bank)
     del runs, past, done
-    assert living(Entry, Lease, Image) <= before  # of other tests some may go meanwhile
-    assert bytes_of_tensors() <= bytes_before
+    assert count_living(Entry, Lease, Image) <= before  # of other tests some may go meanwhile
+    assert count_tensor_bytes() <= bytes_before

@@ -1,4 +1,4 @@
-"""Attention over rows: a per-token loop in float64 beside it, and NaN wherever nobody may look."""
+"""Attention over rows agrees with a float64 loop, with NaN in memory it must not read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) ->
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_token_sees_its_own_text(shape, window):
+def test_attend_matches_oracle_for_rows_in_pieces(shape, window):
     heads, kept, size, value_size = SHAPES[shape]
     lengths = [5, 4, 9, 13]
     torch.manual_seed(1)
@@ -64,7 +64,7 @@ def test_every_token_sees_its_own_text(shape, window):
         assert cache._written[row] == n
 
 
-def test_what_is_not_finite_stays_in_its_row_and_goes_with_it():
+def test_attend_keeps_nan_within_its_row():
     cache = RowCache(2, 16)
     bad, good = torch.full((1, 2, 6, 4), float("nan")), torch.randn(1, 2, 6, 4)
     Step(cache, [Piece(0, 0, 6)], 0, CPU).attend(0, bad, bad, bad, None, None)
@@ -87,7 +87,7 @@ def test_what_is_not_finite_stays_in_its_row_and_goes_with_it():
     assert torch.allclose(out[0], good[0, :, 0])
 
 
-def test_a_layer_that_attends_twice_is_refused():
+def test_attend_refuses_second_call_of_a_layer():
     step = Step(RowCache(1, 8), [Piece(0, 0, 2)], 0, CPU)
     x = torch.randn(1, 2, 2, 4)
     step.attend(3, x, x, x, None, None)
@@ -95,7 +95,7 @@ def test_a_layer_that_attends_twice_is_refused():
         step.attend(3, x, x, x, None, None)
 
 
-def test_a_cache_takes_what_was_asked_for():
+def test_row_cache_takes_bytes_of_given_specs():
     kinds = {i: LayerSpec(2, 8, 4, torch.bfloat16, CPU) for i in range(3)}
     cache = RowCache(5, 21, kinds)
     assert cache.specs == kinds

@@ -1,4 +1,4 @@
-"""Engine: requests that are cancelled, dropped, late, bad or failed end alone; so do engines."""
+"""A cancelled, dropped, late, bad or failed request ends alone, and engines end cleanly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> MultiLoRAModel:
     return server
 
 
-def test_a_cancelled_request_leaves_the_others_alone(server):
+def test_cancelled_request_leaves_other_requests_running(server):
     with server.engine(max_length=64, max_rows=2) as engine, gated(server, stop=5) as gate:
         left, stays = engine.submit(ask("one", new=40)), engine.submit(ask("two", new=12))
         waits = engine.submit(ask("three", new=5))
@@ -50,7 +50,7 @@ def test_a_cancelled_request_leaves_the_others_alone(server):
         assert stays.finish_reason == "length"
 
 
-def test_a_stream_that_is_dropped_cancels_its_request(server):
+def test_dropped_stream_cancels_its_request(server):
     with server.engine(max_length=2000, max_rows=1) as engine, gated(server, stop=5) as gate:
         dropped = engine.submit(ask("one", new=1900))
         next(iter(dropped))
@@ -63,7 +63,7 @@ def test_a_stream_that_is_dropped_cancels_its_request(server):
     assert gate.sizes == [4, 1, 1, 1, 1, 1, 4, 1, 1]
 
 
-def test_nobody_waits_for_a_reader(server):
+def test_unread_stream_does_not_block_other_requests(server):
     with server.engine(max_length=40, max_rows=2) as engine:
         unread = engine.submit(ask("one", new=20))
         for _ in range(3):
@@ -72,7 +72,7 @@ def test_nobody_waits_for_a_reader(server):
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
-def test_a_request_ends_when_its_time_is_over(server, max_rows):
+def test_request_ends_after_its_timeout(server, max_rows):
     """In the batch (which waits at the gate until it is late) and before, the others not."""
     with server.engine(max_length=64, max_rows=max_rows) as engine:
         with gated(server, stop=0) as gate:
@@ -107,7 +107,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_request_is_refused_and_the_batch_goes_on(server, what):
+def test_submit_refuses_bad_request_and_batch_goes_on(server, what):
     make, error, message = BAD[what]
     with server.engine(max_length=40) as engine, gated(server, stop=2) as gate:
         good = engine.submit(ask())
@@ -118,13 +118,13 @@ def test_a_bad_request_is_refused_and_the_batch_goes_on(server, what):
         assert good.result(PATIENCE) == alone(server, good.request)
 
 
-def test_the_longest_request_fits(server):
+def test_engine_accepts_request_of_exactly_max_length(server):
     request = ask(new=30, prompt=10)
     with server.engine(max_length=40) as engine:
         assert engine.submit(request).result(PATIENCE) == alone(server, request)
 
 
-def test_a_failing_forward_fails_its_step_and_nobody_else(server):
+def test_failing_forward_fails_only_requests_of_its_step(server):
     kept: list[weakref.ref[torch.Tensor]] = []
 
     def fail(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -155,7 +155,7 @@ def test_a_failing_forward_fails_its_step_and_nobody_else(server):
     assert writer.tokens == alone(server, writer.request)[:3]
 
 
-def test_what_is_not_finite_fails_alone_and_leaves_no_trace(tmp_path):
+def test_adapter_with_nan_fails_only_its_requests(tmp_path):
     server = server_of(llama, tmp_path)
     config = fastlora.LoRAConfig(r=4, target_modules=["v_proj"])
     broken = randomise_lora(fastlora.replace_linear(llama(), config), float("nan"))
@@ -173,7 +173,7 @@ def test_what_is_not_finite_fails_alone_and_leaves_no_trace(tmp_path):
             assert stream.result(PATIENCE) == alone(server, stream.request)
 
 
-def test_closing_cancels_and_frees(server):
+def test_close_cancels_requests_and_frees_cache(server):
     engine = server.engine(max_length=512, max_rows=3)
     cache = engine._loop.runner.cache
     # Two layers, keys and values, rows, heads, positions, their size, four bytes.
@@ -200,7 +200,7 @@ def test_closing_cancels_and_frees(server):
     engine.close()
 
 
-def test_an_engine_that_is_dropped_ends_and_holds_nothing(tmp_path):
+def test_dropped_engine_stops_its_thread_and_frees_server(tmp_path):
     server = server_of(llama, tmp_path)
     text = server.engine(max_length=40).submit(ask()).result(PATIENCE)  # its stream holds it
     assert text == alone(server, ask())
@@ -216,7 +216,7 @@ def test_an_engine_that_is_dropped_ends_and_holds_nothing(tmp_path):
     assert held() is None
 
 
-def test_an_engine_whose_thread_cannot_start_leaves_nothing_behind(server, monkeypatch):
+def test_engine_is_not_registered_when_thread_cannot_start(server, monkeypatch):
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -227,7 +227,7 @@ def test_an_engine_whose_thread_cannot_start_leaves_nothing_behind(server, monke
     assert engines._running == before
 
 
-def test_an_engine_that_is_dropped_while_it_writes_does_not_abort_the_process():
+def test_dropped_engine_does_not_abort_exiting_process():
     """Its thread is within a forward when the interpreter ends, and nobody holds the engine."""
     script = (
         "from fastlora.serving import Engine, Request\n"

@@ -1,4 +1,4 @@
-"""Engine: every request gets what it gets alone, whoever joins and leaves."""
+"""Engine gives every request the text it gets alone, whatever joins or leaves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> MultiLoRAModel:
 @pytest.mark.parametrize("step_tokens", [4, 512])
 @pytest.mark.parametrize("max_rows", [1, 3, 16])
 @pytest.mark.parametrize("kind", BUILDS)
-def test_requests_that_join_and_leave_write_what_they_write_alone(
+def test_engine_matches_generate_when_requests_join_and_leave(
     kind, max_rows, step_tokens, tmp_path
 ):
     server = server_of(BUILDS[kind], tmp_path)
@@ -50,13 +50,13 @@ def test_requests_that_join_and_leave_write_what_they_write_alone(
     assert [stream.finish_reason for stream in streams] == ["length"] * len(streams)
 
 
-def test_adapters_write_different_texts(server):
+def test_each_adapter_writes_a_different_text(server):
     """Or nothing above would be shown."""
     texts = [alone(server, ask(name, new=8)) for name in (None, *NAMES)]
     assert len({tuple(text) for text in texts}) == len(texts)
 
 
-def test_a_text_ends_with_its_eos(server):
+def test_request_ends_with_its_eos_token(server):
     request = ask(new=20)
     text = alone(server, request)
     eos = text[6]
@@ -78,7 +78,7 @@ def test_a_text_ends_with_its_eos(server):
         server.model.generation_config.eos_token_id = None
 
 
-def test_a_scale_is_its_requests_own(server):
+def test_scale_applies_only_to_its_request(server):
     scales = [0.5, 1.0, -1.0, 0.0]
     requests = [ask("two", new=10, scale=scale) for scale in scales]
     expected = [alone(server, r, adapter_scales=[r.scale]) for r in requests]
@@ -90,7 +90,7 @@ def test_a_scale_is_its_requests_own(server):
     assert len({tuple(text) for text in got}) == 4
 
 
-def test_a_token_is_computed_once(server):
+def test_engine_computes_every_token_once(server):
     """Joining costs the joiner's prompt, and nothing of the others again."""
     requests = mixed()
     with server.engine(max_length=40, max_rows=3) as engine, gated(server) as gate:
@@ -100,7 +100,7 @@ def test_a_token_is_computed_once(server):
     assert sum(gate.sizes) == sum(request.length - 1 for request in requests)
 
 
-def test_one_forward_a_step_whatever_the_number_of_adapters(server):
+def test_engine_runs_one_forward_per_step(server):
     for names in [["one"] * 4, ["one", None, "two", "three"]]:
         with server.engine(max_length=40) as engine, gated(server, stop=0) as gate:
             streams = [engine.submit(ask(None, new=1))]
@@ -112,7 +112,7 @@ def test_one_forward_a_step_whatever_the_number_of_adapters(server):
         assert gate.sizes == [4, 16, 4, 4, 4, 4]
 
 
-def test_a_long_prompt_is_read_in_parts_beside_who_writes(server):
+def test_long_prompt_is_read_in_parts_beside_others(server):
     with server.engine(max_length=64, step_tokens=8) as engine, gated(server, stop=2) as gate:
         writer = engine.submit(ask("one", new=20))
         gate.wait()
@@ -125,7 +125,7 @@ def test_a_long_prompt_is_read_in_parts_beside_who_writes(server):
     assert gate.sizes[3:11] == [8] * 7 + [2]
 
 
-def test_step_tokens_that_writers_exceed(server):
+def test_engine_goes_on_when_rows_exceed_step_tokens(server):
     """Every writer goes on, and prompts get on by a token."""
     requests = [ask(name, new=6, prompt=2) for name in (None, *NAMES)]
     with server.engine(max_length=32, step_tokens=1) as engine, gated(server) as gate:
@@ -135,7 +135,7 @@ def test_step_tokens_that_writers_exceed(server):
     assert max(gate.sizes) <= len(requests) + 1
 
 
-def test_many_threads_ask(server):
+def test_engine_serves_requests_of_many_threads(server):
     requests = mixed() * 3
     expected = [alone(server, request) for request in requests]
     with server.engine(max_length=40, max_rows=5) as engine, ThreadPoolExecutor(6) as pool:
@@ -144,7 +144,7 @@ def test_many_threads_ask(server):
 
 
 @pytest.mark.parametrize("kind", ["llama", "eager"])
-def test_the_server_is_called_while_an_engine_runs(kind, tmp_path):
+def test_server_answers_calls_while_engine_runs(kind, tmp_path):
     server = server_of(BUILDS[kind], tmp_path)
     ids = tokens(3, 7)
     mask = torch.ones_like(ids)
@@ -162,7 +162,7 @@ def test_the_server_is_called_while_an_engine_runs(kind, tmp_path):
         assert stream.result(PATIENCE) == text
 
 
-def test_samples_are_those_of_generate_whoever_else_draws(server):
+def test_seeded_samples_equal_generate_beside_other_requests(server):
     ways = [
         {},
         {"temperature": 0.7},
@@ -184,7 +184,7 @@ def test_samples_are_those_of_generate_whoever_else_draws(server):
     assert len({tuple(text) for text in got}) == len(ways)
 
 
-def test_draws_without_a_seed_follow_torchs(server):
+def test_samples_without_seed_follow_torch_seed(server):
     request = ask(do_sample=True, new=12, temperature=3.0)
     texts = []
     with server.engine(max_length=40) as engine:

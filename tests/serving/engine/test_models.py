@@ -1,4 +1,4 @@
-"""Engine: which models can be streamed, and what is left of it in those that are."""
+"""Engine accepts models it can stream, refuses others, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> MultiLoRAModel:
     return server
 
 
-def test_the_models_config_is_its_own_again(server):
+def test_closed_engines_restore_config_class_of_model(server):
     config = server.model.config
     kind = type(config)
     with server.engine(max_length=40), server.engine(max_length=40) as second:
@@ -42,7 +42,7 @@ def test_the_models_config_is_its_own_again(server):
     assert type(config) is kind
 
 
-def test_settings_of_the_thread_that_makes_it(server):
+def test_engine_keeps_settings_of_its_creating_thread(server):
     seen = []
 
     def look(*_: object) -> None:
@@ -61,7 +61,7 @@ def test_settings_of_the_thread_that_makes_it(server):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_deeper_models_of_any_dtype(dtype):
+def test_engine_matches_generate_for_deeper_models(dtype):
     """Rounding adds up (to 2e-6 here in float32), and makes them no other model."""
     server = MultiLoRAModel(llama(dtype=dtype, hidden_size=128, num_hidden_layers=6))
     request = ask(None, new=8)
@@ -73,7 +73,7 @@ def test_deeper_models_of_any_dtype(dtype):
         assert text == alone(server, request)
 
 
-def test_a_head_with_adapters(tmp_path):
+def test_engine_matches_generate_when_head_has_lora(tmp_path):
     """It must see every token, not only those that are followed by one."""
     server = MultiLoRAModel(llama(), max_rank=4, target_modules=["q_proj", "lm_head"])
     config = fastlora.LoRAConfig(r=4, target_modules=["q_proj", "lm_head"])
@@ -92,14 +92,14 @@ class Plain(nn.Module):
         self.linear = nn.Linear(4, 4)
 
 
-def looking_back() -> nn.Module:
+def model_mixing_tokens() -> nn.Module:
     """A model that mixes tokens where nobody expects it."""
     model = llama()
     model.model.layers[0].mlp.register_forward_hook(lambda *args: args[-1].cumsum(1))
     return model
 
 
-def turned_about_a_layer() -> nn.Module:
+def model_flipping_tokens() -> nn.Module:
     """The same logits; with adapters a token would go through another's."""
     model = llama()
     layer = model.model.layers[1].mlp
@@ -114,12 +114,12 @@ REFUSED = {
     "no transformer": (Plain, TypeError, "expected a decoder of transformers to stream, got Plain"),
     "softcap": (gemma2, ValueError, "Gemma2Attention: attention with softcap is not streamed"),
     "tokens mixed elsewhere": (
-        looking_back,
+        model_mixing_tokens,
         ValueError,
         "it does not see the tokens in their order",
     ),
     "tokens turned about a layer": (
-        turned_about_a_layer,
+        model_flipping_tokens,
         ValueError,
         "1.mlp.gate_proj: it does not see the tokens in their order",
     ),
@@ -132,7 +132,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_models_that_cannot_be_streamed(what):
+def test_engine_refuses_models_it_cannot_stream(what):
     build, error, message = REFUSED[what]
     server = MultiLoRAModel(build())
     kind = type(getattr(server.model, "config", None))
@@ -156,7 +156,7 @@ DYNAMIC, USUAL = {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "default
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, False),
     ],
 )
-def test_positions_by_every_name_that_transformers_had_for_them(said, refused):
+def test_engine_refuses_position_types_by_any_config_name(said, refused):
     config = SimpleNamespace(is_encoder_decoder=False, **said)
     writer = SimpleNamespace(can_generate=lambda: True)
     assert ("positions" in (compatibility._find_refusal(writer, config) or "")) == refused
@@ -172,11 +172,11 @@ def test_positions_by_every_name_that_transformers_had_for_them(said, refused):
         ({"max_length": 4096}, ValueError, "max_length: expected at most 2048, .*got 4096"),
     ],
 )
-def test_sizes_that_make_no_sense(server, options, error, message):
+def test_engine_refuses_invalid_sizes(server, options, error, message):
     with pytest.raises(error, match=message):
         server.engine(**options)
 
 
-def test_the_default_length_is_what_the_model_allows(tmp_path):
+def test_default_max_length_is_limit_of_model(tmp_path):
     with server_of(lambda: gpt2(n_positions=24), tmp_path).engine(max_rows=1) as engine:
         assert engine.max_length == 24

@@ -1,4 +1,4 @@
-"""Streams of events: requests taken lazily, adapters that come late or never, what is wrong."""
+"""Streams take requests lazily and report late adapters and errors as events."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def texts(events: list[Event]) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 32])
-def test_every_request_streams_what_it_writes_alone(server, max_rows):
+def test_stream_gives_every_request_its_own_text(server, max_rows):
     requests = mixed()
     events = list(server.stream(requests, max_rows=max_rows, max_length=40))
     found = texts(events)
@@ -51,7 +51,7 @@ def test_every_request_streams_what_it_writes_alone(server, max_rows):
         assert order != sorted(order)
 
 
-def test_requests_are_taken_when_there_is_room(server):
+def test_stream_takes_requests_only_when_rows_are_free(server):
     taken = []
 
     def endless() -> Iterator[Request]:
@@ -70,7 +70,7 @@ def test_requests_are_taken_when_there_is_room(server):
     events.close()
 
 
-def test_closing_the_iterator_ends_everything(server):
+def test_closing_stream_iterator_stops_the_engine(server):
     events = server.stream(mixed(), max_length=40)
     next(events)
     running = events.gi_frame.f_locals["engine"]
@@ -79,7 +79,7 @@ def test_closing_the_iterator_ends_everything(server):
     assert not running._loop.runner.cache.layers
 
 
-def test_what_the_iterable_raises_comes_out(server):
+def test_stream_raises_error_of_its_iterable(server):
     def failing() -> Iterator[Request]:
         yield from mixed()[:2]
         raise OSError("no more requests")
@@ -88,7 +88,7 @@ def test_what_the_iterable_raises_comes_out(server):
         list(server.stream(failing(), max_length=40))
 
 
-def test_what_is_wrong_with_a_request_is_its_event(server):
+def test_stream_reports_bad_request_as_its_event(server):
     good = mixed()
     bad: list[Any] = [
         Request([1], "nobody", max_new_tokens=3),
@@ -147,7 +147,7 @@ def ask(name: str | None, new: int = 5, **options: Any) -> Request:
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
-def test_nobody_waits_for_an_adapter_that_is_read(server, monkeypatch, max_rows):
+def test_requests_do_not_wait_for_loading_adapters(server, monkeypatch, max_rows):
     lending = Lending(monkeypatch)
     lending.late["two"] = Future()
     with server.engine(max_rows=max_rows, max_length=40) as running:
@@ -162,7 +162,7 @@ def test_nobody_waits_for_an_adapter_that_is_read(server, monkeypatch, max_rows)
     assert len(lending.lent) == 5
 
 
-def test_an_adapter_that_cannot_be_read_fails_its_requests_alone(server, monkeypatch):
+def test_unreadable_adapter_fails_only_its_requests(server, monkeypatch):
     lending = Lending(monkeypatch)
     lending.late["two"] = Future()
     with server.engine(max_rows=2, max_length=40) as running, gated(server, stop=2) as gate:
@@ -179,7 +179,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_alone(server, monkeyp
     lending.assert_all_back()
 
 
-def test_adapters_come_back_whatever_has_ended_their_requests(server, monkeypatch):
+def test_every_ended_request_releases_its_adapter(server, monkeypatch):
     lending = Lending(monkeypatch)
     lending.late["two"] = waited = Future()
     with server.engine(max_rows=2, max_length=64) as running, gated(server, stop=2) as gate:
@@ -200,7 +200,7 @@ def test_adapters_come_back_whatever_has_ended_their_requests(server, monkeypatc
     assert len(lending.lent) == 5
 
 
-def test_an_adapter_that_comes_too_late_goes_back(server, monkeypatch):
+def test_lease_that_comes_after_cancel_is_released(server, monkeypatch):
     """Its future can no more be cancelled when its request is."""
     lending = Lending(monkeypatch)
     lending.late["two"] = waited = Future()
@@ -238,12 +238,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize("fields, error, message", WRONG)
-def test_fields_that_make_no_sense(fields, error, message):
+def test_request_refuses_invalid_fields(fields, error, message):
     with pytest.raises(error, match=message):
         Request(**{"input_ids": [1, 2]} | fields)
 
 
-def test_ids_of_any_kind():
+def test_request_accepts_ids_as_tensor_or_list():
     ids = tokens(1, 4)
     kept = tuple(ids[0].tolist())
     for given in (ids, ids[0], ids.int(), list(kept), kept):
@@ -253,7 +253,7 @@ def test_ids_of_any_kind():
     assert Request([1]).eos is None
 
 
-def test_a_result_is_not_waited_for_longer_than_asked(server):
+def test_result_raises_timeout_error_while_request_goes_on(server):
     with server.engine(max_length=40) as running, gated(server, stop=0) as gate:
         stream = running.submit(ask("one"))
         with pytest.raises(TimeoutError, match=r"timeout: the request goes on after 0.01 s"):

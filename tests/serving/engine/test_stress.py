@@ -1,4 +1,4 @@
-"""Random steps from several threads, streams too: every text is some adapter's of its name."""
+"""Random requests from several threads: every text belongs to an adapter of its name."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Clients:
             only(error, "is loaded")
 
 
-def test_every_text_is_its_adapters(texts, prompts):
+def test_concurrent_requests_get_text_of_their_adapter(texts, prompts):
     folder, found = texts
     server = MultiLoRAModel(llama(), max_adapters=3, max_rank=12, host_bytes=30_000)
     past: History[int] = History(NAMES)
