@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 import fastlora
 from fastlora.integrations.peft import linear as peft_linear
 from tests.distributed.nets import Net, assert_same, batches, train, trainable_parameters
-from tests.support.patched import filled
+from tests.support.patched import fill_adapters
 
 
 def patched() -> Any:
     torch.manual_seed(4)
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"])
-    model = filled(peft.get_peft_model(Net(), settings))
+    model = fill_adapters(peft.get_peft_model(Net(), settings))
     fastlora.patch_peft(model, strict=True)
     return model
 

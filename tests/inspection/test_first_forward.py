@@ -15,7 +15,7 @@ import fastlora
 from fastlora import LoRAConfig
 from fastlora.modules.layer import find_lora_layers
 from tests.support.models import llama, quiet, randomise_lora, tokens
-from tests.support.readers import AUDIO, Handing, build_model, mamba, watched, wavlm
+from tests.support.readers import AUDIO, Handing, build_model, count_watch_hooks, mamba, wavlm
 
 pytestmark = quiet
 ALL = LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
@@ -45,7 +45,7 @@ def test_bypassed_layer_is_warned_of_once():
     (text,) = warnings_of_bypass(model, X)
     assert "read: inner (by the model, a Handing). What their adapters add is not" in text
     assert "unused" not in text
-    assert (watched(model), torch._C._len_torch_function_stack()) == (0, 0)
+    assert (count_watch_hooks(model), torch._C._len_torch_function_stack()) == (0, 0)
     assert warnings_of_bypass(model, X) == []
     found = fastlora.report(model)
     assert (found.bypassed, len(found.replaced)) == ({"inner": "Handing"}, 3)
@@ -116,7 +116,7 @@ def test_real_models_warn_of_bypassed_layers_only(name):
     left = {n for n, _ in find_lora_layers(model)} - seen
     assert bool(left) == (bool(wanted) or " " in name)
     # Where the source reads what it also calls, the other mode's forward is watched too.
-    assert (watched(model) > 0) == ("mba" in name)
+    assert (count_watch_hooks(model) > 0) == ("mba" in name)
 
 
 class Keeping(nn.Module):
@@ -165,7 +165,7 @@ def test_watch_lasts_until_each_mode_has_run():
     assert warnings_of_bypass(model.train(), X) == []
     assert warnings_of_bypass(model, X) == []
     assert len(warnings_of_bypass(model.eval(), X)) == 1
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
 
 
 def test_watch_survives_parts_copies_threads_and_errors():
@@ -224,21 +224,21 @@ def test_first_forwards_of_two_threads_both_warn():
         thread.start()
         assert entered.wait(60)
         model(X)
-        assert watched(model) > 0
+        assert count_watch_hooks(model) > 0
         go.set()
         thread.join()
     assert len([w for w in others if "were never called" in str(w.message)]) == 2
-    assert (inner, watched(model)) == ([0], 0)
+    assert (inner, count_watch_hooks(model)) == ([0], 0)
 
 
 def test_watch_ends_under_checkpointing_generation_and_transforms():
     model = model_with_adapters(llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert warnings_of_bypass(lambda: model(**IDS).loss.backward()) == []
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
     model = model_with_adapters(llama())
     assert warnings_of_bypass(model.generate, tokens(1, 3), max_new_tokens=2) == []
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
     model = model_with_adapters()
     arguments = (model, dict(model.named_parameters()), (X,))
     assert len(warnings_of_bypass(torch.func.functional_call, *arguments)) == 1
@@ -272,7 +272,7 @@ def test_merging_bypassed_layer_is_refused():
     fastlora.unmerge_adapter(fastlora.merge_adapter(model))
     model = model_with_adapters(Handing(read=False))
     fastlora.merge_and_unload(model)
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
     # One that was put there by hand.
     model = wavlm()
     attention = model.wavlm.encoder.layers[0].attention

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora.merge_files.loaded_names import look_up_names
 from tests.support.models import quiet
-from tests.support.vision_models import llava, qwen2_5_vl, randomised
+from tests.support.vision_models import llava, qwen2_5_vl, randomise_weights
 
 pytestmark = quiet
 
@@ -44,7 +44,7 @@ def nomic_bert() -> nn.Module:
 @pytest.mark.parametrize("build", [llava, qwen2_5_vl, dinov3, nomic_bert])
 def test_look_up_names_agrees_with_transformers(tmp_path, build: Callable[[], nn.Module]):
     """Of files as it saves them, and of files with the model's own names."""
-    model = randomised(build())
+    model = randomise_weights(build())
     model.save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
     files = transformers.utils.SAFE_WEIGHTS_NAME
     stored, state = load_file(tmp_path / files), model.state_dict()

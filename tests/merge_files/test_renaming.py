@@ -27,7 +27,7 @@ from tests.support.checkpoints import (
     tensors,
 )
 from tests.support.models import assert_agree, llama, quiet
-from tests.support.vision_models import gemma3, llava, qwen2_5_vl, randomised, seen
+from tests.support.vision_models import gemma3, image_logits, llava, qwen2_5_vl, randomise_weights
 
 pytestmark = quiet
 
@@ -41,9 +41,9 @@ HUB: dict[Callable[[], nn.Module], tuple[str, str]] = {
 
 def save(at: Path, build: Callable[[], nn.Module], **options: Any) -> Any:
     """The base with the hub's names, an adapter of every linear; PEFT's model, unmerged."""
-    save_base(at / "base", randomised(build()), "1GB")
+    save_base(at / "base", randomise_weights(build()), "1GB")
     edit_tensors(at / "base" / SINGLE, lambda t: {hub_name(name): t[name] for name in t})
-    return save_adapter(at / "adapter", randomised(build()), 0.3, **options)
+    return save_adapter(at / "adapter", randomise_weights(build()), 0.3, **options)
 
 
 def hub_name(name: str) -> str:
@@ -70,7 +70,7 @@ def test_merged_renamed_checkpoint_matches_peft(tmp_path, build):
     theirs = save(tmp_path, build)
     before = tensors(tmp_path / "base")
     assert all(any(name.startswith(start) for name in before) for start in HUB[build])
-    base = seen(load(tmp_path / "base"))
+    base = image_logits(load(tmp_path / "base"))
     found = merge(tmp_path)
     layers = {name for name, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert len(found) == len(layers)
@@ -80,7 +80,7 @@ def test_merged_renamed_checkpoint_matches_peft(tmp_path, build):
     assert {n for n in after if not torch.equal(after[n], before[n])} == {
         f"{n}.weight" for n in found
     }
-    assert_agree(seen(load(tmp_path / "out")), seen(theirs), base)
+    assert_agree(image_logits(load(tmp_path / "out")), image_logits(theirs), base)
     merged = theirs.merge_and_unload().state_dict()
     for name, tensor in load(tmp_path / "out").state_dict().items():
         torch.testing.assert_close(tensor, merged[name])
@@ -91,19 +91,19 @@ def test_merge_accepts_adapter_with_old_names(tmp_path, new):
     theirs = save(tmp_path, llava)
     edit_adapter(tmp_path, lambda t: {old_name(name): t[name] for name in t})
     if new:
-        state = randomised(llava()).state_dict()
+        state = randomise_weights(llava()).state_dict()
         save_file(state, tmp_path / "base" / SINGLE, metadata={"format": "pt"})
-    base = seen(load(tmp_path / "base"))
+    base = image_logits(load(tmp_path / "base"))
     assert len(merge(tmp_path)) == 22
-    assert_agree(seen(load(tmp_path / "out")), seen(theirs), base)
+    assert_agree(image_logits(load(tmp_path / "out")), image_logits(theirs), base)
 
 
 def test_merge_renames_output_layer_of_adapter(tmp_path):
     """Its own name changes too, and PEFT saves a copy of its weight along."""
     theirs = save(tmp_path, llava, target_modules=["lm_head", "v_proj"])
-    base = seen(load(tmp_path / "base"))
+    base = image_logits(load(tmp_path / "base"))
     assert "language_model.lm_head" in merge(tmp_path)
-    assert_agree(seen(load(tmp_path / "out")), seen(theirs), base)
+    assert_agree(image_logits(load(tmp_path / "out")), image_logits(theirs), base)
 
 
 def test_merge_refuses_layers_no_renaming_explains(tmp_path):
@@ -212,7 +212,7 @@ def test_merge_of_matching_names_needs_no_transformers(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_merge_resizes_vocabulary_under_renamed_tensors(tmp_path):
     """Rows that PEFT saves along go to the files' own names, the size into the text's config."""
-    save_base(tmp_path / "base", randomised(llava()), "1GB")
+    save_base(tmp_path / "base", randomise_weights(llava()), "1GB")
     edit_tensors(tmp_path / "base" / SINGLE, lambda t: {hub_name(name): t[name] for name in t})
     model = load(tmp_path / "base")
     model.resize_token_embeddings(70)
@@ -223,4 +223,4 @@ def test_merge_resizes_vocabulary_under_renamed_tensors(tmp_path):
     merged = load(tmp_path / "out")
     assert merged.config.text_config.vocab_size == 70
     assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "base").keys()
-    assert_agree(seen(merged), seen(theirs))
+    assert_agree(image_logits(merged), image_logits(theirs))

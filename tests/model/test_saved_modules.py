@@ -27,7 +27,13 @@ from tests.support.models import (
     quiet,
     tokens,
 )
-from tests.support.whole_modules import HEAD, classifier, counting, distilbert, moved
+from tests.support.whole_modules import (
+    HEAD,
+    classifier,
+    counting,
+    distilbert,
+    move_trained_parameters,
+)
 
 pytestmark = quiet
 
@@ -106,7 +112,10 @@ def test_modules_to_save_train_as_in_peft(case):
 
 def test_peft_loads_modules_saved_by_fastlora(tmp_path, case):
     build, options = case
-    ours, ids = moved(fastlora.replace_linear(build(), LoRAConfig(**options))), tokens(2, 9)
+    ours, ids = (
+        move_trained_parameters(fastlora.replace_linear(build(), LoRAConfig(**options))),
+        tokens(2, 9),
+    )
     fastlora.save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(build(), ids))
@@ -114,7 +123,10 @@ def test_peft_loads_modules_saved_by_fastlora(tmp_path, case):
 
 def test_fastlora_loads_and_resaves_modules_of_peft(tmp_path, case):
     build, options = case
-    theirs, ids = moved(peft.get_peft_model(build(), peft.LoraConfig(**options))), tokens(2, 9)
+    theirs, ids = (
+        move_trained_parameters(peft.get_peft_model(build(), peft.LoraConfig(**options))),
+        tokens(2, 9),
+    )
     theirs.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
     ours = fastlora.load_adapter(build(), tmp_path / "peft")
     assert_agree(logits(ours, ids), logits(theirs, ids), logits(build(), ids))
@@ -127,7 +139,10 @@ def test_fastlora_loads_and_resaves_modules_of_peft(tmp_path, case):
 
 def test_disable_adapter_uses_original_modules(case):
     build, options = case
-    ours, ids = moved(fastlora.replace_linear(build(), LoRAConfig(**options))), tokens(2, 9)
+    ours, ids = (
+        move_trained_parameters(fastlora.replace_linear(build(), LoRAConfig(**options))),
+        tokens(2, 9),
+    )
     if options.get("bias", "none") != "none":
         pytest.skip("trained biases of the base stay, in PEFT too")
     trained = logits(ours, ids)
@@ -140,7 +155,10 @@ def test_disable_adapter_uses_original_modules(case):
 
 def test_merge_and_unload_keeps_trained_modules(tmp_path, case):
     build, options = case
-    ours, ids = moved(fastlora.replace_linear(build(), LoRAConfig(**options))), tokens(2, 9)
+    ours, ids = (
+        move_trained_parameters(fastlora.replace_linear(build(), LoRAConfig(**options))),
+        tokens(2, 9),
+    )
     fastlora.save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path)).eval()
     want, copies = logits(ours, ids), fastlora.report(ours).modules_to_save
@@ -160,7 +178,7 @@ def test_merge_and_unload_keeps_trained_modules(tmp_path, case):
 
 def test_saved_modules_have_gradients_of_peft():
     options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "layers.1.mlp"]}
-    ours = moved(fastlora.replace_linear(llama(), LoRAConfig(**options)))
+    ours = move_trained_parameters(fastlora.replace_linear(llama(), LoRAConfig(**options)))
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**options)).eval()
     values = fastlora.adapter_state_dict(ours)
     peft.set_peft_model_state_dict(theirs, {k: v.detach() for k, v in values.items()})
@@ -185,7 +203,7 @@ def test_modules_to_save_leave_original_module_unchanged():
     fastlora.replace_linear(model, HEAD)
     assert model.lm_head is not head
     assert type(model.lm_head) is nn.Linear
-    moved(model)
+    move_trained_parameters(model)
     assert same_bits(head.weight, before)
     assert not head.weight.requires_grad
     assert "trained whole: lm_head" in str(fastlora.report(model))
@@ -197,7 +215,7 @@ def test_modules_to_save_leave_original_module_unchanged():
 def test_original_module_follows_dtype_and_mode_of_copy():
     """It is not in the model while the model is moved, cast, or put into another mode."""
     model, ids = fastlora.replace_linear(llama(), HEAD), tokens(2, 5)
-    moved(model).to(torch.bfloat16).train()
+    move_trained_parameters(model).to(torch.bfloat16).train()
     with fastlora.disable_adapter(model):
         assert model.lm_head.training
         want = logits(llama(dtype=torch.bfloat16), ids)
@@ -205,7 +223,7 @@ def test_original_module_follows_dtype_and_mode_of_copy():
 
 
 def test_copied_model_has_separate_original_modules():
-    model, ids = moved(fastlora.replace_linear(llama(), HEAD)), tokens(2, 5)
+    model, ids = move_trained_parameters(fastlora.replace_linear(llama(), HEAD)), tokens(2, 5)
     twin = copy.deepcopy(model)
     want = logits(twin, ids)
     nn.init.zeros_(model.lm_head.weight)
@@ -256,7 +274,9 @@ def aliased_model() -> Aliased:
 
 def test_aliased_modules_are_saved_as_in_peft(tmp_path):
     options = {"target_modules": ["q"], "modules_to_save": ["head", "top"], "r": 2}
-    theirs = moved(peft.get_peft_model(aliased_model(), peft.LoraConfig(**options)))
+    theirs = move_trained_parameters(
+        peft.get_peft_model(aliased_model(), peft.LoraConfig(**options))
+    )
     theirs.save_pretrained(str(tmp_path))
     ours, x = fastlora.load_adapter(aliased_model(), tmp_path), torch.randn(3, 6)
     assert_agree(ours(x), theirs(x), aliased_model()(x))

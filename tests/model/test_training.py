@@ -14,7 +14,14 @@ from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.modules.trained import find_trained_layers
 from tests.support.helpers import same_bits
 from tests.support.models import assert_agree, bert, error, llama, logits, tokens
-from tests.support.trained_models import CONFIG, NAMES, alone, losses, per_adapter, together
+from tests.support.trained_models import (
+    CONFIG,
+    NAMES,
+    losses_of_rows,
+    model_of_one_adapter,
+    model_of_several_adapters,
+    per_adapter,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is deprecated"
@@ -25,12 +32,14 @@ pytestmark = pytest.mark.filterwarnings(
 def test_joint_training_gives_each_adapter_its_gradients(dtype):
     rows = ["ben", "anna", None, "c.d-e", "anna", "ben", "anna"]
     ids = tokens(len(rows), 9)
-    model = together(llama(dtype=dtype)).train()
+    model = model_of_several_adapters(llama(dtype=dtype)).train()
     with fastlora.use_adapters(model, rows):
-        sum(per_adapter(losses(model, ids), rows).values()).backward()
+        sum(per_adapter(losses_of_rows(model, ids), rows).values()).backward()
     for name in ("anna", "ben", "c.d-e"):
-        single = alone(model, name, llama(dtype=dtype)).train()
-        losses(single, ids[[i for i, row in enumerate(rows) if row == name]]).mean().backward()
+        single = model_of_one_adapter(model, name, llama(dtype=dtype)).train()
+        losses_of_rows(
+            single, ids[[i for i, row in enumerate(rows) if row == name]]
+        ).mean().backward()
         want = fastlora.adapter_state_dict(single)
         got = fastlora.adapter_state_dict(model, name)
         for key, parameter in want.items():
@@ -42,8 +51,8 @@ def test_joint_training_gives_each_adapter_its_gradients(dtype):
 
 
 def test_four_joint_adapters_match_four_single_runs():
-    model = together().train()
-    singles = {name: alone(model, name).train() for name in NAMES}
+    model = model_of_several_adapters().train()
+    singles = {name: model_of_one_adapter(model, name).train() for name in NAMES}
     data = {name: tokens(2, 12) for name in NAMES}
     rows = [name for name in NAMES for _ in range(2)]
     batch = torch.cat(list(data.values()))
@@ -57,12 +66,12 @@ def test_four_joint_adapters_match_four_single_runs():
     first: dict[str, float] = {}
     for _ in range(12):
         with fastlora.use_adapters(model, rows):
-            mine = per_adapter(losses(model, batch), rows)
+            mine = per_adapter(losses_of_rows(model, batch), rows)
             sum(mine.values()).backward()
         joint.step()
         joint.zero_grad()
         for name, single in singles.items():
-            loss = losses(single, data[name]).mean()
+            loss = losses_of_rows(single, data[name]).mean()
             loss.backward()
             apart[name].step()
             apart[name].zero_grad()
@@ -73,7 +82,7 @@ def test_four_joint_adapters_match_four_single_runs():
 
 
 def test_rows_without_adapter_match_the_base():
-    model, ids = together(), tokens(3, 6)
+    model, ids = model_of_several_adapters(), tokens(3, 6)
     base = logits(llama(), ids)
     with fastlora.use_adapters(model, [None, "ben", None]):
         mixed = logits(model, ids)
@@ -82,11 +91,11 @@ def test_rows_without_adapter_match_the_base():
     with fastlora.disable_adapter(model):
         assert same_bits(logits(model, ids), base)
     assert_agree(mixed[[0, 2]], base[[0, 2]])
-    assert_agree(mixed[1:2], logits(alone(model, "ben"), ids[1:2]), base[1:2])
+    assert_agree(mixed[1:2], logits(model_of_one_adapter(model, "ben"), ids[1:2]), base[1:2])
 
 
 def test_jointly_trained_adapters_load_in_peft(tmp_path):
-    model, ids = together(), tokens(2, 6)
+    model, ids = model_of_several_adapters(), tokens(2, 6)
     base = logits(llama(), ids)
     for name in NAMES:
         fastlora.save_adapter(model, tmp_path / name, adapter_name=name)
@@ -95,7 +104,9 @@ def test_jointly_trained_adapters_load_in_peft(tmp_path):
             want = logits(model, ids)
         theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / name)
         assert_agree(logits(theirs, ids), want, base)
-    other = together(config=LoRAConfig(r=4, lora_alpha=12, target_modules="all-linear"))
+    other = model_of_several_adapters(
+        config=LoRAConfig(r=4, lora_alpha=12, target_modules="all-linear")
+    )
     fastlora.load_adapter(other, tmp_path / "ben", adapter_name="dora", is_trainable=True)
     with fastlora.use_adapters(other, ["dora"] * 2):
         got = logits(other, ids)
@@ -109,7 +120,7 @@ def test_jointly_trained_adapters_load_in_peft(tmp_path):
 
 def test_dropout_affects_only_rows_with_adapters():
     config = LoRAConfig(r=4, lora_dropout=0.5, target_modules="all-linear")
-    model, ids = together(config=config), tokens(4, 8)
+    model, ids = model_of_several_adapters(config=config), tokens(4, 8)
     base, rows = logits(llama(), ids), ["anna", None, "ben", "anna"]
     with fastlora.use_adapters(model, rows):
         still = logits(model, ids)
@@ -126,18 +137,18 @@ def test_dropout_affects_only_rows_with_adapters():
 
 
 def test_report_counts_jointly_trained_adapters():
-    model = together()
+    model = model_of_several_adapters()
     report = fastlora.report(model)
     assert set(report.replaced.values()) == {4}
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("lora_" in name for name in names)
-    assert report.trainable == 4 * fastlora.report(alone(model, "ben")).trainable
+    assert report.trainable == 4 * fastlora.report(model_of_one_adapter(model, "ben")).trainable
     with pytest.raises(ValueError, match="already"):
         fastlora.replace_linear(model, CONFIG)
 
 
 def test_state_dict_matches_adapters_by_name():
-    model, other, ids = together(), llama(), tokens(2, 5)
+    model, other, ids = model_of_several_adapters(), llama(), tokens(2, 5)
     fastlora.replace_linear(other, CONFIG, adapter_names=[*reversed(NAMES)])
     other.load_state_dict(model.state_dict())
     with fastlora.use_adapters(model, ["ben", "c.d-e"]):
@@ -150,8 +161,10 @@ def test_state_dict_matches_adapters_by_name():
 
 
 def test_bert_trains_several_adapters_in_one_batch():
-    model, ids = together(bert()), tokens(3, 7)
+    model, ids = model_of_several_adapters(bert()), tokens(3, 7)
     rows = ["dora", "ben", "dora"]
     with fastlora.use_adapters(model, rows):
         got = model(input_ids=ids).logits
-    assert_agree(got[[0, 2]].detach(), logits(alone(model, "dora", bert()), ids[[0, 2]]))
+    assert_agree(
+        got[[0, 2]].detach(), logits(model_of_one_adapter(model, "dora", bert()), ids[[0, 2]])
+    )

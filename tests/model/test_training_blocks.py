@@ -16,7 +16,12 @@ from fastlora.model.record import get_training_rows
 from fastlora.modules.trained import TrainableMultiLoRALinear
 from tests.support.helpers import same_bits
 from tests.support.models import error, llama, logits, tokens, untouched
-from tests.support.trained_models import CONFIG, losses, per_adapter, together
+from tests.support.trained_models import (
+    CONFIG,
+    losses_of_rows,
+    model_of_several_adapters,
+    per_adapter,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is deprecated"
@@ -31,7 +36,7 @@ def test_load_adapter_refuses_adapter_of_other_settings(tmp_path):
         "bias": LoRAConfig(r=4, lora_alpha=12, lora_bias=True, target_modules="all-linear"),
     }.items():
         fastlora.save_adapter(fastlora.replace_linear(llama(), config), tmp_path / name)
-    model = together()
+    model = model_of_several_adapters()
     for name, message in {
         "rank": "the layer has r=4, the adapter r=2",
         "scaling": "the layer scales by 3, the adapter by 1",
@@ -67,7 +72,7 @@ def test_replace_linear_refuses_configs_unfit_for_joint_training(names, config, 
 
 
 def test_forward_refuses_rows_without_names():
-    model, ids = together(), tokens(3, 5)
+    model, ids = model_of_several_adapters(), tokens(3, 5)
     with pytest.raises(RuntimeError, match=r"within fastlora\.use_adapters"):
         model(input_ids=ids)
     with fastlora.use_adapters(model, ["ben"] * 2), pytest.raises(RuntimeError, match="expected 2"):
@@ -94,28 +99,28 @@ def test_checkpointed_joint_training_has_same_gradients(reentrant):
 
     def gradients(checkpointed: bool) -> list[Tensor]:
         torch.manual_seed(1)
-        model = together().train()
+        model = model_of_several_adapters().train()
         if checkpointed:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         with fastlora.use_adapters(model, rows):
-            sum(per_adapter(losses(model, ids), rows).values()).backward()
+            sum(per_adapter(losses_of_rows(model, ids), rows).values()).backward()
         return [p.grad for p in fastlora.adapter_parameters(model, "ben")]
 
     for got, want in zip(gradients(True), gradients(False), strict=True):
         assert error(got, want) < 1e-5
-    model = together().train()
+    model = model_of_several_adapters().train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with fastlora.use_adapters(model, rows):
-        loss = losses(model, ids).sum()
+        loss = losses_of_rows(model, ids).sum()
     # Not another batch's adapters: none.
     with pytest.raises(RuntimeError, match="and its backward"):
         loss.backward()
 
 
 def test_copied_models_have_separate_training_rows():
-    model, ids = together(), tokens(2, 5)
+    model, ids = model_of_several_adapters(), tokens(2, 5)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -130,7 +135,7 @@ def test_copied_models_have_separate_training_rows():
 
 
 def test_layer_refuses_wrong_batch_even_without_adapters():
-    model, ids = together(), tokens(4, 5)
+    model, ids = model_of_several_adapters(), tokens(4, 5)
     for rows in ([], [None] * 3):
         with (
             fastlora.use_adapters(model, rows),
@@ -141,11 +146,11 @@ def test_layer_refuses_wrong_batch_even_without_adapters():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_backward_in_another_use_adapters_block_is_refused(reentrant):
-    model, x = together().train(), tokens(3, 7)
+    model, x = model_of_several_adapters().train(), tokens(3, 7)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with fastlora.use_adapters(model, ["ben"] * 3):
-        loss = losses(model, x).sum()
+        loss = losses_of_rows(model, x).sum()
     with (
         fastlora.use_adapters(model, ["anna"] * 3),
         pytest.raises(RuntimeError, match="not the rows of its forward"),
@@ -154,7 +159,7 @@ def test_backward_in_another_use_adapters_block_is_refused(reentrant):
 
 
 def test_use_adapters_blocks_belong_to_one_thread():
-    model, ids = together(), tokens(2, 5)
+    model, ids = model_of_several_adapters(), tokens(2, 5)
     failed: list[str] = []
 
     def another() -> None:
@@ -180,18 +185,18 @@ def test_use_adapters_blocks_belong_to_one_thread():
 
 
 def test_use_adapters_block_trains_after_inference_mode():
-    model, ids = together(), tokens(2, 5)
+    model, ids = model_of_several_adapters(), tokens(2, 5)
     with torch.inference_mode():
         block = fastlora.use_adapters(model, ["ben", "anna"])
         block.__enter__()
         model(input_ids=ids)
-    losses(model, ids).sum().backward()
+    losses_of_rows(model, ids).sum().backward()
     block.__exit__(None, None, None)
     assert all(p.grad is not None for p in fastlora.adapter_parameters(model, "ben"))
 
 
 def test_jointly_trained_model_refuses_merge_and_replace():
-    model = together()
+    model = model_of_several_adapters()
     for step in (fastlora.merge_adapter, fastlora.merge_and_unload):
         with untouched(model), pytest.raises(RuntimeError, match="several adapters in training"):
             step(model)

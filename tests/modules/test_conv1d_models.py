@@ -28,7 +28,7 @@ from tests.support.models import (
     randomise_lora,
     tokens,
 )
-from tests.support.trained_models import together
+from tests.support.trained_models import model_of_several_adapters
 
 pytestmark = quiet
 
@@ -182,7 +182,7 @@ def test_gpt2_serves_many_adapters(tmp_path):
 
 
 def test_gpt2_trains_several_adapters_together(tmp_path):
-    model, ids = together(gpt2(), CONV), tokens(2, 5)
+    model, ids = model_of_several_adapters(gpt2(), CONV), tokens(2, 5)
     fastlora.save_adapter(model, tmp_path, adapter_name="ben")
     single = fastlora.load_adapter(gpt2(), tmp_path, is_trainable=True)
 

@@ -22,9 +22,9 @@ from tests.support.row_servers import (
     TEXT,
     VOCABULARY,
     Served,
+    build_with_fixed_weights,
     llava,
     qwen2_5_vl,
-    ready,
     two_images_and_none,
     whisper,
 )
@@ -188,7 +188,9 @@ def test_llava_serves_prompts_with_uneven_images(beams, tmp_path):
 
 def test_llava_training_gives_others_no_gradient():
     tokens, seen = two_images_and_none()
-    model = fastlora.replace_linear(ready(llava), CONFIG, adapter_names=["alice", "bob"])
+    model = fastlora.replace_linear(
+        build_with_fixed_weights(llava), CONFIG, adapter_names=["alice", "bob"]
+    )
     randomise_lora(model)
     with fastlora.use_adapters(model, ["alice", "bob"]):
         out = model(input_ids=tokens, pixel_values=seen).logits

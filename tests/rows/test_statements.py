@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastlora
 from tests.support.models import error, randomise_lora, untouched
-from tests.support.row_servers import CONFIG, Served, ready
+from tests.support.row_servers import CONFIG, Served, build_with_fixed_weights
 
 K = 8
 
@@ -95,7 +95,9 @@ def test_tower_rows_are_the_ones_stated(count, tmp_path):
 
 
 def test_stated_rows_hold_in_training():
-    model = fastlora.replace_linear(ready(Tower), CONFIG, adapter_names=["alice", "bob"])
+    model = fastlora.replace_linear(
+        build_with_fixed_weights(Tower), CONFIG, adapter_names=["alice", "bob"]
+    )
     randomise_lora(model)
     given, owners = things()
     names = ["alice", "bob", None]
@@ -153,7 +155,9 @@ def test_sequence_first_model_is_served_when_stated(tmp_path):
 )
 def test_bad_statements_are_refused_by_name(tmp_path, stated: dict[str, Any], kind, says):
     (given, _), names = things(), ["alice", "bob", None]
-    model = fastlora.replace_linear(ready(Tower), CONFIG, adapter_names=["alice", "bob"])
+    model = fastlora.replace_linear(
+        build_with_fixed_weights(Tower), CONFIG, adapter_names=["alice", "bob"]
+    )
     with (
         untouched(model),
         pytest.raises(kind, match=says),
@@ -165,6 +169,6 @@ def test_bad_statements_are_refused_by_name(tmp_path, stated: dict[str, Any], ki
         with pytest.raises(kind, match=says):
             served.server(**given, adapter_names=names, **stated)
     else:
-        base = ready(Tower)
+        base = build_with_fixed_weights(Tower)
         with untouched(base), pytest.raises(kind, match=says):
             fastlora.MultiLoRAModel(base, **stated)

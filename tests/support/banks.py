@@ -71,7 +71,7 @@ def delta(of: AdapterBank, layer: str, slot: int, x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def settled(of: AdapterBank) -> None:
+def wait_until_settled(of: AdapterBank) -> None:
     """Returns when the loader has nothing to do before somebody gives something back."""
     of._loader.wait_for(int)
     while of._queue.is_awake:

@@ -45,7 +45,7 @@ class History(Generic[Content]):
             return self.meant[name][then[name] :]
 
 
-def only(error: Exception, *says: str) -> None:
+def reraise_other_errors(error: Exception, *says: str) -> None:
     """Another error than these is the test's."""
     if not any(what in str(error) for what in says):
         raise error

@@ -65,10 +65,10 @@ def peft_model(kind: str, dtype: torch.dtype = torch.float32, **options: Any) ->
         torch.manual_seed(1)
         more = options.pop("get", {})
         model = peft.get_peft_model(_BUILD[kind]().to(dtype), config(kind, **options), **more)
-    return filled(model).eval()
+    return fill_adapters(model).eval()
 
 
-def filled(model: nn.Module) -> nn.Module:
+def fill_adapters(model: nn.Module) -> nn.Module:
     """Signed numbers in every adapter, the same in every model of these names."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def assert_same(plain: nn.Module, patched: nn.Module, act: Callable[[nn.Module],
 
 
 @contextmanager
-def counted(monkeypatch: Any) -> Any:
+def count_forwards(monkeypatch: Any) -> Any:
     """How often layers ran on fastlora, and how often PEFT's forward did."""
     counts = {"one": 0, "many": 0, "peft": 0}
 
@@ -136,7 +136,7 @@ def counted(monkeypatch: Any) -> Any:
         yield counts
 
 
-def trained(model: nn.Module, given: Any, steps: int = 3, **more: Any) -> list[Tensor]:
+def train_adapters(model: nn.Module, given: Any, steps: int = 3, **more: Any) -> list[Tensor]:
     """Losses of a few steps, the adapters trained, the model's own dropout the same each time."""
     torch.manual_seed(3)
     model.train()
@@ -152,14 +152,14 @@ def trained(model: nn.Module, given: Any, steps: int = 3, **more: Any) -> list[T
     return losses
 
 
-def both(model: nn.Module) -> nn.Module:
+def add_second_adapter(model: nn.Module) -> nn.Module:
     """A second adapter, of another rank, scaling and other layers."""
     more = config("mlp", r=9, lora_alpha=4, use_rslora=True, target_modules=["lin1", "head"])
     model.add_adapter("other", more)
-    return filled(model).eval()
+    return fill_adapters(model).eval()
 
 
-def injected(model: nn.Module, settings: peft.LoraConfig, name: str = "default") -> None:
+def inject_adapter(model: nn.Module, settings: peft.LoraConfig, name: str = "default") -> None:
     """An adapter of PEFT's in a model that stays what it is, active alone."""
     peft.inject_adapter_in_model(settings, model, name)
     for layer in model.modules():

@@ -45,7 +45,7 @@ def mamba(family: str = "Mamba", **options: Any) -> nn.Module:
     return build_model(family, "ForCausalLM", **sizes | options)
 
 
-def watched(model: nn.Module) -> int:
+def count_watch_hooks(model: nn.Module) -> int:
     """How many hooks the watch of a first forward has on it."""
     found = [h for m in model.modules() for h in (m._forward_pre_hooks | m._forward_hooks).values()]
     return sum(type(hook).__module__ == "fastlora.inspection.first_forward" for hook in found)

@@ -73,7 +73,7 @@ def whisper() -> nn.Module:
     return model
 
 
-def ready(build: Callable[[], nn.Module]) -> nn.Module:
+def build_with_fixed_weights(build: Callable[[], nn.Module]) -> nn.Module:
     """Weights that matter, the same each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ class Served:
     """A server of alice and bob; ``alone``: the model of each, and of nobody."""
 
     def __init__(self, build: Callable[[], nn.Module], path: Path, **options: Any) -> None:
-        base = ready(build)
+        base = build_with_fixed_weights(build)
         self.server = MultiLoRAModel(
             copy.deepcopy(base), max_rank=4, exclude_modules=CONFIG.exclude_modules, **options
         )

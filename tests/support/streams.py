@@ -41,7 +41,7 @@ def ask(adapter_name: str | None = "one", new: int = 6, prompt: int = 4, **optio
     )
 
 
-def alone(server: MultiLoRAModel, request: Request, **options: Any) -> list[int]:
+def generate_alone(server: MultiLoRAModel, request: Request, **options: Any) -> list[int]:
     """What transformers' own loop writes for this request by itself."""
     ids = torch.tensor([request.input_ids])
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
@@ -54,7 +54,7 @@ def alone(server: MultiLoRAModel, request: Request, **options: Any) -> list[int]
     return whole[0, ids.shape[1] :].tolist()
 
 
-def mixed(**options: Any) -> list[Request]:
+def mixed_requests(**options: Any) -> list[Request]:
     """Requests of many lengths and all adapters, base included; some share one."""
     torch.manual_seed(11)
     shapes = [(3, 8), (17, 12), (9, 3), (25, 5), (5, 1), (1, 9), (12, 6)]
@@ -91,7 +91,7 @@ class Gate:
 
 
 @contextmanager
-def gated(server: MultiLoRAModel, stop: int | None = None) -> Iterator[Gate]:
+def gate_forwards(server: MultiLoRAModel, stop: int | None = None) -> Iterator[Gate]:
     """A gate before every forward within, engines' that were made before."""
     gate = Gate(stop)
     handle = server.model.register_forward_pre_hook(gate, with_kwargs=True)

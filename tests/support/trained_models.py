@@ -16,12 +16,14 @@ NAMES = ("anna", "ben", "c.d-e", "dora")
 CONFIG = LoRAConfig(r=4, lora_alpha=12, target_modules="all-linear")
 
 
-def together(base: nn.Module | None = None, config: LoRAConfig = CONFIG) -> nn.Module:
+def model_of_several_adapters(
+    base: nn.Module | None = None, config: LoRAConfig = CONFIG
+) -> nn.Module:
     model = fastlora.replace_linear(base or llama(), config, adapter_names=NAMES)
     return randomise_lora(model)
 
 
-def alone(model: nn.Module, name: str, base: nn.Module | None = None) -> nn.Module:
+def model_of_one_adapter(model: nn.Module, name: str, base: nn.Module | None = None) -> nn.Module:
     """A model with the one adapter, of the same values."""
     single = fastlora.replace_linear(base or llama(), training_config(model))
     values = fastlora.adapter_state_dict(model, name)
@@ -35,7 +37,7 @@ def training_config(model: nn.Module) -> LoRAConfig:
     return fastlora.model.record.get_injection(model).config
 
 
-def losses(model: nn.Module, ids: Tensor) -> Tensor:
+def losses_of_rows(model: nn.Module, ids: Tensor) -> Tensor:
     """Of each row its tokens' mean."""
     out = model(input_ids=ids).logits.float()
     each = nnf.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

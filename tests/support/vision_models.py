@@ -71,7 +71,7 @@ def qwen2_5_vl() -> nn.Module:
     )
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomise_weights(model: nn.Module) -> nn.Module:
     """With signed weights of a size that every layer shows in the output."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def seen(model: Any, **options: Any) -> Tensor:
+def image_logits(model: Any, **options: Any) -> Tensor:
     """The logits (1, 7, 64) of an image of four tokens within three of text."""
     ids = torch.tensor([[3, _START, _IMAGE, _IMAGE, _IMAGE, _IMAGE, 7]])
     generator = torch.Generator().manual_seed(1)

@@ -43,7 +43,7 @@ def counting() -> Counting:
         return Counting().eval()
 
 
-def moved(model: nn.Module) -> nn.Module:
+def move_trained_parameters(model: nn.Module) -> nn.Module:
     """As if trained: what trains is somewhere else."""
     with torch.no_grad():
         for parameter in model.parameters():

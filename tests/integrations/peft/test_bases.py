@@ -16,8 +16,8 @@ from tests.support.patched import (  # noqa: E402
     Doubling,
     assert_same,
     config,
-    counted,
-    filled,
+    count_forwards,
+    fill_adapters,
     inputs,
     inputs_of_ones,
     pair,
@@ -76,7 +76,7 @@ def test_patched_layer_adds_onto_output_of_custom_base(base, names, monkeypatch)
         kind = odd(model.base_model.model)
         if names:
             model.add_adapter("other", config("mlp", r=3))
-        filled(model).eval()
+        fill_adapters(model).eval()
     assert fastlora.report(patched).around == {LIN0: f"its base is a {kind}"}
     said = f"added onto the base's own output: {LIN0}: its base is a {kind}"
     assert said in str(fastlora.report(patched))
@@ -89,7 +89,7 @@ def test_patched_layer_adds_onto_output_of_custom_base(base, names, monkeypatch)
         out.square().sum().backward()
         return [out, run(model, x, **more)]
 
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         assert_same(plain, patched, act)
     assert counts["one" if names is None else "many"] == 4
 
@@ -142,7 +142,7 @@ def test_data_parallel_replicas_match_peft(names, monkeypatch):
     x, more = inputs("mlp", rows=3), {} if names is None else {"adapter_names": names}
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", r=3))
-        filled(model).eval()
+        fill_adapters(model).eval()
 
     def act(model):
         made = replica(model.base_model.model.lin0)
@@ -151,7 +151,7 @@ def test_data_parallel_replicas_match_peft(names, monkeypatch):
         out.square().sum().backward()
         return [out]
 
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         assert_same(plain, patched, act)
     assert counts["one" if names is None else "many"] == 1
 

@@ -15,7 +15,7 @@ from peft.utils import hotswap  # noqa: E402
 
 import fastlora  # noqa: E402
 from tests.support.models import assert_agree, quiet  # noqa: E402
-from tests.support.patched import config, filled, inputs, pair, peft_model, run  # noqa: E402
+from tests.support.patched import config, fill_adapters, inputs, pair, peft_model, run  # noqa: E402
 
 pytestmark = [quiet, pytest.mark.filterwarnings("ignore:.*isinstance.*:DeprecationWarning")]
 
@@ -71,7 +71,7 @@ def test_compiled_model_follows_changes_of_adapters():
     assert_alike()
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", r=3, target_modules=["lin1", "head"]))
-        filled(model).eval()
+        fill_adapters(model).eval()
         model.set_adapter("other")
     assert_alike()
     for model in (plain, patched):
@@ -116,7 +116,7 @@ def test_compiled_layer_matches_peft_with_adapter_per_row():
     plain, patched = pair("mlp")
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", r=3))
-        filled(model).eval()
+        fill_adapters(model).eval()
     layer, own = patched.base_model.model.lin0, plain.base_model.model.lin0
     rows = ["other", "__base__", "default"]
     with torch.no_grad():

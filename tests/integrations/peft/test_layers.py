@@ -18,14 +18,14 @@ from tests.support.patched import (  # noqa: E402
     Doubling,
     assert_same,
     config,
-    counted,
-    filled,
+    count_forwards,
+    fill_adapters,
     inputs_of_ones,
     pair,
     peft_model,
     run,
 )
-from tests.support.readers import Handing, watched, wavlm  # noqa: E402
+from tests.support.readers import Handing, count_watch_hooks, wavlm  # noqa: E402
 
 pytestmark = quiet
 LIN0, LIN1 = "base_model.model.lin0", "base_model.model.lin1"
@@ -133,7 +133,7 @@ def test_patch_peft_leaves_unusual_layers_to_peft(odd):
     plain, patched = peft_model("mlp"), peft_model("mlp")
     for model in (plain, patched):
         reason = odd(model.base_model.model)
-        filled(model).eval()
+        fill_adapters(model).eval()
     with untouched(patched), pytest.raises(ValueError, match="1 of 2 LoRA layers cannot") as error:
         fastlora.patch_peft(patched, strict=True)
     assert f"{LIN0}: {reason}" in str(error.value)
@@ -149,10 +149,10 @@ def test_patched_layer_falls_back_when_changed_later(odd, monkeypatch):
     plain, patched = pair("mlp")
     for model in (plain, patched):
         reason = odd(model.base_model.model)
-        filled(model).eval()
+        fill_adapters(model).eval()
     if odd is dora:
         patched.base_model.model.lin0.__class__ = type(patched.base_model.model.lin1)
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         assert_same(plain, patched, lambda m: [run(m, inputs_of_ones())])
     assert counts == {"one": 1, "many": 0, "peft": 3}
     assert fastlora.report(patched).skipped == {LIN0: reason}
@@ -162,9 +162,9 @@ def test_inactive_dora_adapter_does_not_prevent_patching(monkeypatch):
     plain, patched = peft_model("mlp"), peft_model("mlp")
     for model in (plain, patched):
         model.add_adapter("dora", config("mlp", use_dora=True))
-        filled(model).eval()
+        fill_adapters(model).eval()
     assert fastlora.patch_peft(patched, strict=True).replaced == {LIN0: 5, LIN1: 5}
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         assert_same(plain, patched, lambda m: [run(m, inputs_of_ones())])
         assert counts["one"] == 2
         for model in (plain, patched):
@@ -189,7 +189,7 @@ def test_hooks_of_layer_parts_are_called():
 def test_global_module_hooks_are_called(monkeypatch):
     patched = pair("mlp")[1]
     called = []
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         handle = every_module.register_module_forward_hook(lambda m, *_: called.append(m))
         try:
             run(patched, inputs_of_ones())
@@ -203,7 +203,7 @@ def test_hooks_of_patched_layer_keep_fast_path(monkeypatch):
     patched = pair("mlp")[1]
     called = []
     patched.base_model.model.lin0.register_forward_hook(lambda *_: called.append(1))
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         run(patched, inputs_of_ones())
     assert (called, counts["one"]) == ([1], 2)
 
@@ -231,7 +231,7 @@ def test_never_called_layers_merge_only_without_effect():
         fastlora.patch_peft(model)
     model.merge_adapter()
     model.unmerge_adapter()
-    filled(model)
+    fill_adapters(model)
     says = r"attention\.q_proj: WavLMAttention.*never calls it, so its adapter has had no part"
     for merge in (model.merge_adapter, model.merge_and_unload):
         with untouched(model), pytest.raises(RuntimeError, match=says):
@@ -246,13 +246,13 @@ def test_first_forward_warns_of_bypassed_layers():
     with pytest.warns(UserWarning, match=r"was read: inner \(by the model, a Handing\)\. What"):
         model(x)
     assert fastlora.report(model).bypassed == {"base_model.model.inner": "Handing"}
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
     with pytest.raises(RuntimeError, match="inner: Handing reads its weight, so its adapter"):
-        filled(model).merge_adapter()
+        fill_adapters(model).merge_adapter()
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["inner"]))
-    assert watched(model) > 0
+    assert count_watch_hooks(model) > 0
     fastlora.unpatch_peft(model)
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
 
 
 def test_generate_stops_watching_for_bypassed_layers(recwarn):
@@ -260,5 +260,5 @@ def test_generate_stops_watching_for_bypassed_layers(recwarn):
     model = in_peft(llama(), "q_proj", "up_proj")
     fastlora.patch_peft(model)
     model.generate(input_ids=tokens(1, 3), max_new_tokens=2)
-    assert watched(model) == 0
+    assert count_watch_hooks(model) == 0
     assert not [w for w in recwarn if "never called" in str(w.message)]

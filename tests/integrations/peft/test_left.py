@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 import fastlora  # noqa: E402
 from tests.support.helpers import Wrapped  # noqa: E402
 from tests.support.models import assert_agree, quiet  # noqa: E402
-from tests.support.patched import filled, peft_model  # noqa: E402
+from tests.support.patched import fill_adapters, peft_model  # noqa: E402
 
 pytestmark = quiet
 OTHERS = "it is a peft.tuners.lora.{}, not a peft.tuners.lora.Linear".format
@@ -119,7 +119,7 @@ def test_patch_peft_leaves_other_quantized_bases(kind):
     quantize, reason = BASES[kind]
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
     made = [quantized_base(quantize) for _ in range(3)]
-    plain, patched = (filled(peft.get_peft_model(each, settings)) for each in made[:2])
+    plain, patched = (fill_adapters(peft.get_peft_model(each, settings)) for each in made[:2])
     x = torch.randn(3, 64)
     assert_left(plain, patched, x, {"base_model.model.odd": reason})
     alone = peft.get_peft_model(
@@ -152,7 +152,7 @@ def fake_quantized(linear):
 def test_patch_peft_adds_onto_fake_quantized_bases(quantize):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
     plain, patched = (
-        filled(peft.get_peft_model(quantized_base(quantize), settings)) for _ in range(2)
+        fill_adapters(peft.get_peft_model(quantized_base(quantize), settings)) for _ in range(2)
     )
     found = fastlora.patch_peft(patched, strict=True)
     assert list(found.around) == ["base_model.model.odd"]
@@ -170,7 +170,7 @@ def test_patch_peft_leaves_fused_experts_to_peft():
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     settings = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts)
     made = (peft.get_peft_model(copy.deepcopy(model), settings) for _ in range(2))
-    plain, patched = (Logits(filled(each)) for each in made)
+    plain, patched = (Logits(fill_adapters(each)) for each in made)
     name = "model.base_model.model.model.layers.0.mlp.experts"
     reason = OTHERS("layer.ParamWrapper")
     reasons = {name: reason, f"{name}.base_layer": reason}
@@ -222,7 +222,7 @@ class Quantos(Wrapped):
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload", "unload"])
 def test_merge_warns_when_adapter_would_be_lost(how):
     settings = peft.LoraConfig(r=4, target_modules=["odd", "plain"])
-    model = filled(peft.get_peft_model(quantized_base(lambda linear: linear), settings))
+    model = fill_adapters(peft.get_peft_model(quantized_base(lambda linear: linear), settings))
     fastlora.patch_peft(model)
     for name in ("odd", "plain"):
         layer = model.base_model.model.get_submodule(name)

@@ -15,7 +15,7 @@ import fastlora  # noqa: E402
 from fastlora.integrations.peft.merging import Merging  # noqa: E402
 from tests.support.helpers import same_bits  # noqa: E402
 from tests.support.models import assert_agree, error, quiet  # noqa: E402
-from tests.support.patched import config, filled, inputs, inputs_of_ones, pair, run  # noqa: E402
+from tests.support.patched import config, fill_adapters, inputs, inputs_of_ones, pair, run  # noqa: E402
 
 pytestmark = quiet
 
@@ -40,7 +40,7 @@ def test_unmerge_restores_every_bit(kind, dtype):
     plain, patched = pair(kind, dtype)
     for model in (plain, patched):
         model.add_adapter("other", config(kind, r=3, lora_alpha=40))
-        filled(model).eval()
+        fill_adapters(model).eval()
         model.base_model.set_adapter(["default", "other"])
     before = base_state(patched)
     where = {name: p.data_ptr() for name, p in patched.named_parameters()}
@@ -148,7 +148,7 @@ def test_failed_unmerge_leaves_other_adapters_merged():
     found = []
     for model in pair("mlp"):
         model.add_adapter("other", config("mlp", r=3))
-        filled(model).eval().base_model.set_adapter(["default", "other"])
+        fill_adapters(model).eval().base_model.set_adapter(["default", "other"])
         model.merge_adapter()
         layer = model.base_model.model.lin0
         with torch.no_grad():
@@ -202,7 +202,7 @@ def test_dora_adapter_is_merged_by_peft():
     plain, patched = pair("mlp")
     for model in (plain, patched):
         model.add_adapter("dora", config("mlp", use_dora=True))
-        filled(model).eval()
+        fill_adapters(model).eval()
         model.base_model.set_adapter(["default", "dora"])
     before = run(patched, inputs_of_ones())
     for model in (plain, patched):

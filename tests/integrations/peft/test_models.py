@@ -17,8 +17,8 @@ from tests.support.patched import (  # noqa: E402
     added_by_transformers,
     assert_same,
     config,
-    filled,
-    injected,
+    fill_adapters,
+    inject_adapter,
     inputs_of_tokens,
     peft_model,
     run,
@@ -38,7 +38,7 @@ def test_patch_peft_leaves_embeddings_to_peft():
             return self.lin(self.words(x))
 
     settings = peft.LoraConfig(r=2, target_modules=["words", "lin"])
-    model = filled(peft.get_peft_model(Model(), settings))
+    model = fill_adapters(peft.get_peft_model(Model(), settings))
     x = torch.tensor([[1, 2], [3, 4]])
     want = model(x)
     found = fastlora.patch_peft(model)
@@ -58,7 +58,7 @@ def test_patch_peft_leaves_multihead_attention_to_peft():
             return self.attention(x, x, x)[0] + self.lin(x)
 
     settings = peft.LoraConfig(r=2, target_modules=["attention", "lin"])
-    model = filled(peft.get_peft_model(Model(), settings))
+    model = fill_adapters(peft.get_peft_model(Model(), settings))
     x = torch.randn(3, 1, 8)
     want = model(x)
     found = fastlora.patch_peft(model)
@@ -127,19 +127,19 @@ def test_functions_for_fastlora_models_refuse_peft_models(call, patched):
         ASKS_FOR_OURS[call](model)
 
 
-@pytest.mark.parametrize("add", [injected, added_by_transformers])
+@pytest.mark.parametrize("add", [inject_adapter, added_by_transformers])
 def test_patch_peft_accepts_transformers_add_adapter(add):
     """As transformers' own integration has it, ``model.add_adapter``."""
     model, plain = llama(), llama()
     for each in (model, plain):
         add(each, config("llama"))
-        filled(each).eval()
+        fill_adapters(each).eval()
     found = fastlora.patch_peft(model)
     assert len(found.replaced) == 6
     assert_same(plain, model, lambda m: [run(m, inputs_of_tokens())])
     for each in (model, plain):
         add(each, config("llama", target_modules=["o_proj"]), "other")
-        filled(each).eval()
+        fill_adapters(each).eval()
     assert_same(plain, model, lambda m: [run(m, inputs_of_tokens())])
     reason = "not patched: call patch_peft again"
     assert set(fastlora.report(model).skipped.values()) == {reason}
@@ -152,9 +152,9 @@ def test_patch_peft_warns_of_unsupported_virtual_tokens(refuses, monkeypatch, re
     wanted = "99.0.0" if refuses else "0.1.0"
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", wanted)
     base = llama()
-    injected(base, config("llama"))
+    inject_adapter(base, config("llama"))
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model, alone = peft.get_peft_model(filled(base), settings).eval(), peft_model("llama")
+    model, alone = peft.get_peft_model(fill_adapters(base), settings).eval(), peft_model("llama")
     want = run(model, inputs_of_tokens())
     assert len(fastlora.patch_peft(model).replaced) == 6
     fastlora.patch_peft(alone)
@@ -178,7 +178,7 @@ def test_patch_peft_accepts_mixed_lora_and_loha():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1)
-        models.append(filled(model).eval())
+        models.append(fill_adapters(model).eval())
     found = fastlora.patch_peft(models[1])
     assert len(found.replaced) == 2
     assert_same(*models, lambda m: [m(torch.ones(3, 11))])

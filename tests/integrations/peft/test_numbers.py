@@ -17,16 +17,16 @@ import fastlora  # noqa: E402
 from tests.support.models import assert_agree, error, quiet  # noqa: E402
 from tests.support.patched import (  # noqa: E402
     KINDS,
+    add_second_adapter,
     assert_same,
-    both,
     config,
-    counted,
-    filled,
+    count_forwards,
+    fill_adapters,
     inputs,
     pair,
     peft_model,
     run,
-    trained,
+    train_adapters,
 )
 
 pytestmark = quiet
@@ -36,8 +36,10 @@ pytestmark = quiet
 def test_patched_model_matches_peft_in_forward_and_training(kind, monkeypatch):
     given = inputs(kind)
     plain, patched = pair(kind)
-    with counted(monkeypatch) as counts:
-        assert_same(plain, patched, lambda m: [run(m, given), *trained(m, given), run(m, given)])
+    with count_forwards(monkeypatch) as counts:
+        assert_same(
+            plain, patched, lambda m: [run(m, given), *train_adapters(m, given), run(m, given)]
+        )
     layers = len(fastlora.report(patched).replaced)
     assert counts == {"one": 5 * layers, "many": 0, "peft": 5 * layers}  # PEFT's own model's
 
@@ -60,8 +62,10 @@ OPTIONS = {
 def test_patched_model_matches_peft_with_every_option(options, monkeypatch):
     given = inputs("mlp")
     plain, patched = pair("mlp", **OPTIONS[options])
-    with counted(monkeypatch) as counts:
-        assert_same(plain, patched, lambda m: [run(m, given), *trained(m, given), run(m, given)])
+    with count_forwards(monkeypatch) as counts:
+        assert_same(
+            plain, patched, lambda m: [run(m, given), *train_adapters(m, given), run(m, given)]
+        )
     assert counts["one"] == 10
 
 
@@ -70,7 +74,7 @@ def test_patched_model_matches_peft_with_every_option(options, monkeypatch):
 def test_patched_model_matches_peft_in_every_dtype(dtype, adapters, monkeypatch):
     given = inputs("mlp", dtype=dtype)
     plain, patched = pair("mlp", dtype, get={"autocast_adapter_dtype": adapters is not None})
-    with counted(monkeypatch) as counts, torch.no_grad():
+    with count_forwards(monkeypatch) as counts, torch.no_grad():
         got, want = run(patched, given), run(plain, given)
     # float64 has no tolerance of its own in tests.support.models.
     wide = dtype == torch.float64
@@ -83,7 +87,7 @@ def test_patched_model_matches_peft_in_every_dtype(dtype, adapters, monkeypatch)
 def test_patched_model_matches_peft_under_autocast(dtype, base, monkeypatch):
     given = inputs("mlp", dtype=base)
     plain, patched = pair("mlp", base)
-    with counted(monkeypatch) as counts, torch.autocast("cpu", dtype):
+    with count_forwards(monkeypatch) as counts, torch.autocast("cpu", dtype):
         got, want = run(patched, given), run(plain, given)
     assert_agree(got, want)
     assert counts["one"] == 2
@@ -115,14 +119,17 @@ def test_input_gradient_matches_peft_when_backward_repeats():
 def test_gradient_checkpointing_matches_peft():
     given = inputs("llama")
     plain, patched = pair("llama")
-    without = trained(copy.deepcopy(patched), given)
+    without = train_adapters(copy.deepcopy(patched), given)
     for reentrant in (True, False):
         models = copy.deepcopy(plain), copy.deepcopy(patched)
         for model in models:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        assert_same(*models, lambda m: trained(m, given))
-        assert_agree(trained(models[1], given, steps=1)[0], trained(models[0], given, steps=1)[0])
+        assert_same(*models, lambda m: train_adapters(m, given))
+        assert_agree(
+            train_adapters(models[1], given, steps=1)[0],
+            train_adapters(models[0], given, steps=1)[0],
+        )
     assert len(without) == 3
 
 
@@ -130,11 +137,11 @@ def test_adding_choosing_and_deleting_adapters_matches_peft():
     given = inputs("mlp")
 
     def act(model):
-        found = [run(both(model), given)]
+        found = [run(add_second_adapter(model), given)]
         model.set_adapter("other")
-        found += [run(model, given), *trained(model, given)]
+        found += [run(model, given), *train_adapters(model, given)]
         model.base_model.set_adapter(["default", "other"])
-        found += [run(model, given), *trained(model, given)]
+        found += [run(model, given), *train_adapters(model, given)]
         model.delete_adapter("default")
         return [*found, run(model, given)]
 
@@ -151,7 +158,7 @@ def test_layer_without_active_adapter_matches_peft():
     plain, patched = pair("mlp", target_modules=["lin0"])
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", target_modules=["lin1"]))
-        filled(model).set_adapter("other")
+        fill_adapters(model).set_adapter("other")
     assert_same(plain, patched, lambda m: [run(m, {"x": torch.ones(3, 11)})])
 
 
@@ -171,7 +178,7 @@ def test_merging_and_unmerging_matches_peft():
     given = inputs("mlp")
 
     def act(model):
-        both(model)
+        add_second_adapter(model)
         model.base_model.set_adapter(["default", "other"])
         model.merge_adapter()
         found = [run(model, given)]
@@ -236,7 +243,7 @@ def test_training_with_scaling_tensors_matches_peft():
     plain, patched = pair("mlp", lora_bias=True)
     for model in (plain, patched):
         hotswap.prepare_model_for_compiled_hotswap(model)
-    assert_same(plain, patched, lambda m: trained(m, given))
+    assert_same(plain, patched, lambda m: train_adapters(m, given))
 
 
 def test_adapters_that_cancel_are_summed_in_float32():
@@ -268,7 +275,7 @@ def test_weighted_adapters_match_peft(how):
 
     def act(model):
         model.add_adapter("other", config("mlp", r=5, lora_alpha=3))
-        filled(model).eval()
+        fill_adapters(model).eval()
         model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "sum", combination_type=how)
         model.set_adapter("sum")
         return [run(model, given)]
@@ -279,7 +286,7 @@ def test_weighted_adapters_match_peft(how):
 def test_disabled_input_casting_matches_peft(monkeypatch):
     given = inputs("mlp")
     plain, patched = pair("mlp")
-    with counted(monkeypatch) as counts, disable_input_dtype_casting(patched):
+    with count_forwards(monkeypatch) as counts, disable_input_dtype_casting(patched):
         assert_agree(run(patched, given), run(plain, given))
     assert counts["one"] == 2
     plain, patched = pair("mlp", torch.bfloat16)  # float32 adapters, whose input PEFT casts
@@ -294,7 +301,7 @@ def test_dropout_has_rate_and_mean_of_peft(monkeypatch):
     x = torch.randn(1, 11).expand(4000, 11).contiguous()
     base, want = plain.base_model.model.lin0.base_layer(x), plain.base_model.model.lin0(x)
     found = {}
-    with counted(monkeypatch) as counts, torch.no_grad():
+    with count_forwards(monkeypatch) as counts, torch.no_grad():
         for name, model in (("plain", plain), ("patched", patched)):
             layer = model.base_model.model.lin0
             assert_agree(layer(x), want)

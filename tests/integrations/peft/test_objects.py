@@ -25,12 +25,12 @@ from tests.support.patched import (  # noqa: E402
     KINDS,
     assert_same,
     config,
-    injected,
+    inject_adapter,
     inputs,
     pair,
     peft_model,
     run,
-    trained,
+    train_adapters,
 )
 
 pytestmark = quiet
@@ -136,7 +136,9 @@ def test_copied_and_pickled_models_stay_patched():
     ]
     for other in others:
         assert len(fastlora.report(other).replaced) == 2
-        assert_same(copy.deepcopy(plain), other, lambda m: [run(m, given), *trained(m, given)])
+        assert_same(
+            copy.deepcopy(plain), other, lambda m: [run(m, given), *train_adapters(m, given)]
+        )
 
 
 def test_unpatch_peft_restores_classes_of_peft():
@@ -175,7 +177,7 @@ def test_patched_model_keeps_repr_and_classes():
 
 def test_another_process_loads_pickled_patched_model(tmp_path):
     model = llama()
-    injected(model, config("llama"))
+    inject_adapter(model, config("llama"))
     fastlora.patch_peft(model)
     torch.save(model, tmp_path / "model.pt")
     code = (

@@ -17,7 +17,7 @@ bnb = pytest.importorskip("bitsandbytes")
 import fastlora  # noqa: E402
 from tests.support.helpers import same_bits  # noqa: E402
 from tests.support.models import assert_agree, quiet  # noqa: E402
-from tests.support.patched import filled  # noqa: E402
+from tests.support.patched import fill_adapters  # noqa: E402
 
 pytestmark = quiet
 PACKS = bnb.functional.has_avx512bf16()
@@ -48,7 +48,7 @@ def models_with_and_without_packing(**options):
     """A PEFT model, and one that is never packed."""
     torch.manual_seed(1)
     settings = peft.LoraConfig(r=4, target_modules=["below", "four"])
-    model = filled(peft.get_peft_model(Quantized(**options).to("cpu"), settings))
+    model = fill_adapters(peft.get_peft_model(Quantized(**options).to("cpu"), settings))
     never = copy.deepcopy(model)
     for layer in four_bit_layers(never):
         layer.support_avx512bf16_for_cpu = False

@@ -14,7 +14,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 import fastlora  # noqa: E402
 from tests.support.models import assert_agree, quiet  # noqa: E402
-from tests.support.patched import assert_same, counted, filled  # noqa: E402
+from tests.support.patched import assert_same, count_forwards, fill_adapters  # noqa: E402
 
 pytestmark = quiet
 
@@ -36,7 +36,7 @@ class Quantized(nn.Module):
 def pair():
     settings = peft.LoraConfig(r=4, target_modules=["four", "eight", "head"])
     torch.manual_seed(1)
-    plain = filled(peft.get_peft_model(Quantized().to("cpu"), settings))
+    plain = fill_adapters(peft.get_peft_model(Quantized().to("cpu"), settings))
     patched = copy.deepcopy(plain)
     # Packed, as in eval forwards on some CPUs, it rounds its numbers: see
     # tests/integrations/peft/test_packing.py.
@@ -63,7 +63,7 @@ def test_quantized_base_matches_peft_in_forward_and_backward(dtype, monkeypatch)
         y.square().sum().backward()
         return [y.to(dtype), own.grad]
 
-    with counted(monkeypatch) as counts:
+    with count_forwards(monkeypatch) as counts:
         got, want = act(patched), act(plain)
     assert counts["one"] == 3
     for a, b in zip(got, want, strict=True):
@@ -78,9 +78,9 @@ def test_quantized_base_matches_peft_with_adapter_per_row(monkeypatch):
     rows = ["default", "__base__", "other"]
     for model in (plain, patched):
         model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["four", "head"]))
-        filled(model).eval()
+        fill_adapters(model).eval()
     x = torch.randn(3, 64)
-    with counted(monkeypatch) as counts, torch.no_grad():
+    with count_forwards(monkeypatch) as counts, torch.no_grad():
         assert_agree(patched(x, adapter_names=rows), plain(x, adapter_names=rows))
     assert counts["many"] == 3
 

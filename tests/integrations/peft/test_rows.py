@@ -16,16 +16,16 @@ import fastlora  # noqa: E402
 from tests.support.models import assert_agree, quiet  # noqa: E402
 from tests.support.patched import (  # noqa: E402
     KINDS,
+    add_second_adapter,
     assert_same,
-    both,
     config,
-    counted,
-    filled,
+    count_forwards,
+    fill_adapters,
     inputs,
     pair,
     run,
 )
-from tests.support.row_servers import llava, ready, two_images_and_none  # noqa: E402
+from tests.support.row_servers import build_with_fixed_weights, llava, two_images_and_none  # noqa: E402
 
 pytestmark = quiet
 
@@ -38,8 +38,8 @@ def test_adapter_per_row_matches_peft(kind, monkeypatch):
     for model in (plain, patched):
         model.add_adapter("other", config(kind, r=9, lora_alpha=20))
         model.add_adapter("third", config(kind, target_modules=config(kind).target_modules, r=1))
-        filled(model).eval()
-    with counted(monkeypatch) as counts, torch.no_grad():
+        fill_adapters(model).eval()
+    with count_forwards(monkeypatch) as counts, torch.no_grad():
         got, want = (run(m, given, adapter_names=rows) for m in (patched, plain))
         layers = counts["many"]
     assert_agree(got, want)
@@ -57,7 +57,7 @@ def test_base_name_is_never_taken_for_an_adapter():
     plain, patched = pair("mlp")
     for model in (plain, patched):
         model.add_adapter("__base__", config("mlp"))
-        filled(model).eval()
+        fill_adapters(model).eval()
     rows = ["__base__", "default", "__base__"]
     given = inputs("mlp", rows=3)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_adapter_per_row_matches_peft_on_triton(on_triton, device):
     plain, patched = pair("mlp", lora_dropout=0.1)
     for model in (plain, patched):
         model.add_adapter("other", config("mlp", r=3))
-        filled(model).eval().to(device)
+        fill_adapters(model).eval().to(device)
     given = {"x": inputs("mlp", rows=3)["x"].to(device)}
     with torch.no_grad():
         assert_agree(run(patched, given), run(plain, given))
@@ -83,7 +83,7 @@ def test_adapter_per_row_matches_gradients_of_peft():
     rows = ["default", "__base__", "other"]
 
     def act(model):
-        both(model)
+        add_second_adapter(model)
         model.base_model.set_adapter(["default", "other"])
         out = run(model, {"x": x}, adapter_names=rows)
         out.square().sum().backward()
@@ -118,10 +118,11 @@ def test_tensors_of_a_transform_do_not_leak():
 def test_vision_tower_rows_are_no_batch_rows():
     """PEFT itself goes by their number: two images of the first text, beside another's text."""
     model = peft.get_peft_model(
-        ready(llava), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])
+        build_with_fixed_weights(llava),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"]),
     )
     model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    plain = filled(model).eval()
+    plain = fill_adapters(model).eval()
     (tokens_of, seen), rows = two_images_and_none(), ["default", "other"]
     with torch.no_grad():
         want = plain(input_ids=tokens_of[:1], pixel_values=seen).logits
@@ -146,7 +147,7 @@ def test_generate_with_adapter_per_row_matches_peft():
     more = {"max_new_tokens": 5, "num_beams": 2, "pad_token_id": 0, "do_sample": False}
     for model in (plain, patched):
         model.add_adapter("other", config("llama", r=2))
-        filled(model).eval()
+        fill_adapters(model).eval()
     rows = ["other", "__base__", "default"]
     masks = {"attention_mask": torch.ones_like(given["input_ids"])}
     found = [m.generate(**given, **masks, **more, adapter_names=rows) for m in (plain, patched)]
@@ -162,7 +163,7 @@ def test_failed_batch_leaves_no_adapter_names(error):
     found = []
     for model in (plain, patched):
         model.add_adapter("other", config("mlp"))
-        filled(model).eval()
+        fill_adapters(model).eval()
 
         def fail(*args, raised=error):
             raise raised
@@ -182,7 +183,7 @@ def test_adapter_names_are_separate_for_each_thread():
     """PEFT hangs each batch's names on the layers, where all threads find them."""
     _, patched = pair("mlp")
     patched.add_adapter("other", config("mlp"))
-    filled(patched).eval()
+    fill_adapters(patched).eval()
     given, wrong = inputs("mlp", rows=3), []
     with torch.no_grad():
         want = {

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from fastlora.serving import AdapterBank
-from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
+from tests.support.banks import (
+    SHAPES,
+    Adapter,
+    assert_empty,
+    assert_lends,
+    bank,
+    layout,
+    wait_until_settled,
+)
 
 RANKS = (0, 1, 3, 8, 9, 16)
 
@@ -96,10 +104,10 @@ def test_lent_adapter_keeps_its_slot_until_released():
     of, adapters = bank_with_adapters(4)
     first, second = (of.lease([name]).result(60) for name in ("a", "b"))
     third = of.lease(["c"])
-    settled(of)
+    wait_until_settled(of)
     # The one used longest ago is lent no more, or who waits might wait for ever; others are.
     fourth, fifth = of.lease(["a"]), of.lease(["b"])
-    settled(of)
+    wait_until_settled(of)
     assert (third.done(), fourth.done(), fifth.done()) == (False, False, True)
     first.release()
     assert third.result(60).slots == first.slots
@@ -134,11 +142,11 @@ def test_bank_evicts_only_enough_adapters_to_fit():
         of.add(name, adapters[name])
     held = {name: of.lease([name]).result(60) for name in "abc"}
     large = of.lease(["large"])
-    settled(of)
+    wait_until_settled(of)
     again = {name: of.lease([name]) for name in "abc"}
     assert [future.done() for future in again.values()] == [False, False, True]
     held["a"].release()
-    settled(of)
+    wait_until_settled(of)
     assert not any(future.done() for future in (large, again["a"], again["b"]))
     held["b"].release()
     assert set(large.result(60).slots) <= {0, 1}

@@ -13,7 +13,15 @@ import torch
 
 from fastlora.serving import AdapterBank, Factors, Layout
 from fastlora.serving.bank import shelf
-from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
+from tests.support.banks import (
+    SHAPES,
+    Adapter,
+    assert_empty,
+    assert_lends,
+    bank,
+    layout,
+    wait_until_settled,
+)
 
 
 def bank_with_adapters(count: int, **options: Any) -> tuple[AdapterBank, dict[str, Adapter]]:
@@ -125,7 +133,7 @@ def test_cancelled_lease_inside_queue_blocks_nothing():
     of, _ = bank_with_adapters(4)
     held = of.borrow(["a", "b"])
     first, second = of.lease(["c"]), of.lease(["d"])
-    settled(of)
+    wait_until_settled(of)
     assert second.cancel()
     of.remove("d", wait=True, timeout=60)
     assert first.cancel()
@@ -144,7 +152,7 @@ def test_interrupted_borrow_releases_its_lease():
         of.borrow(["c"])
     of.lease = real  # type: ignore[method-assign]
     held.release()
-    settled(of)
+    wait_until_settled(of)
     assert of.stats().leases == 0
     assert_lends(of, {"c": adapters["c"], "a": adapters["a"]})
 
@@ -219,7 +227,7 @@ def test_bank_evicts_until_free_pages_are_contiguous():
         of.remove(name)
     wants = of.lease(["large"])
     for _ in range(500):
-        settled(of)
+        wait_until_settled(of)
         if wants.done():
             break
         for name in list(held):

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from fastlora.serving import AdapterBank
-from tests.support.banks import SHAPES, Adapter, assert_empty, assert_lends, bank, layout, settled
+from tests.support.banks import (
+    SHAPES,
+    Adapter,
+    assert_empty,
+    assert_lends,
+    bank,
+    layout,
+    wait_until_settled,
+)
 
 
 def bank_with_adapters(count: int, **options: object) -> tuple[AdapterBank, dict[str, Adapter]]:
@@ -35,7 +43,7 @@ def test_add_of_known_name_replaces_changed_content():
         assert held.entries[0].slot == held.slots[0]  # as it was
     assert of.stats().resident == 2
     held.release()
-    settled(of)
+    wait_until_settled(of)
     assert of.stats().resident == 1
     assert_lends(of, {"a": other})
     of.add("a", Adapter(5, scaling=0.25))
@@ -54,7 +62,7 @@ def test_remove_refuses_or_waits_for_adapter_in_use():
         of.lease(["a"])
     assert of.stats().resident == 2
     lease.release()
-    settled(of)
+    wait_until_settled(of)
     assert of.stats().resident == 1
     lease, gone = of.lease(["b"]).result(60), threading.Event()
     thread = threading.Thread(target=lambda: (of.remove("b", wait=True), gone.set()))
@@ -78,7 +86,7 @@ def test_cancelled_lease_borrows_nothing():
     futures[1].result(60).release()
     with pytest.raises(CancelledError):
         futures[0].result()
-    settled(of)
+    wait_until_settled(of)
     assert of.stats().leases == 0
     assert_lends(of, {"a": adapters["a"], "c": adapters["c"]})
 
@@ -87,7 +95,7 @@ def test_cancelled_request_frees_everything():
     of, adapters = bank_with_adapters(3, host_bytes=0)
     lease = of.lease(["a", "b"]).result(60)
     waits = of.lease(["c"])
-    settled(of)
+    wait_until_settled(of)
     assert of._shelf.fresh[0].name == "c"  # read, and waiting for a place
     assert waits.cancel()
     of.remove("c", wait=True, timeout=60)

@@ -21,7 +21,7 @@ from fastlora.serving.bank.entry import Entry
 from fastlora.serving.bank.layout import Image
 from fastlora.serving.bank.lease import Lease
 from tests.support.banks import assert_empty
-from tests.support.histories import History, only
+from tests.support.histories import History, reraise_other_errors
 from tests.support.models import randomise_lora
 
 THREADS, STEPS = 4, 500  # of each, twice
@@ -102,12 +102,12 @@ class Tenants:
         try:
             y = self.server(x.to(self.device), adapter_names=rows, adapter_scales=scales).cpu()
         except ValueError as error:
-            only(error, "is loaded")
+            reraise_other_errors(error, "is loaded")
             assert any(None in self.past.since(then, name) for name in rows if name)
             self.done["unknown"] += 1
             return
         except RuntimeError as error:
-            only(error, "leaves no room")
+            reraise_other_errors(error, "leaves no room")
             self.done["no room"] += 1
             return
         meanings = {name: self.past.since(then, name) for name in set(rows) if name}
@@ -136,19 +136,19 @@ class Tenants:
             with self.past.changing(name, None):
                 self.server.unload_adapter(name, wait=wait)
         except RuntimeError as error:
-            only(error, "is in use" if not wait else "nothing")
+            reraise_other_errors(error, "is in use" if not wait else "nothing")
             self.done["refused"] += 1
         except ValueError as error:
-            only(error, "is loaded")
+            reraise_other_errors(error, "is loaded")
 
     def pin(self, draw: random.Random) -> None:
         name = draw.choice(NAMES[:2])
         try:
             (self.server.pin_adapter if draw.random() < 0.5 else self.server.unpin_adapter)(name)
         except ValueError as error:
-            only(error, "is loaded", "is not pinned")
+            reraise_other_errors(error, "is loaded", "is not pinned")
         except RuntimeError as error:
-            only(error, "leaves no room")
+            reraise_other_errors(error, "leaves no room")
 
     def cancel(self, draw: random.Random) -> None:
         try:
@@ -161,7 +161,7 @@ class Tenants:
         try:
             future.result(120).release()
         except RuntimeError as error:
-            only(error, "leaves no room")
+            reraise_other_errors(error, "leaves no room")
 
 
 def count_living(*kinds: type) -> int:

@@ -20,7 +20,7 @@ from fastlora import MultiLoRAModel
 from fastlora.serving import Request
 from fastlora.serving.engine import engine as engines
 from tests.support.models import VOCABULARY, llama, randomise_lora
-from tests.support.streams import NAMES, PATIENCE, alone, ask, gated, server_of
+from tests.support.streams import NAMES, PATIENCE, ask, gate_forwards, generate_alone, server_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> MultiLoRAModel:
 
 
 def test_cancelled_request_leaves_other_requests_running(server):
-    with server.engine(max_length=64, max_rows=2) as engine, gated(server, stop=5) as gate:
+    with server.engine(max_length=64, max_rows=2) as engine, gate_forwards(server, stop=5) as gate:
         left, stays = engine.submit(ask("one", new=40)), engine.submit(ask("two", new=12))
         waits = engine.submit(ask("three", new=5))
         gate.wait()
@@ -42,16 +42,19 @@ def test_cancelled_request_leaves_other_requests_running(server):
         text = left.result(PATIENCE)
         assert left.finish_reason == "cancelled"
         assert len(text) == 6
-        assert text == alone(server, left.request)[: len(text)]
+        assert text == generate_alone(server, left.request)[: len(text)]
         assert list(left) == text
         for stream in (stays, waits):
-            assert stream.result(PATIENCE) == alone(server, stream.request)
+            assert stream.result(PATIENCE) == generate_alone(server, stream.request)
         stays.cancel()  # what has ended stays as it is
         assert stays.finish_reason == "length"
 
 
 def test_dropped_stream_cancels_its_request(server):
-    with server.engine(max_length=2000, max_rows=1) as engine, gated(server, stop=5) as gate:
+    with (
+        server.engine(max_length=2000, max_rows=1) as engine,
+        gate_forwards(server, stop=5) as gate,
+    ):
         dropped = engine.submit(ask("one", new=1900))
         next(iter(dropped))
         gate.wait()
@@ -59,7 +62,7 @@ def test_dropped_stream_cancels_its_request(server):
         gc.collect()
         gate.open()
         after = engine.submit(ask("two", new=3)).result(PATIENCE)
-    assert after == alone(server, ask("two", new=3))
+    assert after == generate_alone(server, ask("two", new=3))
     assert gate.sizes == [4, 1, 1, 1, 1, 1, 4, 1, 1]
 
 
@@ -67,15 +70,15 @@ def test_unread_stream_does_not_block_other_requests(server):
     with server.engine(max_length=40, max_rows=2) as engine:
         unread = engine.submit(ask("one", new=20))
         for _ in range(3):
-            assert engine.submit(ask("two")).result(PATIENCE) == alone(server, ask("two"))
-        assert unread.result(PATIENCE) == alone(server, unread.request)
+            assert engine.submit(ask("two")).result(PATIENCE) == generate_alone(server, ask("two"))
+        assert unread.result(PATIENCE) == generate_alone(server, unread.request)
 
 
 @pytest.mark.parametrize("max_rows", [1, 4])
 def test_request_ends_after_its_timeout(server, max_rows):
     """In the batch (which waits at the gate until it is late) and before, the others not."""
     with server.engine(max_length=64, max_rows=max_rows) as engine:
-        with gated(server, stop=0) as gate:
+        with gate_forwards(server, stop=0) as gate:
             stays = engine.submit(ask("one", new=9))
             gate.wait()
             late = engine.submit(ask("two", new=40, timeout=0.01))
@@ -83,14 +86,14 @@ def test_request_ends_after_its_timeout(server, max_rows):
             gate.open()
             assert late.result(PATIENCE) == []
             assert late.finish_reason == "timeout"
-            assert stays.result(PATIENCE) == alone(server, stays.request)
-        with gated(server, stop=1) as gate:
+            assert stays.result(PATIENCE) == generate_alone(server, stays.request)
+        with gate_forwards(server, stop=1) as gate:
             late = engine.submit(ask("two", new=40, timeout=PATIENCE))
             gate.wait()
             job = engine._loop.scheduler.running[0]
             job.deadline = 0.0
             gate.open()
-            assert late.result(PATIENCE) == alone(server, late.request)[:2]
+            assert late.result(PATIENCE) == generate_alone(server, late.request)[:2]
             assert late.finish_reason == "timeout"
 
 
@@ -109,19 +112,19 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_submit_refuses_bad_request_and_batch_goes_on(server, what):
     make, error, message = BAD[what]
-    with server.engine(max_length=40) as engine, gated(server, stop=2) as gate:
+    with server.engine(max_length=40) as engine, gate_forwards(server, stop=2) as gate:
         good = engine.submit(ask())
         gate.wait()
         with pytest.raises(error, match=message):
             engine.submit(make())
         gate.open()
-        assert good.result(PATIENCE) == alone(server, good.request)
+        assert good.result(PATIENCE) == generate_alone(server, good.request)
 
 
 def test_engine_accepts_request_of_exactly_max_length(server):
     request = ask(new=30, prompt=10)
     with server.engine(max_length=40) as engine:
-        assert engine.submit(request).result(PATIENCE) == alone(server, request)
+        assert engine.submit(request).result(PATIENCE) == generate_alone(server, request)
 
 
 def test_failing_forward_fails_only_requests_of_its_step(server):
@@ -134,7 +137,10 @@ def test_failing_forward_fails_only_requests_of_its_step(server):
 
     handle = server.model.model.layers[1].mlp.register_forward_hook(fail)
     try:
-        with server.engine(max_length=40, max_rows=2) as engine, gated(server, stop=2) as gate:
+        with (
+            server.engine(max_length=40, max_rows=2) as engine,
+            gate_forwards(server, stop=2) as gate,
+        ):
             writer = engine.submit(ask("one", new=9))
             gate.wait()
             fatal, waits = engine.submit(ask("two", prompt=6)), engine.submit(ask("three"))
@@ -145,14 +151,16 @@ def test_failing_forward_fails_only_requests_of_its_step(server):
                 assert stream.finish_reason == "error"
                 assert isinstance(stream.error.__cause__, torch.OutOfMemoryError)
             # In rows that had been written in part.
-            assert waits.result(PATIENCE) == alone(server, waits.request)
+            assert waits.result(PATIENCE) == generate_alone(server, waits.request)
             for name in NAMES:
-                assert engine.submit(ask(name)).result(PATIENCE) == alone(server, ask(name))
+                assert engine.submit(ask(name)).result(PATIENCE) == generate_alone(
+                    server, ask(name)
+                )
         assert kept
         assert kept[0]() is None
     finally:
         handle.remove()
-    assert writer.tokens == alone(server, writer.request)[:3]
+    assert writer.tokens == generate_alone(server, writer.request)[:3]
 
 
 def test_adapter_with_nan_fails_only_its_requests(tmp_path):
@@ -170,7 +178,7 @@ def test_adapter_with_nan_fails_only_its_requests(tmp_path):
             with pytest.raises(RuntimeError, match="adapter_name: the logits with 'two' are not"):
                 stream.result(PATIENCE)
         for stream in (streams[0], *streams[2:]):
-            assert stream.result(PATIENCE) == alone(server, stream.request)
+            assert stream.result(PATIENCE) == generate_alone(server, stream.request)
 
 
 def test_close_cancels_requests_and_frees_cache(server):
@@ -179,7 +187,7 @@ def test_close_cancels_requests_and_frees_cache(server):
     # Two layers, keys and values, rows, heads, positions, their size, four bytes.
     assert engine.cache_bytes == cache.nbytes == 2 * 2 * 3 * 2 * 512 * 8 * 4
     pools = [weakref.ref(pool) for pair in cache.layers.values() for pool in pair]
-    with gated(server, stop=4) as gate:
+    with gate_forwards(server, stop=4) as gate:
         runs, waits = engine.submit(ask(new=400)), [engine.submit(ask()) for _ in range(4)]
         gate.wait()
         closer = threading.Thread(target=engine.close)
@@ -189,7 +197,7 @@ def test_close_cancels_requests_and_frees_cache(server):
         gate.open()
         closer.join(PATIENCE)
     assert runs.finish_reason == "cancelled"
-    assert runs.tokens == alone(server, runs.request)[:5]
+    assert runs.tokens == generate_alone(server, runs.request)[:5]
     assert waits[-1].finish_reason == "cancelled"
     assert waits[-1].result() == []
     with pytest.raises(RuntimeError, match="request: the engine is closed"):
@@ -203,7 +211,7 @@ def test_close_cancels_requests_and_frees_cache(server):
 def test_dropped_engine_stops_its_thread_and_frees_server(tmp_path):
     server = server_of(llama, tmp_path)
     text = server.engine(max_length=40).submit(ask()).result(PATIENCE)  # its stream holds it
-    assert text == alone(server, ask())
+    assert text == generate_alone(server, ask())
     engine = server.engine(max_length=40)
     engine.submit(ask()).result(PATIENCE)
     thread, held = engine._thread, weakref.ref(server)

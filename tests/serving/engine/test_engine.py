@@ -11,7 +11,15 @@ pytest.importorskip("transformers")
 
 from fastlora import MultiLoRAModel
 from tests.support.models import VOCABULARY, gpt2, llama, mistral, qwen2, tokens
-from tests.support.streams import NAMES, PATIENCE, alone, ask, gated, mixed, server_of
+from tests.support.streams import (
+    NAMES,
+    PATIENCE,
+    ask,
+    gate_forwards,
+    generate_alone,
+    mixed_requests,
+    server_of,
+)
 
 BUILDS = {
     "llama": llama,
@@ -36,8 +44,8 @@ def test_engine_matches_generate_when_requests_join_and_leave(
     kind, max_rows, step_tokens, tmp_path
 ):
     server = server_of(BUILDS[kind], tmp_path)
-    requests = mixed()
-    expected = [alone(server, request) for request in requests]
+    requests = mixed_requests()
+    expected = [generate_alone(server, request) for request in requests]
     with server.engine(max_rows=max_rows, max_length=40, step_tokens=step_tokens) as engine:
         first = engine.submit(requests[0])
         read = iter(first)
@@ -52,13 +60,13 @@ def test_engine_matches_generate_when_requests_join_and_leave(
 
 def test_each_adapter_writes_a_different_text(server):
     """Or nothing above would be shown."""
-    texts = [alone(server, ask(name, new=8)) for name in (None, *NAMES)]
+    texts = [generate_alone(server, ask(name, new=8)) for name in (None, *NAMES)]
     assert len({tuple(text) for text in texts}) == len(texts)
 
 
 def test_request_ends_with_its_eos_token(server):
     request = ask(new=20)
-    text = alone(server, request)
+    text = generate_alone(server, request)
     eos = text[6]
     cut = text[: text.index(eos) + 1]
     with server.engine(max_length=40) as engine:
@@ -81,19 +89,19 @@ def test_request_ends_with_its_eos_token(server):
 def test_scale_applies_only_to_its_request(server):
     scales = [0.5, 1.0, -1.0, 0.0]
     requests = [ask("two", new=10, scale=scale) for scale in scales]
-    expected = [alone(server, r, adapter_scales=[r.scale]) for r in requests]
+    expected = [generate_alone(server, r, adapter_scales=[r.scale]) for r in requests]
     with server.engine(max_length=40) as engine:
         streams = [engine.submit(request) for request in requests]
         got = [stream.result(PATIENCE) for stream in streams]
     assert got == expected
-    assert got[3] == alone(server, ask(None, new=10))
+    assert got[3] == generate_alone(server, ask(None, new=10))
     assert len({tuple(text) for text in got}) == 4
 
 
 def test_engine_computes_every_token_once(server):
     """Joining costs the joiner's prompt, and nothing of the others again."""
-    requests = mixed()
-    with server.engine(max_length=40, max_rows=3) as engine, gated(server) as gate:
+    requests = mixed_requests()
+    with server.engine(max_length=40, max_rows=3) as engine, gate_forwards(server) as gate:
         for stream in [engine.submit(request) for request in requests]:
             stream.result(PATIENCE)
     # The last token of each is written, not read.
@@ -102,7 +110,7 @@ def test_engine_computes_every_token_once(server):
 
 def test_engine_runs_one_forward_per_step(server):
     for names in [["one"] * 4, ["one", None, "two", "three"]]:
-        with server.engine(max_length=40) as engine, gated(server, stop=0) as gate:
+        with server.engine(max_length=40) as engine, gate_forwards(server, stop=0) as gate:
             streams = [engine.submit(ask(None, new=1))]
             gate.wait()
             streams += [engine.submit(ask(name, new=5)) for name in names]
@@ -113,13 +121,16 @@ def test_engine_runs_one_forward_per_step(server):
 
 
 def test_long_prompt_is_read_in_parts_beside_others(server):
-    with server.engine(max_length=64, step_tokens=8) as engine, gated(server, stop=2) as gate:
+    with (
+        server.engine(max_length=64, step_tokens=8) as engine,
+        gate_forwards(server, stop=2) as gate,
+    ):
         writer = engine.submit(ask("one", new=20))
         gate.wait()
         reader = engine.submit(ask("two", new=2, prompt=50))
         gate.open()
-        assert reader.result(PATIENCE) == alone(server, reader.request)
-        assert writer.result(PATIENCE) == alone(server, writer.request)
+        assert reader.result(PATIENCE) == generate_alone(server, reader.request)
+        assert writer.result(PATIENCE) == generate_alone(server, writer.request)
     # 4 of the writer's prompt, it alone, then both: 7 of the prompt of 50 beside each token.
     assert gate.sizes[:3] == [4, 1, 1]
     assert gate.sizes[3:11] == [8] * 7 + [2]
@@ -128,16 +139,16 @@ def test_long_prompt_is_read_in_parts_beside_others(server):
 def test_engine_goes_on_when_rows_exceed_step_tokens(server):
     """Every writer goes on, and prompts get on by a token."""
     requests = [ask(name, new=6, prompt=2) for name in (None, *NAMES)]
-    with server.engine(max_length=32, step_tokens=1) as engine, gated(server) as gate:
+    with server.engine(max_length=32, step_tokens=1) as engine, gate_forwards(server) as gate:
         streams = [engine.submit(request) for request in requests]
         got = [stream.result(PATIENCE) for stream in streams]
-    assert got == [alone(server, request) for request in requests]
+    assert got == [generate_alone(server, request) for request in requests]
     assert max(gate.sizes) <= len(requests) + 1
 
 
 def test_engine_serves_requests_of_many_threads(server):
-    requests = mixed() * 3
-    expected = [alone(server, request) for request in requests]
+    requests = mixed_requests() * 3
+    expected = [generate_alone(server, request) for request in requests]
     with server.engine(max_length=40, max_rows=5) as engine, ThreadPoolExecutor(6) as pool:
         texts = pool.map(lambda request: engine.submit(request).result(PATIENCE), requests)
         assert list(texts) == expected
@@ -151,8 +162,8 @@ def test_server_answers_calls_while_engine_runs(kind, tmp_path):
     ids[1, :3] = mask[1, :3] = 0
     options = {"adapter_names": ["one", None, "two"], "attention_mask": mask, "max_new_tokens": 6}
     expected, request = server.generate(ids, **options), ask(new=30)
-    text = alone(server, request)
-    with server.engine(max_length=40) as engine, gated(server, stop=3) as gate:
+    text = generate_alone(server, request)
+    with server.engine(max_length=40) as engine, gate_forwards(server, stop=3) as gate:
         stream = engine.submit(request)
         gate.wait()
         gate.stop = None  # for calls in this thread
@@ -175,7 +186,7 @@ def test_seeded_samples_equal_generate_beside_other_requests(server):
     for request, way in zip(requests, ways, strict=True):
         torch.manual_seed(request.seed)
         options = {"do_sample": True, "top_k": 0} | way
-        expected.append(alone(server, request, **options))
+        expected.append(generate_alone(server, request, **options))
     others = [ask(name, do_sample=True, new=9) for name in NAMES]
     with server.engine(max_length=40, max_rows=3) as engine:
         streams = [engine.submit(r) for r in [*others, *requests, *others]]

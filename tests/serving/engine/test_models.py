@@ -18,7 +18,7 @@ from fastlora.ops import dispatch, invariance
 from fastlora.serving import Engine
 from fastlora.serving.engine import compatibility
 from tests.support.models import bert, gemma2, gpt2, llama, randomise_lora, t5
-from tests.support.streams import PATIENCE, alone, ask, server_of
+from tests.support.streams import PATIENCE, ask, generate_alone, server_of
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_engine_matches_generate_for_deeper_models(dtype):
         text = engine.submit(request).result(PATIENCE)
     assert len(text) == 8
     if dtype in (torch.float32, torch.float64):
-        assert text == alone(server, request)
+        assert text == generate_alone(server, request)
 
 
 def test_engine_matches_generate_when_head_has_lora(tmp_path):
@@ -83,7 +83,7 @@ def test_engine_matches_generate_when_head_has_lora(tmp_path):
     with server.engine(max_length=40, step_tokens=4) as engine:
         streams = [engine.submit(request) for request in requests]
         got = [stream.result(PATIENCE) for stream in streams]
-    assert got == [alone(server, request) for request in requests]
+    assert got == [generate_alone(server, request) for request in requests]
 
 
 class Plain(nn.Module):

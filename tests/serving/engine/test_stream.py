@@ -15,7 +15,7 @@ from fastlora import MultiLoRAModel
 from fastlora.serving import Event, Request
 from fastlora.serving.engine import engine
 from tests.support.models import llama, tokens
-from tests.support.streams import PATIENCE, alone, gated, mixed, server_of
+from tests.support.streams import PATIENCE, gate_forwards, generate_alone, mixed_requests, server_of
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def texts(events: list[Event]) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize("max_rows", [1, 2, 32])
 def test_stream_gives_every_request_its_own_text(server, max_rows):
-    requests = mixed()
+    requests = mixed_requests()
     events = list(server.stream(requests, max_rows=max_rows, max_length=40))
     found = texts(events)
-    assert [found[id(r)] for r in requests] == [alone(server, r) for r in requests]
+    assert [found[id(r)] for r in requests] == [generate_alone(server, r) for r in requests]
     assert {e.finish_reason for e in events} == {None, "length"}
     if max_rows > 1:
         # Interleaved: one ends while another, which began before, goes on.
@@ -55,7 +55,7 @@ def test_stream_takes_requests_only_when_rows_are_free(server):
     taken = []
 
     def endless() -> Iterator[Request]:
-        for request in mixed() * 100:
+        for request in mixed_requests() * 100:
             taken.append(request)
             yield request
 
@@ -71,7 +71,7 @@ def test_stream_takes_requests_only_when_rows_are_free(server):
 
 
 def test_closing_stream_iterator_stops_the_engine(server):
-    events = server.stream(mixed(), max_length=40)
+    events = server.stream(mixed_requests(), max_length=40)
     next(events)
     running = events.gi_frame.f_locals["engine"]
     events.close()
@@ -81,7 +81,7 @@ def test_closing_stream_iterator_stops_the_engine(server):
 
 def test_stream_raises_error_of_its_iterable(server):
     def failing() -> Iterator[Request]:
-        yield from mixed()[:2]
+        yield from mixed_requests()[:2]
         raise OSError("no more requests")
 
     with pytest.raises(OSError, match="no more requests"):
@@ -89,7 +89,7 @@ def test_stream_raises_error_of_its_iterable(server):
 
 
 def test_stream_reports_bad_request_as_its_event(server):
-    good = mixed()
+    good = mixed_requests()
     bad: list[Any] = [
         Request([1], "nobody", max_new_tokens=3),
         Request([1] * 30, max_new_tokens=11),
@@ -99,7 +99,7 @@ def test_stream_reports_bad_request_as_its_event(server):
     mixture = [bad[0], good[0], bad[1], *good[1:], bad[2], bad[3]]
     events = list(server.stream(mixture, max_rows=2, max_length=40))
     found = texts(events)
-    assert [found[id(r)] for r in good] == [alone(server, r) for r in good]
+    assert [found[id(r)] for r in good] == [generate_alone(server, r) for r in good]
     errors = [next(e for e in events if e.request is request) for request in bad]
     assert [e.finish_reason for e in errors] == ["error"] * 4
     assert [e.token for e in errors] == [None] * 4
@@ -153,11 +153,11 @@ def test_requests_do_not_wait_for_loading_adapters(server, monkeypatch, max_rows
     with server.engine(max_rows=max_rows, max_length=40) as running:
         late = running.submit(ask("two"))
         for name in ("one", "three", None, "one"):
-            assert running.submit(ask(name)).result(PATIENCE) == alone(server, ask(name))
+            assert running.submit(ask(name)).result(PATIENCE) == generate_alone(server, ask(name))
         assert late.tokens == []
         assert late.finish_reason is None
         lending.late["two"].set_result(lending.lease(server, "two"))
-        assert late.result(PATIENCE) == alone(server, ask("two"))
+        assert late.result(PATIENCE) == generate_alone(server, ask("two"))
     lending.assert_all_back()
     assert len(lending.lent) == 5
 
@@ -165,7 +165,7 @@ def test_requests_do_not_wait_for_loading_adapters(server, monkeypatch, max_rows
 def test_unreadable_adapter_fails_only_its_requests(server, monkeypatch):
     lending = Lending(monkeypatch)
     lending.late["two"] = Future()
-    with server.engine(max_rows=2, max_length=40) as running, gated(server, stop=2) as gate:
+    with server.engine(max_rows=2, max_length=40) as running, gate_forwards(server, stop=2) as gate:
         good, bad = running.submit(ask("one", new=9)), running.submit(ask("two"))
         gate.wait()
         lending.late["two"].set_exception(OSError("adapter_model.safetensors: corrupt"))
@@ -175,14 +175,14 @@ def test_unreadable_adapter_fails_only_its_requests(server, monkeypatch):
         with pytest.raises(OSError, match="corrupt"):
             list(bad)
         assert (bad.finish_reason, bad.tokens) == ("error", [])
-        assert good.result(PATIENCE) == alone(server, good.request)
+        assert good.result(PATIENCE) == generate_alone(server, good.request)
     lending.assert_all_back()
 
 
 def test_every_ended_request_releases_its_adapter(server, monkeypatch):
     lending = Lending(monkeypatch)
     lending.late["two"] = waited = Future()
-    with server.engine(max_rows=2, max_length=64) as running, gated(server, stop=2) as gate:
+    with server.engine(max_rows=2, max_length=64) as running, gate_forwards(server, stop=2) as gate:
         runs = [running.submit(ask(name, new=40)) for name in ("one", "three")]
         queued = [running.submit(ask("one")) for _ in range(2)]
         gate.wait()
@@ -194,7 +194,7 @@ def test_every_ended_request_releases_its_adapter(server, monkeypatch):
         assert nobody.result(PATIENCE) == late.result(PATIENCE) == []
         assert waited.cancelled()
         assert late.finish_reason == "timeout"
-        assert queued[1].result(PATIENCE) == alone(server, queued[1].request)
+        assert queued[1].result(PATIENCE) == generate_alone(server, queued[1].request)
     assert runs[1].finish_reason in ("cancelled", "length")
     lending.assert_all_back()
     assert len(lending.lent) == 5
@@ -254,9 +254,9 @@ def test_request_accepts_ids_as_tensor_or_list():
 
 
 def test_result_raises_timeout_error_while_request_goes_on(server):
-    with server.engine(max_length=40) as running, gated(server, stop=0) as gate:
+    with server.engine(max_length=40) as running, gate_forwards(server, stop=0) as gate:
         stream = running.submit(ask("one"))
         with pytest.raises(TimeoutError, match=r"timeout: the request goes on after 0.01 s"):
             stream.result(0.01)
         gate.open()
-        assert stream.result(PATIENCE) == alone(server, ask("one"))
+        assert stream.result(PATIENCE) == generate_alone(server, ask("one"))

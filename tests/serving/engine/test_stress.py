@@ -15,7 +15,7 @@ import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.serving import Engine, Request
 from tests.support.banks import assert_empty
-from tests.support.histories import History, only
+from tests.support.histories import History, reraise_other_errors
 from tests.support.models import llama, quiet, randomise_lora, tokens
 
 pytest.importorskip("transformers")
@@ -79,7 +79,7 @@ class Clients:
             try:
                 asked.append((name, which, self.engine.submit(request)))
             except ValueError as error:
-                only(error, "is loaded")
+                reraise_other_errors(error, "is loaded")
                 assert None in self.past.since(then, name)
                 self.done["unknown"] += 1
         for name, which, handle in asked:
@@ -108,7 +108,7 @@ class Clients:
                 max_new_tokens=NEW, do_sample=False, pad_token_id=0,
             )[:, ids.shape[1] :].tolist()  # fmt: skip
         except ValueError as error:
-            only(error, "is loaded")
+            reraise_other_errors(error, "is loaded")
             assert any(None in self.past.since(then, name) for name in names if name)
             self.done["unknown"] += 1
             return
@@ -131,9 +131,9 @@ class Clients:
             with self.past.changing(name, None):
                 self.server.unload_adapter(name, wait=wait)
         except RuntimeError as error:
-            only(error, "nothing" if wait else "is in use")
+            reraise_other_errors(error, "nothing" if wait else "is in use")
         except ValueError as error:
-            only(error, "is loaded")
+            reraise_other_errors(error, "is loaded")
 
 
 def test_concurrent_requests_get_text_of_their_adapter(texts, prompts):
