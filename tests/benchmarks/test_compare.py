@@ -64,6 +64,7 @@ def test_bench_compare_fails_on_slower_run(bench_in_process, tmp_path, capsys):
     assert bench_in_process("--compare", str(generous))[0] == 0
 
 
+@pytest.mark.full  # a run that is slower is quick
 def test_bench_compare_fails_when_second_measurement_crashes(
     bench_in_process, tmp_path, monkeypatch
 ):
@@ -81,6 +82,7 @@ def test_bench_compare_fails_when_second_measurement_crashes(
     assert bench_in_process("--compare", str(earlier))[0] == 1
 
 
+@pytest.mark.full  # a run that is slower is quick
 def test_bench_compare_ignores_lines_of_another_device(bench_in_process, tmp_path, capsys):
     _, found = bench_in_process()
     earlier = tmp_path / "earlier.jsonl"
@@ -90,6 +92,7 @@ def test_bench_compare_ignores_lines_of_another_device(bench_in_process, tmp_pat
     assert "nothing was judged" in capsys.readouterr().out
 
 
+@pytest.mark.full  # a run that is slower is quick
 def test_bench_compare_repeats_measurement_of_slow_case(
     bench_in_process, tmp_path, monkeypatch, capsys
 ):

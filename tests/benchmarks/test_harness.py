@@ -151,6 +151,7 @@ def bare_checkout(tmp_path):
     return copy, run
 
 
+@pytest.mark.full  # a process of its own, 12 s
 def test_bare_checkout_measures_without_peft(bare_checkout):
     copy, run = bare_checkout
     # Beside providers that forget the adapter, and that end in an error.

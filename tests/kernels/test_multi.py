@@ -189,7 +189,9 @@ def test_pages_give_the_bits_of_the_dense_form(path, page, dtype, device):
 
 @on_every_path
 @pytest.mark.parametrize("tiles", ["tiny"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.float16]
+)
 def test_slices_give_the_bits_of_each_alone(path, dtype, tiles, device):
     """q, k and v of unequal widths: one launch, three products' bits, along one path."""
     widths, R, S = (40, 17, 9), 5, 4

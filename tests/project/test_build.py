@@ -96,6 +96,7 @@ def test_wheel_from_sdist_contains_native_library(tree: Path, site: Site, tmp_pa
     works_natively(site, fastlora.parent / LIBRARY)
 
 
+@pytest.mark.full  # the wheel without compilers is quick
 @needs_compiler
 @pytest.mark.parametrize("mode", ["default", pytest.param("strict", marks=pytest.mark.full)])
 def test_editable_install_builds_native_library(mode: str, tree: Path, site: Site) -> None:

@@ -53,6 +53,7 @@ def test_quick_demo_run_passes_its_claims(capsys):
         assert name in shown
 
 
+@pytest.mark.full  # the quick demo stands for it
 def test_demo_accepts_given_model_and_data(own_model, own_data, capsys):
     assert run(str(own_model), str(own_data), quick=True) == 0
     shown = capsys.readouterr().out
@@ -140,6 +141,7 @@ def test_demo_explains_unusable_model(tmp_path, capsys):
     assert "cannot load" in capsys.readouterr().err
 
 
+@pytest.mark.full  # the quick demo stands for it
 def test_demo_names_missing_package_in_one_line():
     code = "import sys; sys.modules['rich'] = None; from fastlora.demo import run; sys.exit(run())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

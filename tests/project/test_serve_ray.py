@@ -37,6 +37,9 @@ from tests.project.ray_server import (
     wait_for,
 )
 
+# Starting Ray and two replicas takes half a minute; the engine that they serve has quick tests.
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

@@ -90,6 +90,7 @@ def test_activation_checkpointing_keeps_the_triton_mask(f, reentrant, device, on
         assert same_bits(ours, want)
 
 
+@pytest.mark.full  # gradients of one step are quick
 def test_triton_training_has_losses_of_torch(device, on_triton):
     """A small model's losses, step by step; the environment's variable decides."""
     losses = {name: train_in_process(name, device) for name in ("torch", "triton")}

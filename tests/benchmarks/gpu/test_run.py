@@ -75,6 +75,7 @@ HANGS = "time.sleep(600)"
 DEAF = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
+@pytest.mark.full  # waits for processes to hang
 @pytest.mark.parametrize("ignores", ["", DEAF], ids=["", "deaf"])
 @pytest.mark.parametrize("then", [HANGS, "pass"], ids=["hangs", "ends"])
 def test_hanging_part_is_ended_with_its_child_processes(tmp_path, ignores, then):

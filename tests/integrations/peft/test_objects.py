@@ -175,6 +175,7 @@ def test_patched_model_keeps_repr_and_classes():
     assert str(peft.get_layer_status(patched)) == str(peft.get_layer_status(plain))
 
 
+@pytest.mark.full  # pickles in one process are quick
 def test_another_process_loads_pickled_patched_model(tmp_path):
     model = llama()
     inject_adapter(model, config("llama"))
