@@ -1,7 +1,7 @@
 """The one list of cases: the command line, pytest and the tests all read it.
 
 CPU sizes keep the whole list at five minutes or so on two cores. CUDA sizes are those of a layer
-4096 wide; the most telling come first, in case the machine is taken away.
+4096 wide; the most telling come first, in case the run is cut short.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ _CUDA = (
     ),
     *_list_overhead("cuda", "bf16"),
 )
-# Something of every suite before the rest of any: the machine may be taken away.
+# Something of every suite before the rest of any: the run may be cut short.
 CUDA = tuple(sorted(_CUDA, key=lambda case: not case.quick))
 
 

@@ -69,7 +69,7 @@ def _asking_for(*backends: str) -> list:
 
 @pytest.fixture(params=_asking_for("torch", "cpu", "triton"))
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Every backend that has the single-adapter ops, asked for by name."""
+    """Every backend that has the linear ops, of one adapter and of many, asked for by name."""
     with fastlora.use_backend(request.param):
         yield request.param
 

@@ -197,7 +197,7 @@ class Run:
         self._waiting.clear()
 
     def _note(self, part: Part, state: dict[str, Any]) -> None:
-        """Writes the state to the file at once: the machine may be taken away."""
+        """Writes the state to the file at once: the run may be cut short."""
         line = state
         if "part" not in line:
             line = {"part": part.name, **state, "when": _format_now(), "of": self._identity}

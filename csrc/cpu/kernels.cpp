@@ -5,7 +5,7 @@
 #include "cpu/merge/without_receipt.h"
 #include "cpu/linear/gradient.h"
 #include "cpu/merge/merge.h"
-#include "cpu/linear/rows.h"
+#include "cpu/linear/lora_linear.h"
 #include "cpu/table.h"
 
 namespace fastlora::FL_ISA {

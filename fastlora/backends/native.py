@@ -149,10 +149,10 @@ def _open(path: Path, version_of: str) -> ctypes.CDLL | str:
 
 def cuda_functions() -> ctypes.CDLL:
     """The CUDA library's functions; RuntimeError with the reason where there are none."""
-    found = load_cuda()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+    library = load_cuda()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
 
 
 @cache
@@ -163,16 +163,16 @@ def cuda_on_host() -> bool:
 
 def unusable() -> str | None:
     """Why there is no native CPU library, or None when there is one."""
-    found = load()
-    return found if isinstance(found, str) else None
+    library = load()
+    return library if isinstance(library, str) else None
 
 
 def functions() -> ctypes.CDLL:
     """The library with its functions bound; RuntimeError with the reason where there is none."""
-    found = load()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+    library = load()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
 
 
 @cache

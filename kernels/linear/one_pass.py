@@ -1,7 +1,8 @@
 """The whole layer in one pass, for few rows: ``y = x @ w + s * keep * (h @ b) + biases``.
 
 x (M, K), w (K, N), a (R, K), b (R, N), ``h = dropout(x) @ a.T``. Forward: w = weight.T, a =
-lora_A, b = lora_B.T; backward for x: w = weight, a = lora_B.T, b = lora_A, and keep drops, not x.
+lora_A, b = lora_B.T; backward for x: w = weight, a = lora_B.T, b = lora_A, and keep
+masks y, not x.
 x is read once: xw and xa are summed in the same K loop, the rank step and the biases come before
 the single rounding. Without w it adds the LoRA part alone to y.
 

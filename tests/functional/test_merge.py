@@ -1,4 +1,4 @@
-"""merge_ and unmerge_: one rounding in, every bit back, or an error and nothing changed."""
+"""merge_ and unmerge_: one rounding in, every bit back, or an error; swap_: backends/test_merge."""
 
 import math
 

@@ -1,9 +1,9 @@
 // W = round(W + d) in place, and back again, bit for bit.
 //
 // Reads and writes W once, block by block: each is computed, checked and noted in the receipt
-// before it is stored. The receipt keeps what round(M - d) does not give back of W, M the merged
-// weight, and two checksums: of M, and of all else in the receipt together with the factors. If
-// both are right, the weight comes back right.
+// before it is stored. With M the merged weight, the receipt keeps two things: what round(M - d)
+// does not give back of W, and two checksums, of M, and of all else in the receipt together with
+// the factors. If both are right, the weight comes back right.
 #pragma once
 
 #include <atomic>

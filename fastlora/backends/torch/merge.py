@@ -102,12 +102,12 @@ def check_parts(
     weight: Tensor, positions: Tensor, bits: Tensor, counts: Tensor, checksums: Tensor
 ) -> None:
     """RuntimeError unless a receipt's parts have the dtypes and lengths of the weight's."""
-    given = (positions, bits, counts, checksums)
+    parts = (positions, bits, counts, checksums)
     dtypes = (torch.int16, BITS[weight.itemsize], torch.int32, torch.int64)
     held = int(counts.sum())
     lengths = (held, held, sum(1 for _ in tiles(weight)), 2)
-    fits = all(t.dtype == d for t, d in zip(given, dtypes, strict=True))
-    fits = fits and all(t.numel() == n for t, n in zip(given, lengths, strict=True))
+    fits = all(t.dtype == d for t, d in zip(parts, dtypes, strict=True))
+    fits = fits and all(t.numel() == n for t, n in zip(parts, lengths, strict=True))
     if not fits or bool((counts < 0).any()):
         raise RuntimeError(NOT_RESTORED)
 

@@ -39,8 +39,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
     y, h = x.new_empty(M, N), x.new_empty(M, R)
-    given = (x, weight.T, lora_A, lora_B.T, y, h, scaling, _dense(bias), _dense(lora_bias))
-    run(Product(*given, Dropout.of(dropout_p, seed), invariant=invariant), "lora_linear", path)
+    operands = (x, weight.T, lora_A, lora_B.T, y, h, scaling, _dense(bias), _dense(lora_bias))
+    run(Product(*operands, Dropout.of(dropout_p, seed), invariant=invariant), "lora_linear", path)
     return y, h
 
 
@@ -57,15 +57,15 @@ def lora_add_(
     path: str | None = None,
     invariant: bool = False,
 ) -> None:
-    own = h if rows_of_ones(h) else h.new_empty(h.shape)
+    h_out = h if rows_of_ones(h) else h.new_empty(h.shape)
     if torch._C._is_alias_of(y, x):
         # One launch would write tiles of y that it has yet to read as x; two read all of x first.
         path = "two_pass"
-    given = (x, None, lora_A, lora_B.T, y, own, scaling, None, _dense(lora_bias))
-    run(Product(*given, Dropout.of(dropout_p, seed), invariant=invariant), "lora_add_", path)
-    mark_written(y, own)
-    if own is not h:
-        h.copy_(own)
+    operands = (x, None, lora_A, lora_B.T, y, h_out, scaling, None, _dense(lora_bias))
+    run(Product(*operands, Dropout.of(dropout_p, seed), invariant=invariant), "lora_add_", path)
+    mark_written(y, h_out)
+    if h_out is not h:
+        h.copy_(h_out)
 
 
 def lora_linear_backward(

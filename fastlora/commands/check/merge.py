@@ -83,25 +83,25 @@ class MergeSubject:
         """
         before = [_bits(w) for w in self.weights]
         weights = [w.clone() for w in self.weights]
-        given = _flatten(self.adapters)
-        receipts = flatten_receipts(functions["merge_"](weights, *given, True))
+        flat = _flatten(self.adapters)
+        receipts = flatten_receipts(functions["merge_"](weights, *flat, True))
         merged = [w.clone() for w in weights]
         if op == "merge_":
-            functions["merge_"](again := [w.clone() for w in self.weights], *given, False)
+            functions["merge_"](again := [w.clone() for w in self.weights], *flat, False)
             _expect_bits(again, [_bits(w) for w in merged], "a merge for good has other bits")
             return self._judge_rounding(merged)
         if op == "unmerge_":
             weights[-1].view(-1)[-1] = 1.5
-            _expect_refusal(functions["unmerge_"], weights, *given, receipts)
+            _expect_refusal(functions["unmerge_"], weights, *flat, receipts)
             merged[-1].view(-1)[-1] = 1.5
             _expect_bits(weights, [_bits(w) for w in merged], "a refused unmerge changed a weight")
             weights = [w.clone() for w in self.weights]
-            functions["merge_"](weights, *given, False)
-            functions["unmerge_"](weights, *given, receipts)
+            functions["merge_"](weights, *flat, False)
+            functions["unmerge_"](weights, *flat, receipts)
             _expect_bits(weights, before, "not every bit came back")
             return 0.0
         others = _flatten([[(A, B, -s) for A, B, s in some[:1]] for some in self.adapters])
-        made = functions["swap_"](weights, *given, receipts, *others)
+        made = functions["swap_"](weights, *flat, receipts, *others)
         functions["merge_"](wanted := [w.clone() for w in self.weights], *others, False)
         _expect_bits(weights, [_bits(w) for w in wanted], "a swap is not an unmerge and a merge")
         functions["unmerge_"](weights, *others, flatten_receipts(made))

@@ -174,16 +174,16 @@ class MultiSubject(Subject):
             function(y, t["x"], packed, rows)
             return [("y added to", y)]
         if op == "multi_lora_linear":
-            found = function(t["x"], t["weight"], bias, adapters, rows)
-            return list(zip(("y", "h"), found, strict=True))
+            results = function(t["x"], t["weight"], bias, adapters, rows)
+            return list(zip(("y", "h"), results, strict=True))
         if op == "multi_lora_add_":
             y, h = lay_out(t["y"], case.layout), torch.full_like(self.unfused["h"], math.nan)
             function(y, h, t["x"], adapters, rows)
             return [("y added to", y), ("h", h)]
         names = ("dx", "dweight", "dbias", "dlora_A", "dlora_B")
         weight = t["weight"] if case.weight else None
-        given = (t["dy"], t["x"], weight, adapters, self.unfused["h"], rows)
-        return list(zip(names, function(*given, [True] * 5), strict=True))
+        operands = (t["dy"], t["x"], weight, adapters, self.unfused["h"], rows)
+        return list(zip(names, function(*operands, [True] * 5), strict=True))
 
     def _lay_in_pages(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns lora_A, lora_B and a table as packed ops take them: pages scattered among NaN."""
