@@ -27,11 +27,6 @@ from fastlora.backends.torch import multi as reference
 from fastlora.backends.torch.wide_products import base_gradient, linear
 from fastlora.backends.values import Adapters, Rows
 
-# As the kernel reads ids, order, starts, scalings, ranks and row_scales.
-_ROW_DTYPES = (
-    torch.int32, torch.int64, torch.int64, torch.float32, torch.int32, torch.float32,
-)  # fmt: skip
-
 
 def multi_lora_linear(
     x: Tensor,
@@ -83,7 +78,12 @@ def run_multi(
         pages = (table.data_ptr(), width, P, page)
     x = unit_columns(x)
     bias = None if bias is None else unit_columns(bias)
-    _, order, starts, scalings, ranks, row_scales = flatten_rows(rows, R)
+    _, order, starts, scalings, ranks, row_scales = rows
+    order, starts = flat(order, torch.int64), flat(starts, torch.int64)
+    scalings, row_scales = flat(scalings, torch.float32), flat(row_scales, torch.float32)
+    if ranks is not None and ranks.dtype != torch.int32:
+        ranks = ranks.clamp(0, R)
+    ranks = flat(ranks, torch.int32)
     (M, N), K = y.shape, x.shape[1]
     if order.numel() != M or starts.numel() != S + 1 or scalings.numel() != S:
         raise ValueError(
@@ -104,16 +104,6 @@ def run_multi(
             f"scalings: expected finite numbers, got {float(scalings[slot])} for slot {slot}"
         )
     native.check(code, "multi_lora_linear")
-
-
-def flatten_rows(rows: Rows, R: int) -> Rows:
-    """The same rows as the kernel reads them: numbers of a dtype, one behind the other."""
-    if rows.ranks is not None and rows.ranks.dtype != torch.int32:
-        rows = rows._replace(ranks=rows.ranks.clamp(0, R))
-    for field, dtype in zip(rows, _ROW_DTYPES, strict=True):
-        if field is not None and not (field.dtype is dtype and field.is_contiguous()):
-            return Rows._make(flat(t, d) for t, d in zip(rows, _ROW_DTYPES, strict=True))
-    return rows
 
 
 def packed_lora_linear(
