@@ -78,6 +78,7 @@ def test_bypassed_layers_are_refused_or_skipped(name):
 
 def test_every_replaced_wavlm_layer_gets_a_gradient():
     model = fastlora.replace_linear(wavlm(), ALL)
+    model.config.layerdrop = 0.0  # in training it leaves out layers by chance
     model(**AUDIO).logits.square().mean().backward()
     assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in find_lora_layers(model))
 

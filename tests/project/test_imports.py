@@ -14,7 +14,7 @@ FLOORS = """
     __main__
     commands
     demo
-    __init__ combining fidelity tensor_parallel moved
+    __init__ combining fidelity tensor_parallel
     serving integrations
     model merge_files
     adapters
@@ -26,6 +26,7 @@ FLOORS = """
     kernels/multi config
     kernels/linear kernels/merge kernels/choose
     kernels/tile
+    moved
 """
 FLOOR = {folder_of: n for n, line in enumerate(FLOORS.split("\n")) for folder_of in line.split()}
 # What a folder's files may import besides the standard library and fastlora. Inside functions

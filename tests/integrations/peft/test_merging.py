@@ -52,7 +52,8 @@ def test_unmerge_restores_every_bit(kind, dtype):
             model.merge_adapter(safe_merge=True)
         with torch.no_grad():
             found = [error(run(model, given), exact) for model in (patched, plain)]
-        assert cycle or found[0] <= 2 * found[1] + 1e-5
+        # One draw of a bfloat16 model's rounding errors, beside another one.
+        assert cycle or found[0] <= 4 * found[1] + 1e-5
         for model in (plain, patched):
             model.unmerge_adapter()
     assert {name: p.data_ptr() for name, p in patched.named_parameters()} == where
