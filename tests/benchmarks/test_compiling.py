@@ -51,6 +51,7 @@ def test_compiled_provider_compiles_once_for_all_copies(which):
     assert counters["stats"]["unique_graphs"] == len(present)
 
 
+@pytest.mark.full  # compiling once is quick
 def test_compiled_provider_compiles_every_shape_separately():
     """More of them in one process than torch.compile keeps of one function."""
     work = Linear(backward=False)

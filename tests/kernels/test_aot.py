@@ -53,6 +53,7 @@ def test_aot_sample_compiles_for_every_target(archs) -> None:
     assert {(name, f"sm_{arch}") for name in archs for arch in archs[name]} <= rows
 
 
+@pytest.mark.full  # a fault that shows is quick
 def test_aot_check_fails_for_tile_too_large(tmp_path) -> None:
     said = run_script(
         tmp_path,
@@ -82,6 +83,7 @@ def test_aot_fault_gives_line_and_exit_code(tmp_path) -> None:
     assert said[-1] == "1"
 
 
+@pytest.mark.full  # a fault that shows is quick
 def test_aot_check_fails_for_missing_instruction(tmp_path) -> None:
     said = run_script(
         tmp_path,
@@ -120,6 +122,7 @@ print(narrow_offsets(compiled[0].asm["ttir"]))
 """
 
 
+@pytest.mark.full  # a fault that shows is quick
 def test_aot_check_fails_for_narrow_offsets(tmp_path) -> None:
     imports = """
 import torch

@@ -58,6 +58,7 @@ def _run_python(*arguments: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.full  # losses, files and biases are quick
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_trainer_resumes_with_the_same_losses(kind, killed_runs, tmp_path):
     unbroken = trainer(tmp_path, kind)
@@ -103,6 +104,7 @@ def test_trainer_checkpoints_load_in_peft(tmp_path):
     assert sizes[1] < sizes[0] / 2
 
 
+@pytest.mark.full  # losses, files and biases are quick
 @pytest.mark.parametrize("kind", ["whole", "adapter"])
 def test_trainer_loads_best_checkpoint_at_end(kind, tmp_path):
     run = trainer(
@@ -128,6 +130,7 @@ def test_adapter_checkpoints_refuse_parameters_they_would_lose(tmp_path):
         trainer(tmp_path, "adapter", model=llama())
 
 
+@pytest.mark.full  # losses, files and biases are quick
 def test_accumulated_small_batches_match_one_big_batch(tmp_path):
     runs = [
         trainer(
@@ -160,6 +163,7 @@ def test_two_processes_train_as_one_process(tmp_path):
         assert max(error(others[key], mine[key]) for key in mine) < 1e-2
 
 
+@pytest.mark.full  # losses, files and biases are quick
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_trainer_recomputes_activations_with_same_losses(reentrant, tmp_path):
     """Embeddings are frozen, so that what enters the first block must be made to need gradients."""

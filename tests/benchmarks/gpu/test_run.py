@@ -15,6 +15,9 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import parts
 from benchmarks.gpu.parts import Part, Run
 
+# Its parts are processes that hang, fail and wait; test_gpu_commands is quick.
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -18,6 +18,9 @@ from benchmarks.suites.linear import Linear
 from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
 
+# Every provider of every case; the gate's quick tests call most of them.
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
