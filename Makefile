@@ -133,9 +133,9 @@ sanitize: ## the quick check under compute-sanitizer: out-of-bounds reads and wr
 	done
 
 lint: setup ## check style and formatting
+	@$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: setup ## fix what can be fixed of both
 	$(BIN)/ruff check --fix .
