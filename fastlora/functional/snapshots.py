@@ -61,8 +61,8 @@ def check(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]) -> None:
         sums = (exact.checksum(weight), exact.checksum(receipt.snapshot))
         reasons = (errors.NOT_MERGED, exact.NOT_RESTORED)
         with errors.at(i):
-            for now, then, reason in zip(sums, receipt.checksums, reasons, strict=True):
-                if now.item() != then.item():
+            for actual, expected, reason in zip(sums, receipt.checksums, reasons, strict=True):
+                if actual.item() != expected.item():
                     raise RuntimeError(reason)
 
 

@@ -134,11 +134,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(difference) if bool(difference.isfinite()) else float("inf")
 
 
-def assert_agree(
-    got: Tensor, want: Tensor, base: Tensor | None = None, tolerances: float = 1
-) -> None:
+def assert_agree(got: Tensor, want: Tensor, base: Tensor | None = None) -> None:
     """To the dtype's tolerance; ``base`` must lie five tolerances away, or nothing was shown."""
-    tolerance = tolerances * TOLERANCE[want.dtype]
+    tolerance = TOLERANCE[want.dtype]
     assert got.dtype == want.dtype
     assert error(got, want) <= tolerance
     if base is not None:

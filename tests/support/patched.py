@@ -112,8 +112,7 @@ def assert_same(plain: nn.Module, patched: nn.Module, act: Callable[[nn.Module],
         if want.is_floating_point() and want.numel() and bool(want.any()):
             assert_agree(own[name].detach(), want.detach())
         if want.grad is not None and bool(want.grad.any()):
-            # Of several steps, each of which magnifies the differences of the one before.
-            assert_agree(own[name].grad, want.grad, tolerances=5)
+            assert_agree(own[name].grad, want.grad)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def assert_bits(model, before):
 @pytest.mark.parametrize("kind", ["mlp", "gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerge_restores_every_bit(kind, dtype):
+    torch.manual_seed(0)  # the bound below is of one draw of rounding errors beside another
     plain, patched = pair(kind, dtype)
     for model in (plain, patched):
         model.add_adapter("other", config(kind, r=3, lora_alpha=40))
@@ -52,8 +53,7 @@ def test_unmerge_restores_every_bit(kind, dtype):
             model.merge_adapter(safe_merge=True)
         with torch.no_grad():
             found = [error(run(model, given), exact) for model in (patched, plain)]
-        # One draw of a bfloat16 model's rounding errors, beside another one.
-        assert cycle or found[0] <= 4 * found[1] + 1e-5
+        assert cycle or found[0] <= 2 * found[1] + 1e-5
         for model in (plain, patched):
             model.unmerge_adapter()
     assert {name: p.data_ptr() for name, p in patched.named_parameters()} == where
