@@ -53,6 +53,12 @@ INSTRUCTION_SETS = {
     "avx512": _AVX512,
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
 }
+# tile_kernels.cpp, likewise. The second one has tiles in ordinary instructions: for tests, and never
+# chosen by itself. Each needs a set above for what is not done by tiles.
+TILE_SETS = {
+    "amx_bf16": [*_AVX512, "-mavx512bf16"],
+    "amx_emulated": [*_AVX2, "-DFL_TILES_EMULATED", "-Wno-psabi"],
+}
 # Ampere (8.x runs 8.0's code), Hopper, Blackwell; what comes later compiles the last one's PTX.
 CUDA_ARCHITECTURES = ("80", "90", "100")
 # -fmad=false: as -ffp-contract=off.
@@ -100,11 +106,12 @@ def build_cpu(target: Path, temporary: Path) -> str:
     except NotBuilt:
         openmp = []
     x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = INSTRUCTION_SETS if x86 else {"portable": []}
+    sets = INSTRUCTION_SETS | TILE_SETS if x86 else {"portable": []}
 
     def compiled(name: str) -> tuple[str, str | None]:
         extra = [f"-DFL_ISA={name}", *sets[name]]
-        source, out = "csrc/cpu/kernels.cpp", str(temporary / f"{name}.o")
+        kernels = "tile_kernels" if name in TILE_SETS else "kernels"
+        source, out = f"csrc/cpu/{kernels}.cpp", str(temporary / f"{name}.o")
         try:
             run([*cxx, *flags, *openmp, *extra, "-c", source, "-o", out])
         except NotBuilt as error:

@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define FASTLORA_ABI_VERSION 4
+#define FASTLORA_ABI_VERSION 5
 
 #if defined(__GNUC__)
 #define FASTLORA_API __attribute__((visibility("default")))
@@ -46,6 +46,10 @@ FASTLORA_API int32_t fastlora_abi_version(void);
 
 /* Names of the instruction sets that the CPU kernels can use here, best first, by commas. */
 FASTLORA_API const char* fastlora_cpu_available(void);
+
+/* Why the one of this name cannot be used here: "" where it can be, null where this build has none
+ * of the name. */
+FASTLORA_API const char* fastlora_cpu_missing(const char* name);
 
 /* The one in use. */
 FASTLORA_API const char* fastlora_cpu_current(void);

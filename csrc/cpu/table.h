@@ -83,4 +83,15 @@ namespace avx512_bf16 {
 extern const Table table;
 }
 
+// What sets with tiles do by them: calls of bfloat16 rows.
+struct TileTable {
+    int32_t (*linear)(const LinearArgs&);
+};
+namespace amx_bf16 {
+extern const TileTable tile_table;
+}
+namespace amx_emulated {
+extern const TileTable tile_table;
+}
+
 }  // namespace fastlora

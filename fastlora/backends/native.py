@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED, LAUNCH_FAILED = range(7)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -48,6 +48,7 @@ _MERGED = [_p, _l, _l, _p, _p, _l, _l, _l, _i, _i]
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fastlora_abi_version": (_i, []),
     "fastlora_cpu_available": (_s, []),
+    "fastlora_cpu_missing": (_s, [_s]),
     "fastlora_cpu_current": (_s, []),
     "fastlora_cpu_use": (_i, [_s]),
     "fastlora_lora_linear": (
@@ -115,6 +116,9 @@ def load(path: Path = PATH) -> ctypes.CDLL | str:
     if ASKED and library.fastlora_cpu_use(ASKED.encode()) != OK:
         usable = library.fastlora_cpu_available().decode().replace(",", ", ")
         reason = f"FASTLORA_CPU_ISA: expected none or one of {usable}, got {ASKED!r}"
+        missing = library.fastlora_cpu_missing(ASKED.encode())
+        if missing:
+            reason += f" ({missing.decode()})"
         warnings.warn(f"{reason}; the native library stays unused", RuntimeWarning, stacklevel=2)
         return reason
     return library

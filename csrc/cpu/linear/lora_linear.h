@@ -8,72 +8,12 @@
 
 #include <vector>
 
-#include "cpu/linear/prefetch.h"
 #include "cpu/buffer.h"
 #include "cpu/linear/dots.h"
-#include "cpu/linear/expand.h"
-#include "cpu/linear/pages.h"
+#include "cpu/linear/rows.h"
 #include "cpu/threads.h"
 
 namespace fastlora::FL_ISA {
-
-// A row's work is the same whatever surrounds it: so are its bits.
-struct Shape {
-    int64_t M, K, N, R, S;
-};
-
-template <class X, class T>
-struct Rows {
-    Shape shape;
-    X* y;
-    int64_t ldy;
-    X* h;
-    int64_t ldh;
-    const X* x;
-    int64_t ldx;
-    const X* weight;  // or null: y is added to
-    int64_t ldw;
-    const X* bias;
-    const T* A;
-    int64_t lda_slot, lda;
-    const T* B;
-    int64_t ldb_slot, ldb;
-    const float* lora_bias;
-    const int64_t* order;  // null: 0, 1, 2, ...
-    const int64_t* starts;
-    const float* scalings;
-    const int32_t* ranks;
-    const float* row_scales;
-    int threads;
-    const Pages<T>* pages;  // or null: A and B are as above. h is not written then
-
-    int64_t row(int64_t i) const { return order ? order[i] : i; }
-
-    Slot<T> slot(int64_t s) const {
-        if (s < 0) return {};
-        if (pages) return pages->slot(s);
-        const int64_t r = ranks ? std::clamp<int64_t>(ranks[s], 0, shape.R) : shape.R;
-        return {r, A + s * lda_slot, B + s * ldb_slot, lora_bias};
-    }
-
-    // Whether rows of this slot are changed at all.
-    bool idle(int64_t s) const { return s < 0 || (slot(s).r == 0 && !lora_bias); }
-
-    float scale(int64_t s, int64_t i) const {
-        return scalings[s] * (row_scales ? row_scales[row(i)] : 1.0f);
-    }
-
-    // visit(slot, first, count) for [first, last) of the grouped rows, cut where the slot changes.
-    template <class Visit>
-    void segments(int64_t first, int64_t last, Visit visit) const {
-        if (first < std::min(starts[0], last)) visit(-1, first, std::min(starts[0], last) - first);
-        int64_t s = std::upper_bound(starts, starts + shape.S + 1, first) - starts - 1;
-        for (s = std::max<int64_t>(s, 0); s < shape.S && starts[s] < last; ++s) {
-            const int64_t from = std::max(starts[s], first), to = std::min(starts[s + 1], last);
-            if (from < to) visit(s, from, to - from);
-        }
-    }
-};
 
 // Up to so many rows, without W and with it, a task of the second phase takes all; beyond, groups.
 constexpr int64_t FEW = 64, FEW_WITH_W = 128, GROUP = 32;
@@ -284,17 +224,9 @@ class LoRARows {
         return a.bias ? add(product, load_some(a.bias + n, width)) : product;
     }
 
-    // Every slot's B for outputs n ... n + count - 1 of `rows` rows.
     Prefetch<T>& next_B(int64_t first, int64_t rows, int64_t n, int64_t count) {
         Prefetch<T>& all = prefetches[omp_get_thread_num()];
-        all.clear(a.pages ? 1 : a.ldb, count);
-        a.segments(first, first + rows, [&](int64_t s, int64_t, int64_t) {
-            const Slot<T> slot = a.slot(s);
-            if (a.pages)
-                for (int64_t r = 0; r < slot.r; ++r) all.add(slot.B_ranks[r] + n);
-            else if (slot.r)
-                all.add(slot.B + n * a.ldb);
-        });
+        a.collect_B(all, first, rows, n, count);
         return all;
     }
 };

@@ -19,6 +19,8 @@ from fastlora.backends.torch.wide_products import base_gradient, row_blocks
 # is widened by hand; in float16 torch's own product is four times slower than ours.
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 FEW_ROWS = {
+    "amx_bf16": {_F32: 128, _BF16: 512, _F16: 128},
+    "amx_emulated": {_F32: 16, _BF16: 512, _F16: 128},
     "avx512_bf16": {_F32: 128, _BF16: 64, _F16: 128},
     "avx512": {_F32: 128, _BF16: 4, _F16: 128},
     "avx2": {_F32: 16, _BF16: 1, _F16: 128},

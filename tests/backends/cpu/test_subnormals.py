@@ -11,6 +11,7 @@ from fastlora.backends import native
 if native.unusable() is not None:
     pytest.skip(str(native.unusable()), allow_module_level=True)
 
+_FLUSHING = ("avx512_bf16", "amx_bf16", "amx_emulated")
 _NORMAL = {torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126, torch.float16: 2.0**-14}
 
 
@@ -23,7 +24,7 @@ def signed_between(low: int, high: int, *shape: int, dtype: torch.dtype) -> Tens
 
 def flush_as_bfloat16_does(t: Tensor, instruction_set: str, dtype: torch.dtype) -> Tensor:
     """bfloat16's instructions take and leave numbers below the normal ones as zeros."""
-    flushes = instruction_set == "avx512_bf16" and dtype == torch.bfloat16
+    flushes = instruction_set in _FLUSHING and dtype == torch.bfloat16
     return t.double().where(t.abs() >= _NORMAL[dtype], 0.0) if flushes else t.double()
 
 
