@@ -35,6 +35,9 @@ const Table* with_tiles(const char* name) {
         all.linear = [](const LinearArgs& a) {
             return a.x_dtype == FASTLORA_BFLOAT16 ? tiles.linear(a) : others.linear(a);
         };
+        all.gradient = [](const GradientArgs& a) {
+            return a.dtype == FASTLORA_BFLOAT16 ? tiles.gradient(a) : others.gradient(a);
+        };
         return all;
     }();
     return &table;

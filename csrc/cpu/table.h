@@ -86,6 +86,7 @@ extern const Table table;
 // What sets with tiles do by them: calls of bfloat16 rows.
 struct TileTable {
     int32_t (*linear)(const LinearArgs&);
+    int32_t (*gradient)(const GradientArgs&);
 };
 namespace amx_bf16 {
 extern const TileTable tile_table;

@@ -9,7 +9,8 @@
 namespace fastlora::FL_ISA {
 
 // Up to 16 rows of x for one step, as pairs along k: out [16 pairs, 16 rows] words.
-inline void pack_tile(char* out, const bf16* const* row, int rows, int64_t k, int64_t count) {
+template <class T>
+inline void pack_tile(char* out, const T* const* row, int rows, int64_t k, int64_t count) {
     if (rows == 1) {
         uint32_t pairs[LANES];
         put_line(pairs, load_halves(row[0] + k, count));
@@ -60,10 +61,35 @@ inline void copy_B(char* out, const Slot<T>& slot, int64_t ldb, int64_t n, int64
     }
 }
 
-// Up to 16 rows of A as a left operand: as they lie where they can be, else copied to `scratch`
+// Ranks r ... r + 31 of B's rows n ... n + 31 as right operands: out [2][16 pairs, 16 outputs] words.
+template <class T>
+inline void pack_right_B(char* out, const Slot<T>& slot, int64_t ldb, int64_t n, int64_t rows,
+                         int64_t r) {
+    const int64_t ranks = std::min(STEP, slot.r - r);
+    if (!slot.B_ranks) {
+        for (int64_t half = 0; half < 2; ++half) {
+            const T* row[ROWS_A_TILE];
+            const int64_t some = std::clamp<int64_t>(rows - half * 16, 0, 16);
+            for (int64_t i = 0; i < some; ++i) row[i] = slot.B + (n + half * 16 + i) * ldb;
+            pack_tile(out + half * TILE, row, int(some), r, ranks);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < STEP; i += 2) {
+        const T* const* rank = slot.B_ranks + r + i;
+        const Words even = i < ranks ? load_halves(rank[0] + n, rows) : Words{};
+        const Words odd = i + 1 < ranks ? load_halves(rank[1] + n, rows) : Words{};
+        Words both[2];
+        zip(both, even, odd);
+        put_line(out + i / 2 * TILE_ROW, both[0]);
+        put_line(out + TILE + i / 2 * TILE_ROW, both[1]);
+    }
+}
+
+// Up to 16 rows of A, or of x, as a left operand: as they lie where they can be, else copied to `scratch`
 // [16, whole steps of K].
 template <class T>
-inline Left left_of_A(char* scratch, const T* const* row, int64_t rows, int64_t whole) {
+inline Left left_rows(char* scratch, const T* const* row, int64_t rows, int64_t whole) {
     const char* start = reinterpret_cast<const char*>(row[0]);
     if constexpr (std::is_same_v<T, bf16>) {
         const int64_t stride = rows > 1 ? reinterpret_cast<const char*>(row[1]) - start : TILE_ROW;

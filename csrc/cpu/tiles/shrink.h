@@ -70,7 +70,7 @@ class Shrink {
         tiles.use(config_of_rows(ranks));
         const int count = c.plan.segments[run.end - 1].tile - first.tile + 1;
         const char* x = c.x + panel.x + (first.tile - panel.tile) * TILE;
-        const Left A = left_of_A(copy, row, ranks, c.whole());
+        const Left A = left_rows(copy, row, ranks, c.whole());
         if (c.rest()) copy_rest(A_rest, row, ranks, c.whole() * STEP, c.rest());
         std::memset(sums, 0, count * TILE);
         with_tiles(count, [&](auto mt) { products<decltype(mt)::value>(A, x, panel.tiles); });

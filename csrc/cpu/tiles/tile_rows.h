@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/threads.h"
+#include "cpu/tiles/add.h"
 #include "cpu/tiles/arena.h"
 #include "cpu/tiles/expand.h"
 
@@ -29,6 +30,10 @@ class TileRows {
         for (int i = 0; i < a.threads; ++i)
             prefetches.emplace_back(a.pages ? a.pages->total : std::min(CHUNK, a.shape.M));
         for (const Plan<T>& plan : plans) {
+            if (adds(plan)) {
+                x_bytes = std::max(x_bytes, AddTiles<T>::right_bytes(plan));
+                own_bytes = std::max(own_bytes, AddTiles<T>::own_bytes(plan));
+            }
             x_bytes = std::max(x_bytes, plan.x_bytes);
             h_bytes = std::max(h_bytes, plan.h_bytes);
             own_bytes = std::max({own_bytes, Shrink<T>::bytes(a.shape.K),
@@ -83,32 +88,62 @@ class TileRows {
         return {panels, packed, packed && a.shape.K > 2048 ? 2048 / STEP : 0};
     }
 
+    // Few rows are packed sooner than A and B.
+    bool adds(const Plan<T>& plan) const {
+        return !a.weight && plan.rows > ROWS_A_TILE && AddTiles<T>::can(plan);
+    }
+
     void run(const Chunk<T>& c) {
-        const Plan<T>& plan = c.plan;
+        const int64_t count = int64_t(c.plan.tiles.size());
+        const int64_t parts = count < 2 * a.threads ? 8 : 1;
         std::atomic<int64_t> next{0};
-        const int64_t parts = int64_t(plan.tiles.size()) < 2 * a.threads ? 8 : 1;
-        const int64_t rank_tiles = 2 * plan.steps, runs = int64_t(plan.runs.size());
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
         {
             Tiles tiles;
             char* own = memory + x_bytes + h_bytes + omp_get_thread_num() * own_bytes;
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < int64_t(plan.tiles.size()) * parts; ++i) {
-                const int64_t begin = plan.x_steps * (i % parts) / parts;
-                const int64_t end = plan.x_steps * (i % parts + 1) / parts;
-                pack_x(c, panel_of(plan, i / parts), i / parts, begin, end);
-                if (i == 0) clear_h(c);
-            }
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < runs * rank_tiles; ++i) {
-                const Run& run = plan.runs[i / rank_tiles];
-                const int64_t r = i % rank_tiles * ROWS_A_TILE;
-                if (r < a.slot(plan.segments[run.begin].slot).r)
-                    Shrink<T>(c, tiles, own).run(run, r);
-            }
-            Prefetch<T>& coming = prefetches[omp_get_thread_num()];
-            if (a.shape.N) ExpandTiles<T>(c, tiles, coming, cut(plan), own).run(next);
+            if (adds(c.plan))
+                add(c, tiles, own);
+            else
+                pass(c, tiles, own, parts, next);
         }
+    }
+
+    // x packed, h, then y: what a thread does of it.
+    void pass(const Chunk<T>& c, Tiles& tiles, char* own, int64_t parts,
+              std::atomic<int64_t>& next) {
+        const Plan<T>& plan = c.plan;
+        const int64_t rank_tiles = 2 * plan.steps, runs = int64_t(plan.runs.size());
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < int64_t(plan.tiles.size()) * parts; ++i) {
+            const int64_t begin = plan.x_steps * (i % parts) / parts;
+            const int64_t end = plan.x_steps * (i % parts + 1) / parts;
+            pack_x(c, panel_of(plan, i / parts), i / parts, begin, end);
+            if (i == 0) clear_h(c);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < runs * rank_tiles; ++i) {
+            const Run& run = plan.runs[i / rank_tiles];
+            const int64_t r = i % rank_tiles * ROWS_A_TILE;
+            if (r < a.slot(plan.segments[run.begin].slot).r) Shrink<T>(c, tiles, own).run(run, r);
+        }
+        Prefetch<T>& coming = prefetches[omp_get_thread_num()];
+        if (a.shape.N) ExpandTiles<T>(c, tiles, coming, cut(plan), own).run(next);
+    }
+
+    void add(const Chunk<T>& c, Tiles& tiles, char* own) {
+        const Plan<T>& plan = c.plan;
+        AddTiles<T> work(c, tiles, own);
+        constexpr int64_t parts = 8;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < int64_t(plan.runs.size()) * parts; ++i) {
+            work.pack_A(plan.runs[i / parts], plan.x_steps * (i % parts) / parts,
+                        plan.x_steps * (i % parts + 1) / parts);
+            if (i == 0) clear_h(c);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < int64_t(plan.tiles.size()); t += 2) work.shrink(t);
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < a.shape.N; n += AddTiles<T>::BLOCK_N) work.expand(n);
     }
 
     static const Panel& panel_of(const Plan<T>& plan, int64_t tile) {
