@@ -84,7 +84,7 @@ def rows_of(
 
     scalings (S,), already checked, says how many slots there are.
     """
-    S, lead = scalings.shape[0], tuple(x.shape[:-1])
+    S, lead = scalings.shape[0], tuple(x.shape)[:-1]
     groups = adapter_ids
     if not isinstance(groups, RowGroups):
         groups = group_rows(groups, S)
