@@ -12,7 +12,7 @@ from functools import partial
 
 from benchmarks.harness.case import Case
 from benchmarks.suites.generate import Generate
-from benchmarks.suites.linear import Linear
+from benchmarks.suites.linear import Linear, LinearAdd
 from benchmarks.suites.merge import Merge, Swap
 from benchmarks.suites.model import Train
 from benchmarks.suites.multi import Multi
@@ -22,7 +22,7 @@ SUITES = ("linear", "multi", "merge", "model", "overhead")
 
 FORWARD, TRAIN = Linear(backward=False), Linear(backward=True)
 NATIVE = Linear(backward=False, natively=True)
-INVARIANT = Linear(backward=False, invariant=True)
+INVARIANT, ADD = Linear(backward=False, invariant=True), LinearAdd()
 DECODE, PREFILL, MIXED = Multi("decode"), Multi("prefill"), Multi("mixed")
 MODEL, GENERATE_ONE, GENERATE = Train(), Generate(one=True), Generate(one=False)
 CALL, CALL_TRAIN, CALL_MULTI = Overhead(backward=False), Overhead(backward=True), OverheadMulti()
@@ -94,6 +94,12 @@ CPU = (
     Case(INVARIANT, "cpu", "bf16", {"M": 32, **_WIDE}),
     Case(INVARIANT, "cpu", "bf16", {"M": 512, **_WIDE}),
     Case(INVARIANT, "cpu", "fp32", {"M": 512, **_WIDE}),
+    Case(ADD, "cpu", "bf16", {"M": 1, **_WIDE}, quick=True),
+    Case(ADD, "cpu", "bf16", {"M": 1, **_make_square(4096)}),
+    Case(ADD, "cpu", "fp32", {"M": 4, **_make_square(4096)}),
+    Case(ADD, "cpu", "bf16", {"M": 16, **_make_square(4096)}),
+    Case(ADD, "cpu", "bf16", {"M": 512, **_WIDE}, lora_dtype="fp32"),
+    Case(ADD, "cpu", "fp32", {"M": 512, **_NARROW}),
     Case(MERGE, "cpu", "fp32", _WIDE),
     Case(MERGE, "cpu", "bf16", _WIDE),
     Case(MERGE, "cpu", "bf16", _WIDE, lora_dtype="fp32"),
@@ -178,6 +184,7 @@ _CUDA = (
     Case(DECODE, "cuda", "bf16", {"T": 256, **_make_layer(16), "S": 128}, workload="zipf"),
     Case(DECODE, "cuda", "bf16", {"T": 256, **_make_layer(16), "S": 8}, workload="skewed"),
     *(Case(INVARIANT, "cuda", "bf16", {"M": M, **_make_layer(16)}) for M in (1, 64, 2048)),
+    *(Case(ADD, "cuda", "bf16", {"M": M, **_make_layer(16)}) for M in (1, 16, 256, 2048)),
     Case(MIXED, "cuda", "bf16", {"T": 1024, **_make_layer(16), "S": 8}, workload="zipf"),
     Case(MERGE, "cuda", "bf16", _make_layer(16), quick=True),
     Case(MERGE, "cuda", "bf16", _make_layer(64)),

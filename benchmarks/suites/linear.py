@@ -1,8 +1,11 @@
-"""Suite ``linear``: one adapter on a frozen linear layer, forward alone or with its backward."""
+"""Suite ``linear``: one adapter on a frozen linear layer, forward alone or with its backward.
+
+Or without the layer: onto the output that it gave.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -12,6 +15,7 @@ from torch.nn import functional as nnf
 from benchmarks.harness.case import (
     BASE,
     DTYPES,
+    Builder,
     Call,
     Case,
     Operands,
@@ -33,6 +37,7 @@ from fastlora.backends import dropout
 SCALING = 2.0
 # Of the Triton kernels; kernels/choose/ledger.py has the list, but importing it needs triton.
 PATHS = ("one_pass", "two_pass", "overlapped", "library")
+ADD_PATHS = ("one_pass", "two_pass")  # the others are about the product with a weight
 _TENSORS = ("x", "weight", "lora_A", "lora_B")
 
 
@@ -212,3 +217,58 @@ class Linear(Work):
             moved += size * (M * N + K * N + M * K) + 2 * lora_size * adapter
             moved += size * M * K if adapter else 0
         return flops, moved
+
+
+class LinearAdd(Linear):
+    """``y += SCALING * (x @ lora_A.T) @ lora_B.T``: onto the output y of any base layer, in place.
+
+    The base is a layer that gives such a y, ``x @ weight.T``: ratios are what the adapter adds to
+    its time. A y that is timed keeps what earlier calls added, which changes nothing in the time.
+    """
+
+    op = "lora_add_"
+
+    def __init__(self) -> None:
+        super().__init__(backward=False)
+        self.name = "linear-add"
+        self.gpu_providers = {path: self.gpu_providers[path] for path in ADD_PATHS}
+        self.compiled_providers: Mapping[str, Builder] = {}
+
+    def operands(self, case: Case, seed: int) -> Operands:
+        draw = torch.Generator().manual_seed(seed + 1)  # with x's seed it would begin as x does
+        y = case.tensor(draw, case.shape["M"], case.shape["N"])
+        return {**super().operands(case, seed), "y": y}
+
+    def _torch(self, case: Case, o: Operands, wrap: Compile = leave_alone) -> Call:
+        x, y, lora_A, lora_B = (o[name] for name in ("x", "y", "lora_A", "lora_B"))
+
+        def add() -> Tensor:
+            h = nnf.linear(x, lora_A.to(x.dtype))
+            return y.addmm_(h, lora_B.to(x.dtype).T, alpha=SCALING)
+
+        return self._call(o, wrap(add), [])
+
+    def _peft(self, case: Case, o: Operands, wrap: Compile = leave_alone) -> Call:
+        """Prepares PEFT's layer on a base that has its output ready; PEFT's sum is a new tensor."""
+        layer = make_peft_linear(o["weight"], [(o["lora_A"], o["lora_B"], SCALING)])
+        layer.get_base_layer().forward = lambda x: o["y"]
+        return self._call(o, wrap(lambda: layer(o["x"])), [])
+
+    def _fastlora(self, case: Case, o: Operands, wrap: Compile = leave_alone) -> Call:
+        args = (o["y"], o["x"], o["lora_A"], o["lora_B"], SCALING)
+        return self._call(o, wrap(lambda: F.lora_add_(*args)), [])
+
+    def expected(self, case: Case, operands: Operands, provider: str) -> Outputs:
+        if provider == BASE:
+            return super().expected(case, operands, provider)
+        rows, factors = self._sampled(case)[0], (operands["lora_A"], operands["lora_B"])
+        part = oracle.lora_linear(operands["x"][rows], None, *map(widen, factors), SCALING)
+        return {"y": widen(operands["y"][rows]) + part}
+
+    def cost(self, case: Case, provider: str) -> tuple[int, int]:
+        if provider == BASE:
+            return super().cost(case, provider)
+        M, K, N, R = (case.shape[k] for k in "MKNR")
+        size, lora_size = case.element_sizes
+        # y is read and written.
+        return 2 * M * R * (K + N), size * M * (K + 2 * N) + lora_size * R * (K + N)

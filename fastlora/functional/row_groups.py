@@ -69,7 +69,7 @@ def group_rows(adapter_ids: Tensor, num_slots: int) -> RowGroups:
         )
     checks.slot_count(num_slots)
     backend = dispatch.choose("group_rows", adapter_ids.device)
-    ids, order, starts = ops.call("group_rows", adapter_ids.reshape(-1), num_slots, backend)
+    ids, order, starts = ops.call("group_rows", adapter_ids.flatten(), num_slots, backend)
     return RowGroups(ids, order, starts, num_slots, tuple(adapter_ids.shape))
 
 
@@ -84,7 +84,7 @@ def rows_of(
 
     scalings (S,), already checked, says how many slots there are.
     """
-    S, lead = scalings.shape[0], tuple(x.shape[:-1])
+    S, lead = scalings.shape[0], tuple(x.shape)[:-1]
     groups = adapter_ids
     if not isinstance(groups, RowGroups):
         groups = group_rows(groups, S)

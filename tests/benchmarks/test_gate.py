@@ -11,10 +11,10 @@ from benchmarks.harness import gate, measurement
 from benchmarks.harness.case import Absent, Case
 from benchmarks.harness.oracle import compute_gradients
 from benchmarks.suites import linear, multi
-from benchmarks.suites.linear import Linear
+from benchmarks.suites.linear import Linear, LinearAdd
 from benchmarks.suites.merge import Merge, Swap
 from benchmarks.suites.multi import Multi
-from tests.benchmarks.small_case import correct_output, linear_case, lines_of
+from tests.benchmarks.small_case import SIZES, correct_output, linear_case, lines_of
 from tests.support import oracle
 
 WRONG = {
@@ -59,6 +59,15 @@ def test_gate_checks_rows_outside_the_sample():
     assert verdicts["fastlora"].status == "ok"
     assert verdicts["wrong"].status == "failed"
     assert verdicts["wrong"].reason.startswith("y, all of it")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.95, 2.0])
+def test_gate_finds_wrong_share_added_to_given_output(share):
+    work = LinearAdd()
+    build = work.providers["fastlora"]
+    work.providers["wrong"] = lambda case, o: build(case, {**o, "lora_B": o["lora_B"] * share})
+    verdicts = gate.check(Case(work, "cpu", "bf16", {"M": 9, **SIZES}), seed=1)
+    assert (verdicts["fastlora"].status, verdicts["wrong"].status) == ("ok", "failed")
 
 
 @pytest.mark.parametrize("work", [Merge(unmerge=False), Swap()])
@@ -163,6 +172,7 @@ def test_triton_path_providers_pass_the_gate(monkeypatch):
     for backward in (False, True):
         case = dataclasses.replace(linear_case(), work=Linear(backward=backward), dropout=0.2)
         held(case, PATHS)
+    held(dataclasses.replace(linear_case(), work=LinearAdd()), linear.ADD_PATHS)
     sizes = {"T": 9, "K": 24, "N": 40, "R": 12, "S": 3}
     mixed = Case(Multi("decode"), "cpu", "bf16", sizes, workload="distinct", ranks="mixed")
     held(mixed, multi.PATHS)

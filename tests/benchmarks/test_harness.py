@@ -15,7 +15,7 @@ from benchmarks import cases
 from benchmarks.cli import main
 from benchmarks.harness import lines, timer
 from benchmarks.harness.case import Case, Ceilings
-from benchmarks.suites.linear import Linear
+from benchmarks.suites.linear import Linear, LinearAdd
 from benchmarks.suites.merge import Merge
 from benchmarks.suites.multi import Multi
 from tests.benchmarks.small_case import correct_output, linear_case, lines_of
@@ -102,6 +102,9 @@ def test_costs_count_every_operand_once():
         2 * base + 3 * lora,
         2 * moved + 4 * M * K + 3 * adapter,
     )
+    add = dataclasses.replace(forward, work=LinearAdd())
+    assert add.work.cost(add, "base") == (base, moved)
+    assert add.work.cost(add, "torch") == (lora, 4 * (M * K + 2 * M * N) + adapter)
     mixed = dataclasses.replace(forward, lora_dtype="fp32", dtype="bf16")
     assert mixed.work.cost(mixed, "torch")[1] == moved // 2 + adapter
     decode = Case(Multi("decode"), "cpu", "fp32", {"T": M, **sizes, "S": 4}, workload="distinct")

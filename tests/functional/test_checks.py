@@ -43,6 +43,11 @@ def merge() -> dict[str, object]:
     return {"weight": signed(N, K, **CPU), "adapters": [adapter()]}
 
 
+def swap() -> dict[str, object]:
+    weight, adapters = signed(N, K, **CPU), [adapter()]
+    return {"weight": weight, "receipt": F.merge_(weight, adapters), "adapters": adapters}
+
+
 def adapter(**others: object) -> tuple[object, ...]:
     return tuple({"A": signed(R, K, **CPU), "B": signed(N, R, **CPU), "s": 0.5, **others}.values())
 
@@ -53,6 +58,7 @@ FUNCTIONS = {
     multi_linear: F.multi_lora_linear,
     multi_add: F.multi_lora_add_,
     merge: F.merge_,
+    swap: F.swap_,
 }
 NO_TENSOR = "expected a torch.Tensor, got"
 FLOATS = "expected one of float16, bfloat16, float32, float64, got"
@@ -164,12 +170,12 @@ BAD = [
     ),
     ([merge], "weight", [[1.0]], TypeError, f"{NO_TENSOR} list"),
     ([merge], "weight", zeros(1, K).expand(N, K), ValueError, "elements of their own"),
-    ([merge], "adapters", zeros(1), TypeError, r"expected \[\(lora_A.*got Tensor"),
-    ([merge], "adapters", None, TypeError, r"expected \[\(lora_A.*got NoneType"),
-    ([merge], "adapters", [zeros(1)], TypeError, r"expected \(lora_A, .*got Tensor"),
-    ([merge], "adapters", [(zeros(R, K), zeros(N, R))], TypeError, "expected .*got tuple"),
+    ([merge, swap], "adapters", zeros(1), TypeError, r"expected \[\(lora_A.*got Tensor"),
+    ([merge, swap], "adapters", None, TypeError, r"expected \[\(lora_A.*got NoneType"),
+    ([merge, swap], "adapters", [zeros(1)], TypeError, r"expected \(lora_A, .*got Tensor"),
+    ([merge, swap], "adapters", [(zeros(R, K), zeros(N, R))], TypeError, "expected .*got tuple"),
     *(
-        ([merge], "adapters", [adapter(), bad], error, message)
+        ([merge, swap], "adapters", [adapter(), bad], error, message)
         for bad, error, message in [
             (adapter(A=zeros(R, 6)), ValueError, r"lora_A: expected shape \(R, 7\), got \(3, 6\)"),
             (adapter(A="A"), TypeError, f"lora_A: {NO_TENSOR} str"),
@@ -225,7 +231,8 @@ def test_group_rows_rejects_bad_number_of_slots(slots, error, message):
 
 
 @pytest.mark.parametrize("receipt", [None, {}, ()])
-def test_unmerge_rejects_anything_but_a_receipt(receipt):
+@pytest.mark.parametrize("act", [F.unmerge_, lambda *args: F.swap_(*args, [])])
+def test_unmerge_and_swap_reject_anything_but_a_receipt(act, receipt):
     weight = signed(N, K, **CPU)
     with unchanged(weight), pytest.raises(TypeError, match="receipt: expected a MergeReceipt, got"):
-        F.unmerge_(weight, receipt)
+        act(weight, receipt)

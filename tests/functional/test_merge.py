@@ -1,4 +1,4 @@
-"""merge_ and unmerge_: one rounding in, every bit back, or an error; swap_: backends/test_merge."""
+"""merge_, unmerge_ and swap_: one rounding in, every bit back, or an error."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastlora import functional as F
 from fastlora.backends.torch import merge as exact
 from fastlora.ops import availability
-from tests.support.calls import MERGED, assert_one_rounding, weight_and_adapter
+from tests.support.calls import MERGED, assert_one_rounding, assert_swapped, weight_and_adapter
 from tests.support.helpers import LAYOUTS, Interrupt, Spy, same_bits, unchanged
 
 pytestmark = pytest.mark.usefixtures("whole_backend")
@@ -101,6 +101,78 @@ def test_stacked_merges_are_undone_in_reverse(device):
         assert same_bits(weight, states.pop())
         F.unmerge_(weight, receipt)
     assert same_bits(weight, states.pop())
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1.0])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_swap_takes_old_adapters_out_and_puts_new_in(dtype, ratio, device):
+    weight, first = weight_and_adapter(65, 431, 5, dtype, device, ratio)
+    # Ranks enough: of two the bound has no room for factors that share their column's grid.
+    second, third = (weight_and_adapter(65, 431, R, dtype, device, ratio)[1] for R in (9, 8))
+    before, address = weight.clone(), weight.data_ptr()
+    receipt = F.merge_(weight, [first, second])
+    merged = weight.clone()
+    with unchanged(first, second, third):
+        receipt = F.swap_(weight, receipt, [third])
+    assert weight.data_ptr() == address
+    assert_swapped(weight, merged, [first, second], [third])
+    # Not even the old ones' rounding is left.
+    assert_one_rounding(weight, before, [third])
+    assert not torch.equal(weight, merged)
+    F.unmerge_(weight, receipt)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("N, K, R", [(0, 5, 2), (1, 1, 1), (1, 2049, 3), (300, 431, 1), (5, 7, 0)])
+def test_swap_to_and_fro_restores_bits_for_any_shape(N, K, R, device):
+    """From nothing merged to something, and to nothing again."""
+    weight, adapter = weight_and_adapter(N, K, R, torch.bfloat16, device, ratio=0.3)
+    before, receipt = weight.clone(), F.merge_(weight, [])
+    for adapters in ([adapter], [adapter, adapter], [adapter], []):
+        receipt = F.swap_(weight, receipt, adapters)
+        assert_one_rounding(weight, before, adapters)
+        assert len(receipt.adapters) == len(adapters)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_swap_has_same_bits_for_any_strides(layout, dtype, device):
+    plain, first = weight_and_adapter(37, 2100, 3, dtype, device)
+    _, second = weight_and_adapter(37, 2100, 2, dtype, device)
+    weight = layout(plain)
+    around = torch.as_strided(
+        weight, (weight.untyped_storage().nbytes() // weight.itemsize,), (1,), 0
+    )
+    outside = around.clone()
+    receipt = F.swap_(
+        weight, F.merge_(weight, [first]), [tuple(map(layout, second[:2])) + second[2:]]
+    )
+    F.merge_(plain, [second], receipt=False)
+    assert same_bits(weight, plain)
+    F.unmerge_(weight, receipt)
+    assert same_bits(around, outside)
+
+
+@pytest.mark.parametrize("how", ["not finite", "edited", "receipt of before"])
+def test_failed_swap_leaves_old_adapter_merged(how):
+    weight, first = weight_and_adapter(300, 431, 3, torch.bfloat16, ratio=0.3)
+    _, second = weight_and_adapter(300, 431, 3, torch.bfloat16, ratio=0.3)
+    before, receipt = weight.clone(), F.merge_(weight, [first])
+    wrong, error, message, kept = receipt, RuntimeError, MERGED, weight[250, 4].clone()
+    if how == "edited":
+        weight[250, 4] += 1
+    elif how == "receipt of before":
+        receipt = F.swap_(weight, wrong, [first, second])
+    else:
+        second[1][250, 1] = math.nan
+        error, message = ValueError, r"adapters: merging gives .*not finite"
+    with unchanged(weight), pytest.raises(error, match=message):
+        F.swap_(weight, wrong, [second])
+    if how == "edited":
+        weight[250, 4] = kept
+    F.unmerge_(weight, receipt)
+    assert same_bits(weight, before)
 
 
 def test_parameter_is_merged_without_a_graph():

@@ -98,14 +98,29 @@ def weight_and_adapter(
 def assert_one_rounding(merged: Tensor, weight: Tensor, adapters: list) -> None:
     """Off by half a unit in the last place, and by what a sum of R float32 products may be."""
     want = oracle.merge(weight, adapters)
-    ulp = torch.finfo(weight.dtype)
-    half = ulp.eps / 2 * want.abs() + ulp.smallest_normal * ulp.eps / 2
+    _assert_near(merged, want, _half_unit(want, weight.dtype), adapters)
+
+
+def assert_swapped(swapped: Tensor, merged: Tensor, old: list, new: list) -> None:
+    """As ``assert_one_rounding``; ``merged``, which held old, had been rounded once as well."""
+    want = oracle.swap(merged, old, new)
+    roundings = sum(_half_unit(t.double().cpu(), merged.dtype) for t in (want, merged))
+    _assert_near(swapped, want, roundings, [*old, *new])
+
+
+def _half_unit(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most that rounding to these values, or of them, may change."""
+    ulp = torch.finfo(dtype)
+    return ulp.eps / 2 * values.abs() + ulp.smallest_normal * ulp.eps / 2
+
+
+def _assert_near(got: Tensor, want: Tensor, roundings: Tensor, adapters: list) -> None:
     size = want.abs()
     for A, B, scaling in adapters:
         size = size + abs(scaling) * (B.double().abs() @ A.double().abs()).cpu()
     terms = sum(A.shape[0] for A, _, _ in adapters) + 2
-    sums = terms * torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps * size
-    assert bool(((merged.double().cpu() - want).abs() <= half * (1 + 1e-6) + sums).all())
+    sums = terms * torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps * size
+    assert bool(((got.double().cpu() - want).abs() <= roundings * (1 + 1e-6) + sums).all())
 
 
 def last_arguments(op: str, backend: str) -> tuple[bool | str, ...]:

@@ -149,6 +149,25 @@ def merge(weight: Tensor, adapters: Sequence[tuple[Tensor, Tensor, float]]) -> T
     return torch.stack(rows) if rows else torch.zeros(weight.shape, dtype=torch.float64)
 
 
+def swap(
+    weight: Tensor,
+    old: Sequence[tuple[Tensor, Tensor, float]],
+    new: Sequence[tuple[Tensor, Tensor, float]],
+) -> Tensor:
+    """``weight - sum of old's deltas + sum of new's``, row by row; old's are merged in weight.
+
+    What a swap gives, but for the rounding that merging ``old`` left in weight and a swap undoes.
+    """
+    rows = []
+    for n in range(weight.shape[0]):
+        row = _wide(weight[n])
+        for sign, adapters in ((-1.0, old), (1.0, new)):
+            for lora_A, lora_B, scaling in adapters:
+                row = row + sign * scaling * (_wide(lora_B[n]) @ _wide(lora_A))
+        rows.append(row)
+    return torch.stack(rows) if rows else torch.zeros(weight.shape, dtype=torch.float64)
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """``‖got - want‖ / ‖want‖`` in float64 (the plain norm of ``got`` where ``want`` is zero)."""
     error, size = torch.linalg.norm(_wide(got) - _wide(want)), torch.linalg.norm(_wide(want))

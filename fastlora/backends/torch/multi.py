@@ -29,17 +29,18 @@ Group = tuple[int, Places, int, float]
 
 def group_rows(ids: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts rows by their slot: the first three of ``Rows``, of ids that are in range."""
-    if ids.device.type == "cpu":
-        if ids.numel() and (int(ids.min()) < -1 or int(ids.max()) >= num_slots):
+    if ids.is_cpu:
+        lowest, highest = torch.aminmax(ids) if ids.numel() else (-1, -1)
+        if int(lowest) < -1 or int(highest) >= num_slots:
             bad = int(ids[(ids < -1) | (ids >= num_slots)][0])
             raise ValueError(f"adapter_ids: expected ids in [-1, {num_slots}), got {bad}")
     else:
         # Reading them would wait for the device: there an id out of range means no adapter.
         ids = ids.where((ids >= 0) & (ids < num_slots), -1)
     ids = ids.to(torch.int32, copy=True)
-    order = torch.argsort(ids, stable=True)
+    in_order, order = torch.sort(ids, stable=True)
     slots = torch.arange(num_slots + 1, dtype=torch.int32, device=ids.device)
-    return ids, order, torch.searchsorted(ids[order], slots)
+    return ids, order, torch.searchsorted(in_order, slots)
 
 
 def multi_lora_linear(

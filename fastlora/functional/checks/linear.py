@@ -157,7 +157,7 @@ def adapter(lora_A: Tensor, lora_B: Tensor, N: int, K: int, x: Tensor) -> None:
     if len(shape) != 2 or shape[1] != K:
         raise ValueError(f"lora_A: expected shape (R, {K}), got {tuple(shape)}")
     R = shape[0]
-    if tuple(lora_B.shape) != (N, R):
+    if lora_B.shape != (N, R):
         raise ValueError(f"lora_B: expected shape ({N}, {R}), got {tuple(lora_B.shape)}")
     pair(lora_A, lora_B, x)
 
@@ -177,7 +177,7 @@ def vector(name: str, value: Tensor | None, size: int, dtype: torch.dtype, x: Te
     if value is None:
         return
     tensor(name, value)
-    if tuple(value.shape) != (size,):
+    if value.shape != (size,):
         raise ValueError(f"{name}: expected shape ({size},), got {tuple(value.shape)}")
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {value.dtype}")

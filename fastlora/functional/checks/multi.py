@@ -100,7 +100,7 @@ def _dense(
     if len(shape) != 3 or shape[2] != K:
         raise ValueError(f"lora_A: expected shape (S, R, {K}), got {tuple(shape)}")
     S, R = shape[0], shape[1]
-    if tuple(lora_B.shape) != (S, N, R):
+    if lora_B.shape != (S, N, R):
         raise ValueError(f"lora_B: expected shape ({S}, {N}, {R}), got {tuple(lora_B.shape)}")
     pair(lora_A, lora_B, x)
     _factors(scalings, ranks, S, x)
@@ -136,7 +136,7 @@ def _packed(
         raise ValueError(f"lora_B: expected shape {expected}, got {tuple(lora_B.shape)}")
     ends = ends_of(slices, lora_B.shape[across])
     count, R = lora_B.shape[0], lora_B.shape[along]
-    if tuple(lora_A.shape) != (count, len(ends) * R, K):
+    if lora_A.shape != (count, len(ends) * R, K):
         raise ValueError(
             f"lora_A: expected shape {(count, len(ends) * R, K)}, {R} ranks for each of "
             f"{len(ends)} slices, got {tuple(lora_A.shape)}"
