@@ -76,13 +76,13 @@ class TileRows {
         }
     }
 
-    // Measured on an Intel Xeon with AMX: W of up to 256 rows is read as it lies, 64 outputs at a
+    // Measured on an Intel Xeon with AMX: W of up to 192 rows is read as it lies, 64 outputs at a
     // time, and packed for more, in blocks of half the core's cache of 2 MB.
     Blocks cut(const Plan<T>& plan) const {
         const int64_t all = divide_up(a.shape.N, PANEL_N);
         if (plan.panels.size() == 1) return {std::max<int64_t>(1, all / (a.threads * 8))};
         if (!a.weight) return {4};
-        const bool packed = plan.rows > 256;
+        const bool packed = plan.rows > 192;
         int64_t panels = !packed ? 2 : a.shape.K > 2048 ? 8 : 4;
         while (panels > 2 && all < 2 * a.threads * panels) panels /= 2;
         return {panels, packed, packed && a.shape.K > 2048 ? 2048 / STEP : 0};
