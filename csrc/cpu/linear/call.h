@@ -47,8 +47,15 @@ Buffer<To> copied(const From* from, int64_t rows, int64_t columns, int64_t row, 
         int64_t j = 0;
         if (column == 1)
             for (; j + W <= columns; j += W) store(&to[i * columns + j], load(from + i * row + j));
-        for (; j < columns; ++j)
-            to[i * columns + j] = narrow<To>(widen(from[i * row + j * column]));
+        // Of the others, too, a vector's rounding: it may flush subnormal numbers.
+        for (; j < columns; j += W) {
+            const int64_t count = std::min<int64_t>(W, columns - j);
+            float line[W] = {};
+            To rounded[W];
+            for (int64_t c = 0; c < count; ++c) line[c] = widen(from[i * row + (j + c) * column]);
+            store(rounded, load(line));
+            std::memcpy(&to[i * columns + j], rounded, count * sizeof(To));
+        }
     }
     return to;
 }
