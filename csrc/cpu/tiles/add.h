@@ -147,10 +147,13 @@ class AddTiles {
             for (int64_t step = 0; step < s.steps; ++step) {
                 const char* from = sum + 2 * step * TILE;
                 const Floats low = floats_at(from, int(i)), high = floats_at(from + TILE, int(i));
-                put_line(c.h + s.h + step * TILE + i * TILE_ROW, narrow_both(low * by, high * by));
+                const int64_t ranks = std::min(STEP, r - step * STEP);
+                // Past a slot's ranks a row's Inf times zero is NaN.
+                put_line(c.h + s.h + step * TILE + i * TILE_ROW,
+                         keep_halves(narrow_both(low * by, high * by), ranks));
                 if (c.wanted_h())
-                    store_halves(c.a.h + c.row(s.row + i) * c.a.ldh + step * STEP,
-                                 std::min(STEP, r - step * STEP), narrow_both(low, high));
+                    store_halves(c.a.h + c.row(s.row + i) * c.a.ldh + step * STEP, ranks,
+                                 narrow_both(low, high));
             }
         }
         for (int64_t i = s.count; i < ROWS_A_TILE; ++i)
@@ -170,11 +173,11 @@ class AddTiles {
     void add_rows(const Segment& s, int64_t n) const {
         const int64_t width = std::min(PANEL_N, c.a.shape.N - n);
         for (int64_t i = 0; i < s.count; ++i) {
-            Floats low = floats_at(sums, int(i)), high = floats_at(sums + TILE, int(i));
-            if (c.bias) {
-                low += line_at<Floats>(c.bias + n);
-                high += line_at<Floats>(c.bias + n + LANES);
-            }
+            // As with_bias().
+            Floats low =
+                floats_at(sums, int(i)) + (c.bias ? line_at<Floats>(c.bias + n) : Floats{});
+            Floats high = floats_at(sums + TILE, int(i)) +
+                          (c.bias ? line_at<Floats>(c.bias + n + LANES) : Floats{});
             bf16* y = c.a.y + c.row(s.row + i) * c.a.ldy + n;
             const Words before = load_halves(y, width);
             low += widen_half(before, 0), high += widen_half(before, 1);

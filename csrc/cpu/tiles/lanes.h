@@ -66,6 +66,9 @@ inline Words narrow_both(Floats low, Floats high) {
 inline Words keep_lanes(Words line, uint32_t mask) {
     return (Words)_mm512_maskz_mov_epi32(__mmask16(mask), (__m512i)line);
 }
+inline Words keep_halves(Words line, int64_t count) {
+    return (Words)_mm512_maskz_mov_epi16(first(count), (__m512i)line);
+}
 
 // Sixteen by sixteen words: out[i] word j = in[j] word i.
 inline void transpose(Words line[16]) {
@@ -159,6 +162,12 @@ inline Words keep_lanes(Words line, uint32_t mask) {
     for (int i = 0; i < LANES; ++i)
         if (!(mask >> i & 1)) line[i] = 0;
     return line;
+}
+
+inline Words keep_halves(Words line, int64_t count) {
+    Words kept = {};
+    std::memcpy(&kept, &line, std::min(count, HALVES) * sizeof(bf16));
+    return kept;
 }
 
 inline void transpose(Words line[16]) {

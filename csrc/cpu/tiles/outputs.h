@@ -7,6 +7,9 @@ namespace fastlora::FL_ISA {
 
 inline Floats floats_at(const char* c, int line) { return line_at<Floats>(c + line * TILE_ROW); }
 
+// Of a sum that was flushed to minus zero what other adapters' zeros would make of it: plus zero.
+inline Floats with_bias(Floats sum, const float* bias) { return sum + spread(bias ? *bias : 0.0f); }
+
 // bias [32] or null; c[2]: two tiles, of 16 outputs each. To rows y_row(i) of 32 outputs, of which
 // `width` are there.
 template <class Row>
@@ -15,9 +18,9 @@ inline void put_outputs(const char* const c[2], const float* bias, int rows, int
     Words line[16];
     for (int i = 0; i < 16; ++i) {
         const char* tile = c[i / 8];
-        Floats even = floats_at(tile, i % 8 * 2), odd = floats_at(tile, i % 8 * 2 + 1);
-        if (bias) even += spread(bias[2 * i]), odd += spread(bias[2 * i + 1]);
-        line[i] = pair(even, odd);
+        const Floats even = floats_at(tile, i % 8 * 2), odd = floats_at(tile, i % 8 * 2 + 1);
+        line[i] = pair(with_bias(even, bias ? bias + 2 * i : nullptr),
+                       with_bias(odd, bias ? bias + 2 * i + 1 : nullptr));
     }
     transpose(line);
     if (rows == ROWS_A_TILE && width == PANEL_N)
@@ -32,11 +35,8 @@ inline void add_outputs(const char* const c[2], const float* bias, uint32_t chan
                         Row y_row) {
     Words half[2][16];
     for (int h = 0; h < 2; ++h) {
-        for (int i = 0; i < 16; ++i) {
-            Floats sum = floats_at(c[h], i);
-            if (bias) sum += spread(bias[h * 16 + i]);
-            half[h][i] = (Words)sum;
-        }
+        for (int i = 0; i < 16; ++i)
+            half[h][i] = (Words)with_bias(floats_at(c[h], i), bias ? bias + h * 16 + i : nullptr);
         transpose(half[h]);
     }
     for (int i = 0; i < ROWS_A_TILE; ++i) {

@@ -115,7 +115,10 @@ class Shrink {
         for (int i = 0; i < 8; ++i) {
             const Floats even = floats_at(sum, 2 * i), odd = floats_at(sum, 2 * i + 1);
             saved[i] = pair(even, odd);
-            put_line(to + i * TILE_ROW, keep_lanes(pair(even * by, odd * by), s.columns));
+            // Past a slot's ranks Inf times zero is NaN.
+            const Floats low = 2 * i < ranks ? even * by : Floats{};
+            const Floats high = 2 * i + 1 < ranks ? odd * by : Floats{};
+            put_line(to + i * TILE_ROW, keep_lanes(pair(low, high), s.columns));
         }
         // Ranks that would be the other half of a step are not there.
         if (r % STEP == 0 && r + ROWS_A_TILE >= c.a.slot(s.slot).r)

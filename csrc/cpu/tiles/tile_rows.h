@@ -9,6 +9,8 @@
 // a row's bits are the same whatever the other rows, the blocks and the threads.
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/threads.h"
 #include "cpu/tiles/add.h"
 #include "cpu/tiles/arena.h"
@@ -73,6 +75,7 @@ class TileRows {
         for (int64_t n = 0; n < N; ++n) {
             bias[n] = a.bias ? widen(a.bias[n]) : 0.0f;
             if (a.lora_bias) bias[n] += a.scalings[0] * a.lora_bias[n];
+            if (std::abs(bias[n]) < FLT_MIN) bias[n] = 0.0f;  // minus zero too: see with_bias()
         }
     }
 
