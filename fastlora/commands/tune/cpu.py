@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlora.backends import native
 from fastlora.backends.cpu import choices
 from fastlora.backends.cpu.choices import Choice
-from fastlora.commands.check.stamps import find_commit
+from fastlora.commands.check.stamps import cache_folder, find_commit
 from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora_linear
 from fastlora.kernels.choose import records  # pyright: ignore[reportMissingImports]
 from fastlora.ops.dispatch import use_backend
@@ -82,7 +82,7 @@ class Layer:
 
 
 @contextmanager
-def force(choice: Choice):  # noqa: ANN201
+def force(choice: Choice) -> Iterator[None]:
     """Every call of the process takes this form, whatever was measured."""
     before, choices.forced = choices.forced, choice
     try:
@@ -139,13 +139,13 @@ def tune_cpu(
                     with torch.no_grad(), use_backend("cpu"):
                         found = find_row(op, layers, clock, 3 if quick else 9)
                     row = {"op": op, "dtype": name, "threads": count, **stamp, **found}
-                    file = records.write(choices.FILE, [row], choices.KEYS, folder)
+                    records.write(choices.FILE, [row], choices.KEYS, folder)
                     beyond = "native" if found["native"] else "torch's"
                     say(
                         f"{op:<18} {name} {count} threads: one call up to {found['rows']} rows, "
                         f"beyond them the product is {beyond}"
                     )
-        say(f"rows written to {file}; new processes read them")
+        say(f"rows written to {folder or cache_folder()}; new processes read them")
     finally:
         torch.set_num_threads(before)
         choices.forget()

@@ -1,4 +1,4 @@
-"""`fastlora tune` on a CPU, run with a simulated clock, writes up to how many rows one call wins."""
+"""`fastlora tune` on a CPU, with a simulated clock, writes up to how many rows one call wins."""
 
 from __future__ import annotations
 
