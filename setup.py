@@ -53,8 +53,8 @@ INSTRUCTION_SETS = {
     "avx512": _AVX512,
     "avx512_bf16": [*_AVX512, "-mavx512bf16"],
 }
-# tile_kernels.cpp, likewise. The second one has tiles in ordinary instructions: for tests, and never
-# chosen by itself. Each needs a set above for what is not done by tiles.
+# tile_kernels.cpp, likewise; what is not done by tiles is done by a set above. The second one has
+# tiles in ordinary instructions: for tests, and never chosen by itself.
 TILE_SETS = {
     "amx_bf16": [*_AVX512, "-mavx512bf16"],
     "amx_emulated": [*_AVX2, "-DFL_TILES_EMULATED", "-Wno-psabi"],

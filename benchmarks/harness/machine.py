@@ -16,6 +16,7 @@ import torch
 import fastlora
 from benchmarks import ROOT
 from fastlora.backends import native
+from fastlora.backends.cpu.choices import cpu_name
 
 # Distributions whose versions stand beside a figure, installed or not.
 PEERS = ("peft", "transformers", "unsloth", "liger-kernel", "vllm", "sglang")
@@ -87,11 +88,7 @@ def _parse_number(text: str) -> float | str:
 def find_device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", _CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def find_instruction_set() -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from unittest.mock import patch
 
-from benchmarks.harness.case import DTYPES, Absent, Builder, Call, Case, Operands, Outputs
+from benchmarks.harness.case import Absent, Builder, Call, Case, Operands, Outputs
 from fastlora import use_backend
-from fastlora.backends import native
-from fastlora.backends.cpu.linear import FEW_ROWS
+from fastlora.backends.cpu import choices
 from fastlora.ops import availability
 from fastlora.ops.run import Refused, strictly
 
@@ -35,12 +34,12 @@ def run_with_base(natively: bool, fastlora: Builder, case: Case, o: Operands) ->
     reason = availability.unusable("cpu")
     if reason is not None:
         raise Absent(reason)
-    rows = dict.fromkeys(DTYPES.values(), case.shape["M"] if natively else 0)
+    form = choices.Choice(case.shape["M"] if natively else 0)
     with use_backend("cpu"):
         call = fastlora(case, o)
 
     def chosen() -> Outputs:
-        with use_backend("cpu"), patch.dict(FEW_ROWS, {native.instruction_set(): rows}):
+        with use_backend("cpu"), patch.object(choices, "forced", form):
             return call()
 
     return chosen

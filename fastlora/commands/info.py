@@ -12,6 +12,7 @@ import torch
 
 import fastlora
 from fastlora.backends import native
+from fastlora.backends.cpu import choices
 from fastlora.commands.check import run as checking
 from fastlora.commands.check.judging import DTYPES
 from fastlora.commands.check.stamps import cache_folder
@@ -39,6 +40,7 @@ def describe_machine() -> str:
     forced = os.environ.get("FASTLORA_BACKEND")
     lines += [f"  FASTLORA_BACKEND={forced}"] if forced else []
     lines += ["", "kernels", f"  cpu    runs lora_linear on {_choose_backend('lora_linear')}"]
+    lines += _describe_choices()
     for index in gpus:
         lines += _describe_kernels(torch.device("cuda", index))
     lines.append(f"  rows of this machine's checks and timings: {cache_folder()}")
@@ -67,6 +69,22 @@ def _describe_backend(name: str) -> str:
         return f"  {name:<6} not usable: {reason}"
     isa = f", with {native.instruction_set()} of {native.available()}" if name == "cpu" else ""
     return f"  {name:<6} usable{isa}"
+
+
+def _describe_choices() -> list[str]:
+    """Says up to how many rows the CPU's one native call is taken, and who measured that."""
+    if availability.unusable("cpu") is not None:
+        return []
+    threads, isa = torch.get_num_threads(), native.instruction_set()
+    lines = []
+    for op in ("lora_linear", "multi_lora_linear"):
+        parts = []
+        for dtype, name in choices.DTYPES.items():
+            measured = choices.find_row(op, name, isa, threads)
+            beside = "" if measured else " (a default: `fastlora tune` measures)"
+            parts.append(f"{name} {choices.choose(op, dtype).rows}{beside}")
+        lines.append(f"         rows in one call of {op}: {', '.join(parts)}")
+    return lines
 
 
 def _describe_kernels(device: torch.device) -> list[str]:

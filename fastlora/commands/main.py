@@ -18,6 +18,7 @@ from fastlora.commands import info, merge
 from fastlora.commands.check import run as checking
 from fastlora.commands.check.judging import DTYPES
 from fastlora.commands.tune import calls
+from fastlora.commands.tune import cpu as tuning_cpu
 from fastlora.commands.tune import run as tuning
 from fastlora.ops import availability
 
@@ -32,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("info", help="what runs here: versions, devices, backends and why not")
     _add_check(commands.add_parser("check", help="test the kernels on this device, and use them"))
-    _add_tune(commands.add_parser("tune", help="time the kernels' tile shapes on this GPU"))
+    _add_tune(
+        commands.add_parser(
+            "tune", help="time the kernels' tile shapes on a GPU, or the CPU's forms"
+        )
+    )
     merge.add_arguments(commands.add_parser("merge", help="merge adapters into a model's files"))
     commands.add_parser("bench", help="measure beside torch and PEFT, in a checkout")
     _add_demo(
@@ -80,7 +85,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=_parse_device, help="default: the first GPU")
+    parser.add_argument("--device", type=_parse_device, help="default: the first GPU, else the CPU")
     parser.add_argument(
         "--shapes", type=_parse_shape, nargs="+", metavar="M,K,N,R", help="of layers"
     )
@@ -163,9 +168,11 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_tune(options: argparse.Namespace) -> int:
     """Returns 0 when timed, 1 where a candidate was wrong, 2 where there is nothing to time on."""
-    device = options.device or torch.device("cuda")
+    device = options.device or torch.device("cpu" if availability.no_gpu() else "cuda")
+    if device.type == "cpu":
+        return _tune_cpu(options)
     if device.type != "cuda":
-        return _refuse("tune", f"expected a CUDA device to time on, got {device}")
+        return _refuse("tune", f"expected a CUDA device or the CPU to time on, got {device}")
     reason = _explain_missing(device) or availability.cannot("triton", device)
     if reason is not None:
         return _refuse("tune", reason)
@@ -184,6 +191,24 @@ def run_tune(options: argparse.Namespace) -> int:
         print("fastlora tune: interrupted; the shapes that were finished are kept")
         return 130
     return 0 if all_right else 1
+
+
+def _tune_cpu(options: argparse.Namespace) -> int:
+    reason = availability.unusable("cpu")
+    if reason is not None:
+        return _refuse("tune", reason)
+    if options.shapes or options.kernel:
+        return _refuse("tune", "--shapes and --kernel are of a GPU's kernels")
+    threads = sorted({1, torch.get_num_threads()})
+    dtypes = options.dtype or list(tuning_cpu.DTYPES)
+    if unknown := sorted(set(dtypes) - set(tuning_cpu.DTYPES)):
+        return _refuse("tune", f"--dtype {unknown[0]}: expected {', '.join(tuning_cpu.DTYPES)}")
+    try:
+        tuning_cpu.tune_cpu(dtypes, threads, options.save, quick=options.quick)
+    except KeyboardInterrupt:
+        print("fastlora tune: interrupted; the rows that were finished are kept")
+        return 130
+    return 0
 
 
 def _refuse(command: str, reason: str) -> int:

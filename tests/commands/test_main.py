@@ -85,7 +85,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
         monkeypatch.setattr(launch, "arch_of", lambda device: 90)
         monkeypatch.setattr(choice, "verified", verified)
-        return section(info.describe_machine(), "kernels")[1:-1]
+        lines = section(info.describe_machine(), "kernels")[1:-1]
+        return [line for line in lines if "rows in one call" not in line]
 
     return install
 
@@ -106,6 +107,19 @@ def test_info_says_when_nothing_is_verified(gpu):
     assert first.startswith("  cuda:0 runs lora_linear on torch (fp32, fp16, bf16")
     assert "plain torch runs" in second
     assert "`fastlora check`" in second
+
+
+def test_info_says_up_to_how_many_rows_one_call_is_taken(monkeypatch, tmp_path):
+    """And where that is a default, since nobody has measured this CPU."""
+    choices = pytest.importorskip("fastlora.backends.cpu.choices")
+    if availability.unusable("cpu") is not None:
+        pytest.skip(availability.unusable("cpu"))
+    monkeypatch.setattr(choices, "find_row", lambda *key: None)
+    lines = [line for line in info.describe_machine().splitlines() if "rows in one call" in line]
+    assert [line.split()[5] for line in lines] == ["lora_linear:", "multi_lora_linear:"]
+    assert all(line.count("a default: `fastlora tune` measures") == 3 for line in lines)
+    monkeypatch.setattr(choices, "find_row", lambda *key: {"rows": 1})
+    assert "default" not in "".join(info._describe_choices())
 
 
 def test_info_marks_absent_packages_not_installed(monkeypatch):
@@ -151,7 +165,8 @@ def test_info_shows_backend_of_environment_variable():
         ("tune --shapes 1,2,3,4 1,2,3,0", 2, "got '1,2,3,0'"),
         ("tune --kernel conv", 2, "--kernel"),
         ("tune --dtype bf16+fp32", 2, "--dtype"),
-        ("tune --device cpu", 2, "expected a CUDA device to time on, got cpu"),
+        ("tune --device meta", 2, "expected a CUDA device or the CPU to time on, got meta"),
+        ("tune --device cpu --shapes 1,2,3,4", 2, "--shapes and --kernel are of a GPU's kernels"),
         ("check --device meta", 2, "expected cpu or cuda[:N], got meta"),
         ("check --device cpu:3", 2, "expected cpu or cuda[:N], got cpu:3"),
     ],

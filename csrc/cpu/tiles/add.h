@@ -13,28 +13,30 @@ class AddTiles {
     // right: right_bytes(...), own: own_bytes(...) of memory, of all threads and of this one.
     AddTiles(const Chunk<T>& chunk, Tiles& tiles, char* own)
         : c(chunk), tiles(tiles), K_steps(c.plan.x_steps), rank_tiles(2 * c.plan.steps), sums(own),
-          rests(sums + 12 * TILE), B(rests + 2 * TILE), copies(B) {}
+          rests(sums + 12 * TILE), copies(rests + 2 * TILE) {}
 
     static bool can(const Plan<T>& plan) {
         for (const RowTile& tile : plan.tiles)
             if (tile.mixed) return false;
         return plan.steps > 0 && plan.steps <= 3;
     }
-    static int64_t right_bytes(const Plan<T>& plan) {
-        return plan.groups * 2 * plan.steps * plan.x_steps * TILE;
+    static int64_t right_bytes(const Plan<T>& plan, int64_t N) {
+        const int64_t A = 2 * plan.steps * plan.x_steps;
+        return plan.groups * (A + divide_up(N, PANEL_N) * 2 * plan.steps) * TILE;
     }
-    static int64_t own_bytes(const Plan<T>& plan) {
-        return 14 * TILE + std::max(2 * plan.x_steps, 2 * plan.steps * BLOCK) * TILE;
-    }
+    static int64_t own_bytes(const Plan<T>& plan) { return (14 + 2 * plan.x_steps) * TILE; }
 
-    // Outputs a task: four lines of y's rows.
-    static constexpr int64_t BLOCK = 4, BLOCK_N = BLOCK * PANEL_N;
-
-    // A of a run's group as right operands: steps begin ... end - 1.
-    void pack_A(const Run& run, int64_t begin, int64_t end) {
+    // A and B of a run's group as right operands: the part'th of several parts.
+    void pack(const Run& run, int64_t part, int64_t parts) {
         const Segment& s = c.plan.segments[run.begin];
         if (run.begin && c.plan.segments[run.begin - 1].group == s.group) return;
         const Slot<T> slot = c.a.slot(s.slot);
+        const int64_t panels = divide_up(c.a.shape.N, PANEL_N);
+        for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p)
+            for (int64_t r = 0; r < slot.r; r += STEP)
+                pack_right_B(B_at(s.group, p) + r / STEP * 2 * TILE, slot, c.a.ldb, p * PANEL_N,
+                             std::min(PANEL_N, c.a.shape.N - p * PANEL_N), r);
+        const int64_t begin = K_steps * part / parts, end = K_steps * (part + 1) / parts;
         for (int64_t t = 0; t < rank_tiles; ++t) {
             const T* row[ROWS_A_TILE];
             const int64_t ranks = std::clamp<int64_t>(slot.r - t * ROWS_A_TILE, 0, ROWS_A_TILE);
@@ -56,23 +58,18 @@ class AddTiles {
         });
     }
 
-    // Outputs n ... n + BLOCK_N - 1 of every row.
-    void expand(int64_t n) {
-        const int64_t count = divide_up(std::min(BLOCK_N, c.a.shape.N - n), PANEL_N);
-        int there = -1;
-        for (int t = 0; t < int(c.plan.tiles.size()); ++t) {
-            const RowTile& tile = c.plan.tiles[t];
-            if (tile.begin == tile.end) continue;
-            const Segment& s = c.plan.segments[tile.begin];
-            if (there != s.group) pack_B(c.a.slot(s.slot), n, count);
-            there = s.group;
-            tiles.use(TileConfig());
-            for (int64_t at = 0; at < count; ++at) {
-                zero_sums<1, 2>();
-                steps<1, 2>({c.h + s.h, TILE_ROW, 0, TILE}, B_at(at), 2 * TILE, s.steps);
-                store_sums<1, 2>(sums);
-                add_rows(s, n + at * PANEL_N);
-            }
+    // The part'th outputs of tile t's rows: rows of y are read and written along.
+    void expand(int64_t t, int64_t part, int64_t parts) {
+        const RowTile& tile = c.plan.tiles[t];
+        if (tile.begin == tile.end) return;
+        const Segment& s = c.plan.segments[tile.begin];
+        const int64_t panels = divide_up(c.a.shape.N, PANEL_N);
+        tiles.use(TileConfig());
+        for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p) {
+            zero_sums<1, 2>();
+            steps<1, 2>({c.h + s.h, TILE_ROW, 0, TILE}, B_at(s.group, p), 2 * TILE, s.steps);
+            store_sums<1, 2>(sums);
+            add_rows(s, p * PANEL_N);
         }
     }
 
@@ -80,10 +77,13 @@ class AddTiles {
     const Chunk<T>& c;
     Tiles& tiles;
     int64_t K_steps, rank_tiles;
-    char *sums, *rests, *B, *copies;
+    char *sums, *rests, *copies;
 
     char* A_at(int group) const { return c.x + group * rank_tiles * K_steps * TILE; }
-    char* B_at(int64_t panel) const { return B + panel * c.plan.steps * 2 * TILE; }
+    char* B_at(int group, int64_t panel) const {
+        const int64_t place = group * divide_up(c.a.shape.N, PANEL_N) + panel;
+        return A_at(c.plan.groups) + place * c.plan.steps * 2 * TILE;
+    }
 
     template <class Call>
     void with_rank_tiles(Call call) const {
@@ -159,14 +159,6 @@ class AddTiles {
         for (int64_t i = s.count; i < ROWS_A_TILE; ++i)
             for (int64_t step = 0; step < s.steps; ++step)
                 put_line(c.h + s.h + step * TILE + i * TILE_ROW, Words{});
-    }
-
-    // B's rows of `count` panels of outputs as right operands [steps][2].
-    void pack_B(const Slot<T>& slot, int64_t n, int64_t count) const {
-        for (int64_t p = 0; p < count; ++p)
-            for (int64_t r = 0; r < slot.r; r += STEP)
-                pack_right_B(B_at(p) + r / STEP * 2 * TILE, slot, c.a.ldb, n + p * PANEL_N,
-                             std::min(PANEL_N, c.a.shape.N - n - p * PANEL_N), r);
     }
 
     // sums: two tiles [rows, 16 outputs].

@@ -33,7 +33,7 @@ class TileRows {
             prefetches.emplace_back(a.pages ? a.pages->total : std::min(CHUNK, a.shape.M));
         for (const Plan<T>& plan : plans) {
             if (adds(plan)) {
-                x_bytes = std::max(x_bytes, AddTiles<T>::right_bytes(plan));
+                x_bytes = std::max(x_bytes, AddTiles<T>::right_bytes(plan, a.shape.N));
                 own_bytes = std::max(own_bytes, AddTiles<T>::own_bytes(plan));
             }
             x_bytes = std::max(x_bytes, plan.x_bytes);
@@ -137,16 +137,18 @@ class TileRows {
         const Plan<T>& plan = c.plan;
         AddTiles<T> work(c, tiles, own);
         constexpr int64_t parts = 8;
+        const int64_t count = int64_t(plan.tiles.size());
+        const int64_t N_parts = count < 4 * a.threads ? 8 : 1;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < int64_t(plan.runs.size()) * parts; ++i) {
-            work.pack_A(plan.runs[i / parts], plan.x_steps * (i % parts) / parts,
-                        plan.x_steps * (i % parts + 1) / parts);
+            work.pack(plan.runs[i / parts], i % parts, parts);
             if (i == 0) clear_h(c);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < int64_t(plan.tiles.size()); t += 2) work.shrink(t);
+        for (int64_t t = 0; t < count; t += 2) work.shrink(t);
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < a.shape.N; n += AddTiles<T>::BLOCK_N) work.expand(n);
+        for (int64_t i = 0; i < count * N_parts; ++i)
+            work.expand(i / N_parts, i % N_parts, N_parts);
     }
 
     static const Panel& panel_of(const Plan<T>& plan, int64_t tile) {

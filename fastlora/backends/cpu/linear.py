@@ -9,24 +9,11 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import dropout, native
+from fastlora.backends.cpu import choices
 from fastlora.backends.in_place import mark_written
 from fastlora.backends.torch import linear as reference
 from fastlora.backends.torch import products as library
 from fastlora.backends.torch.wide_products import base_gradient, row_blocks
-
-# Rows up to which the native product beats torch's with the adapter's part added: measured on Zen 4
-# for K = N from 512 to 4096, 1 and 2 threads (docs/kernels.md). Without BF16 instructions bfloat16
-# is widened by hand; in float16 torch's own product is four times slower than ours.
-_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
-FEW_ROWS = {
-    "amx_bf16": {_F32: 128, _BF16: 512, _F16: 128},
-    "amx_emulated": {_F32: 16, _BF16: 512, _F16: 128},
-    "avx512_bf16": {_F32: 128, _BF16: 64, _F16: 128},
-    "avx512": {_F32: 128, _BF16: 4, _F16: 128},
-    "avx2": {_F32: 16, _BF16: 1, _F16: 128},
-    "portable": {_F32: 4, _BF16: 0, _F16: 0},
-}
-
 
 _Given = TypeVar("_Given", Tensor, Tensor | None)
 
@@ -48,11 +35,11 @@ def lora_linear(
         return reference.lora_linear(x, weight, bias, *args, invariant=True)
     M, N = x.shape[0], weight.shape[0]
     h = x.new_empty(M, lora_A.shape[0])
-    if seed is None and (invariant or (h.numel() and few(M, weight))):
+    if seed is None and (invariant or (h.numel() and few(M, weight, "lora_linear"))):
         y = x.new_empty(M, N)
         run_linear(y, h, x, weight, bias, lora_A, lora_B, lora_bias, scaling)
         return y, h
-    y = product(x, weight, bias, invariant)
+    y = product(x, weight, bias, "lora_linear", invariant)
     lora_add_(y, h, x, *args)
     return y, h
 
@@ -249,10 +236,9 @@ def finish_write(*pairs: tuple[Tensor, Tensor]) -> None:
             tensor.copy_(target)
 
 
-def few(M: int, weight: Tensor) -> bool:
+def few(M: int, weight: Tensor, op: str) -> bool:
     """Whether the native product is the faster one, and can read the weight."""
-    most = FEW_ROWS[native.instruction_set()][weight.dtype]
-    return most >= M and readable(weight)
+    return choices.choose(op, weight.dtype).rows >= M and readable(weight)
 
 
 def readable(weight: Tensor) -> bool:
@@ -260,9 +246,12 @@ def readable(weight: Tensor) -> bool:
     return weight.stride(1) == 1 and weight.numel() > 0
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool = False) -> Tensor:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, op: str, invariant: bool = False
+) -> Tensor:
     """The base product of many rows."""
-    if not invariant and (x.dtype != _F16 or not few(1, weight)):
+    natively = invariant or choices.choose(op, weight.dtype).native
+    if not natively or not readable(weight):
         return library.linear(x, weight, bias)
     y, h = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], 0)
     run_linear(y, h, x, weight, bias, x[:0], weight[:, :0], None, 0.0)

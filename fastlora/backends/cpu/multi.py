@@ -40,11 +40,11 @@ def multi_lora_linear(
         return reference.multi_lora_linear(x, weight, bias, adapters, rows, invariant)
     M, N = x.shape[0], weight.shape[0]
     h = x.new_empty(M, adapters.lora_A.shape[1])
-    if invariant or few(M, weight):
+    if invariant or few(M, weight, "multi_lora_linear"):
         y = x.new_empty(M, N)
         run_multi(y, h, x, weight, bias, adapters, rows)
         return y, h
-    y = product(x, weight, bias)
+    y = product(x, weight, bias, "multi_lora_linear")
     multi_lora_add_(y, h, x, adapters, rows)
     return y, h
 
@@ -114,11 +114,14 @@ def packed_lora_linear(
     rows: Rows,
     invariant: bool = False,
 ) -> Tensor:
-    if readable(weight) if invariant else few(x.shape[0], weight):
+    if readable(weight) if invariant else few(x.shape[0], weight, "multi_lora_linear"):
         y = x.new_empty(x.shape[0], weight.shape[0])
         run_packed(y, x, weight, bias, adapters, rows)
         return y
-    y = (linear if invariant else product)(x, weight, bias, invariant)
+    if invariant:
+        y = linear(x, weight, bias, True)
+    else:
+        y = product(x, weight, bias, "multi_lora_linear")
     packed_lora_add_(y, x, adapters, rows)
     return y
 

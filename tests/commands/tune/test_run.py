@@ -266,7 +266,7 @@ def test_default_shapes_include_their_transposes():
 
 def test_tune_command_exits_2_without_gpu(monkeypatch, capsys):
     monkeypatch.setattr(availability, "no_gpu", lambda: "no CUDA GPU was found")
-    assert cli.main(["tune"]) == 2
+    assert cli.main(["tune", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == "fastlora tune: no CUDA GPU was found\n"
 
 
