@@ -1,5 +1,6 @@
 """Fixtures of every test: fresh data, the devices that there are, the backends that run there."""
 
+import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ from fastlora.backends import native
 from fastlora.ops import availability
 
 SETS = [] if native.unusable() else native.available().split(", ")
+
+# Before any kernel runs; a triton that is not there needs nothing.
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.support import interpreter
+
+    interpreter.quicken()
 
 # What tests compute is small: on a busy machine a second thread costs five times what it brings.
 torch.set_num_threads(1)
