@@ -51,6 +51,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before -k and -m choose among them: what is quick never depends on what is asked for."""
     thinning.thin(items)
+    # xdist gives each worker a stretch, of which others take the end: the first stays with one.
+    items.sort(key=lambda item: not item.get_closest_marker("shared_start"))
 
 
 @pytest.fixture(autouse=True)
