@@ -13,6 +13,10 @@ TORCH_LATEST ?= torch
 # The newest and the oldest triton that are supported: `make aot` compiles with both.
 TRITONS ?= 3.9.0 3.6.0
 
+# Set in many a container: each process that imports torch would compile its Python anew, for two
+# seconds, or ten with PEFT; and pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
 C_SOURCES := $(filter csrc/%,$(SOURCES))

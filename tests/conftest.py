@@ -1,5 +1,6 @@
 """Fixtures of every test: fresh data, the devices that there are, the backends that run there."""
 
+import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +27,12 @@ from fastlora.ops import availability
 
 SETS = [] if native.unusable() else native.available().split(", ")
 
+# Before any kernel runs; a triton that is not there needs nothing.
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.support import interpreter
+
+    interpreter.quicken()
+
 # What tests compute is small: on a busy machine a second thread costs five times what it brings.
 torch.set_num_threads(1)
 
@@ -44,6 +51,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before -k and -m choose among them: what is quick never depends on what is asked for."""
     thinning.thin(items)
+    # xdist gives each worker a stretch, of which others take the end: the first stays with one.
+    items.sort(key=lambda item: not item.get_closest_marker("shared_start"))
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def outcomes(
     return launch.outcomes(chosen, tmp_path_factory.mktemp("processes"), SECONDS)
 
 
+@pytest.mark.shared_start
 @pytest.mark.parametrize("check", CHECKS)
 def test_check_passes_in_two_processes(check: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[check], outcomes[check]

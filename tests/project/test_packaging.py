@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.packaging
+pytestmark = [pytest.mark.packaging, pytest.mark.shared_start]
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "libfastlora_cpu" + (".dylib" if sys.platform == "darwin" else ".so")

@@ -38,7 +38,7 @@ from tests.project.ray_server import (
 )
 
 # Starting Ray and two replicas takes half a minute; the engine that they serve has quick tests.
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.shared_start]
 
 
 @pytest.fixture(scope="module")

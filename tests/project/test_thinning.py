@@ -164,3 +164,9 @@ OWN = list(product(THREE, THREE, "pqr"))
 def test_suite_itself_is_thinned_as_computed(a, b, c, request):
     chosen = OWN.index((a, b, c)) in cover(OWN)
     assert chosen == (request.node.get_closest_marker("full") is None)
+
+
+def test_suite_begins_with_what_is_shared(request):
+    """Where xdist parts it among workers, both would start a server."""
+    shared = [bool(i.get_closest_marker("shared_start")) for i in request.session.items]
+    assert shared == sorted(shared, reverse=True)
