@@ -89,7 +89,8 @@ $(ASAN)/fastlora/libfastlora_cpu.so: $(SOURCES) | setup
 
 # Python is not instrumented, so the runtime comes first, with the libstdc++ whose exceptions it
 # intercepts. -s, or pytest keeps the report of a process that ends at once. A write just past a
-# buffer shows beforehand that somebody watches.
+# buffer shows beforehand that somebody watches. What AMX tiles load it does not see: their emulation
+# loads the same.
 PAST_THE_END = import torch; from fastlora.backends import native; a, short = torch.ones(64), torch.ones(63); \
 	p, q = a.data_ptr(), short.data_ptr(); \
 	native.functions().fastlora_gradient(q, 64, 1, p, 1, p, 64, 1, 1, 64, 1.0, 0, 0, 1)
@@ -102,6 +103,7 @@ asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under Addre
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
 	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/backends/test_native.py tests/backends/test_native_calls.py \
 		tests/backends/cpu tests/backends/cuda --ignore tests/backends/cpu/test_subnormals.py \
+		--ignore tests/backends/cpu/test_tiles.py --ignore tests/backends/cpu/test_tile_registers.py \
 		--ignore tests/backends/cuda/test_build.py $(ARGS)
 
 demo: setup ## see LoRA at work (MODEL=path and DATA=file: on your own model and text)
