@@ -3,6 +3,7 @@
 Ratios of medians, smaller is better; with several folders (as of one thread and two) each cell has
 a figure of every one. ``--headlines`` prints the short table instead: a few cases of each suite,
 losses among them, as fastlora's time over the others'; bold where the intervals do not touch.
+Folders of several machines stand side by side there.
 """
 
 from __future__ import annotations
@@ -81,15 +82,24 @@ def _make_row(case: str, folders: Sequence[Found]) -> list[str]:
     return [case, *cells, limits[0] if len(set(limits)) == 1 else _join(limits)]
 
 
-def make_headlines(folders: Sequence[Found]) -> str:
-    """Makes a table of fastlora's time over the base's, torch's at its fastest, and PEFT's."""
+def make_headlines(*machines: Sequence[Found], names: Sequence[str] = ()) -> str:
+    """Makes a table of fastlora's time over the base's, torch's at its fastest, and PEFT's.
+
+    Several machines stand side by side, under their names.
+    """
+    columns = [("the base's", (BASE,)), ("torch's", TORCH), ("PEFT's", (PEFT,))]
     rows = []
     for words, case in HEADLINES:
         cells = [
-            _join(_compare(f, case, names) for f in folders) for names in ((BASE,), TORCH, (PEFT,))
+            _join(_compare(f, case, providers) for f in folders)
+            for folders in machines
+            for _, providers in columns
         ]
         rows.append([words, *cells])
-    return markdown.make_table(("fastlora's time over", "the base's", "torch's", "PEFT's"), rows)
+    heading = [text for text, _ in columns] * len(machines)
+    for place, name in enumerate(names):
+        heading[place * len(columns)] = f"{name}: {columns[0][0]}"
+    return markdown.make_table(("fastlora's time over", *heading), rows)
 
 
 def _compare(lines: Found, case: str, names: Sequence[str]) -> str:
@@ -119,8 +129,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if empty:
         print(f"summary: expected results in {empty[0]}, found none", file=sys.stderr)
         return 2
-    print(make_headlines(results) if options.headlines else make_table(results))
+    if not options.headlines:
+        print(make_table(results))
+        return 0
+    machines: dict[Path, list[Found]] = {}
+    for folder, found in zip(options.folders, results, strict=True):
+        machines.setdefault(folder.resolve().parent, []).append(found)
+    names = [_name(folder) for folder in machines] if len(machines) > 1 else ()
+    print(make_headlines(*machines.values(), names=names))
     return 0
+
+
+def _name(machine: Path) -> str:
+    """The maker of a machine's CPU, as its folder begins."""
+    maker = machine.name.split("-")[0]
+    return maker.upper() if len(maker) == 3 else maker.title()
 
 
 if __name__ == "__main__":
