@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machines: dict[Path, list[Found]] = {}
     for folder, found in zip(options.folders, results, strict=True):
         machines.setdefault(folder.resolve().parent, []).append(found)
-    names = [_name(folder) for folder in machines] if len(machines) > 1 else ()
+    names = [_name(folder) for folder in machines] if len(machines) > 1 else []
     print(make_headlines(*machines.values(), names=names))
     return 0
 
