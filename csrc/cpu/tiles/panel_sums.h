@@ -1,5 +1,5 @@
-// Sums of one panel of 32 outputs by one panel of rows: W's steps, then K's rest and the ranks onto the
-// same registers.
+// Sums of one panel of 32 outputs by one panel of rows: W's steps, then K's rest and the ranks onto
+// the same registers.
 #pragma once
 
 #include "cpu/tiles/shrink.h"
@@ -20,12 +20,15 @@ class PanelSums {
     PanelSums(const Chunk<T>& chunk, Tiles& tiles, Blocks blocks, char* scratch)
         : c(chunk), tiles(tiles), steps_of_W(c.a.weight ? c.whole() : 0),
           rest(c.a.weight ? c.rest() : 0), spare(scratch), W_rest(spare + 13 * TILE),
-          B_copies(W_rest + 2 * TILE * blocks.panels),
-          made(blocks.panels * std::max(1, c.plan.most_groups), -1) {}
+          B_copies(W_rest + 2 * TILE * blocks.panels), places(blocks.panels * c.plan.most_groups),
+          made(reinterpret_cast<int*>(B_copies + places * c.plan.steps * 2 * TILE)) {
+        forget_copies();
+    }
 
     static int64_t bytes(const Plan<T>& plan, Blocks blocks) {
-        return (13 + 2 * blocks.panels) * TILE +
-               blocks.panels * plan.most_groups * plan.steps * 2 * TILE;
+        const int64_t places = blocks.panels * plan.most_groups;
+        return (13 + 2 * blocks.panels + places * plan.steps * 2) * TILE +
+               divide_up(places * int64_t(sizeof(int)), TILE) * TILE;
     }
 
     int64_t all_steps() const { return steps_of_W; }
@@ -44,7 +47,7 @@ class PanelSums {
     }
 
     // What was copied for other outputs is not taken again.
-    void forget_copies() { std::fill(made.begin(), made.end(), -1); }
+    void forget_copies() { std::fill(made, made + places, -1); }
 
     // K's rest of W and every slot's B, for one panel of outputs.
     void copy_operands(const Panel& panel, const Outputs& o) {
@@ -94,7 +97,8 @@ class PanelSums {
     Tiles& tiles;
     int64_t steps_of_W, rest;
     char *spare, *W_rest, *B_copies;
-    std::vector<int> made;  // [panels, most_groups]: the group whose B lies there
+    int64_t places;
+    int* made;  // [panels, most_groups]: the group whose B lies there
 
     bool reads_B_in_place(const Panel& panel, const Outputs& o) const {
         return c.plan.same_rank && panel.tiles <= 2 && o.rows == PANEL_N;
