@@ -124,7 +124,7 @@ def work():
     ready.wait()
     results.append(compute())
 
-older = [threading.Thread(target=work) for _ in range(2)]
+older = [threading.Thread(target=work, daemon=True) for _ in range(2)]
 for thread in older:
     thread.start()
 import torch
@@ -161,5 +161,7 @@ print("same")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_older_threads_and_forked_processes_have_the_same_bits(tile_set):
-    run = subprocess.run([sys.executable, "-c", PROBE, tile_set], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, tile_set], capture_output=True, text=True, timeout=120
+    )
     assert run.stdout == "same\n", run.stderr
