@@ -55,6 +55,7 @@ def test_cpu_folder_has_name_instructions_and_threads(name, instructions, thread
 def test_cpu_with_amx_has_separate_folder(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr(machine, "_CPUINFO", info)
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Some Maker's CPU")
     monkeypatch.setattr(machine.native, "unusable", lambda: None)
     monkeypatch.setattr(machine.native, "instruction_set", lambda: "avx512_bf16")
     folders = []
