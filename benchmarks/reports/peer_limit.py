@@ -68,8 +68,8 @@ KNOWN = (
         "linear-invariant-bf16-*",
         "fastlora-invariant",
         "*",
-        "a row's bits do not depend on its batch, which no peer promises; without the permission for "
-        "AMX ours has no tiles, and torch has",
+        "a row's bits do not depend on its batch, which no peer promises; without the permission "
+        "for AMX ours has no tiles, and torch has",
         "6.8 on Intel Xeon avx512_bf16+amx, 512 rows",
         instructions="avx512*+amx",
     ),
