@@ -45,6 +45,8 @@ CXXFLAGS += ["-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninit
 _AVX2 = ["-DFL_AVX2", "-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-DFL_AVX512", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 _AVX512 += [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+# What Python calls, in csrc/cpu.
+ENTRIES = ["entry", "entry_merge"]
 # kernels.cpp is compiled once for each; the library picks the best that its machine has. Of inline
 # code that all share the linker keeps the first object's: portable must come before the others.
 INSTRUCTION_SETS = {
@@ -126,11 +128,11 @@ def build_cpu(target: Path, temporary: Path) -> str:
         say(f"this compiler cannot do {name}: {why.splitlines()[-1]}")
     built = [name for name in sets if name not in failed]
     has = [f"-DFL_HAS_{name.upper()}" for name in built]
-    entry = str(temporary / "entry.o")
-    run([*cxx, *flags, *has, "-c", "csrc/cpu/entry.cpp", "-o", entry])
-    objects = [str(temporary / f"{name}.o") for name in built]
+    for entry in ENTRIES:
+        run([*cxx, *flags, *has, "-c", f"csrc/cpu/{entry}.cpp", "-o", str(temporary / f"{entry}.o")])
+    objects = [str(temporary / f"{name}.o") for name in (*ENTRIES, *built)]
     target.unlink(missing_ok=True)  # a process may have the old one mapped
-    run([*cxx, *flags, *openmp, "-shared", entry, *objects, "-o", str(target)])
+    run([*cxx, *flags, *openmp, "-shared", *objects, "-o", str(target)])
     threads = "with OpenMP" if openmp else "without OpenMP: one thread"
     return f"{' '.join(cxx)}, {threads}, for {', '.join(built)}"
 

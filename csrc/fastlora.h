@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-#define FASTLORA_ABI_VERSION 5
+#define FASTLORA_ABI_VERSION 6
 
 #if defined(__GNUC__)
 #define FASTLORA_API __attribute__((visibility("default")))
@@ -86,6 +86,17 @@ FASTLORA_API int32_t fastlora_multi_lora_linear(
     const float* scalings, const int32_t* ranks, const float* row_scales, int64_t M, int64_t K,
     int64_t N, int64_t R, int64_t S, const int32_t* table, int64_t table_ld, int64_t pages,
     int64_t page, int32_t x_dtype, int32_t lora_dtype, int32_t threads);
+
+/* Columns of y (M, ldy) += the part of each of `count` slices, whose adapters lie apart: the rows of
+ * slices (count, 9) hold lora_A, lda_slot, lda, lora_B, ldb_slot, ldb, the slice's first column of
+ * y, its N, and ranks (or 0), pointers as numbers. Everything else as above, without W and pages;
+ * h is not handed out. */
+FASTLORA_API int32_t fastlora_multi_lora_add(void* y, int64_t ldy, const void* x, int64_t ldx,
+                                             const int64_t* slices, int64_t count,
+                                             const int64_t* order, const int64_t* starts,
+                                             const float* scalings, const float* row_scales,
+                                             int64_t M, int64_t K, int64_t R, int64_t S,
+                                             int32_t x_dtype, int32_t lora_dtype, int32_t threads);
 
 /* out (R, C) = scaling * left^T right, summed in float32 in the order of the rows: left (M, R) and
  * right (M, C) of dtype, out of out_dtype (dtype or float32) with any strides. */

@@ -1,113 +1,16 @@
-// The C functions: what must hold is checked here, the rest is the instruction set's.
-#include <atomic>
+// The C functions, all but those that merge: what must hold is checked here, the rest is the
+// instruction set's.
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
-#include "fastlora.h"
-#include "cpu/amx_permission.h"
-#include "cpu/table.h"
+#include "cpu/arguments.h"
+#include "cpu/choices.h"
 
 namespace {
 
 using namespace fastlora;
-
-// Every set of this build, best first, and why this machine cannot use it, or null. The last one is
-// for tests: slower than any other.
-struct Choice {
-    const Table* table;
-    const char* missing;
-};
-
-// A set with tiles for bfloat16 rows, another one's kernels for the rest.
-template <const Table& others, const TileTable& tiles>
-const Table* with_tiles(const char* name) {
-    static const Table table = [name] {
-        Table all = others;
-        all.name = name;
-        all.linear = [](const LinearArgs& a) {
-            return a.x_dtype == FASTLORA_BFLOAT16 ? tiles.linear(a) : others.linear(a);
-        };
-        all.gradient = [](const GradientArgs& a) {
-            return a.dtype == FASTLORA_BFLOAT16 ? tiles.gradient(a) : others.gradient(a);
-        };
-        return all;
-    }();
-    return &table;
-}
-
-std::vector<Choice> choices() {
-    std::vector<Choice> all;
-#ifdef FL_HAS_AVX2
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    [[maybe_unused]] const bool avx512 =
-        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    [[maybe_unused]] const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-#ifdef FL_HAS_AMX_BF16
-    const char* none = "the CPU has no AVX-512 with BF16 instructions";
-    const Table* amx = with_tiles<avx512_bf16::table, amx_bf16::tile_table>("amx_bf16");
-    all.push_back({amx, bf16 ? amx_missing() : none});
-#endif
-#ifdef FL_HAS_AVX512_BF16
-    all.push_back({&avx512_bf16::table, bf16 ? nullptr : "the CPU has no AVX512_BF16"});
-#endif
-#ifdef FL_HAS_AVX512
-    all.push_back({&avx512::table, avx512 ? nullptr : "the CPU has no AVX-512"});
-#endif
-    const char* old = "the CPU has no AVX2";
-    all.push_back({&avx2::table, avx2 ? nullptr : old});
-#endif
-    all.push_back({&portable::table, nullptr});
-#if defined(FL_HAS_AVX2) && defined(FL_HAS_AMX_EMULATED)
-    const Table* emulated = with_tiles<avx2::table, amx_emulated::tile_table>("amx_emulated");
-    all.push_back({emulated, avx2 ? nullptr : old});
-#endif
-    return all;
-}
-
-const std::vector<Choice> all_choices = choices();
-
-// Those that can be used, null behind the last.
-std::vector<const Table*> usable() {
-    std::vector<const Table*> tables;
-    for (const Choice& choice : all_choices)
-        if (!choice.missing) tables.push_back(choice.table);
-    tables.push_back(nullptr);
-    return tables;
-}
-
-const std::vector<const Table*> tables = usable();
-std::atomic<const Table*> current{tables[0]};
-
-bool sizes(std::initializer_list<int64_t> values) {
-    for (int64_t value : values)
-        if (value < 0 || value > int64_t(1) << 40) return false;
-    return true;
-}
-
-// A number of threads; more than any machine has cores is a mistake.
-bool count(int32_t threads) { return threads >= 1 && threads <= 4096; }
-
-// A matrix of `rows` rows whose distance is `stride`, `columns` wide.
-bool matrix(const void* p, int64_t rows, int64_t columns, int64_t stride) {
-    if (rows == 0 || columns == 0) return true;
-    return p && (rows == 1 || stride >= columns || stride <= -columns);
-}
-
-// The same, where rows may overlap: it is only read.
-bool readable(const void* p, int64_t rows, int64_t columns) {
-    return rows == 0 || columns == 0 || p;
-}
 
 bool dense(const LinearArgs& a) {
     return matrix(a.h, a.M, a.R, a.ldh) && readable(a.A, a.S * a.R, a.K) &&
@@ -132,38 +35,6 @@ int32_t checked(const LinearArgs& a) {
         if (a.order[i] < 0 || a.order[i] >= a.M) return FASTLORA_BAD_ARGUMENT;
     if (a.M == 0 || (a.N == 0 && a.R == 0)) return FASTLORA_OK;
     return current.load()->linear(a);
-}
-
-bool merge_arguments(const MergeArgs& a) {
-    return sizes({a.N, a.K, a.R}) && count(a.threads) && readable(a.weight, a.N, a.K) &&
-           readable(a.A, a.R, a.K) && readable(a.B, a.N, a.R);
-}
-
-uint64_t factors(const MergeArgs& a) {
-    const auto digest = current.load()->digest;
-    const uint64_t shape = (uint64_t(a.N) * 31 + a.K) * 31 + a.R;
-    return digest(a.A, a.R * a.K * 4, shape) + digest(a.B, a.N * a.R * 4, ~shape);
-}
-
-// The checksum of all that a receipt holds beside the checksum of the weight.
-uint64_t contents(const uint16_t* positions, const void* bits, const int32_t* counts, int64_t size,
-                  int64_t element_size, int64_t tiles) {
-    const auto digest = current.load()->digest;
-    return digest(positions, size * 2, 1) + 3 * digest(bits, size * element_size, 2) +
-           5 * digest(counts, tiles * 4, 3);
-}
-
-int64_t element_size(int32_t dtype) { return dtype == FASTLORA_FLOAT32 ? 4 : 2; }
-
-template <class Call>
-int32_t guarded(Call call) {
-    try {
-        return call();
-    } catch (const std::bad_alloc&) {
-        return FASTLORA_NO_MEMORY;
-    } catch (...) {
-        return FASTLORA_BAD_ARGUMENT;
-    }
 }
 
 }  // namespace
@@ -235,6 +106,33 @@ int32_t fastlora_multi_lora_linear(
     });
 }
 
+int32_t fastlora_multi_lora_add(void* y, int64_t ldy, const void* x, int64_t ldx,
+                                const int64_t* slices, int64_t count, const int64_t* order,
+                                const int64_t* starts, const float* scalings,
+                                const float* row_scales, int64_t M, int64_t K, int64_t R, int64_t S,
+                                int32_t x_dtype, int32_t lora_dtype, int32_t threads) {
+    if (!sizes({M, R, count}) || (count && !slices)) return FASTLORA_BAD_ARGUMENT;
+    return guarded([&] {
+        // Of the widest element; kept, since a step of a decoder makes a hundred such calls.
+        static thread_local std::vector<float> h;
+        if (int64_t(h.size()) < M * R) h.resize(M * R);
+        int32_t code = FASTLORA_OK;
+        for (int64_t i = 0; i < count && code == FASTLORA_OK; ++i) {
+            const int64_t* s = slices + 9 * i;
+            char* columns = static_cast<char*>(y) + s[6] * element_size(x_dtype);
+            // clang-format off
+            code = fastlora_multi_lora_linear(
+                columns, ldy, h.data(), R, x, ldx, nullptr, 0, nullptr,
+                reinterpret_cast<const void*>(s[0]), s[1], s[2],
+                reinterpret_cast<const void*>(s[3]), s[4], s[5], order, starts, scalings,
+                reinterpret_cast<const int32_t*>(s[8]), row_scales, M, K, s[7], R, S,
+                nullptr, 0, 0, 0, x_dtype, lora_dtype, threads);
+            // clang-format on
+        }
+        return code;
+    });
+}
+
 int32_t fastlora_gradient(void* out, int64_t out_row, int64_t out_column, const void* left,
                           int64_t ld_left, const void* right, int64_t ld_right, int64_t M,
                           int64_t R, int64_t C, float scaling, int32_t dtype, int32_t out_dtype,
@@ -257,100 +155,6 @@ int32_t fastlora_dropout(void* out, int64_t ldo, const void* x, int64_t ldx, int
     return guarded([&] {
         return current.load()->dropout({out, x, ldo, ldx, M, K, first_row, uint64_t(seed),
                                         uint32_t(threshold), scale, add != 0, dtype, threads});
-    });
-}
-
-int32_t fastlora_merge(void* weight, int64_t row, int64_t column, const float* lora_A,
-                       const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
-                       int32_t threads, void** receipt) {
-    const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
-    if (!merge_arguments(args) || dtype < FASTLORA_FLOAT32 || dtype > FASTLORA_FLOAT16)
-        return FASTLORA_BAD_ARGUMENT;
-    return guarded([&] {
-        if (!receipt && current.load()->merge_without_receipt(args)) return FASTLORA_OK;
-        std::unique_ptr<Receipt> made(new Receipt);
-        made->factors = factors(args);
-        const int32_t code = current.load()->merge(args, *made);
-        if (code == FASTLORA_OK && receipt) *receipt = made.release();
-        return code;
-    });
-}
-
-int64_t fastlora_receipt_size(const void* receipt) {
-    int64_t size = 0;
-    if (receipt)
-        for (const auto& tile : static_cast<const Receipt*>(receipt)->tiles) size += tile.size;
-    return size;
-}
-
-// Gives free pages back to the system, or a receipt would be held twice while it is read: glibc,
-// once it has freed a large block, keeps up to 64 MB of small ones.
-static void trim() {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
-}
-
-int32_t fastlora_receipt_read(void* receipt, uint16_t* positions, void* bits, int32_t* counts,
-                              int64_t* checksums) {
-    if (!receipt || !checksums) return FASTLORA_BAD_ARGUMENT;
-    auto& held = *static_cast<Receipt*>(receipt);
-    const int64_t tiles = int64_t(held.tiles.size()), size = fastlora_receipt_size(receipt);
-    auto* raw = static_cast<unsigned char*>(bits);
-    uint64_t merged = 0;
-    // From the last: what was allocated last is freed first, so that its pages become free.
-    for (int64_t i = tiles, at = size; i-- > 0;) {
-        const auto tile = std::move(held.tiles[i]);
-        held.tiles.pop_back();
-        at -= tile.size;
-        if (tile.size) {
-            std::memcpy(positions + at, tile.positions.data(), tile.size * sizeof *positions);
-            std::memcpy(raw + at * held.element_size, tile.bits.data(),
-                        tile.size * held.element_size);
-        }
-        counts[i] = int32_t(tile.size);
-        merged += tile.checksum;
-        if (i % 128 == 0) trim();
-    }
-    checksums[0] = int64_t(merged);
-    checksums[1] =
-        int64_t(held.factors + contents(positions, bits, counts, size, held.element_size, tiles));
-    return FASTLORA_OK;
-}
-
-int32_t fastlora_receipt_undo(void* weight, int64_t row, int64_t column, const float* lora_A,
-                              const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
-                              int32_t threads, const void* receipt) {
-    const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
-    const auto* held = static_cast<const Receipt*>(receipt);
-    if (!held || !merge_arguments(args) || int64_t(held->tiles.size()) != Tiles(N, K).count ||
-        held->element_size != element_size(dtype))
-        return FASTLORA_BAD_ARGUMENT;
-    return guarded([&] { return current.load()->undo(args, *held); });
-}
-
-void fastlora_receipt_free(void* receipt) { delete static_cast<Receipt*>(receipt); }
-
-int32_t fastlora_unmerge(void* weight, int64_t row, int64_t column, const float* lora_A,
-                         const float* lora_B, int64_t N, int64_t K, int64_t R, int32_t dtype,
-                         int32_t threads, const uint16_t* positions, const void* bits,
-                         const int32_t* counts, int64_t size, const int64_t* checksums) {
-    const MergeArgs args{weight, row, column, N, K, R, lora_A, lora_B, dtype, threads};
-    if (!merge_arguments(args) || !sizes({size}) || !checksums) return FASTLORA_BAD_ARGUMENT;
-    const int64_t tiles = Tiles(N, K).count;
-    int64_t sum = 0;
-    for (int64_t i = 0; i < tiles; ++i) {
-        if (!counts || counts[i] < 0) return FASTLORA_BAD_ARGUMENT;
-        sum += counts[i];
-    }
-    if (sum != size || (size && (!positions || !bits))) return FASTLORA_BAD_ARGUMENT;
-    if (dtype < FASTLORA_FLOAT32 || dtype > FASTLORA_FLOAT16) return FASTLORA_BAD_ARGUMENT;
-    const uint64_t held = contents(positions, bits, counts, size, element_size(dtype), tiles);
-    const uint64_t merged = uint64_t(checksums[0]);
-    return guarded([&] {
-        // A weight that is not this receipt's is the likelier mistake, and is named first.
-        const bool whole = uint64_t(checksums[1]) == factors(args) + held;
-        return current.load()->unmerge(args, {positions, bits, counts, merged, whole});
     });
 }
 

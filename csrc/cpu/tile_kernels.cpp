@@ -1,5 +1,5 @@
 // The CPU kernels by tiles, FL_ISA: those of bfloat16, where AMX or its emulation is. Everything else
-// of such a machine is kernels.cpp's, of the instruction set that entry.cpp names.
+// of such a machine is kernels.cpp's, of the instruction set that choices.h names.
 #include "cpu/linear/call.h"
 #include "cpu/tiles/tile_gradient.h"
 #include "cpu/tiles/tile_rows.h"

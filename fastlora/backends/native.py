@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 OK, BAD_ARGUMENT, NO_MEMORY, NOT_FINITE, NOT_MERGED, NOT_RESTORED, LAUNCH_FAILED = range(7)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,6 +61,10 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         # y, h, x, weight, bias, lora_A, lora_B, order, starts, scalings, ranks, row_scales,
         # M K N R S, table, pages, page, dtypes, threads
         [*_MATRIX * 4, _p, *[_p, _l, _l] * 2, *[_p] * 5, *[_l] * 5, *_MATRIX, _l, _l, _i, _i, _i],
+    ),
+    # y, x, slices, order, starts, scalings, row_scales, M K R S, dtypes, threads
+    "fastlora_multi_lora_add": (
+        _i, [*_MATRIX * 2, _p, _l, *[_p] * 4, *[_l] * 4, _i, _i, _i],
     ),
     # out, left, right, M R C, scaling, dtypes, threads
     "fastlora_gradient": (_i, [_p, _l, _l, *_MATRIX * 2, *[_l] * 3, _f, _i, _i, _i]),
