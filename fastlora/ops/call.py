@@ -29,7 +29,7 @@ def call(name: str, *args: Any) -> Any:
     plain = _are_plain(args)
     if not plain:
         _refuse_sharded(name, args)
-    if _is_watched() or not plain:
+    if is_watched() or not plain:
         register_flops()
         try:
             return getattr(torch.ops.fastlora, name)(*args)
@@ -39,7 +39,7 @@ def call(name: str, *args: Any) -> Any:
     return IMPLEMENTATIONS[name](*args)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a transform, a mode, a tracer or a profiler sees the ops that run."""
     return bool(
         torch._C._are_functorch_transforms_active()

@@ -32,7 +32,7 @@ FLOOR = {folder_of: n for n, line in enumerate(FLOORS.split("\n")) for folder_of
 # What a folder's files may import besides the standard library and fastlora. Inside functions
 # anything goes, except in kernels/: that is how optional packages are used.
 PACKAGES = {
-    "integrations": {"torch", "peft", "transformers"},
+    "integrations": {"torch", "peft", "transformers", "vllm"},
     "demo": {"torch", "peft", "transformers", "psutil", "rich", "tokenizers"},
     "backends": {"torch", "triton"},
     "kernels": {"torch", "numpy", "triton"},
