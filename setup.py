@@ -129,7 +129,9 @@ def build_cpu(target: Path, temporary: Path) -> str:
     built = [name for name in sets if name not in failed]
     has = [f"-DFL_HAS_{name.upper()}" for name in built]
     for entry in ENTRIES:
-        run([*cxx, *flags, *has, "-c", f"csrc/cpu/{entry}.cpp", "-o", str(temporary / f"{entry}.o")])
+        run(
+            [*cxx, *flags, *has, "-c", f"csrc/cpu/{entry}.cpp", "-o", str(temporary / f"{entry}.o")]
+        )
     objects = [str(temporary / f"{name}.o") for name in (*ENTRIES, *built)]
     target.unlink(missing_ok=True)  # a process may have the old one mapped
     run([*cxx, *flags, *openmp, "-shared", *objects, "-o", str(target)])

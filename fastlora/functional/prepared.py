@@ -23,7 +23,8 @@ from fastlora.ops import dispatch
 class PreparedAdd:
     """Adds each row's adapter part to y in place, for slices of columns with adapters of their own.
 
-    - lora_A: of each slice (S, R, K); lora_B: of each (S, N, R), whose columns of y lie side by side
+    - lora_A: of each slice (S, R, K)
+    - lora_B: of each slice (S, N, R); in y their columns lie side by side
     - scalings float32 (S,)
     - ranks: of each slice int32 (S,), or None for all R
 

@@ -60,7 +60,7 @@ def test_prepared_takes_any_layout_of_y_and_x(lay):
 
 @torch.no_grad()
 def test_prepared_sees_what_is_written_to_its_operands():
-    b, prepared, plain = draw()
+    b, prepared, _ = draw()
     prepared(base(b), b.x, b.groups)
     prepared.lora_A[0][:, :2] *= -3
     prepared.lora_B[1][:, :, 0] = 1

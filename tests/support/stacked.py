@@ -1,4 +1,4 @@
-"""Adapters as vLLM holds them: of each slice A (S, 1, R, K) and B (S, 1, N, R), zeros past a rank."""
+"""Adapters as vLLM holds them: a slice's A (S, 1, R, K) and B (S, 1, N, R), zeros past a rank."""
 
 from __future__ import annotations
 

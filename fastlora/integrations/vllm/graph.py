@@ -1,4 +1,4 @@
-"""Ops that a compiled graph of vLLM's keeps: which rows have which adapter they look up when run."""
+"""Ops that a compiled graph of vLLM's keeps; whose each row is they look up when they run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _add_linear_(
 
 
 def _add_expanded_(
-    y: Tensor, hs: Sequence[Tensor], B: Sequence[Tensor], first: int, key: int
+    y: Tensor, hs: Sequence[Tensor], B: Sequence[Tensor], first: int, add: bool, key: int
 ) -> None:
-    _layers[key].add_expanded(y.view(-1, y.shape[-1]), hs, B, first)
+    _layers[key].add_expanded(y.view(-1, y.shape[-1]), hs, B, first, add)
 
 
 def _write_nothing(*_: object) -> None:
@@ -46,7 +46,7 @@ for _name, _schema, _function in (
     ),
     (
         "vllm_add_expanded_",
-        "(Tensor(a!) y, Tensor[] hs, Tensor[] B, int first, int key) -> ()",
+        "(Tensor(a!) y, Tensor[] hs, Tensor[] B, int first, bool add, int key) -> ()",
         _add_expanded_,
     ),
 ):

@@ -29,7 +29,7 @@ READ = {"token_lora_indices", "sampler_indices", "_update_base_metadata"}
 
 
 def explain_difference(of_vllm: str) -> str | None:
-    """Why our wrapper does not fit this vLLM, whose own wrapper has that name; None where it does."""
+    """Why ours cannot stand in for vLLM's wrapper of that name; None where it can."""
     module, _, name = of_vllm.rpartition(".")
     base = importlib.import_module("vllm.lora.punica_wrapper.punica_base").PunicaWrapperBase
     return compare(base, getattr(importlib.import_module(module), name))

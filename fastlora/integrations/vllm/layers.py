@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora.functional.prepared import PreparedAdd
 from fastlora.functional.row_groups import RowGroups
-from fastlora.integrations.vllm.step import Step, find_changed, identity_of
+from fastlora.integrations.vllm.step import HostStep, MakeStep, Step, find_changed
 from fastlora.ops import call as ops
 from fastlora.ops import dispatch
 
@@ -22,25 +22,27 @@ from fastlora.ops import dispatch
 class Layer:
     """One layer's adapters: the prepared call, and the ranks in use of each slice.
 
-    A (S, 1, R, K), or None where only B is applied; B (S, 1, N, R).
+    A (S, 1, R, K), or None where only B is applied; B (S, 1, N, R). counts: whether ranks are read,
+    else all R count.
     """
 
-    def __init__(self, A: Sequence[Tensor] | None, B: Sequence[Tensor], scale: float) -> None:
+    def __init__(
+        self, A: Sequence[Tensor] | None, B: Sequence[Tensor], scale: float, counts: bool
+    ) -> None:
         self.tensors = (*(A or ()), *B)
         self.pointers = [t.data_ptr() for t in self.tensors]
         self.scale = scale
         slots = B[0].shape[0]
         self.lora_B = tuple(b[:, 0] for b in B)
         if A is None:
-            self.lora_A = tuple(identity_of(b.shape[2], b, slots) for b in self.lora_B)
+            self.lora_A = tuple(_identity_of(b.shape[2], b, slots) for b in self.lora_B)
             self.ranks: tuple[Tensor, ...] | None = None
             ranks = None
         else:
             self.lora_A = tuple(a[:, 0] for a in A)
             ranks = tuple(torch.zeros(slots, dtype=torch.int32) for _ in A)
-            # All R on a device, which reading would wait for, and where no version is counted.
-            readable = B[0].device.type == "cpu" and not any(a.is_inference() for a in A)
-            ranks = ranks if readable else None
+            # What is written to a tensor of inference mode is not counted.
+            ranks = ranks if counts and not any(a.is_inference() for a in A) else None
             self.ranks = ranks
         scalings = torch.full((slots,), scale, device=B[0].device)
         self.prepared = PreparedAdd(self.lora_A, self.lora_B, scalings, ranks)
@@ -57,7 +59,7 @@ class Layer:
 
         writes: how often each slot has got another adapter.
         """
-        if self.ranks is None:
+        if self.ranks is None or step.slots is None:
             return
         versions = [a._version for a in self.tensors[: len(self.lora_A)]]
         if versions != self._versions:
@@ -81,10 +83,17 @@ def count_ranks(A: Tensor) -> int:
     return int(used[-1]) + 1 if len(used) else 0
 
 
+def _identity_of(R: int, like: Tensor, num_slots: int) -> Tensor:
+    """A (num_slots, R, R) identity for each slot, of the dtype and on the device of ``like``."""
+    eye = torch.eye(R, dtype=like.dtype, device=like.device)
+    return eye.expand(num_slots, R, R)
+
+
 class Layers:
     """The layers of one model, and the step that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_step: MakeStep = HostStep) -> None:
+        self._make_step = make_step
         self.step: Step | None = None
         self._layers: dict[int, Layer] = {}
         self._adapters: list[int | None] = []
@@ -97,14 +106,14 @@ class Layers:
         for slot in find_changed(self._adapters, adapters):
             self._writes[slot] += 1
         self._adapters = adapters
-        self.step = Step(tokens, requests, len(adapters))
+        self.step = self._make_step(tokens, requests, len(adapters))
 
     def add_linear(
         self, y: Tensor, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: float
     ) -> None:
         """Adds scale * (x A^T) B^T to y (T, all slices' N), slice by slice, for x (T, K)."""
-        if self.step is not None and not self.step.tokens.nobody:
-            self._add(y, x, A, B, scale, self.step.tokens)
+        if self.step is not None and not self.step.nobody:
+            self._add(y, x, A, B, scale, self.step.rows_of_tokens(x.shape[0]))
 
     def add_logits(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
         """The same for the logits y (T, N): whose rows they are, ``Step`` tells.
@@ -112,18 +121,16 @@ class Layers:
         y may be of a wider dtype than x, and wider than B by columns of padding.
         """
         step = self.step
-        if step is None or (step.tokens.nobody and step.requests.nobody):
+        if step is None or step.nobody:
             return
         groups = step.rows_of_logits(x)
         if groups.nobody:
             return
         columns = y[:, : B.shape[2]]
-        if y.dtype == x.dtype:
-            return self._add(columns, x, (A,), (B,), scale, groups)
-        part = torch.zeros_like(columns, dtype=x.dtype)
+        part = columns if y.dtype == x.dtype else torch.zeros_like(columns, dtype=x.dtype)
         self._add(part, x, (A,), (B,), scale, groups)
-        columns += part
-        return None
+        if part is not columns:
+            columns += part
 
     def add_expanded(
         self,
@@ -140,11 +147,11 @@ class Layers:
         step = self.step
         if not add:
             y[:, first : first + sum(b.shape[2] for b in B)] = 0
-        if step is None or step.tokens.nobody:
+        if step is None or step.nobody:
             return
         for h, b in zip(hs, B, strict=True):
             columns = y[:, first : first + b.shape[2]]
-            self._add(columns, h.to(y.dtype), None, (b,), 1.0, step.tokens)
+            self._add(columns, h.to(y.dtype), None, (b,), 1.0, step.rows_of_tokens(h.shape[0]))
             first += b.shape[2]
 
     def add_shrunk(
@@ -152,17 +159,18 @@ class Layers:
     ) -> None:
         """Adds scale * x A^T to each slice's h (T, R), float32, for x (T, K)."""
         step = self.step
-        if step is None or step.tokens.nobody:
+        if step is None or step.nobody:
             return
+        groups = step.rows_of_tokens(x.shape[0])
         for h, stacked in zip(hs, A, strict=True):
             lora_A = stacked[:, 0]
             S, R, _ = lora_A.shape
             backend = dispatch.choose("multi_lora_add_", x.device, x.dtype, lora_A.dtype, R)
             part, nothing = x.new_empty(x.shape[0], R), lora_A.new_empty(S, 0, R)
-            rows = (*step.tokens.tensors, torch.ones(S, device=x.device), None, None)
+            rows = (*groups.tensors, torch.ones(S, device=x.device), None, None)
             y = x.new_empty(x.shape[0], 0)
             ops.call("multi_lora_add_", y, part, x, lora_A, nothing, *rows, False, backend)
-            with_adapter = step.tokens.ids.ge(0)[:, None]
+            with_adapter = groups.ids.ge(0)[:, None]
             h += torch.where(with_adapter, part, 0).to(h.dtype) * scale
 
     def _add(
@@ -180,6 +188,6 @@ class Layers:
         key = B[0].data_ptr()
         layer = self._layers.get(key)
         if layer is None or not layer.fits(tensors, scale):
-            layer = self._layers[key] = Layer(A, B, scale)
+            layer = self._layers[key] = Layer(A, B, scale, step.slots is not None)
         layer.follow(step, self._writes)
         layer.prepared(y, x, groups)

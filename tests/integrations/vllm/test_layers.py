@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastlora
 from fastlora.integrations.vllm import layers as vllm_layers
 from fastlora.integrations.vllm.layers import Layers, count_ranks
+from fastlora.integrations.vllm.step import DeviceSteps
 from tests.support.helpers import assert_accurate, same_bits, signed, unchanged
 from tests.support.stacked import Stacked
 
@@ -88,10 +90,8 @@ def test_logits_of_requests_have_their_adapters(logits):
     y = padded.clone()
     s.begin(requests).add_logits(y, x, s.A[0], s.B[0], 1.0)
     before = padded[:, :24]
-    assert_accurate(
-        y[:, :24].bfloat16(), s.want(before, x, requests), s.unfused(before.bfloat16(), x, requests),
-        torch.bfloat16,
-    )  # fmt: skip
+    unfused = s.unfused(before.bfloat16(), x, requests)
+    assert_accurate(y[:, :24].bfloat16(), s.want(before, x, requests), unfused, torch.bfloat16)
     assert same_bits(y[:, 24:], padded[:, 24:])
 
 
@@ -213,6 +213,30 @@ def test_steps_keep_their_rows_when_vllm_writes_the_next_ones():
     torch.testing.assert_close(y.double(), s.want(s.y, s.x, s.ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_steps_in_lasting_memory_pad_their_rows(dtype, device):
+    """As a GPU's graphs need them; the Triton kernels take rows in any order."""
+    s = Stacked.draw(13, 40, WIDTHS, 6, 4, dtype, device)
+    layers = Layers(DeviceSteps(32, device))
+    with torch.no_grad(), fastlora.use_backend("triton"):
+        for ids in (s.ids.flip(0), s.ids):
+            layers.begin(ids, ids[:4], [1, 2, 3, 4])
+            x, y = (torch.cat([t, torch.full_like(t[:7], 9)]) for t in (s.x, s.y))
+            layers.add_linear(y, x, s.A, s.B, 1.0)
+        ids = torch.cat([s.ids, torch.full((7,), -1, device=device)])
+        before = torch.cat([s.y, torch.full_like(s.y[:7], 9)])
+        assert_accurate(y, s.want(before, x, ids), s.unfused(before, x, ids), dtype)
+        logits = s.y[:4].clone()
+        layers.add_logits(logits, s.x[:4].clone(), s.A[0], s.B[0], 1.0)
+        one = s._replace(A=s.A[:1], B=s.B[:1])
+        before = s.y[:4, :24]
+        assert_accurate(
+            logits[:, :24], one.want(before, s.x[:4], s.ids[:4]),
+            one.unfused(before, s.x[:4], s.ids[:4]), dtype,
+        )  # fmt: skip
+        assert same_bits(logits[:, 24:], s.y[:4, 24:])
+
+
 def as_graph(layers: Layers, s: Stacked) -> Tensor:
     from fastlora.integrations.vllm import graph
 
@@ -221,7 +245,7 @@ def as_graph(layers: Layers, s: Stacked) -> Tensor:
     def forward(x: Tensor, y: Tensor) -> Tensor:
         y = y * 1
         torch.ops.fastlora.vllm_add_linear_(y, x, list(s.A), list(s.B), 1.0, key)
-        torch.ops.fastlora.vllm_add_expanded_(y, [x[:, :6]], [s.B[0]], 0, key)
+        torch.ops.fastlora.vllm_add_expanded_(y, [x[:, :6]], [s.B[0]], 0, True, key)
         return y + 1
 
     with torch.inference_mode():
