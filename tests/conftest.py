@@ -25,6 +25,9 @@ import fastlora
 from fastlora.backends import native
 from fastlora.ops import availability
 
+# Of `make test-vllm`, which has an environment of its own and does not read this file.
+collect_ignore = ["integrations/vllm_engine"]
+
 SETS = [] if native.unusable() else native.available().split(", ")
 
 # Before any kernel runs; a triton that is not there needs nothing.

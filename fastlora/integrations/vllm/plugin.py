@@ -27,14 +27,13 @@ def register() -> None:
         return
     current = importlib.import_module("vllm.platforms").current_platform
     platform: Any = type(current)
-    if hasattr(platform.get_punica_wrapper, "of_vllm"):
-        return
     of_vllm = platform.get_punica_wrapper
+    if getattr(of_vllm, "__module__", "") == __name__:
+        return
 
     def get_punica_wrapper(cls: type) -> str:
         return choose_wrapper(of_vllm())
 
-    get_punica_wrapper.of_vllm = of_vllm
     platform.get_punica_wrapper = classmethod(get_punica_wrapper)
     if os.environ.get("FASTLORA_VLLM_COMPILE") == "1" and current.is_cpu():
         _keep_compiling(platform)
