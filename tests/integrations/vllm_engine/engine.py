@@ -5,14 +5,17 @@ With and without the plug-in, which a process decides at its start.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-SECONDS = 300
+# Longer than vLLM takes to start, compiling included, on a busy machine.
+SECONDS = 120
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -57,6 +60,9 @@ class Engine:
         """
         return self._ask(op="generate", prompts=prompts, adapters=adapters, sampling=sampling)
 
+    def load(self, folder: str) -> None:
+        self._ask(op="load", folder=folder)
+
     def replace(self, name: str, folder: str) -> None:
         """Loads another adapter under a name that has been used, in the place of what it was."""
         self._ask(op="replace", name=name, folder=folder)
@@ -66,6 +72,7 @@ class Engine:
 
     def close(self) -> None:
         self._process.stdin.close()
+        self._process.stdout.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -78,9 +85,13 @@ class Engine:
         return self._read()
 
     def _read(self) -> Any:
-        line = self._process.stdout.readline()
+        ready, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        line = self._process.stdout.readline() if ready else ""
         if not line:
-            raise RuntimeError(f"vLLM ended: {self.log.read_text()[-3000:]}")
+            self._process.kill()
+            raise RuntimeError(
+                f"vLLM ended, or said nothing for {SECONDS} s: {self.log.read_text()[-3000:]}"
+            )
         answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
             raise RuntimeError(answer["error"])
@@ -97,13 +108,15 @@ class Served:
         lora = {"enable_lora": True, "max_cpu_loras": 32} if "max_loras" in options else {}
         self.llm = LLM(model, seed=0, enable_prefix_caching=False, **{**lora, **options})
         self.numbers: dict[str, int] = {}
+        self._unused = itertools.count(1)
 
     def request(self, folder: str | None, **how: Any) -> Any:
         from vllm.lora.request import LoRARequest
 
         if folder is None:
             return None
-        number = self.numbers.setdefault(folder, len(self.numbers) + 1)
+        number = self.numbers.get(folder) or next(self._unused)
+        self.numbers[folder] = number
         return LoRARequest(folder, number, folder, **how)
 
     def generate(self, prompts: Any, adapters: Any, sampling: dict[str, Any]) -> list[Any]:
@@ -124,6 +137,9 @@ class Served:
             pairs = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
             found["prompt_logprobs"] = [each[token].logprob for each, token in pairs]
         return found
+
+    def load(self, folder: str) -> None:
+        self.llm.llm_engine.add_lora(self.request(folder))
 
     def replace(self, name: str, folder: str) -> None:
         from vllm.lora.request import LoRARequest

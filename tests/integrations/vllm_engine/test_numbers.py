@@ -137,10 +137,9 @@ def test_adapter_above_the_highest_rank_is_refused_as_vllm_does(world, exact, tm
     engine = Engine(world.model, tmp_path / "log", dtype="float32", max_loras=2, max_lora_rank=8)
     try:
         with pytest.raises(RuntimeError, match="rank"):
-            engine.generate(make_prompts(1), [world.adapters[0]], max_tokens=2)
+            engine.load(world.adapters[0])
         adapters = [world.adapters[1], None]
         done = engine.generate(make_prompts(2), adapters, max_tokens=3)
     finally:
         engine.close()
     check(done, make_prompts(2), adapters, exact, exact, torch.float32)
-
