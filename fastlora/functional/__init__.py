@@ -22,6 +22,7 @@ from fastlora.functional.merge import (
 )
 from fastlora.functional.merge_stack import MergeStack
 from fastlora.functional.multi import multi_lora_add_, multi_lora_linear
+from fastlora.functional.prepared import PreparedAdd
 from fastlora.functional.receipt import MergeReceipt
 from fastlora.functional.row_groups import RowGroups, group_rows
 
@@ -32,6 +33,7 @@ for _name in ("lora_linear", "lora_add_", "multi_lora_linear", "multi_lora_add_"
 __all__ = [
     "MergeReceipt",
     "MergeStack",
+    "PreparedAdd",
     "RowGroups",
     "foreach_merge_",
     "foreach_swap_",
