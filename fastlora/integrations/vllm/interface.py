@@ -12,7 +12,7 @@ import inspect
 # Tested with these; another one with the same interface is taken, and said.
 VERSIONS = ("0.32.0",)
 
-# Methods of PunicaWrapperABC and their arguments: ours and those that we leave to vLLM.
+# Methods that ours replaces, and their arguments.
 METHODS = {
     "update_metadata": "mapping lora_index_to_id max_loras vocab_size kwargs",
     "add_shrink": "y x lora_a_stacked scale kwargs",
@@ -20,10 +20,10 @@ METHODS = {
     "add_lora_embedding": "y x lora_b_stacked add_inputs kwargs",
     "add_lora_linear": "y x lora_a_stacked lora_b_stacked scale output_slices buffer kwargs",
     "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale buffer kwargs",
-    "apply_lora_full_linear": "y x weight_stacked bias_stacked module_enabled",
 }
-# Of PunicaWrapperBase beyond these; for experts, which no wrapper for CPUs has.
-BEYOND = {"moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2"}
+# Others that there may be, left to vLLM: of whole weights, and of experts.
+BEYOND = {"apply_lora_full_linear", "moe_lora_align_block_size", "add_lora_fused_moe"}
+BEYOND |= {"add_lora_w13", "add_lora_w2"}
 # Attributes that ours reads.
 READ = {"token_lora_indices", "sampler_indices", "_update_base_metadata"}
 
