@@ -25,8 +25,8 @@ class Request:
     temperature, top_k (0: all) and top_p work as in transformers' ``generate``, in this order.
     seed: of this request's draws alone; None draws one from torch's generator. eos_token_id: token
     or tokens that end it; None: the model's generation_config's, (): none. timeout: seconds from
-    its submission, waiting included. logprobs: whether events have their token's log-probability, and
-    of how many of the likeliest tokens beside it (0: none); of the logits as the model gives them,
+    its submission, waiting included. logprobs: whether events have their token's log-probability,
+    and those of how many of the likeliest tokens (0: none); of the logits as the model gives them,
     before temperature, top_k and top_p. request_id: whatever tells it from others; unused here.
 
     Raises TypeError or ValueError naming the field.

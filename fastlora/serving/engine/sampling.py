@@ -89,8 +89,6 @@ def weigh_tokens(
     most = min(max(asked[row] or 0 for row in rows), chosen.shape[-1])
     values, indices = chosen.topk(most, dim=-1)
     own = chosen[range(len(rows)), [tokens[row] or 0 for row in rows]].tolist()
-    for row, logprob, ids, theirs in zip(
-        rows, own, indices.tolist(), values.tolist(), strict=True
-    ):
+    for row, logprob, ids, theirs in zip(rows, own, indices.tolist(), values.tolist(), strict=True):
         weights[row] = Weights(logprob, tuple(zip(ids, theirs, strict=True))[: asked[row]])
     return weights
