@@ -84,9 +84,7 @@ class Running(NamedTuple):
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
-    def ask(
-        self, path: str, body: Any = None, method: str | None = None, **headers: str
-    ) -> Answer:
+    def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Answer:
         data = body if isinstance(body, (str, bytes, type(None))) else json.dumps(body)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         if data is not None:

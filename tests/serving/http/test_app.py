@@ -180,7 +180,7 @@ BAD = {
 @pytest.mark.parametrize("field", BAD)
 def test_bad_field_is_answered_with_400_and_its_name(running, field):
     for value in BAD[field]:
-        answer = running.complete("bob", **{field: value})
+        answer = running.ask("/v1/completions", completion("bob") | {field: value})
         assert (answer.status, answer.error["type"]) == (400, "invalid_request_error"), value
         assert field in answer.error["message"], value
 
@@ -207,7 +207,9 @@ def test_bad_bodies_are_refused(running):
     assert running.ask("/v1/nothing").error["message"] == "Not Found"
 
 
-@pytest.mark.parametrize("model", ["nobody", "tiny:nobody", "linked", "notes", "../alice", "x" * 999])
+@pytest.mark.parametrize(
+    "model", ["nobody", "tiny:nobody", "linked", "notes", "../alice", "x" * 999]
+)
 def test_unknown_adapter_is_answered_with_404(running, model):
     answer = running.complete(model)
     assert (answer.status, answer.error["code"]) == (404, "model_not_found")
