@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -136,7 +136,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_shapes(directory: str | os.PathLike[str]) -> dict[str, Shape]:
     """Reads {tensor name without PEFT's prefix: shape}, from the header alone."""
     path = _find_file(directory, WEIGHTS_NAME)
-    header = _read_header(path)
+    hints.check_content(path)
+    with path.open("rb") as file:
+        return read_header(path, file, path.stat().st_size)
+
+
+def read_header(path: Path | str, file: BinaryIO, size: int) -> dict[str, Shape]:
+    """``read_shapes`` of an open file of ``size`` bytes; path: what errors call it."""
+    header = _read_header(path, file, size)
     hints.check_names(path, header)
     shapes = {}
     for key, entry in header.items():
@@ -256,24 +263,21 @@ def _find_file(directory: str | os.PathLike[str], name: str) -> Path:
     )
 
 
-def _read_header(path: Path) -> dict[str, dict[str, object]]:
-    size = path.stat().st_size
+def _read_header(path: Path | str, file: BinaryIO, size: int) -> dict[str, dict[str, object]]:
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes, got {size}")
-    hints.check_content(path)
-    with path.open("rb") as file:
-        start, brace = file.read(8), file.read(1)
-        # A header's length may well begin like a pickle; a pickle has no brace behind it.
-        if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise ValueError(f"{path}: expected safetensors, got a pickle, which is never read")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise ValueError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes, got {length}"
-            )
-        text = brace + file.read(max(0, length - 1))
+    start, brace = file.read(8), file.read(1)
+    # A header's length may well begin like a pickle; a pickle has no brace behind it.
+    if brace != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
+        raise ValueError(f"{path}: expected safetensors, got a pickle, which is never read")
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path}: expected a header of at most {_MAX_HEADER_BYTES} bytes, got {length}"
+        )
+    text = brace + file.read(max(0, length - 1))
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:

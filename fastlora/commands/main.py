@@ -1,4 +1,4 @@
-"""The command line: ``fastlora info``, ``check``, ``tune``, ``merge``, ``bench`` and ``demo``.
+"""The command line: ``fastlora info``, ``check``, ``tune``, ``merge``, ``serve`` and others.
 
 Also as ``python -m fastlora``.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.commands import info, merge
+from fastlora.commands import info, merge, serve
 from fastlora.commands.check import run as checking
 from fastlora.commands.check.judging import DTYPES
 from fastlora.commands.tune import calls
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     )
     merge.add_arguments(commands.add_parser("merge", help="merge adapters into a model's files"))
+    serve.add_arguments(commands.add_parser("serve", help="serve a model with adapters over HTTP"))
     commands.add_parser("bench", help="measure beside torch and PEFT, in a checkout")
     _add_demo(
         commands.add_parser("demo", help="train, compare with PEFT, serve and merge, on real text")
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_tune(options)
     if options.command == "merge":
         return merge.run_merge(options)
+    if options.command == "serve":
+        return serve.run_serve(options)
     from fastlora.demo import run
 
     return run(options.model, options.data, quick=options.quick, seed=options.seed)

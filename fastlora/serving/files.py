@@ -140,6 +140,17 @@ class AdapterFiles:
 
 
 @dataclass(frozen=True)
+class AdapterSource:
+    """An adapter that a function reads, now and again when its copy has made room for others."""
+
+    source: Callable[[], tuple[Mapping[str, Tensor], object]]
+    reader: Reader
+
+    def __call__(self) -> dict[str, Factors]:
+        return self.reader.take(*self.source())
+
+
+@dataclass(frozen=True)
 class AdapterTensors:
     """An adapter that came as tensors: kept in memory, since it cannot be read again."""
 

@@ -25,7 +25,7 @@ from fastlora.serving.bank.entry import Read
 from fastlora.serving.batch import Batch, count_rows
 from fastlora.serving.engine.engine import Engine, stream
 from fastlora.serving.engine.request import Event, Request
-from fastlora.serving.files import AdapterFiles, AdapterTensors, Reader
+from fastlora.serving.files import AdapterFiles, AdapterSource, AdapterTensors, Reader
 from fastlora.serving.layer import ServedLinear, check_no_experts, layout_of
 from fastlora.serving.protocol import BASE
 
@@ -151,6 +151,22 @@ class MultiLoRAModel(nn.Module):
         too; those that run keep all of the old one.
         """
         self._add(adapter_name, lambda: AdapterTensors(self._reader.take(tensors, config)), pin)
+
+    def load_adapter_from_source(
+        self,
+        source: Callable[[], tuple[Mapping[str, Tensor], LoRAConfig | Mapping[str, Any]]],
+        adapter_name: str,
+        *,
+        pin: bool = False,
+    ) -> None:
+        """Loads an adapter that ``source`` reads: the tensors and the config, as
+        ``load_adapter_from_tensors`` takes them.
+
+        It is called now, and again in the loading thread when the host's copy has made room for
+        others; what it gives then must be the same. Replaces, pins and raises as
+        ``load_adapter_from_tensors`` does, besides what ``source`` raises.
+        """
+        self._add(adapter_name, lambda: AdapterSource(source, self._reader), pin)
 
     def unload_adapter(
         self, adapter_name: str, *, wait: bool = False, timeout: float | None = None

@@ -14,6 +14,7 @@ FLOORS = """
     __main__
     commands
     demo
+    serving/http
     __init__ combining fidelity tensor_parallel
     serving integrations
     model merge_files
@@ -33,6 +34,17 @@ FLOOR = {folder_of: n for n, line in enumerate(FLOORS.split("\n")) for folder_of
 # anything goes, except in kernels/: that is how optional packages are used.
 PACKAGES = {
     "integrations": {"torch", "peft", "transformers", "vllm"},
+    "serving/http": {
+        "torch",
+        "safetensors",
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "pydantic_core",
+        "jinja2",
+        "prometheus_client",
+        "uvicorn",
+    },
     "demo": {"torch", "peft", "transformers", "psutil", "rich", "tokenizers"},
     "backends": {"torch", "triton"},
     "kernels": {"torch", "numpy", "triton"},
@@ -52,7 +64,8 @@ MODULES = {name_of(path): path.read_text() for path in sorted(FILES)}
 
 def folder_of(module: str) -> str:
     parts = module.split(".")[1:] or ["__init__"]
-    return "/".join(parts[:2]) if parts[0] == "kernels" else parts[0]
+    inner = "/".join(parts[:2])
+    return inner if parts[0] == "kernels" or inner in FLOOR else parts[0]
 
 
 def list_imports(source: str, typing: bool = False) -> Iterator[tuple[str, bool]]:
@@ -77,7 +90,8 @@ def list_faults(module: str, source: str) -> list[str]:
     """What a file imports against the rules."""
     own, found = folder_of(module), []
     top = own.split("/")[0]
-    allowed = PACKAGES.get(top, {"torch", "numpy", "safetensors"}) | set(sys.stdlib_module_names)
+    usual = {"torch", "numpy", "safetensors"}
+    allowed = PACKAGES.get(own, PACKAGES.get(top, usual)) | set(sys.stdlib_module_names)
     for target, lazy in list_imports(source):
         package = target.split(".")[0]
         if package == "fastlora":
@@ -99,6 +113,8 @@ def test_module_imports_only_lower_folders(module: str) -> None:
         ("fastlora.ops.table", "from fastlora.functional import linear"),
         ("fastlora.ops.table", "def f():\n    import fastlora"),
         ("fastlora.rows.watch", "from fastlora import functional"),
+        ("fastlora.serving.model", "from fastlora.serving.http import app"),
+        ("fastlora.serving.model", "import fastapi"),
         ("fastlora.modules.linear", "if True:\n    import peft"),
         ("fastlora.kernels.tile.rank", "def f():\n    import peft"),
         ("fastlora.kernels.linear.gemm", "from fastlora.kernels.choose import choice"),
@@ -139,6 +155,7 @@ def test_import_of_fastlora_loads_no_optional_packages(module: str) -> None:
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert "torch" in loaded
     assert not loaded & {"triton", "peft", "transformers", "accelerate", "rich", "matplotlib"}
+    assert not loaded & {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"}
 
 
 def test_kernels_folder_is_no_package() -> None:

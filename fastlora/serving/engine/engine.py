@@ -35,7 +35,9 @@ class Engine:
     ``cache_bytes`` of keys and values, for max_rows times max_length tokens, are allocated here and
     freed by ``close``. A forward has all requests' tokens, whichever their adapters. Methods may be
     called from any thread, and the server may be called meanwhile. ``batch_invariant`` and
-    ``use_backend`` hold in the engine where they hold in the thread that makes it.
+    ``use_backend`` hold in the engine where they hold in the thread that makes it. after_turn: is
+    called in the engine's thread after each step, when its events have gone to ``send``'s callers;
+    it must be quick and not raise.
 
     Raises TypeError or ValueError for sizes that are no whole numbers above 0, or a model that
     cannot be streamed, which a few tokens through it tell.
@@ -48,6 +50,7 @@ class Engine:
         max_rows: int = 32,
         max_length: int | None = None,
         step_tokens: int = 512,
+        after_turn: Callable[[], object] = int,
     ) -> None:
         check_count("max_rows", max_rows)
         check_count("step_tokens", step_tokens)
@@ -58,7 +61,7 @@ class Engine:
         self.cache_bytes = runner.cache.nbytes
         self._device = runner.device
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
-        self._loop = Loop(runner, Scheduler(max_rows, step_tokens), self._inbox)
+        self._loop = Loop(runner, Scheduler(max_rows, step_tokens), self._inbox, after_turn)
         settings = invariance.asked(), dispatch.asked()
         self._thread = threading.Thread(
             target=_run, args=(self._loop, *settings), name="fastlora-engine", daemon=True
@@ -79,7 +82,15 @@ class Engine:
         when the engine is closed. All other errors are raised by its stream alone.
         """
         channel = Channel()
-        job = self._queue(request, channel.put)
+        return Stream(self, request, channel, self.send(request, channel.put))
+
+    def send(self, request: Request, emit: Callable[[Event], object]) -> Callable[[], None]:
+        """Queues a request whose events go to ``emit``; returns what cancels it.
+
+        emit: is called in the engine's thread; it must be quick and not raise. The cancelled
+        request's last event comes after the step that runs. Raises as ``submit``.
+        """
+        job = self._queue(request, emit)
         inbox = self._inbox
 
         def cancel() -> None:
@@ -87,7 +98,7 @@ class Engine:
             job.cancelled = True
             inbox.put(None)
 
-        return Stream(self, request, channel, cancel)
+        return cancel
 
     def _queue(self, request: Request, emit: Callable[[Event], Any]) -> Job:
         """Queues a request; ``emit`` takes its events, quickly, in the engine's thread."""

@@ -13,7 +13,7 @@ import torch
 from fastlora.serving.bank.lease import Lease, give_up
 from fastlora.serving.engine.request import Event, FinishReason, Request
 from fastlora.serving.engine.runner import Chunk
-from fastlora.serving.engine.sampling import Sampler
+from fastlora.serving.engine.sampling import Sampler, Weights
 
 
 class Job:
@@ -57,7 +57,7 @@ class Job:
         scale = float(self.request.scale)
         return Chunk(self.row, self.cached, tokens, slot, scale, last=count == self.due)
 
-    def add(self, token: int) -> bool:
+    def add(self, token: int, weights: Weights | None = None) -> bool:
         """Emits its next token; returns whether it was the last."""
         self.tokens.append(token)
         reason: FinishReason | None = None
@@ -65,7 +65,8 @@ class Job:
             reason = "eos"
         elif len(self.tokens) == self.request.length:
             reason = "length"
-        self.emit(Event(self.request, token, reason))
+        logprob, likeliest = weights or (None, ())
+        self.emit(Event(self.request, token, reason, None, logprob, likeliest))
         return reason is not None
 
     def end(self, reason: FinishReason, error: BaseException | None = None) -> None:

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from queue import Empty, SimpleQueue
 
@@ -16,7 +17,7 @@ from fastlora.serving.engine.attention_hook import hook_attention
 from fastlora.serving.engine.job import Job
 from fastlora.serving.engine.request import FinishReason
 from fastlora.serving.engine.runner import Runner
-from fastlora.serving.engine.sampling import next_tokens
+from fastlora.serving.engine.sampling import next_tokens, weigh_tokens
 from fastlora.serving.engine.scheduler import Scheduler
 
 
@@ -24,11 +25,17 @@ class Loop:
     """Runs what comes to ``inbox`` until it is closed; None wakes it to look again.
 
     A SimpleQueue, since the garbage collector may put into it while anything is locked.
+    after_turn: called when a turn's events have been emitted; it must not raise.
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, inbox: SimpleQueue[Job | None]
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        inbox: SimpleQueue[Job | None],
+        after_turn: Callable[[], object] = int,
     ) -> None:
+        self._after_turn = after_turn
         self.runner, self.scheduler, self.inbox = runner, scheduler, inbox
         self._lock = threading.Lock()
         self._closed: BaseException | bool = False
@@ -72,6 +79,7 @@ class Loop:
             self._end_jobs()
             self.scheduler.admit()
             self._step()
+            self._after_turn()
 
     def _receive(self) -> None:
         """Takes new jobs; waits for one where there is nothing to do."""
@@ -107,6 +115,7 @@ class Loop:
             logits = self.runner.step([chunk for _, chunk in plan])
             asking = [job for job, chunk in plan if chunk.last]
             tokens = next_tokens(logits, [job.sampler for job in asking]) if asking else []
+            weights = weigh_tokens(logits, tokens, [job.request.logprobs for job in asking])
         except Exception as error:
             cause = _strip_frames(error)
             for job, _ in plan:
@@ -117,12 +126,12 @@ class Loop:
             return
         for job, chunk in plan:
             job.cached += len(chunk.tokens)
-        for job, token in zip(asking, tokens, strict=True):
+        for job, token, weight in zip(asking, tokens, weights, strict=True):
             if token is None:
                 name = job.request.adapter_name
                 reason = f"adapter_name: the logits with {name!r} are not finite"
                 self._leave(job, "error", RuntimeError(reason))
-            elif job.add(token):
+            elif job.add(token, weight):
                 self._leave(job)
 
     def _leave(
@@ -148,6 +157,7 @@ class Loop:
         for job in jobs:
             job.release()
             job.end("error" if failure else "cancelled", failure)
+        self._after_turn()
         self.scheduler.running, self.scheduler.waiting = [], []
         self.runner.cache.layers.clear()
 

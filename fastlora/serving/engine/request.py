@@ -25,7 +25,9 @@ class Request:
     temperature, top_k (0: all) and top_p work as in transformers' ``generate``, in this order.
     seed: of this request's draws alone; None draws one from torch's generator. eos_token_id: token
     or tokens that end it; None: the model's generation_config's, (): none. timeout: seconds from
-    its submission, waiting included. request_id: whatever tells it from others; unused here.
+    its submission, waiting included. logprobs: whether events have their token's log-probability,
+    and those of how many of the likeliest tokens (0: none); of the logits as the model gives them,
+    before temperature, top_k and top_p. request_id: whatever tells it from others; unused here.
 
     Raises TypeError or ValueError naming the field.
     """
@@ -42,6 +44,7 @@ class Request:
     seed: int | None = None
     eos_token_id: int | Sequence[int] | None = None
     timeout: float | None = None
+    logprobs: int | None = None
     request_id: Hashable | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class Request:
             object.__setattr__(self, "eos_token_id", _ids("eos_token_id", self.eos_token_id))
         if self.timeout is not None:
             _check_above_zero("timeout", self.timeout)
+        if self.logprobs is not None:
+            check_count("logprobs", self.logprobs, least=0)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -88,12 +93,16 @@ class Event:
 
     token: None where it ended without one. finish_reason: None while it goes on; "eos" and "length"
     come with its last token, "cancelled", "timeout" and "error", with the error, without any.
+    logprob, likeliest: what the request's ``logprobs`` asked for, else None and none: the token's
+    natural logarithm of probability, and pairs of a token and its own, the likeliest first.
     """
 
     request: Request
     token: int | None
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -1,14 +1,24 @@
-"""Picks the next token of each row: the likeliest, or a draw by the request's generator."""
+"""Picks the next token of each row: the likeliest, or a draw by the request's generator.
+
+And says how likely it was, and which others were likely, where the request asks for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.serving.engine.request import Request
+
+
+class Weights(NamedTuple):
+    """A token's log-probability, and the likeliest tokens with theirs."""
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -58,3 +68,27 @@ def next_tokens(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int 
             tokens[row] = sampler(torch.where(usable[row], wide[row], 0.0))
     drawn: list[int] = torch.where(usable, tokens, -1).tolist()
     return [None if token < 0 else token for token in drawn]
+
+
+def weigh_tokens(
+    logits: Tensor, tokens: Sequence[int | None], asked: Sequence[int | None]
+) -> list[Weights | None]:
+    """Returns log-probabilities for the rows of logits (n, V) that have a token and ask for them.
+
+    asked: how many of the likeliest tokens each row wants beside its own; None: nothing at all.
+    """
+    weights: list[Weights | None] = [None] * len(tokens)
+    rows = [
+        row
+        for row, (token, count) in enumerate(zip(tokens, asked, strict=True))
+        if token is not None and count is not None
+    ]
+    if not rows:
+        return weights
+    chosen = logits[rows].float().log_softmax(-1)
+    most = min(max(asked[row] or 0 for row in rows), chosen.shape[-1])
+    values, indices = chosen.topk(most, dim=-1)
+    own = chosen[range(len(rows)), [tokens[row] or 0 for row in rows]].tolist()
+    for row, logprob, ids, theirs in zip(rows, own, indices.tolist(), values.tolist(), strict=True):
+        weights[row] = Weights(logprob, tuple(zip(ids, theirs, strict=True))[: asked[row]])
+    return weights

@@ -1,0 +1,1 @@
+"""An engine behind HTTP, in OpenAI's format: ``app`` makes the application, ``server`` runs it."""
