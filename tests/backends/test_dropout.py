@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -13,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastlora import functional as F
 from fastlora.backends import dropout
 from fastlora.backends.torch import wide_products as products
-from tests.support import helpers, oracle
+from tests.support import forks, helpers, oracle
 from tests.support.calls import add, linear, operands
 from tests.support.helpers import DTYPES, assert_accurate, leaves, same_bits, signed
 
@@ -205,10 +203,6 @@ def test_triton_mask_equals_torch_mask_bitwise(device):
     pytest.importorskip("triton", reason="triton is not installed")
     sizes = [(1, 1), (17, 129), (33, 8), (5, 1128), (0, 5)]
     cases = [(*size, p, SEEDS[i]) for i, size in enumerate(sizes) for p in (0.0, 0.1, 0.5, 1.0)]
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(TWIN).format(cases=cases, device=device)],
-        env={**os.environ, "TRITON_INTERPRET": "1" if device.type == "cpu" else "0"},
-        capture_output=True,
-        text=True,
-    )
+    env = {**os.environ, "TRITON_INTERPRET": "1" if device.type == "cpu" else "0"}
+    result = forks.run(textwrap.dedent(TWIN).format(cases=cases, device=device), env=env)
     assert result.stdout == "equal\n", result.stderr

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fastlora.backends.cuda import linear as cuda_linear
 from fastlora.backends.cuda import merge as cuda_merge
 from fastlora.backends.values import Adapters, Rows
 from fastlora.ops import dispatch
+from tests.support import forks
 from tests.support.calls import weight_and_adapter
 from tests.support.helpers import (
     assert_accurate,
@@ -130,12 +130,8 @@ assert torch.allclose(y, x @ W.T + 0.5 * x @ A.T @ B.T, atol=1e-5)
 @pytest.mark.parametrize("name", [*SETS, "none", "mmx"])
 def test_environment_variable_forces_an_instruction_set(name):
     """Or none: then, and where the name is wrong, plain torch runs and `unusable` says why."""
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env={**os.environ, "FASTLORA_CPU_ISA": name, "FASTLORA_BACKEND": ""},
-        capture_output=True,
-        text=True,
-    )
+    env = {**os.environ, "FASTLORA_CPU_ISA": name, "FASTLORA_BACKEND": ""}
+    run = forks.run(PROBE, env=env)
     said = {
         "none": "torch FASTLORA_CPU_ISA=none switches the native library off",
         "mmx": f"torch FASTLORA_CPU_ISA: expected none or one of {native.available()}, got 'mmx'",

@@ -1,12 +1,11 @@
 """An instruction set that this machine, or its system, does not let be used."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 
 from fastlora.backends import native
+from tests.support import forks
 
 if native.unusable() is not None:
     pytest.skip(str(native.unusable()), allow_module_level=True)
@@ -57,12 +56,8 @@ print((y - want).norm() < 0.01 * want.norm())
 def run_without_amx(asked: str) -> list[str]:
     """What USE prints where the set is missing: of itself, or as the system denies it."""
     deny = "" if MISSING else DENY
-    run = subprocess.run(
-        [sys.executable, "-c", deny + USE],
-        env={**os.environ, "FASTLORA_CPU_ISA": asked, "FASTLORA_BACKEND": ""},
-        capture_output=True,
-        text=True,
-    )
+    env = {**os.environ, "FASTLORA_CPU_ISA": asked, "FASTLORA_BACKEND": ""}
+    run = forks.run(deny + USE, env=env)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     if len(lines) == 1:

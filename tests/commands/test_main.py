@@ -17,6 +17,7 @@ from fastlora.commands import main as cli
 from fastlora.kernels.choose import records
 from fastlora.ops import availability, dispatch
 from fastlora.ops.table import OPS
+from tests.support import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +30,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
     )
+
+
+def info_in_process(**environment: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import runpy, sys; sys.argv.append('info'); runpy.run_module('fastlora', None, '__main__')"
+    )
+    return forks.run(code, env=os.environ | environment)
 
 
 def section(text: str, title: str) -> list[str]:
@@ -134,7 +142,7 @@ def test_info_marks_absent_packages_not_installed(monkeypatch):
 
 def test_info_shows_backend_of_environment_variable():
     """In a process of its own: the variable is read once."""
-    asked = run("info", FASTLORA_BACKEND="triton", TRITON_INTERPRET="0")
+    asked = info_in_process(FASTLORA_BACKEND="triton", TRITON_INTERPRET="0")
     assert asked.returncode == 0
     assert "FASTLORA_BACKEND=triton" in asked.stdout
     found = {
@@ -142,7 +150,7 @@ def test_info_shows_backend_of_environment_variable():
         for line in section(asked.stdout, "ops on CPU tensors")
     }
     assert found == {op: "triton" in OPS[op].backends for op in OPS}
-    assert "'nonsense'" in run("info", FASTLORA_BACKEND="nonsense").stdout
+    assert "'nonsense'" in info_in_process(FASTLORA_BACKEND="nonsense").stdout
 
 
 @pytest.mark.parametrize(

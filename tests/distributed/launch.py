@@ -1,13 +1,15 @@
 """Two processes over gloo that run named checks, each in all processes at once.
 
-`python -m tests.distributed.launch RANK WORLD FOLDER CHECK…` is one of them; `outcomes` starts all
-and says of each check "" or what went wrong in which process.
+`python -m tests.distributed.launch WORLD FOLDER CHECK…` imports what they need and forks them;
+`outcomes` starts it and says of each check "" or what went wrong in which process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -45,22 +47,20 @@ def _run(checks: Sequence[str], folder: Path, seconds: float, world: int) -> dic
         "PYTHONPATH": os.pathsep.join(paths),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, "-m", "tests.distributed.launch"]
+    command = [sys.executable, "-m", "tests.distributed.launch", str(world), str(folder), *checks]
     logs = [folder / f"log.{rank}" for rank in range(world)]
-    running = []
-    for rank, log in enumerate(logs):
-        arguments = [*command, str(rank), str(world), str(folder), *checks]
-        with log.open("w") as file:
-            running.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=file))
+    with logs[0].open("w") as file:
+        running = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
     try:
-        for process in running:
-            process.wait(seconds)
+        running.wait(seconds)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        for process in running:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
     return {check: _why_not(check, folder, logs) for check in checks}
 
 
@@ -68,10 +68,14 @@ def _why_not(check: str, folder: Path, logs: list[Path]) -> str:
     found = []
     for rank, log in enumerate(logs):
         done = folder / f"{check}.{rank}"
-        said = done.read_text() if done.exists() else f"not finished\n{log.read_text()[-4000:]}"
+        said = done.read_text() if done.exists() else f"not finished\n{read_end(log)}"
         if said:
             found.append(f"process {rank}: {said}")
     return "\n".join(found)
+
+
+def read_end(log: Path) -> str:
+    return log.read_text()[-4000:] if log.exists() else ""
 
 
 def fails(_: Path) -> None:
@@ -82,7 +86,26 @@ def passes(_: Path) -> None:
     pass
 
 
-def main(rank: int, world: int, folder: Path, checks: Sequence[str]) -> None:
+def main(world: int, folder: Path, checks: Sequence[str]) -> None:
+    """Imports once what all need; nothing has run by then, and no thread."""
+    import torch  # noqa: F401
+
+    for module in {check.split(".")[0] for check in checks}:
+        importlib.import_module(f"tests.distributed.{module}")
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            log = os.open(folder / f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            run_checks(rank, world, folder, checks)
+            os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def run_checks(rank: int, world: int, folder: Path, checks: Sequence[str]) -> None:
     import torch
     from torch import distributed
 
@@ -108,4 +131,4 @@ def main(rank: int, world: int, folder: Path, checks: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

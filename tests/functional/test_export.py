@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from torch.export import Dim, export
 import fastlora
 from fastlora import FastLoRALinear, MultiLoRALinear
 from fastlora import functional as F
+from tests.support import forks
 from tests.support.blocks import batch, block, gradients
 from tests.support.helpers import assert_near
 
@@ -164,13 +162,7 @@ def test_saved_programs_run_in_another_process(tmp_path):
     torch.export.save(export_with_dynamic_batch(ours, batch(), strict=False), files[0])
     torch.save((x, ours(x).detach()), files[1])
     torch.jit.save(torch.jit.trace(ours, batch()), files[2])
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(LOADED), *map(str, files)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run(textwrap.dedent(LOADED), *files, env=dict(os.environ))
     assert done.stdout == "refused\nequal\n", done.stderr
 
 

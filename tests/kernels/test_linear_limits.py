@@ -1,13 +1,11 @@
 """The Triton kernels for one adapter at their limits: refusals, overflow, huge offsets."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.support import oracle
+from tests.support import forks, oracle
 from tests.support.helpers import (
     Spy,
     operands,
@@ -162,9 +160,7 @@ print("right")
 
 def test_linear_kernels_reach_offsets_past_two_to_31():
     """In a process of its own: a wrong address may end it."""
-    result = subprocess.run(
-        [sys.executable, "-c", FAR], capture_output=True, text=True, env=os.environ
-    )
+    result = forks.run(FAR, env=dict(os.environ))
     assert result.stdout == "right\n", result.stderr[-2000:]
 
 

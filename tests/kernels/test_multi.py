@@ -1,15 +1,13 @@
 """The Triton kernels for many adapters, along each path and in many tiles, against the oracle."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from fastlora import functional as F
 from fastlora.backends.values import Adapters, Rows
-from tests.support import oracle
+from tests.support import forks, oracle
 from tests.support.adapters_in_batches import Batch, Paged
 from tests.support.helpers import (
     DTYPES,
@@ -312,7 +310,5 @@ print("right")
 
 def test_multi_kernels_reach_offsets_past_two_to_31():
     """In a process of its own: a wrong address may end it."""
-    result = subprocess.run(
-        [sys.executable, "-c", FAR], capture_output=True, text=True, env=os.environ
-    )
+    result = forks.run(FAR, env=dict(os.environ))
     assert result.stdout == "right\n", result.stderr[-2000:]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -17,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import FastLoRAConv1D, LoRAConfig
+from tests.support import forks
 from tests.support.helpers import same_bits
 from tests.support.models import (
     TOLERANCE,
@@ -55,8 +54,8 @@ def test_conv1d_layer_runs_without_transformers():
         "assert layer(torch.randn(3, 4)).shape == (3, 6)\n"
         "assert 'transformers' not in sys.modules\n"
     )
-    root = Path(fastlora.__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+    run = forks.run(code, env=dict(os.environ))
+    assert run.returncode == 0, run.stderr
 
 
 def test_all_linear_takes_same_layers_as_peft():

@@ -14,6 +14,7 @@ from fastlora import functional as F
 from fastlora.backends import torch as reference
 from fastlora.ops import availability, dispatch
 from fastlora.ops.table import OPS
+from tests.support import forks
 from tests.support.calls import functions, linear, operands
 
 CHOICES = "cuda, triton, cpu, torch"
@@ -165,6 +166,4 @@ def test_unknown_backend_in_environment_is_refused():
 
 
 def run_probe(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True
-    )
+    return forks.run(PROBE, env=environment)

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from fastlora.backends.triton import multi
+from tests.support.interpreter import wrapped
 
 if torch.cuda.is_available():
     pytest.skip("no kernel is interpreted where there is a GPU", allow_module_level=True)
@@ -41,8 +42,9 @@ def test_quickened_interpreter_gives_same_bits(dtype, monkeypatch):
     quick = compute(b)
     # A launch takes out of triton.language what it put there.
     assert before == {module: dict(vars(module)) for module in before}
-    for name in ("_patch_lang", "_get_np_dtype"):
-        monkeypatch.setattr(interpreter, name, getattr(interpreter, name).__wrapped__)
+    assert wrapped
+    for owner, name in wrapped:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
     options = interpreter.InterpreterOptions()
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     assert all(same_bits(a, b) for a, b in zip(quick, compute(b), strict=True))

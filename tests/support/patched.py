@@ -32,9 +32,15 @@ class Mlp(nn.Module):
         return self.head(self.relu(self.lin1(self.relu(self.lin0(x)))))
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int = 2) -> nn.Module:
     """Its linears are transformers' Conv1D."""
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "initializer_range": 0.3}
+    sizes = {
+        "n_embd": 32,
+        "n_layer": layers,
+        "n_head": 4,
+        "n_positions": 32,
+        "initializer_range": 0.3,
+    }
     config = transformers.GPT2Config(vocab_size=97, eos_token_id=None, bos_token_id=None, **sizes)
     return transformers.GPT2LMHeadModel(config).eval()
 
@@ -63,8 +69,10 @@ def peft_model(kind: str, dtype: torch.dtype = torch.float32, **options: Any) ->
     """A PEFT model whose adapters matter; the same at each call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        more = options.pop("get", {})
-        model = peft.get_peft_model(_BUILD[kind]().to(dtype), config(kind, **options), **more)
+        more, sizes = options.pop("get", {}), options.pop("sizes", {})
+        model = peft.get_peft_model(
+            _BUILD[kind](**sizes).to(dtype), config(kind, **options), **more
+        )
     return fill_adapters(model).eval()
 
 

@@ -3,8 +3,6 @@
 import ctypes
 import mmap
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -13,6 +11,7 @@ import torch
 from torch.nn import functional as nnf
 
 from fastlora.backends import native
+from tests.support import forks
 from tests.support.helpers import same_bits
 
 if native.unusable() is not None:
@@ -161,7 +160,5 @@ print("same")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_older_threads_and_forked_processes_have_the_same_bits(tile_set):
-    run = subprocess.run(
-        [sys.executable, "-c", PROBE, tile_set], capture_output=True, text=True, timeout=120
-    )
+    run = forks.run(PROBE, tile_set, env=dict(os.environ))
     assert run.stdout == "same\n", run.stderr

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,8 @@ MEANT = {
     "swap_tiles": (True, False, True),
     "gather": (False, False, False),
 }
+# Which waits for the launch before it, and which lets the next one begin.
+LAUNCHES = {"gemm": "ACQBULK", "decode": "ACQBULK", "shrink": "PREEXIT", "row_shrink": "PREEXIT"}
 
 
 def cuobjdump() -> str | None:
@@ -46,15 +49,25 @@ if not LIBRARY.exists() or TOOL is None:
 
 
 @cache
-def cuobjdump_by_kernel(arch: str, what: str) -> dict[str, str]:
-    """What cuobjdump says of each kernel of an architecture, by its readable name."""
-    command = [str(TOOL), "-arch", f"sm_{arch}", what, str(LIBRARY)]
+def cuobjdump_by_symbol(arch: str, *what: str) -> dict[str, str]:
+    command = [str(TOOL), "-arch", f"sm_{arch}", *what, str(LIBRARY)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*Function :? ?(\S+?):?$", said, flags=re.MULTILINE)[1:]
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(parts[::2]), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return dict(zip(names, parts[1::2], strict=True))
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def readable_names(symbols: Iterable[str]) -> list[str]:
+    command = subprocess.run(
+        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    )
+    return command.stdout.splitlines()
+
+
+@cache
+def cuobjdump_by_kernel(arch: str, *what: str) -> dict[str, str]:
+    """What cuobjdump says of each kernel of an architecture, by its readable name."""
+    found = cuobjdump_by_symbol(arch, *what)
+    return dict(zip(readable_names(found), found.values(), strict=True))
 
 
 def body_name(kernel: str) -> str:
@@ -92,10 +105,20 @@ def test_kernels_use_instructions_meant_for_architecture(arch):
     assert set(instances) == set(MEANT)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_kernels_use_dependent_launches_from_hopper_on(arch):
-    for kernel, sass in cuobjdump_by_kernel(arch, "-sass").items():
-        if body_name(kernel) in ("gemm", "decode"):
-            assert ("ACQBULK" in sass) == (arch != "80"), kernel
-        if body_name(kernel) in ("shrink", "row_shrink"):
-            assert ("PREEXIT" in sass) == (arch != "80"), kernel
+# All kernels of the other architectures are read for their instructions, which is full.
+@pytest.mark.parametrize(
+    "arch, every",
+    [("80", False), ("90", True), ("100", False)]
+    + [pytest.param(arch, True, marks=pytest.mark.full) for arch in ("80", "100")],
+)
+def test_kernels_use_dependent_launches_from_hopper_on(arch, every):
+    what = ["-sass"]
+    if not every:
+        symbols = cuobjdump_by_symbol(arch, "-res-usage")
+        of_body = {body_name(n): s for n, s in zip(readable_names(symbols), symbols, strict=True)}
+        what += ["-fun", ",".join(of_body[body] for body in LAUNCHES)]
+    found = cuobjdump_by_kernel(arch, *what)
+    assert set(LAUNCHES) <= {body_name(kernel) for kernel in found}
+    for kernel, sass in found.items():
+        if body_name(kernel) in LAUNCHES:
+            assert (LAUNCHES[body_name(kernel)] in sass) == (arch != "80"), kernel

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import torch
 import fastlora
 from fastlora import functional as F
 from fastlora.ops import availability, dispatch
+from tests.support import forks
 from tests.support.calls import IDS, SCALINGS, linear, multi_add, operands
 from tests.support.helpers import same_bits, signed
 
@@ -116,8 +115,7 @@ def test_triton_needs_a_gpu_or_an_interpreter():
     plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     hidden = {**plain, "CUDA_VISIBLE_DEVICES": ""}
     outputs = [
-        subprocess.run([sys.executable, "-c", WITHOUT], env=env, capture_output=True, text=True)
-        for env in (hidden, {**hidden, "FASTLORA_BACKEND": "triton"})
+        forks.run(WITHOUT, env=env) for env in (hidden, {**hidden, "FASTLORA_BACKEND": "triton"})
     ]
     reason = availability.no_gpu() or "no CUDA GPU was found"
     missing = f"{reason}, and TRITON_INTERPRET=1 was not set at the start"
