@@ -1,6 +1,6 @@
 """Measures what HTTP costs: the engine's tokens a second in process and over loopback, interleaved.
 
-    python -m benchmarks.serving_http [--rounds 5] [--streams 32] [--tokens 64]
+    python -m benchmarks.tables.serving_http [--rounds 5] [--streams 32] [--tokens 64]
 
 One server process holds an untrained Llama and an adapter for each stream. The client is another
 process with all streams in one event loop. Both write the same: prompts of 32 tokens, greedily, no
@@ -103,7 +103,7 @@ def _run_in_process(service: Any, streams: int, tokens: int) -> float:
 
 
 def _run_over_loopback(port: int, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.serving_http", "--client", str(port)]
+    command = [sys.executable, "-m", "benchmarks.tables.serving_http", "--client", str(port)]
     command += [f"--streams={options.streams}", f"--tokens={options.tokens}"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
