@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 PAGES = {
     ROOT / "README.md": DOCS / "index.md",
     ROOT / "CONTRIBUTING.md": DOCS / "contributing.md",
+    ROOT / "SECURITY.md": DOCS / "security.md",
     ROOT / "CHANGELOG.md": DOCS / "changelog.md",
 }
 # The benchmarks' reports and their pictures, of runs that are kept.
