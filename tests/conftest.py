@@ -1,5 +1,6 @@
 """Fixtures of every test: fresh data, the devices that there are, the backends that run there."""
 
+import gc
 import importlib.util
 import os
 import zlib
@@ -56,6 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     thinning.thin(items)
     # xdist gives each worker a stretch, of which others take the end: the first stays with one.
     items.sort(key=lambda item: not item.get_closest_marker("shared_start"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection of garbage looks at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.harness import lines, measurement, runner
+from benchmarks.harness import lines, measurement, runner, timer
 from fastlora.commands import main as cli
 from tests.benchmarks.small_case import SEEN
 from tests.benchmarks.small_runs import SMALL, quick_folder
@@ -29,7 +29,13 @@ def bench_linear(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def bench_in_process(bench_linear, monkeypatch):
+def few_copies(monkeypatch):
+    """Of operands so small there would be 200, which take longer to build than to time."""
+    monkeypatch.setattr(timer, "_MOST_COPIES", 10)
+
+
+@pytest.fixture
+def bench_in_process(bench_linear, few_copies, monkeypatch):
     """The same without a process for each case."""
 
     def run_some(batch, command, file, timeout):

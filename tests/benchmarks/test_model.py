@@ -149,6 +149,7 @@ def test_gate_fails_logits_of_another_step():
     assert statuses(generate(3), late=late)["late"] == "failed"
 
 
+@pytest.mark.usefixtures("few_copies")
 def test_failed_model_provider_is_not_timed():
     case = generate(3)
     wrong = build_changed(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from fastlora.commands.check import stamps
 from fastlora.ops import availability, dispatch
 from fastlora.ops.table import OPS
 from tests.commands.check.test_stamps import FACTS, ROW, rows
+from tests.support import forks
 
-ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 LINEAR = [name for name, op in OPS.items() if op.kind == "linear"]
 MULTI = [name for name, op in OPS.items() if op.kind in ("multi", "packed")]
@@ -92,18 +90,22 @@ def test_check_passes_torch_on_the_cpu():
     assert said[-1] == "all passed"
 
 
+QUICKENED = """
+import runpy
+from tests.support import interpreter
+
+interpreter.quicken()
+runpy.run_module("fastlora", None, "__main__")
+"""
+
+
 @pytest.mark.full  # every path's own tests are quick; tests above run the command
 def test_check_passes_interpreted_triton_kernels(tmp_path):
     """In a process of its own: kernels are interpreted or compiled for good."""
     pytest.importorskip("triton")
     arguments = "check --device cpu --backend triton --dtype bf16+fp32 --quick"
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlora", *arguments.split()],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {"TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    done = forks.run(QUICKENED, *arguments.split(), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("triton")]
     assert [(line[1], line[-1]) for line in lines] == [
