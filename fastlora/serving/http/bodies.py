@@ -61,7 +61,7 @@ class Asking(Body):
     @property
     def asked_logprobs(self) -> int | None:
         """How many of the likeliest tokens are asked for; None: no log-probabilities."""
-        raise NotImplementedError
+        return None
 
     def check(self, settings: Settings) -> None:
         """Raises Refused, naming the field, for what is more than a server allows."""
