@@ -164,7 +164,8 @@ def test_wheel_metadata_matches_the_project(wheel: Path) -> None:
     assert version in (ROOT / "fastlora/__init__.py").read_text()
     assert meta["License-Expression"] == "Apache-2.0"
     assert meta["Requires-Python"] == ">=3.10"
-    assert set(meta.get_all("Provides-Extra")) == {"peft", "bench", "demo", "docs", "test"}
+    extras = {"peft", "serve", "bench", "demo", "docs", "test"}
+    assert set(meta.get_all("Provides-Extra")) == extras
     needed = {r.replace('"', "'") for r in meta.get_all("Requires-Dist") if "extra ==" not in r}
     assert needed == {"torch>=2.10", "numpy", "safetensors", "triton; sys_platform == 'linux'"}
     assert "fastlora = fastlora.commands.main:main" in text["entry_points.txt"]

@@ -117,7 +117,9 @@ def save_model(folder: Path) -> Path:
     return folder / "small"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_serve_command_answers_and_ends_with_zero(adapters, running, tmp_path, number):
     """The whole command, in a process of its own."""
     command = [sys.executable, "-m", "fastlora", "serve", save_model(tmp_path), "--port=0"]
