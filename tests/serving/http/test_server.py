@@ -110,6 +110,18 @@ def test_slow_body_is_given_up(adapters):
         assert connection.getresponse().status == 408
 
 
+def test_chunked_body_is_counted_while_it_is_read(adapters):
+    """No length is known beforehand, and the last piece never comes."""
+    with running(adapters, body_bytes=1000) as server, closing(server.connect()) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Transfer-Encoding", "chunked")
+        connection.endheaders()
+        connection.send(b"1f4\r\n" + b"x" * 500 + b"\r\n")
+        connection.send(b"1f5\r\n" + b"x" * 501 + b"\r\n")
+        assert connection.getresponse().status == 413
+
+
 def save_model(folder: Path) -> Path:
     model = base()
     model.save_pretrained(folder / "small")
