@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastlora.config import check_number
 
+# Logits divided by less might leave float32's range, and a draw from NaN ends the step of all.
+LEAST_TEMPERATURE = 1e-6
+
 FinishReason = Literal["eos", "length", "cancelled", "timeout", "error"]
 
 
@@ -58,6 +61,11 @@ class Request:
         if not isinstance(self.do_sample, bool):
             raise TypeError(f"do_sample: expected a bool, got {self.do_sample!r}")
         _check_above_zero("temperature", self.temperature)
+        if self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: expected at least {LEAST_TEMPERATURE:g}, got {self.temperature}: "
+                "do_sample=False takes the likeliest token"
+            )
         check_count("top_k", self.top_k, least=0)
         _check_above_zero("top_p", self.top_p)
         if self.top_p > 1:

@@ -227,6 +227,7 @@ WRONG = [
     ({"scale": "1"}, TypeError, "scale: expected a number, got '1'"),
     ({"do_sample": 1}, TypeError, "do_sample: expected a bool, got 1"),
     ({"temperature": 0}, ValueError, "temperature: expected a number above 0, got 0"),
+    ({"temperature": 1e-300}, ValueError, "temperature: expected at least 1e-06"),
     ({"top_k": -1}, ValueError, "top_k: .*at least 0, got -1"),
     ({"top_p": 1.5}, ValueError, r"top_p: expected a probability in \(0, 1\], got 1.5"),
     ({"top_p": 0.0}, ValueError, "top_p: expected a number above 0, got 0.0"),
