@@ -117,6 +117,7 @@ asan: $(ASAN)/fastlora/libfastlora_cpu.so ## test the native kernels under Addre
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libstdc++.so)"; \
 	$(BIN)/python -c '$(PAST_THE_END)' 2>&1 | grep heap-buffer-overflow || { echo "asan: nobody watches"; exit 1; }; \
 	$(BIN)/python -m pytest -q -s -n $(JOBS) tests/backends/test_native.py tests/backends/test_native_calls.py \
+		tests/functional/test_prepared.py \
 		tests/backends/cpu tests/backends/cuda --ignore tests/backends/cpu/test_subnormals.py \
 		--ignore tests/backends/cpu/test_tiles.py --ignore tests/backends/cpu/test_tile_registers.py \
 		--ignore tests/backends/cuda/test_build.py $(ARGS)
