@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoRAConfig
 from tests.support.models import error, randomise_lora
-from tests.support.row_servers import CONFIG, Served
+from tests.support.serving.row_servers import CONFIG, Served
 
 K, B = 8, 3
 NAMES = ["alice", "bob", None]

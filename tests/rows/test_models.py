@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.modules.trained import find_trained_layers
 from tests.support.models import error, quiet, randomise_lora
-from tests.support.row_servers import (
+from tests.support.serving.row_servers import (
     BART,
     CONFIG,
     DECODER,

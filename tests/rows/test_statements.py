@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastlora
 from tests.support.models import error, randomise_lora, untouched
-from tests.support.row_servers import CONFIG, Served, build_with_fixed_weights
+from tests.support.serving.row_servers import CONFIG, Served, build_with_fixed_weights
 
 K = 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -137,8 +138,5 @@ def find_first_token(x: Tensor, tokens: int, requests: int, stored_at_most: int)
 
 def find_changed(before: Iterable[int | None], now: Iterable[int | None]) -> list[int]:
     """Slots whose adapter is another one now, of the adapters' numbers by slot."""
-    before, now = list(before), list(now)
-    longest = max(len(before), len(now))
-    before += [None] * (longest - len(before))
-    now += [None] * (longest - len(now))
-    return [s for s, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
+    pairs = zip_longest(before, now)
+    return [s for s, (old, new) in enumerate(pairs) if old != new]

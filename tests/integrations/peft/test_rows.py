@@ -25,7 +25,7 @@ from tests.support.patched import (  # noqa: E402
     pair,
     run,
 )
-from tests.support.row_servers import build_with_fixed_weights, llava, two_images_and_none  # noqa: E402
+from tests.support.serving.row_servers import build_with_fixed_weights, llava, two_images_and_none  # noqa: E402
 
 pytestmark = quiet
 

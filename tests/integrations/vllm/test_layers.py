@@ -11,7 +11,7 @@ from fastlora.integrations.vllm import layers as vllm_layers
 from fastlora.integrations.vllm.layers import Layers, count_ranks
 from fastlora.integrations.vllm.step import DeviceSteps
 from tests.support.helpers import assert_accurate, same_bits, signed, unchanged
-from tests.support.stacked import Stacked
+from tests.support.serving.stacked import Stacked
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = (24, 8, 8)

@@ -13,7 +13,7 @@ import torch
 
 from fastlora.serving import AdapterBank, Factors, Layout
 from fastlora.serving.bank import shelf
-from tests.support.banks import (
+from tests.support.serving.banks import (
     SHAPES,
     Adapter,
     assert_empty,

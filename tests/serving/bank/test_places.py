@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlora.serving import AdapterBank
-from tests.support.banks import (
+from tests.support.serving.banks import (
     SHAPES,
     Adapter,
     assert_empty,

@@ -20,9 +20,9 @@ from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.serving.bank.entry import Entry
 from fastlora.serving.bank.layout import Image
 from fastlora.serving.bank.lease import Lease
-from tests.support.banks import assert_empty
 from tests.support.histories import History, reraise_other_errors
 from tests.support.models import randomise_lora
+from tests.support.serving.banks import assert_empty
 
 THREADS, STEPS = 4, 500  # of each, twice
 NAMES = [f"tenant-{i}" for i in range(12)]

@@ -20,7 +20,14 @@ from fastlora import MultiLoRAModel
 from fastlora.serving import Request
 from fastlora.serving.engine import engine as engines
 from tests.support.models import VOCABULARY, llama, randomise_lora
-from tests.support.streams import NAMES, PATIENCE, ask, gate_forwards, generate_alone, server_of
+from tests.support.serving.streams import (
+    NAMES,
+    PATIENCE,
+    ask,
+    gate_forwards,
+    generate_alone,
+    server_of,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 

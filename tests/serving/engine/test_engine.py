@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from fastlora import MultiLoRAModel
 from tests.support.models import VOCABULARY, gpt2, llama, mistral, qwen2, tokens
-from tests.support.streams import (
+from tests.support.serving.streams import (
     NAMES,
     PATIENCE,
     ask,

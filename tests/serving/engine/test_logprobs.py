@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from fastlora import MultiLoRAModel
 from fastlora.serving import Event, Request
 from tests.support.models import llama
-from tests.support.streams import PATIENCE, ask, generate_alone, server_of
+from tests.support.serving.streams import PATIENCE, ask, generate_alone, server_of
 
 
 @pytest.fixture(scope="module")

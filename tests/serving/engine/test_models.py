@@ -18,7 +18,7 @@ from fastlora.ops import dispatch, invariance
 from fastlora.serving import Engine
 from fastlora.serving.engine import compatibility
 from tests.support.models import bert, gemma2, gpt2, llama, randomise_lora, t5
-from tests.support.streams import PATIENCE, ask, generate_alone, server_of
+from tests.support.serving.streams import PATIENCE, ask, generate_alone, server_of
 
 
 @pytest.fixture(scope="module")

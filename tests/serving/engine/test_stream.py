@@ -15,7 +15,13 @@ from fastlora import MultiLoRAModel
 from fastlora.serving import Event, Request
 from fastlora.serving.engine import engine
 from tests.support.models import llama, tokens
-from tests.support.streams import PATIENCE, gate_forwards, generate_alone, mixed_requests, server_of
+from tests.support.serving.streams import (
+    PATIENCE,
+    gate_forwards,
+    generate_alone,
+    mixed_requests,
+    server_of,
+)
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import torch
 import fastlora
 from fastlora import LoRAConfig, MultiLoRAModel
 from fastlora.serving import Engine, Request
-from tests.support.banks import assert_empty
 from tests.support.histories import History, reraise_other_errors
 from tests.support.models import llama, quiet, randomise_lora, tokens
+from tests.support.serving.banks import assert_empty
 
 pytest.importorskip("transformers")
 pytestmark = quiet

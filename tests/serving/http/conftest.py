@@ -14,7 +14,7 @@ for package in ("transformers", "fastapi", "uvicorn", "prometheus_client"):
 
 @pytest.fixture(scope="session")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.support.http_server import save_adapters
+    from tests.support.serving.http_server import save_adapters
 
     folder = tmp_path_factory.mktemp("adapters")
     save_adapters(folder)
@@ -27,7 +27,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def running(adapters: Path) -> Iterator[Any]:
-    from tests.support.http_server import running
+    from tests.support.serving.http_server import running
 
     with running(adapters) as server:
         yield server

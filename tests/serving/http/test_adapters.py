@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastlora.serving.http.keys import read_keys
-from tests.support.http_server import NAMES, PROMPT, Answer, running, save_adapters
+from tests.support.serving.http_server import NAMES, PROMPT, Answer, running, save_adapters
 
 ADMIN = "administer-" * 3
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.http_server import NAMES, PATIENCE, PROMPT, TEMPLATE, completion, tokenizer
+from tests.support.serving.http_server import (
+    NAMES,
+    PATIENCE,
+    PROMPT,
+    TEMPLATE,
+    completion,
+    tokenizer,
+)
 
 
 def decode(tokens: list[int]) -> str:

@@ -12,7 +12,7 @@ import torch
 from fastlora.adapters.files import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.serving.http import folder as folder_module
 from fastlora.serving.http.folder import AdapterError, Folder
-from tests.support.http_server import save_adapters
+from tests.support.serving.http_server import save_adapters
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from fastlora.serving.http.keys import Keys, read_keys
 from fastlora.serving.http.refusals import Refused
 from fastlora.serving.http.server import check_address, is_loopback
-from tests.support.http_server import running
+from tests.support.serving.http_server import running
 
 ALICE, ALL, ADMIN = "alice-" * 4, "everything-" * 3, "administer-" * 3
 FILE = {

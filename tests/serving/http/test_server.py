@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fastlora.commands.main import main
-from tests.support.http_server import (
+from tests.support.serving.http_server import (
     PATIENCE,
     PROMPT,
     base,

@@ -1,10 +1,10 @@
-"""Random clients for a few seconds; ``python -m tests.support.soak`` runs for minutes."""
+"""Random clients for a few seconds; ``python -m tests.support.serving.soak`` runs for minutes."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.support import soak
+from tests.support.serving import soak
 
 
 @pytest.mark.full

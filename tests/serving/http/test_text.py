@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fastlora.serving.http.text import Stops, Text
-from tests.support.http_server import tokenizer
+from tests.support.serving.http_server import tokenizer
 
 
 @pytest.mark.parametrize("text", ["Süß – 日本語 🎉!", "plain", "é"])

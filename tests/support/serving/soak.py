@@ -1,6 +1,6 @@
 """A server under random clients: what they get is compared, and at the end nothing may be left.
 
-    python -m tests.support.soak [--seconds 300] [--clients 12] [--leavers 1000] [--seed 0]
+    python -m tests.support.serving.soak [--seconds 300] [--clients 12] [--leavers 1000] [--seed 0]
 
 Clients complete greedily and compare with what the adapter writes alone, stream and leave at any
 token, send nonsense; another one unloads adapters and loads them again, as they were.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fastlora.serving.http.keys import Caller, Keys
-from tests.support.http_server import NAMES, PATIENCE, Running, running, save_adapters
+from tests.support.serving.http_server import NAMES, PATIENCE, Running, running, save_adapters
 
 ADMIN = "administer-" * 3
 PROMPTS = [[1 + (31 * i + 7 * j) % 250 for j in range(2 + 3 * i)] for i in range(6)]
